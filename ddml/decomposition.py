@@ -1,0 +1,278 @@
+r"""Decompositions of the parameters into subdomains, with restriction and extension as PETSc matrices.
+
+Subdomain s is a set of entries of the global vector. :math:`R_s` picks them, and
+:math:`E_s = R_s^T D_s` puts them back, :math:`D_s` dividing by the number of subdomains that an
+entry belongs to, so that :math:`\sum_s E_s R_s = I` with and without overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import NDArray
+from petsc4py import PETSc
+
+from .errors import InputError
+from .layout import ParameterLayout
+from .loss import Loss
+from .parallel import split
+
+
+@dataclass(frozen=True)
+class Subdomains:
+    """Which entries of the global vector belong to which subdomain.
+
+    Attributes
+    ----------
+    size : int
+        n, the length of the global vector.
+    ranges : tuple of tuples of slices
+        Of each subdomain, sorted and disjoint: what it works on, overlap included.
+    cores : tuple of tuples of slices
+        The same without overlap; disjoint over the subdomains.
+    costs : tuple of float
+        Work units of one restricted evaluation in each subdomain.
+    """
+
+    size: int
+    ranges: tuple[tuple[slice, ...], ...]
+    cores: tuple[tuple[slice, ...], ...]
+    costs: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.ranges)
+
+    def __repr__(self) -> str:
+        lines = [f"{len(self)} subdomains of {self.size} parameters"]
+        for s, (ranges, cost) in enumerate(zip(self.ranges, self.costs, strict=True)):
+            where = ", ".join(f"{r.start}:{r.stop}" for r in ranges[:3]) + (", ..." if len(ranges) > 3 else "")
+            lines.append(f"  {s}: {length(ranges)} parameters ({where}), {cost:.2f} work units a gradient")
+        return "\n".join(lines)
+
+    @classmethod
+    def by_layers(cls, loss: Loss, count: int, overlap: int = 0, balance: str = "layers") -> Subdomains:
+        """Groups of consecutive layers, each widened by ``overlap`` layers on both sides.
+
+        ``balance`` is ``layers`` (equal numbers of layers) or ``cost`` (the dearest restricted
+        gradient is as cheap as possible: it sets the critical path of an additive phase).
+
+        Raises
+        ------
+        InputError
+            More subdomains than layers, less than one, a negative overlap.
+        """
+        depth = len(loss.layers)
+        _check_count(count, depth, "layers", overlap)
+        edges = split(depth, count)
+        if balance == "cost":
+            edges = _cheapest_groups(depth, count, lambda a, b: _layer_charge(loss, a - overlap, b + overlap))
+        elif balance != "layers":
+            raise InputError(f"balance must be 'layers' or 'cost', got '{balance}'")
+        groups = [range(max(a - overlap, 0), min(b + overlap, depth)) for a, b in pairwise(edges)]
+        return cls(
+            loss.size,
+            tuple(_ranges(loss, [k for i in g for k in loss.layers[i]]) for g in groups),
+            tuple(_ranges(loss, [k for i in range(a, b) for k in loss.layers[i]]) for a, b in pairwise(edges)),
+            tuple(_layer_charge(loss, g.start, g.stop) for g in groups),
+        )
+
+    @classmethod
+    def by_tensors(cls, loss: Loss, count: int, overlap: int = 0, seed: int | None = None) -> Subdomains:
+        """Groups of parameter tensors in their order, or dealt at random with a ``seed`` (Trotti et al. 2023).
+
+        ``overlap`` tensors on both sides, in that order, are shared with the neighbours.
+
+        Raises
+        ------
+        InputError
+            As :meth:`by_layers`, with tensors in the place of layers.
+        """
+        total = len(loss.parameters)
+        _check_count(count, total, "parameter tensors", overlap)
+        order = np.arange(total) if seed is None else np.random.default_rng(seed).permutation(total)
+        edges = split(total, count)
+        wide = [order[max(a - overlap, 0) : min(b + overlap, total)] for a, b in pairwise(edges)]
+        ranges = tuple(_ranges(loss, sorted(w)) for w in wide)
+        cores = tuple(_ranges(loss, sorted(order[a:b])) for a, b in pairwise(edges))
+        return cls(loss.size, ranges, cores, tuple(_restricted_charge(loss, loss.layer_numbers(r)) for r in ranges))
+
+    @cached_property
+    def weights(self) -> NDArray[np.float64]:
+        """1 / (number of subdomains that hold an entry), for every entry (n,)."""
+        held = np.zeros(self.size)
+        for ranges in self.ranges:
+            for r in ranges:
+                held[r] += 1
+        return 1 / held
+
+    def assignment(self, ranks: int) -> list[list[int]]:
+        """Subdomains of each of ``ranks`` ranks, consecutive, the largest sum of costs as small as possible.
+
+        With more ranks than subdomains the ranks form one group a subdomain, and each rank's list
+        holds the subdomain of its group.
+        """
+        count = len(self)
+        if ranks >= count:
+            edges = split(ranks, count)
+            return [[s] for s in range(count) for _ in range(edges[s], edges[s + 1])]
+        edges = _cheapest_groups(count, ranks, lambda a, b: sum(self.costs[a:b]))
+        return [list(range(a, b)) for a, b in pairwise(edges)]
+
+    def ownership(self, ranks: int) -> list[int]:
+        """Boundaries (ranks + 1) for a :class:`ParameterLayout` in which cores are local to their ranks.
+
+        Equal shares where the cores do not follow each other in the global vector.
+        """
+        starts = [core[0].start for core in self.cores]
+        if any(len(core) != 1 for core in self.cores) or starts != sorted(starts):
+            return split(self.size, ranks)
+        ends = [*starts[1:], self.size]
+        assigned = self.assignment(ranks)
+        edges = [0]
+        for rank, mine in enumerate(assigned):
+            begin, end = starts[mine[0]], ends[mine[-1]]
+            group = [r for r, other in enumerate(assigned) if other == mine]
+            edges.append(begin + split(end - begin, len(group))[group.index(rank) + 1])
+        return edges
+
+
+def length(ranges: Sequence[slice]) -> int:
+    """Number of entries in some ranges."""
+    return sum(r.stop - r.start for r in ranges)
+
+
+def _check_count(count: int, atoms: int, what: str, overlap: int) -> None:
+    if not 1 <= count <= atoms:
+        raise InputError(f"the network has {atoms} {what}: subdomains must be 1 to {atoms}, got {count}")
+    if overlap < 0:
+        raise InputError(f"overlap must be 0 or more {what}, got {overlap}")
+
+
+def _ranges(loss: Loss, numbers: Sequence[int]) -> tuple[slice, ...]:
+    """The entries of some parameters as sorted ranges, neighbours merged."""
+    merged: list[slice] = []
+    for number in sorted(numbers):
+        r = loss.parameters[number].range
+        if merged and merged[-1].stop == r.start:
+            merged[-1] = slice(merged[-1].start, r.stop)
+        else:
+            merged.append(r)
+    return tuple(merged)
+
+
+def _restricted_charge(loss: Loss, active: frozenset[int]) -> float:
+    return loss.charge(min(active), active) / loss.charge()
+
+
+def _layer_charge(loss: Loss, begin: int, end: int) -> float:
+    return _restricted_charge(loss, frozenset(range(max(begin, 0), min(end, len(loss.layers)))))
+
+
+def _cheapest_groups(atoms: int, groups: int, cost: object) -> list[int]:
+    """Boundaries of ``groups`` consecutive non-empty groups whose largest ``cost(begin, end)`` is least."""
+    best: dict[tuple[int, int], tuple[float, list[int]]] = {(0, 0): (0.0, [0])}
+    for g in range(1, groups + 1):
+        for end in range(g, atoms - groups + g + 1):
+            best[g, end] = min(
+                (max(best[g - 1, begin][0], cost(begin, end)), [*best[g - 1, begin][1], end])  # type: ignore[operator]
+                for begin in range(g - 1, end)
+                if (g - 1, begin) in best
+            )
+    return best[groups, atoms][1]
+
+
+class Decomposition:
+    """Subdomains with their matrices, and who works on what.
+
+    Subdomain vectors live on the ranks that work on the subdomain: with ``parallel`` the ranks of
+    its group (P >= S: the communicator splits into S groups; P < S: each rank has several
+    subdomains and treats them one after another), without it all ranks, equal shares.
+
+    Parameters
+    ----------
+    subdomains
+        What to decompose into.
+    layout
+        Of the global vectors.
+    parallel
+        Whether subdomains are treated side by side.
+
+    Attributes
+    ----------
+    group : MPI.Comm
+        The ranks that this one shares its subdomains with.
+    mine : list of int
+        Subdomains that this rank works on.
+    R, E : list of PETSc.Mat
+        Restrictions (n_s, n) and extensions (n, n_s), on the layout's communicator.
+    """
+
+    def __init__(self, subdomains: Subdomains, layout: ParameterLayout, parallel: bool) -> None:
+        comm = layout.comm
+        self.subdomains, self.layout = subdomains, layout
+        assigned = subdomains.assignment(comm.size) if parallel else [list(range(len(subdomains)))] * comm.size
+        self.mine = assigned[comm.rank]
+        self.group = comm.Split(color=assigned.index(self.mine), key=comm.rank)
+        self.R: list[PETSc.Mat] = []
+        self.E: list[PETSc.Mat] = []
+        self.workers = [[rank for rank in range(comm.size) if s in assigned[rank]] for s in range(len(subdomains))]
+        for s, ranges in enumerate(subdomains.ranges):
+            entries = np.concatenate([np.arange(r.start, r.stop) for r in ranges])
+            rows = self.local_range(s)
+            self.R.append(self._restriction(entries, rows))
+            self.E.append(self._extension(entries, rows))
+
+    def local_range(self, s: int) -> slice:
+        """The entries of subdomain vector s that this rank owns."""
+        workers, size = self.workers[s], length(self.subdomains.ranges[s])
+        edges = split(size, len(workers))
+        where = int(np.searchsorted(workers, self.layout.comm.rank))  # ranks before the group own nothing
+        if self.layout.comm.rank in workers:
+            return slice(edges[where], edges[where + 1])
+        return slice(edges[where], edges[where])
+
+    def _restriction(self, entries: NDArray[np.int64], rows: slice) -> PETSc.Mat:
+        local, n = int(self.layout.counts[self.layout.comm.rank]), self.layout.size
+        size = rows.stop - rows.start
+        mat = PETSc.Mat().createAIJ(((size, len(entries)), (local, n)), nnz=(1, 1), comm=self.layout.comm)
+        pointers = np.arange(size + 1, dtype=PETSc.IntType)
+        mat.setValuesCSR(pointers, entries[rows].astype(PETSc.IntType), np.ones(size))
+        mat.assemble()
+        return mat
+
+    def _extension(self, entries: NDArray[np.int64], rows: slice) -> PETSc.Mat:
+        rank = self.layout.comm.rank
+        begin, end = self.layout.ranges[rank], self.layout.ranges[rank + 1]
+        mat = PETSc.Mat().createAIJ(
+            ((end - begin, self.layout.size), (rows.stop - rows.start, len(entries))), nnz=(1, 1), comm=self.layout.comm
+        )
+        inside = np.flatnonzero((entries >= begin) & (entries < end))
+        held = np.zeros(end - begin, dtype=np.int64)
+        held[entries[inside] - begin] = 1
+        pointers = np.concatenate(([0], np.cumsum(held))).astype(PETSc.IntType)
+        mat.setValuesCSR(pointers, inside.astype(PETSc.IntType), self.subdomains.weights[entries[inside]])
+        mat.assemble()
+        return mat
+
+    def vector(self, s: int) -> PETSc.Vec:
+        """A new zero vector of subdomain s on the layout's communicator; the caller destroys it. Collective."""
+        rows = self.local_range(s)
+        vec = PETSc.Vec().createMPI((rows.stop - rows.start, length(self.subdomains.ranges[s])), comm=self.layout.comm)
+        vec.set(0.0)
+        return vec
+
+    def group_layout(self, loss: Loss, s: int) -> ParameterLayout:
+        """The layout of subdomain s (one of ``mine``) on its group, for a restricted loss."""
+        return ParameterLayout(loss.parameters, self.group, split(length(self.subdomains.ranges[s]), self.group.size))
+
+    def destroy(self) -> None:
+        """Destroy the matrices and the communicator. Collective."""
+        for mat in (*self.R, *self.E):
+            mat.destroy()
+        if self.group != MPI.COMM_NULL:
+            self.group.Free()

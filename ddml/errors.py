@@ -1,0 +1,9 @@
+"""Errors that are meant for the user: one line, the same on every rank."""
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used: what was expected, what was received, what to do."""
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss, gradient or residual is NaN or infinite where the method cannot reject the point."""

@@ -1,0 +1,147 @@
+"""The history of a run: one row per iteration, kept in memory on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+COLUMNS = (
+    "iteration",
+    "time",
+    "loss",
+    "gradient_norm",
+    "step",
+    "work",
+    "work_critical",
+    "error",
+    "error_network_norm",
+    "accuracy",
+)
+
+
+def _index(name: str) -> int:
+    if name not in COLUMNS:
+        raise ValueError(f"a history has no column {name!r}; its columns are {', '.join(COLUMNS)}")
+    return COLUMNS.index(name)
+
+
+class History:
+    """Table of float64 with one row per iteration; every rank holds the same one.
+
+    The columns are ``iteration``, ``time`` (s, accumulated over restarts), ``loss``, ``gradient_norm``, ``step``
+    (radius or step length), ``work`` (work units, summed over subdomains and levels), ``work_critical`` (work units
+    along the critical path), ``error`` (relative L2 error against the reference), ``error_network_norm`` (the same
+    measured in the norm of the network's own outputs) and ``accuracy`` (0 to 1). What was not given is NaN.
+
+    Nothing here is collective: that all ranks append the same numbers is up to the caller.
+    """
+
+    def __init__(self) -> None:
+        # One row of the array per column of the table, so that a column is contiguous.
+        self._values: NDArray[np.float64] = np.empty((len(COLUMNS), 64))
+        self._rows = 0
+
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, ArrayLike]) -> History:
+        """Make a history of whole columns.
+
+        Parameters
+        ----------
+        columns : mapping of str to array_like, shape (rows,)
+            Any of the columns; the others are NaN.
+
+        Returns
+        -------
+        History
+            A history that shares no memory with `columns`.
+
+        Raises
+        ------
+        ValueError
+            For an unknown name, or columns that are not one-dimensional and of the same length.
+        """
+        arrays = {_index(name): np.asarray(values, dtype=np.float64) for name, values in columns.items()}
+        shapes = {array.shape for array in arrays.values()}
+        if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
+            found = ", ".join(f"{COLUMNS[index]} {array.shape}" for index, array in arrays.items())
+            raise ValueError(f"the columns of a history must be one-dimensional and of the same length, not {found}")
+        history = cls()
+        history._rows = shapes.pop()[0] if shapes else 0
+        history._values = np.full((len(COLUMNS), max(history._rows, 64)), np.nan)
+        for index, array in arrays.items():
+            history._values[index, : history._rows] = array
+        return history
+
+    def append(self, **values: float) -> None:
+        """Add one row; amortised constant time.
+
+        Parameters
+        ----------
+        **values : float
+            The row's values by column name; columns that are not named become NaN.
+
+        Raises
+        ------
+        ValueError
+            For a name that is no column; the history is then unchanged.
+        """
+        row = {_index(name): float(value) for name, value in values.items()}
+        if self._rows == self._values.shape[1]:
+            self._values = np.concatenate([self._values, np.empty_like(self._values)], axis=1)
+        self._values[:, self._rows] = np.nan
+        for index, value in row.items():
+            self._values[index, self._rows] = value
+        self._rows += 1
+
+    def truncate(self, rows: int) -> None:
+        """Keep the first rows only.
+
+        Parameters
+        ----------
+        rows : int
+            How many rows to keep, from 0 to ``len(self)``.
+
+        Raises
+        ------
+        ValueError
+            When the history does not have that many rows.
+        """
+        if not 0 <= rows <= self._rows:
+            raise ValueError(f"cannot keep {rows} rows of a history that has {self._rows}")
+        self._rows = rows
+
+    def last(self, name: str) -> float:
+        """Value of a column in the last row.
+
+        Parameters
+        ----------
+        name : str
+            The column.
+
+        Returns
+        -------
+        float
+            The value; NaN where the last row has none or the history is empty.
+
+        Raises
+        ------
+        ValueError
+            For an unknown name.
+        """
+        index = _index(name)
+        return float(self._values[index, self._rows - 1]) if self._rows else float("nan")
+
+    def __getitem__(self, name: str) -> NDArray[np.float64]:
+        """Copy of one column, shape (rows,); an unknown name is a ValueError."""
+        return self._values[_index(name), : self._rows].copy()
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return self._rows
+
+    def __repr__(self) -> str:
+        """Return the number of rows and the columns that have values."""
+        used = [name for name in COLUMNS if not np.isnan(self[name]).all()]
+        return f"History({self._rows} rows: {', '.join(used) or 'no values'})"

@@ -1,0 +1,347 @@
+"""Losses on one process: torch code from a parameter vector to a number and its derivatives.
+
+A loss knows nothing of MPI or PETSc. :class:`ddml.objective.Objective` splits it over ranks with
+:meth:`Loss.part` and hands it parameter vectors as torch tensors that share PETSc's memory.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import work
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter tensor and where it begins in the global vector."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def range(self) -> slice:
+        """The entries of the global vector."""
+        return slice(self.offset, self.offset + self.size)
+
+
+def parameter_table(named: Sequence[tuple[str, Sequence[int]]]) -> tuple[Parameter, ...]:
+    """Parameters one behind the other, from names and shapes."""
+    table: list[Parameter] = []
+    for name, shape in named:
+        table.append(Parameter(name, tuple(shape), table[-1].range.stop if table else 0))
+    return tuple(table)
+
+
+class Loss(ABC):
+    """A sum over samples of a function of a parameter vector theta (n,).
+
+    Attributes
+    ----------
+    parameters : tuple of Parameter
+        What theta is made of.
+    layers : tuple of tuples of int
+        Parameter numbers of each layer, in the order in which data pass through them: the atoms
+        of a decomposition.
+    costs : tuple of float
+        Relative cost of one forward pass through each layer, see :mod:`ddml.work`.
+    count : int
+        Number of samples.
+    scale : float
+        The fraction of the whole data set that these samples are, in work units.
+    """
+
+    parameters: tuple[Parameter, ...]
+    layers: tuple[tuple[int, ...], ...]
+    costs: tuple[float, ...]
+    count: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def size(self) -> int:
+        """n, the length of theta."""
+        return self.parameters[-1].range.stop
+
+    @abstractmethod
+    def part(self, begin: int, end: int) -> Loss:
+        """The terms of samples begin to end, as they stand: the parts of a loss sum to it."""
+
+    @abstractmethod
+    def sampled(self, rows: Tensor) -> Loss:
+        """The loss of a data set of these samples only (numbers, int64), normalised anew."""
+
+    @abstractmethod
+    def initial(self) -> Tensor:
+        """Initial parameters (n,)."""
+
+    @abstractmethod
+    def terms(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
+        """Scalars that sum to the loss, differentiable by theta, one per chunk of samples."""
+
+    def prefix(self, theta: Tensor, first: int) -> Any:
+        """What enters layer ``first`` for all samples; None where it cannot be kept."""
+        return None
+
+    @torch.no_grad()
+    def value(self, theta: Tensor, kept: Any = None) -> float:
+        """The loss at theta; ``kept`` from :meth:`prefix` with the same parameters before its layer."""
+        return sum((float(term) for term in self.terms(theta, kept)), 0.0)
+
+    def value_gradient(
+        self, theta: Tensor, gradient: Tensor, kept: Any = None, active: frozenset[int] | None = None
+    ) -> float:
+        """The loss at theta; its gradient is added to ``gradient`` (n,).
+
+        ``active`` limits the gradient to some layers: what is added elsewhere is undefined.
+        """
+        leaf = theta.detach().requires_grad_()
+        value = 0.0
+        for term in self.terms(leaf, kept):
+            gradient += torch.autograd.grad(term, leaf)[0]
+            value += float(term.detach())
+        return value
+
+    def hessian_product(self, theta: Tensor, direction: Tensor, product: Tensor, kept: Any = None) -> None:
+        """Add the Hessian at theta times ``direction`` (n,) to ``product`` (n,)."""
+        leaf = theta.detach().requires_grad_()
+        for term in self.terms(leaf, kept):
+            first = torch.autograd.grad(term, leaf, create_graph=True)[0]
+            if first.requires_grad:
+                product += torch.autograd.grad(first, leaf, direction)[0]
+
+    def layer_numbers(self, ranges: Sequence[slice]) -> frozenset[int]:
+        """The layers that have a parameter in one of these ranges of theta."""
+        touched = [
+            any(r.start < p.range.stop and p.range.start < r.stop for r in ranges) for p in self.parameters
+        ]
+        return frozenset(i for i, layer in enumerate(self.layers) if any(touched[k] for k in layer))
+
+    def charge(self, first: int = 0, active: frozenset[int] | None = None, gradient: bool = True) -> float:
+        """Work units of an evaluation on all samples, see :func:`ddml.work.charge`."""
+        layers = frozenset(range(len(self.layers))) if active is None else active
+        return work.charge(self.costs, first, layers, gradient)
+
+
+class RestrictedLoss(Loss):
+    """A loss as a function of some ranges of theta, the rest frozen (see :func:`ddml.restricted.restricted`).
+
+    What enters the first active layer is computed once, by :meth:`freeze`, and kept; backward
+    passes stop there.
+    """
+
+    def __init__(self, loss: Loss, ranges: Sequence[slice]) -> None:
+        self.loss = loss
+        self.ranges = tuple(ranges)
+        self.parameters = parameter_table([(f"{r.start}:{r.stop}", (r.stop - r.start,)) for r in ranges])
+        self.layers = (tuple(range(len(ranges))),)
+        self.costs = (1.0,)
+        self.count, self.dtype, self.device = loss.count, loss.dtype, loss.device
+        self.active = loss.layer_numbers(ranges)
+        self.first = min(self.active)
+        self.kept: Any = None
+        self.full = torch.zeros(loss.size, dtype=loss.dtype, device=loss.device)
+        self.full_gradient = torch.zeros_like(self.full)
+        self.also: frozenset[int] = frozenset()
+
+    def freeze(self, theta: Tensor) -> None:
+        """Freeze all parameters at theta (n of the whole loss,) and keep what enters the subdomain."""
+        self.full.copy_(theta)
+        self.kept = self.loss.prefix(self.full, self.first) if self.first > 0 else None
+
+    def take(self, theta: Tensor, ranges: Sequence[slice] | None = None) -> Tensor:
+        """The entries of a full vector that lie in ``ranges`` (default: the subdomain's), as a copy."""
+        return torch.cat([theta[r] for r in (self.ranges if ranges is None else ranges)])
+
+    def _insert(self, part: Tensor, full: Tensor) -> Tensor:
+        for parameter, r in zip(self.parameters, self.ranges, strict=True):
+            full[r] = part[parameter.range]
+        return full
+
+    def part(self, begin: int, end: int) -> RestrictedLoss:
+        """See :meth:`Loss.part`; call before :meth:`freeze`."""
+        return RestrictedLoss(self.loss.part(begin, end), self.ranges)
+
+    def sampled(self, rows: Tensor) -> RestrictedLoss:
+        """See :meth:`Loss.sampled`; call before :meth:`freeze`."""
+        return RestrictedLoss(self.loss.sampled(rows), self.ranges)
+
+    def initial(self) -> Tensor:
+        """The subdomain's parameters where the loss is frozen."""
+        return self.take(self.full)
+
+    def terms(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
+        """See :meth:`Loss.terms`."""
+        full = self.full.clone()
+        pieces, end = [], 0
+        for parameter, r in zip(self.parameters, self.ranges, strict=True):
+            pieces += [full[end : r.start], theta[parameter.range]]
+            end = r.stop
+        return self.loss.terms(torch.cat([*pieces, full[end:]]), self.kept)
+
+    def value(self, theta: Tensor, kept: Any = None) -> float:
+        """The loss with these parameters (n_s,) in the subdomain."""
+        return self.loss.value(self._insert(theta, self.full), self.kept)
+
+    def value_gradient(
+        self, theta: Tensor, gradient: Tensor, kept: Any = None, active: frozenset[int] | None = None
+    ) -> float:
+        """The loss; its gradient by the subdomain's parameters is added to ``gradient`` (n_s,).
+
+        ``also`` names further layers whose gradient is left in ``full_gradient``.
+        """
+        self.full_gradient.zero_()
+        value = self.loss.value_gradient(
+            self._insert(theta, self.full), self.full_gradient, self.kept, self.active | self.also
+        )
+        for parameter, r in zip(self.parameters, self.ranges, strict=True):
+            gradient[parameter.range] += self.full_gradient[r]
+        return value
+
+    def charge(self, first: int = 0, active: frozenset[int] | None = None, gradient: bool = True) -> float:
+        """Work units of one evaluation behind the kept prefix."""
+        return self.loss.charge(self.first if self.kept is not None else 0, self.active | self.also, gradient)
+
+    def prefix_charge(self) -> float:
+        """Work units of :meth:`freeze`."""
+        return 1 / 3 - self.loss.charge(self.first, gradient=False) if self.kept is not None else 0.0
+
+
+class ModuleLoss(Loss):
+    """Mean of a criterion over samples, of any torch module.
+
+    Parameters
+    ----------
+    module
+        Maps a batch of inputs (B, ...) to outputs (B, ...), each sample on its own and the same
+        way every time. The layers of an ``nn.Sequential`` are its children and restricted losses
+        keep what enters them; those of another module are its leaves.
+    criterion
+        Maps (outputs, targets) to one loss per sample (B,).
+    inputs, targets
+        Samples in the first dimension.
+    batch
+        Samples per forward pass, to bound the memory.
+
+    Raises
+    ------
+    InputError
+        If the module is not deterministic (dropout in training mode, batch statistics), or the
+        criterion does not give one number per sample.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        criterion: Callable[[Tensor, Tensor], Tensor],
+        inputs: Tensor,
+        targets: Tensor,
+        batch: int = 4096,
+    ) -> None:
+        self.module, self.criterion, self.batch = module, criterion, batch
+        self.inputs, self.targets = inputs, targets
+        self.count = len(inputs)
+        self.weight = 1 / max(self.count, 1)
+        named = list(module.named_parameters())
+        self.parameters = parameter_table([(name, p.shape) for name, p in named])
+        self.dtype, self.device = named[0][1].dtype, named[0][1].device
+        self.stages: list[nn.Module] = list(module) if isinstance(module, nn.Sequential) else [module]
+        owners = (
+            {name: name.split(".")[0] for name, _ in named}
+            if isinstance(module, nn.Sequential)
+            else {name: name.rpartition(".")[0] for name, _ in named}
+        )
+        groups: dict[str, list[int]] = {}
+        for number, parameter in enumerate(self.parameters):
+            groups.setdefault(owners[parameter.name], []).append(number)
+        self.layers = tuple(tuple(g) for g in groups.values())
+        self.layer_stage = [int(k) if isinstance(module, nn.Sequential) else 0 for k in groups]
+        self.costs = tuple(float(sum(self.parameters[i].size for i in g)) for g in self.layers)
+        self._check()
+
+    def _check(self) -> None:
+        probe = self.inputs[: min(self.count, 8)], self.targets[: min(self.count, 8)]
+        with torch.no_grad():
+            first, second = (self.criterion(self.module(probe[0]), probe[1]) for _ in range(2))
+        if first.shape != (len(probe[0]),):
+            raise InputError(f"the criterion must give one loss per sample, ({len(probe[0])},), got {tuple(first.shape)}")
+        if not torch.equal(first, second):
+            raise InputError("the module gives different outputs for the same inputs: call eval(), remove dropout")
+
+    def _with(self, inputs: Tensor, targets: Tensor, weight: float) -> ModuleLoss:
+        other = object.__new__(ModuleLoss)
+        other.__dict__.update(self.__dict__, inputs=inputs, targets=targets, count=len(inputs), weight=weight)
+        return other
+
+    def part(self, begin: int, end: int) -> ModuleLoss:
+        """See :meth:`Loss.part`."""
+        return self._with(self.inputs[begin:end], self.targets[begin:end], self.weight)
+
+    def sampled(self, rows: Tensor) -> ModuleLoss:
+        """See :meth:`Loss.sampled`."""
+        return self._with(self.inputs[rows], self.targets[rows], 1 / len(rows))
+
+    def initial(self) -> Tensor:
+        """The module's parameters."""
+        return torch.cat([p.detach().reshape(-1) for p in self.module.parameters()])
+
+    def _views(self, theta: Tensor) -> dict[str, Tensor]:
+        return {p.name: theta[p.range].view(p.shape) for p in self.parameters}
+
+    def _forward(self, views: dict[str, Tensor], x: Tensor, begin: int, end: int) -> Tensor:
+        for number in range(begin, end):
+            lead = f"{number}." if isinstance(self.module, nn.Sequential) else ""
+            own = {name[len(lead) :]: view for name, view in views.items() if name.startswith(lead)}
+            x = torch.func.functional_call(self.stages[number], own, (x,))
+        return x
+
+    @torch.no_grad()
+    def prefix(self, theta: Tensor, first: int) -> Any:
+        """What enters layer ``first`` of a sequential module, per batch; None for other modules."""
+        stage = self.layer_stage[first]
+        if stage == 0:
+            return None
+        views = self._views(theta)
+        return stage, [self._forward(views, x, 0, stage) for x in self.inputs.split(self.batch)]
+
+    def terms(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
+        """See :meth:`Loss.terms`."""
+        return self._terms(self._views(theta), kept)
+
+    def _terms(self, views: dict[str, Tensor], kept: Any) -> Iterator[Tensor]:
+        begin, batches = (0, self.inputs.split(self.batch)) if kept is None else kept
+        if self.count == 0:
+            return
+        for x, y in zip(batches, self.targets.split(self.batch), strict=True):
+            outputs = self._forward(views, x, begin, len(self.stages))
+            yield self.criterion(outputs, y).sum() * self.weight
+
+    def value_gradient(
+        self, theta: Tensor, gradient: Tensor, kept: Any = None, active: frozenset[int] | None = None
+    ) -> float:
+        """See :meth:`Loss.value_gradient`; the other layers' parameters get no gradient at all."""
+        views = self._views(theta.detach())
+        wanted = [
+            self.parameters[k] for i, layer in enumerate(self.layers) if active is None or i in active for k in layer
+        ]
+        for parameter in wanted:
+            views[parameter.name].requires_grad_()
+        value = 0.0
+        for term in self._terms(views, kept):
+            gradients = torch.autograd.grad(term, [views[p.name] for p in wanted])
+            for parameter, g in zip(wanted, gradients, strict=True):
+                gradient[parameter.range] += g.reshape(-1)
+            value += float(term.detach())
+        return value

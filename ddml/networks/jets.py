@@ -1,0 +1,431 @@
+"""Derivatives of a network with respect to its inputs, and the gradient behind them.
+
+A jet is the value of a function and some of its partial derivatives at a point. A derivative is
+named by its sorted tuple of coordinates: ``()`` the value, ``(0,)`` u_x, ``(0, 0)`` u_xx,
+``(0, 1)`` u_xy. Jets of N points are tensors (K, N, outputs), the K derivatives in the order of
+:func:`closure`. All evaluators here have
+the same methods, which is the seam where another evaluator plugs in; one evaluation is::
+
+    evaluator.bind(theta, gradient, active)       # parameters (n,), and where their gradient goes
+    for each chunk of points:
+        jets = evaluator.forward(inputs, first)   # from the jets that enter stage ``first``
+        evaluator.backward(adjoint)               # adds adjoint * d jets / d theta
+    evaluator.finish()                            # now ``gradient`` is complete
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from itertools import combinations
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .tanh import Stage, TanhNetwork
+
+Index = tuple[int, ...]
+
+
+def closure(indices: Iterable[Index]) -> tuple[Index, ...]:
+    """The derivatives that a jet must carry so that ``indices`` can be propagated, by order."""
+    needed: set[Index] = {()}
+    for index in indices:
+        for order in range(len(index) + 1):
+            needed.update(combinations(sorted(index), order))
+    return tuple(sorted(needed, key=lambda i: (len(i), i)))
+
+
+@lru_cache
+def partitions(index: Index) -> Mapping[tuple[Index, ...], int]:
+    """Terms of Faa di Bruno's formula for one derivative: {blocks: multiplicity}.
+
+    ``d_index sigma(z) = sum of multiplicity * sigma^(number of blocks)(z) * prod d_block z``.
+    """
+
+    def split(items: Index) -> Iterator[list[Index]]:
+        if not items:
+            yield []
+            return
+        for size in range(len(items)):
+            for rest in combinations(range(1, len(items)), size):
+                left = tuple(items[i] for i in range(1, len(items)) if i not in rest)
+                for blocks in split(left):
+                    yield [(items[0], *(items[i] for i in rest)), *blocks]
+
+    return Counter(tuple(sorted(blocks)) for blocks in split(index))
+
+
+@lru_cache
+def tanh_polynomial(order: int) -> tuple[float, ...]:
+    """Coefficients, lowest first, of the polynomial in t = tanh z that is the derivative of tanh of that order."""
+    p = np.polynomial.Polynomial([0.0, 1.0])
+    for _ in range(order):
+        p = p.deriv() * np.polynomial.Polynomial([1.0, 0.0, -1.0])
+    return tuple(float(c) for c in p.coef)
+
+
+def tanh_jets(z: Tensor, indices: Sequence[Index]) -> Tensor:
+    """Jets (K, ...) of tanh(z) from the jets (K, ...) of z, of any order, by differentiable torch operations."""
+    t = torch.tanh(z[0])
+    orders = []
+    for order in range(max(len(i) for i in indices) + 1):
+        coefficients = tanh_polynomial(order)
+        value = torch.full_like(t, coefficients[-1])
+        for c in reversed(coefficients[:-1]):
+            value = value * t + c
+        orders.append(value)
+    position = {index: k for k, index in enumerate(indices)}
+    result = [t]
+    for index in indices[1:]:
+        total: Tensor | None = None
+        for blocks, multiplicity in partitions(index).items():
+            term = multiplicity * orders[len(blocks)]
+            for block in blocks:
+                term = term * z[position[block]]
+            total = term if total is None else total + term
+        assert total is not None
+        result.append(total)
+    return torch.stack(result)
+
+
+def nested_jets(function: Callable[[Tensor], Tensor], points: Tensor, indices: Sequence[Index]) -> Tensor:
+    """Jets (K, N, outputs) of any torch function (N, d) -> (N, outputs), each row on its own, by nested autograd."""
+    points = points.detach().requires_grad_()
+    with torch.enable_grad():
+        value = function(points)
+        columns = []
+        for output in range(value.shape[1]):
+            known: dict[Index, Tensor] = {(): value[:, output]}
+            gradients: dict[Index, Tensor] = {}
+            for index in indices[1:]:
+                parent = index[:-1]
+                if parent not in gradients:
+                    lower = known[parent]
+                    gradients[parent] = (
+                        torch.autograd.grad(lower.sum(), points, create_graph=True, materialize_grads=True)[0]
+                        if lower.requires_grad
+                        else torch.zeros_like(points)
+                    )
+                known[index] = gradients[parent][:, index[-1]]
+            columns.append(torch.stack([known[i] for i in indices]))
+        return torch.stack(columns, dim=-1)
+
+
+class Evaluator(Protocol):
+    """What turns parameters into jets and adjoints of jets into gradients (see the module's text)."""
+
+    def bind(self, theta: Tensor, gradient: Tensor | None = None, active: Sequence[int] | None = None) -> None:
+        """Start an evaluation at theta (n,); gradients of the active stages (default all) are added to ``gradient``."""
+
+    def forward(self, inputs: Tensor, first: int = 0) -> Tensor:
+        """Jets (K, N, outputs) from the jets (K, N, width) that enter stage ``first``; good until the next call."""
+
+    def backward(self, adjoint: Tensor) -> None:
+        """Add the derivative of <adjoint, jets of the last forward> by theta to the gradient."""
+
+    def finish(self) -> None:
+        """Complete the gradient."""
+
+    def jets(self, theta: Tensor, inputs: Tensor, first: int = 0) -> Tensor:
+        """The same jets by differentiable torch operations."""
+
+    def prefix(self, inputs: Tensor, first: int) -> Tensor:
+        """The jets (K, N, width) that enter stage ``first``, at the bound parameters."""
+
+
+class _ByAutograd:
+    """The evaluation of :class:`Evaluator` where torch differentiates ``jets``."""
+
+    leaf: Tensor
+    gradient: Tensor | None
+    output: Tensor
+
+    def bind(self, theta: Tensor, gradient: Tensor | None = None, active: Sequence[int] | None = None) -> None:
+        """See :class:`Evaluator`; the gradient of all stages is computed."""
+        self.leaf = theta.detach().requires_grad_(gradient is not None)
+        self.gradient = gradient
+
+    def forward(self, inputs: Tensor, first: int = 0) -> Tensor:
+        """See :class:`Evaluator`."""
+        with torch.enable_grad():
+            self.output = self.jets(self.leaf, inputs, first)
+        return self.output.detach()
+
+    def backward(self, adjoint: Tensor) -> None:
+        """See :class:`Evaluator`."""
+        assert self.gradient is not None
+        self.gradient += torch.autograd.grad(self.output, self.leaf, adjoint)[0]
+
+    def finish(self) -> None:
+        """See :class:`Evaluator`."""
+
+    def jets(self, theta: Tensor, inputs: Tensor, first: int = 0) -> Tensor:
+        """See :class:`Evaluator`."""
+        raise NotImplementedError
+
+
+class TaylorJets(_ByAutograd):
+    """Taylor-mode jets of a :class:`TanhNetwork` of any order; gradients by torch autograd.
+
+    Parameters
+    ----------
+    network
+        Only its structure is used; parameters come with every evaluation.
+    offsets
+        Begin and shape of each parameter in the vector theta.
+    indices
+        Derivatives, closed as by :func:`closure`.
+    """
+
+    def __init__(
+        self, network: TanhNetwork, offsets: Mapping[str, tuple[int, torch.Size]], indices: Sequence[Index]
+    ) -> None:
+        self.stages = network.stages
+        self.offsets = offsets
+        self.indices = tuple(indices)
+
+    def view(self, theta: Tensor, name: str) -> Tensor:
+        """The parameter ``name`` in theta, sharing its memory."""
+        begin, shape = self.offsets[name]
+        return theta[begin : begin + shape.numel()].view(shape)
+
+    def affine(self, theta: Tensor, stage: Stage) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a stage, multiplied by 10 a where it has a slope a."""
+        weight, bias = self.view(theta, stage.weight), self.view(theta, stage.bias)
+        if stage.slope is None:
+            return weight, bias
+        scale = 10 * self.view(theta, stage.slope)
+        return scale * weight, scale * bias
+
+    @torch.no_grad()
+    def prefix(self, inputs: Tensor, first: int) -> Tensor:
+        """See :class:`Evaluator`."""
+        return self._propagate(self.leaf, inputs, self.stages[:first])
+
+    def jets(self, theta: Tensor, inputs: Tensor, first: int = 0) -> Tensor:
+        """Jets (K, N, outputs), differentiable by theta, from the jets that enter stage ``first``."""
+        return self._propagate(theta, inputs, self.stages[first:])
+
+    def _propagate(self, theta: Tensor, h: Tensor, stages: Sequence[Stage]) -> Tensor:
+        for stage in stages:
+            weight, bias = self.affine(theta, stage)
+            z = h @ weight.T
+            z = torch.cat((z[:1] + bias, z[1:]))
+            if stage.activation:
+                z = tanh_jets(z, self.indices)
+            h = h + z if stage.residual else z
+        return h
+
+
+
+class NestedJets(_ByAutograd):
+    """Jets of any torch module by nested reverse-mode autograd: for networks that the others do not know.
+
+    Parameters
+    ----------
+    module
+        Maps (N, inputs) to (N, outputs), each row on its own.
+    offsets
+        Begin and shape of each parameter in the vector theta.
+    indices
+        Derivatives, closed as by :func:`closure`.
+    """
+
+    def __init__(
+        self, module: nn.Module, offsets: Mapping[str, tuple[int, torch.Size]], indices: Sequence[Index]
+    ) -> None:
+        self.module = module
+        self.offsets = offsets
+        self.indices = tuple(indices)
+
+    def prefix(self, inputs: Tensor, first: int) -> Tensor:
+        """The inputs themselves: nothing is known of the inside of the module."""
+        return inputs
+
+    def jets(self, theta: Tensor, inputs: Tensor, first: int = 0) -> Tensor:
+        """Jets (K, N, outputs), differentiable by theta; ``inputs`` (K, N, d) must be plain coordinates."""
+        parameters = {n: theta[b : b + s.numel()].view(s) for n, (b, s) in self.offsets.items()}
+        function = partial(torch.func.functional_call, self.module, parameters)
+        return nested_jets(lambda x: function((x,)), inputs[0], self.indices)
+
+
+class _Buffers:
+    """Everything that one stage writes for one shape of chunk, with its slices cut once."""
+
+    def __init__(self, like: Tensor, k: int, n: int, widths: tuple[int, int], residual: bool, second: int) -> None:
+        inputs, outputs = widths
+        new = partial(torch.empty, dtype=like.dtype, device=like.device)
+        self.z = new(k, n, outputs)  # jets before the activation
+        self.zbar = new(k, n, outputs)  # their adjoint
+        self.y = new(k, n, outputs)  # jets behind the stage
+        self.hbar = new(k, n, inputs)  # adjoint of the jets that enter
+        self.s = new(n, outputs)  # 1 - tanh^2
+        self.t = new(n, outputs) if residual else self.y[0]  # tanh
+        self.q = [new(n, outputs) for _ in range(second)]  # t z_i of each second derivative (i, j)
+        self.work = new(n, outputs)
+        self.h: Tensor | None = None  # what entered, and as a matrix
+        self.h_flat = self.hbar
+        self.z_flat, self.zbar_flat = self.z.view(k * n, outputs), self.zbar.view(k * n, outputs)
+        self.hbar_flat = self.hbar.view(k * n, inputs)
+        self.zs, self.zbars, self.ys = list(self.z), list(self.zbar), list(self.y)
+        self.z_rest, self.y_rest = self.z[1:], self.y[1:]
+
+
+class FusedJets(TaylorJets):
+    r"""Second-order jets of a :class:`TanhNetwork` with a hand-written forward and backward pass.
+
+    With t = tanh z and s = 1 - t^2, the jets of tanh z are t, s z_i, s (z_ij - 2 t z_i z_j). From
+    the adjoint b of those, c_k = s b_k is the adjoint of z_ij; c_i - 2 t z_j c_ij that of z_i, twice
+    the second term where i = j; and c_0 - 2 t (sum c_k z_k - 3 t sum c_ij z_i z_j)
+    - 2 sum c_ij z_i z_j that of z.
+
+    Buffers live as long as the evaluator and serve chunk after chunk, so that they stay in the
+    cache: a forward pass is followed by its backward pass.
+
+    Raises
+    ------
+    ValueError
+        If a derivative of order above two is asked for: :class:`TaylorJets` has those.
+    """
+
+    def __init__(
+        self, network: TanhNetwork, offsets: Mapping[str, tuple[int, torch.Size]], indices: Sequence[Index]
+    ) -> None:
+        super().__init__(network, offsets, indices)
+        if max(len(i) for i in self.indices) > 2:
+            raise ValueError("hand-written jets go to second order")
+        position = {index: k for k, index in enumerate(self.indices)}
+        self.second = [(position[i], position[i[:1]], position[i[1:]]) for i in self.indices if len(i) == 2]
+        self.buffers: dict[tuple[int, int], _Buffers] = {}
+        self.active: frozenset[int] = frozenset()
+        self.last = 0, 0
+
+    @torch.no_grad()
+    def bind(self, theta: Tensor, gradient: Tensor | None = None, active: Sequence[int] | None = None) -> None:
+        """See :class:`Evaluator`."""
+        self.leaf, self.gradient = theta, gradient
+        self.bound = [self.affine(theta, stage) for stage in self.stages]
+        self.transposed = [weight.T.contiguous() for weight, _ in self.bound]
+        if gradient is None:
+            return
+        self.active = frozenset(range(len(self.stages)) if active is None else active)
+        # a slope takes part in weight and bias, so these gradients are collected apart
+        self.gradients = {
+            i: (self.view(gradient, stage.weight), self.view(gradient, stage.bias))
+            if stage.slope is None
+            else tuple(torch.zeros_like(p) for p in self.bound[i])
+            for i, stage in enumerate(self.stages)
+            if i in self.active
+        }
+
+    @torch.no_grad()
+    def prefix(self, inputs: Tensor, first: int) -> Tensor:
+        """See :class:`Evaluator`."""
+        h = inputs
+        for number in range(first):
+            h = self._stage(number, h)
+        return h.clone() if first else h
+
+    @torch.no_grad()
+    def forward(self, inputs: Tensor, first: int = 0) -> Tensor:
+        """See :class:`Evaluator`."""
+        h = inputs
+        for number in range(first, len(self.stages)):
+            h = self._stage(number, h)
+        self.last = first, inputs.shape[1]
+        return h
+
+    def _stage(self, number: int, h: Tensor) -> Tensor:
+        stage, n = self.stages[number], h.shape[1]
+        b = self.buffers.get((number, n))
+        if b is None:
+            widths = self.bound[number][0].shape[1], self.bound[number][0].shape[0]
+            b = _Buffers(h, h.shape[0], n, widths, stage.residual, len(self.second))
+            self.buffers[number, n] = b
+        if b.h is not h:
+            b.h, b.h_flat = h, h.view(-1, h.shape[2])
+        torch.mm(b.h_flat, self.transposed[number], out=b.z_flat)
+        b.zs[0].add_(self.bound[number][1])
+        if not stage.activation:
+            return b.z
+        torch.tanh(b.zs[0], out=b.t)
+        torch.mul(b.t, b.t, out=b.s).neg_().add_(1.0)
+        torch.mul(b.z_rest, b.s, out=b.y_rest)
+        for (p, i, j), q in zip(self.second, b.q, strict=True):
+            torch.mul(b.zs[i], b.t, out=q)
+            b.ys[p].addcmul_(q, b.ys[j], value=-2.0)
+        if stage.residual:
+            torch.add(h[0], b.t, out=b.ys[0])
+            b.y_rest.add_(h[1:])
+        return b.y
+
+    @torch.no_grad()
+    def backward(self, adjoint: Tensor) -> None:
+        """See :class:`Evaluator`."""
+        first, n = self.last
+        lowest = min((a for a in self.active if a >= first), default=len(self.stages))
+        ybar = adjoint
+        for number in range(len(self.stages) - 1, lowest - 1, -1):
+            stage, b = self.stages[number], self.buffers[number, n]
+            if stage.activation:
+                self._activation_adjoint(b, ybar)
+            else:
+                b.zbar.copy_(ybar)
+            if number in self.active:
+                weight, bias = self.gradients[number]
+                weight.addmm_(b.zbar_flat.T, b.h_flat)
+                bias.add_(b.zbars[0].sum(0))
+            if number > lowest:
+                torch.mm(b.zbar_flat, self.bound[number][0], out=b.hbar_flat)
+                if stage.residual:
+                    b.hbar.add_(ybar)
+                ybar = b.hbar
+
+    def _activation_adjoint(self, b: _Buffers, ybar: Tensor) -> None:
+        torch.mul(ybar, b.s, out=b.zbar)
+        c, z, work = b.zbars, b.zs, b.work
+        if len(c) > 1:
+            torch.mul(c[1], z[1], out=work)
+            for k in range(2, len(c)):
+                work.addcmul_(c[k], z[k])
+            for (p, i, j), q in zip(self.second, b.q, strict=True):
+                r = torch.mul(c[p], z[j], out=b.ys[p])  # the jets behind this stage have served
+                work.addcmul_(r, q, value=-3.0)
+                c[0].addcmul_(r, z[i], value=-2.0)
+                if i == j:
+                    c[i].addcmul_(c[p], q, value=-4.0)
+                else:
+                    c[j].addcmul_(c[p], q, value=-2.0)
+                    c[i].addcmul_(r, b.t, value=-2.0)
+            c[0].addcmul_(work, b.t, value=-2.0)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """See :class:`Evaluator`."""
+        assert self.gradient is not None
+        for number, (weight, bias) in self.gradients.items():
+            stage = self.stages[number]
+            if stage.slope is None:
+                continue
+            # the stage is h (c W)^T + c b with c = 10 a
+            scale = 10 * self.view(self.leaf, stage.slope)
+            own_weight, own_bias = self.view(self.leaf, stage.weight), self.view(self.leaf, stage.bias)
+            by_scale = torch.sum(weight * own_weight) + torch.dot(bias, own_bias)
+            self.view(self.gradient, stage.weight).add_(weight * scale)
+            self.view(self.gradient, stage.bias).add_(bias * scale)
+            self.view(self.gradient, stage.slope).add_(10 * by_scale)
+
+
+def evaluator(
+    module: nn.Module, offsets: Mapping[str, tuple[int, torch.Size]], indices: Sequence[Index]
+) -> Evaluator:
+    """The fastest evaluator that knows the module and the derivatives."""
+    if not isinstance(module, TanhNetwork):
+        return NestedJets(module, offsets, indices)
+    if max(len(i) for i in indices) > 2:
+        return TaylorJets(module, offsets, indices)
+    return FusedJets(module, offsets, indices)

@@ -1,0 +1,169 @@
+"""Objectives: losses of distributed parameter vectors, with their samples split over the ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from petsc4py import PETSc
+from torch import Tensor
+
+from .layout import ParameterLayout
+from .loss import Loss
+from .parallel import Interrupted, StopRequest, split
+from .work import WorkCounter
+
+
+class Objective:
+    """A loss as a function of a distributed parameter vector; everything here is collective on ``comm``.
+
+    The same numbers come out on any number of ranks, to rounding; non-finite ones are returned.
+
+    Parameters
+    ----------
+    loss
+        The whole loss; every rank passes the same and works on its share of the samples.
+    layout
+        Distribution of the parameters; its communicator is the objective's.
+    stop
+        Asked at every evaluation on several ranks: all of them raise
+        :class:`ddml.parallel.Interrupted` together once one got a signal.
+    blocks
+        0: each rank sums over its samples. Otherwise the samples are cut into this many blocks
+        and the blocks' gradients are summed in their order, so that loss and gradient are the
+        same to the last bit on any number of ranks; costs blocks * n numbers of communication.
+
+    Attributes
+    ----------
+    work : WorkCounter
+    """
+
+    def __init__(
+        self, loss: Loss, layout: ParameterLayout, stop: StopRequest | None = None, blocks: int = 0
+    ) -> None:
+        self.loss = loss
+        self.layout = layout
+        self.comm = layout.comm
+        self.stop = stop
+        self.work = WorkCounter()
+        self.blocks = blocks
+        self.samples = split(blocks or loss.count, self.comm.size)
+        begin, end = self.samples[self.comm.rank], self.samples[self.comm.rank + 1]
+        edges = split(loss.count, blocks) if blocks else []
+        self.parts = [loss.part(edges[i], edges[i + 1]) for i in range(begin, end)] if blocks else [loss.part(begin, end)]
+        rows = max(len(self.parts), 1)
+        self._gradient = torch.zeros(rows, loss.size, dtype=loss.dtype, device=loss.device)
+        self._events = {name: PETSc.Log.Event(f"ddml {name}") for name in ("loss", "gradient", "product")}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} of {self.loss.count} samples on {self.comm.size} ranks\n{self.layout!r}"
+
+    def parameters(self, x: PETSc.Vec) -> Tensor:
+        """All parameters at x in the loss's precision, on its device; x's own memory where that is possible."""
+        return self.layout.gather(x).to(device=self.loss.device, dtype=self.loss.dtype)
+
+    def value(self, x: PETSc.Vec) -> float:
+        """The loss at x."""
+        with self._events["loss"]:
+            theta = self.parameters(x)
+            self.work.add(self.loss.charge(gradient=False), losses=1)
+            return self._sum([part.value(theta) for part in self.parts])
+
+    def value_gradient(self, x: PETSc.Vec, g: PETSc.Vec) -> float:
+        """The loss at x; its gradient is written to g."""
+        with self._events["gradient"]:
+            theta = self.parameters(x)
+            self.work.add(self.loss.charge(), gradients=1)
+            self._gradient.zero_()
+            values = [p.value_gradient(theta, row) for p, row in zip(self.parts, self._gradient, strict=False)]
+            value = self._sum(values)
+            self._reduce(g)
+            return value
+
+    def gradient(self, x: PETSc.Vec, g: PETSc.Vec) -> None:
+        """The gradient at x, written to g."""
+        self.value_gradient(x, g)
+
+    def hessian_product(self, x: PETSc.Vec, direction: PETSc.Vec, product: PETSc.Vec) -> None:
+        """The Hessian at x times ``direction``, written to ``product``."""
+        with self._events["product"]:
+            theta = self.parameters(x).clone()  # the second gather may use the same buffer
+            v = self.parameters(direction)
+            self.work.add(2 * self.loss.charge(), products=1)
+            self._gradient.zero_()
+            for part, row in zip(self.parts, self._gradient, strict=False):
+                part.hessian_product(theta, v, row)
+            self._reduce(product)
+
+    def initial(self, x: PETSc.Vec) -> None:
+        """Write the initial parameters to x."""
+        begin, end = self.layout.ranges[self.comm.rank], self.layout.ranges[self.comm.rank + 1]
+        with x as array:
+            array[:] = self.loss.initial()[begin:end].to(torch.float64).cpu().numpy()
+
+    def _sum(self, values: list[float]) -> float:
+        """The sum over all parts of all ranks; also where a request to stop is noticed."""
+        stopped = self.stop is not None and self.stop.requested
+        if self.comm.size == 1:
+            if stopped:
+                raise Interrupted
+            return sum(values, 0.0)
+        if self.blocks:
+            gathered = self.comm.allgather((values, stopped))
+            total, stopped = sum((v for rank in gathered for v in rank[0]), 0.0), any(rank[1] for rank in gathered)
+        else:
+            pair = np.array([sum(values, 0.0), float(stopped)])
+            self.comm.Allreduce(MPI.IN_PLACE, pair)
+            total, stopped = float(pair[0]), pair[1] > 0
+        if stopped:
+            raise Interrupted
+        return total
+
+    def _reduce(self, g: PETSc.Vec) -> None:
+        rows = self._gradient.to(dtype=torch.float64, device="cpu")
+        if not self.blocks:
+            self.layout.reduce(rows[0], g)
+            return
+        # every rank sends each other rank the columns that it owns, for all its blocks
+        n, counts, comm = self.layout.size, self.layout.counts, self.comm
+        mine = rows[: len(self.parts)]
+        columns = np.split(mine.numpy(), np.cumsum(counts)[:-1], axis=1) if n else []
+        received = comm.alltoall([np.ascontiguousarray(c) for c in columns])
+        with g as array:
+            array[:] = 0.0
+            for block in received:
+                for row in block:
+                    array += row
+
+    def attach(self, tao: PETSc.TAO) -> None:
+        """Give this objective to a TAO solver: value, gradient, Hessian products, and itself as context."""
+        tao.setObjective(lambda _, x: self.value(x))
+        tao.setGradient(lambda _, x, g: self.gradient(x, g), None)
+        tao.setObjectiveGradient(lambda _, x, g: self.value_gradient(x, g), None)
+        tao.setAppCtx(self)
+
+    def hessian(self) -> PETSc.Mat:
+        """A shell matrix that multiplies by the Hessian at the point of its context; the caller destroys it."""
+        local = int(self.layout.counts[self.comm.rank])
+        return PETSc.Mat().createPython(((local, self.size), (local, self.size)), _Hessian(self), comm=self.comm)
+
+    @property
+    def size(self) -> int:
+        """n, the number of parameters."""
+        return self.layout.size
+
+
+class _Hessian:
+    """Python context of the Hessian matrix."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self.point: PETSc.Vec | None = None
+
+    def mult(self, mat: PETSc.Mat, x: PETSc.Vec, y: PETSc.Vec) -> None:
+        self.objective.hessian_product(self.point, x, y)
+
+    def destroy(self, mat: Any) -> None:
+        self.point = None

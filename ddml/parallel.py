@@ -1,0 +1,68 @@
+"""Small collective helpers: splitting ranges over ranks, agreeing on errors, stopping on signals."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from mpi4py import MPI
+
+from .errors import InputError
+
+
+def split(count: int, parts: int) -> list[int]:
+    """Boundaries (parts + 1) of ``parts`` contiguous ranges of ``range(count)``, sizes differing by at most one."""
+    return [count * i // parts for i in range(parts + 1)]
+
+
+@contextmanager
+def agreed(comm: MPI.Comm) -> Iterator[None]:
+    """Run a block without collective calls; an exception on one rank becomes the same exception on all.
+
+    Collective on ``comm``. An :class:`InputError` stays one; anything else that another rank
+    raised appears as a RuntimeError with its text, its own rank keeps the original as the cause.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as e:
+        error = e
+    texts = comm.allgather(None if error is None else (isinstance(error, InputError), f"{error}", type(error).__name__))
+    failed = next((rank for rank, text in enumerate(texts) if text is not None), None)
+    if failed is None:
+        return
+    if isinstance(error, InputError) and failed == comm.rank:
+        raise error
+    ours, text, kind = texts[failed]
+    if ours:
+        raise InputError(text) from error
+    raise RuntimeError(f"{kind} on rank {failed}: {text}") from error
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; raised on every rank of the communicator that noticed it together."""
+
+
+class StopRequest:
+    """Remembers SIGTERM and SIGUSR1, so that evaluations can stop a run on all ranks together.
+
+    The handlers are installed by :meth:`listen`, and only there: importing ddml changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def listen(self) -> None:
+        """Install the handlers in this process."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+    def check(self, comm: MPI.Comm) -> None:
+        """Raise :class:`Interrupted` on all ranks of ``comm`` if any of them was asked to stop. Collective."""
+        if comm.allreduce(self.requested, MPI.LOR):
+            raise Interrupted

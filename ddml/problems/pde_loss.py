@@ -1,0 +1,369 @@
+"""The loss of a PDE problem and a network: residuals of network jets, chunk by chunk of points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..loss import parameter_table
+from ..networks.jets import Index, closure, evaluator, nested_jets
+from ..networks.tanh import TanhNetwork
+from ..residual import ResidualLoss
+from .fields import Field
+from .pde import PDE, Array, Term
+
+
+@dataclass(frozen=True)
+class _Points:
+    """Some points of one term and what does not change at them."""
+
+    term: int
+    scale: float  # of the squared residual
+    inputs: Tensor  # (K, N, G, embedded) jets of what the network is given
+    coordinates: Tensor  # (d, N)
+    data: dict[str, Tensor]  # (N,) each
+    lift: Tensor | None  # (K, N, G, F)
+    mix: Tensor | None  # (K, K, N, G, F): jets of factor * network from jets of the network
+
+    def __len__(self) -> int:
+        return self.inputs.shape[1]
+
+    def rows(self, index: slice | Tensor) -> _Points:
+        """Some of these points, as contiguous arrays."""
+        return replace(
+            self,
+            inputs=self.inputs[:, index].contiguous(),
+            coordinates=self.coordinates[:, index].contiguous(),
+            data={name: values[index].contiguous() for name, values in self.data.items()},
+            lift=None if self.lift is None else self.lift[:, index].contiguous(),
+            mix=None if self.mix is None else self.mix[:, :, index].contiguous(),
+        )
+
+    def chunks(self, size: int) -> list[_Points]:
+        """These points in pieces of nearly equal length of at most ``size`` network evaluations."""
+        pieces = max(-(-len(self) * self.inputs.shape[2] // size), 1)
+        edges = [len(self) * i // pieces for i in range(pieces + 1)]
+        return [self.rows(slice(a, b)) for a, b in zip(edges, edges[1:], strict=False) if b > a]
+
+
+class PDELoss(ResidualLoss):
+    """Sum over the terms of a problem of weight * mean over points of the squared residual.
+
+    Parameters
+    ----------
+    problem
+        What to solve.
+    network
+        Any torch module (N, inputs) -> (N, fields), a :class:`ddml.networks.tanh.TanhNetwork` for speed.
+    points
+        Interior points.
+    dtype, device
+        Of everything that torch computes.
+    chunk
+        Points that go through the network at a time.
+
+    The parameters are the network's and behind them the problem's coefficients, which belong to
+    the last layer. Samples are numbered term by term.
+
+    Raises
+    ------
+    InputError
+        If a residual raises, asks for a derivative that does not exist or has the wrong shape;
+        if there are no points.
+    """
+
+    def __init__(
+        self,
+        problem: PDE,
+        network: nn.Module,
+        points: int,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+        chunk: int = 1024,
+    ) -> None:
+        problem.check()
+        if points < 1:
+            raise InputError(f"the number of points must be 1 or more, got {points}")
+        self.problem, self.network = problem, network.to(dtype=dtype, device=device)
+        self.dtype, self.device, self.chunk = dtype, torch.device(device), chunk
+        named = [(name, p.shape) for name, p in network.named_parameters()]
+        self.coefficients = tuple(problem.coefficients)
+        table = parameter_table([*named, *((f"coefficients.{name}", ()) for name in self.coefficients)])
+        self.parameters = table
+        self.offsets = {p.name: (p.offset, torch.Size(p.shape)) for p in table[: len(named)]}
+        self.tail = slice(table[len(named)].offset if self.coefficients else table[-1].range.stop, table[-1].range.stop)
+        self._layers()
+        self.problem_terms = list(problem.terms())
+        sets = [problem.points(term, points) for term in self.problem_terms]
+        asked = set[Index]().union(*(self._dry_run(t, *points) for t, points in zip(self.problem_terms, sets, strict=True)))
+        self.indices = closure(asked)
+        self.position = {index: k for k, index in enumerate(self.indices)}
+        self.evaluator = evaluator(network, self.offsets, self.indices)
+        self.plain = evaluator(network, self.offsets, ((),))
+        self.sets = [
+            self._points(i, term.weight / len(x), x, data)
+            for i, (term, (x, data)) in enumerate(zip(self.problem_terms, sets, strict=True))
+        ]
+        self._finish()
+
+    def _finish(self) -> None:
+        self.count = sum(len(s) for s in self.sets)
+        self.chunks = [c for s in self.sets for c in s.chunks(self.chunk)]
+
+    def _layers(self) -> None:
+        numbers = {p.name: i for i, p in enumerate(self.parameters)}
+        if isinstance(self.network, TanhNetwork):
+            groups = [[numbers[name] for name in layer] for layer in self.network.layers]
+            stage_of = {name: i for i, s in enumerate(self.network.stages) for name in (s.weight, s.bias, s.slope) if name}
+            self.layer_stages = [sorted({stage_of[n] for n in layer}) for layer in self.network.layers]
+            # a product with the weights, and about 15 operations a neuron in the activation (our estimate)
+            cost = [self.offsets[s.weight][1].numel() + 15 * self.offsets[s.weight][1][0] for s in self.network.stages]
+            self.costs = tuple(float(sum(cost[i] for i in stages)) for stages in self.layer_stages)
+        else:
+            leaves: dict[str, list[int]] = {}
+            for name, number in list(numbers.items())[: len(self.offsets)]:
+                leaves.setdefault(name.rpartition(".")[0], []).append(number)
+            groups = list(leaves.values())
+            self.layer_stages = []
+            self.costs = tuple(float(sum(self.parameters[i].size for i in g)) for g in groups)
+        groups[-1] = groups[-1] + list(range(len(self.offsets), len(self.parameters)))
+        self.layers = tuple(tuple(g) for g in groups)
+
+    def _dry_run(self, term: Term, x: Array, data: dict[str, Array]) -> set[Index]:
+        """The derivatives that a term asks for; also checks the user's code on a few points."""
+        asked: set[Index] = set()
+        probe = torch.as_tensor(x[:3], dtype=self.dtype, device=self.device)
+        count = len(probe)
+
+        def get(index: Index, f: int, side: int) -> Tensor:
+            asked.add(index)
+            return torch.full((count,), 0.5, dtype=self.dtype, device=self.device)
+
+        values = {name: torch.as_tensor(v[:3], dtype=self.dtype, device=self.device) for name, v in data.items()}
+        coefficients = [torch.tensor(v, dtype=self.dtype) for v in self.problem.coefficients.values()]
+        self._residual(term, get, probe[:, 0].T, values, coefficients, count, probe.shape[1] == 2)
+        return asked
+
+    def _residual(
+        self,
+        term: Term,
+        get: Callable[..., Tensor],
+        coordinates: Tensor,
+        data: dict[str, Tensor],
+        coefficients: Sequence[Tensor],
+        count: int,
+        pair: bool,
+    ) -> list[Tensor]:
+        letters, fields = list(self.problem.domain), []
+        for f, name in enumerate(self.problem.fields):
+            far = Field(name, letters, partial(get, f=f, side=1)) if pair else None
+            fields.append(Field(name, letters, partial(get, f=f, side=0), far))
+        named = dict(zip(self.coefficients, coefficients, strict=True))
+        try:
+            result = term.residual(*fields, *coordinates, **named, **data)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"term {term.label} raised {type(error).__name__}: {error}") from error
+        pieces = list(result) if isinstance(result, tuple | list) else [result]
+        pieces = [p.value if isinstance(p, Field) else p for p in pieces]
+        for piece in pieces:
+            if not isinstance(piece, Tensor) or piece.shape != (count,):
+                got = tuple(piece.shape) if isinstance(piece, Tensor) else type(piece).__name__
+                raise InputError(f"term {term.label} must give one number a point, shape ({count},), got {got}")
+        return pieces
+
+    def _points(self, term: int, scale: float, x: Array, data: dict[str, Array]) -> _Points:
+        count, sides, dimension = x.shape
+        points = torch.as_tensor(x.reshape(-1, dimension), dtype=self.dtype, device=self.device)
+        fields = len(self.problem.fields)
+
+        def of(function: Callable[..., Any], width: int | None) -> Callable[[Tensor], Tensor]:
+            def columns(p: Tensor) -> Tensor:
+                value = function(*p.T)
+                parts = list(value) if isinstance(value, tuple | list) else [value]
+                parts = parts * width if width and len(parts) == 1 else parts
+                if any(not isinstance(v, Tensor) or v.shape != p.shape[:1] for v in parts) or width not in (None, len(parts)):
+                    raise InputError(f"{function.__name__} must give tensors ({len(p)},), one for all fields or one each")
+                return torch.stack(parts, dim=1)
+
+            return columns
+
+        shape = (len(self.indices), count, sides, -1)
+        inputs = nested_jets(of(self.problem.embed, None), points, self.indices).detach().reshape(shape)
+        lift = mix = None
+        if type(self.problem).lift is not PDE.lift:
+            lift = nested_jets(of(self.problem.lift, fields), points, self.indices).detach().reshape(shape)
+        if type(self.problem).factor is not PDE.factor:
+            factor = nested_jets(of(self.problem.factor, fields), points, self.indices).detach().reshape(shape)
+            mix = self._leibniz(factor)
+        values = {n: torch.as_tensor(v, dtype=self.dtype, device=self.device) for n, v in data.items()}
+        coordinates = points.reshape(count, sides, dimension)[:, 0].T.contiguous()
+        return _Points(term, scale, inputs, coordinates, values, lift, mix)
+
+    def _leibniz(self, factor: Tensor) -> Tensor:
+        """The product rule: d_i (l N) = sum over parts j of i of d_(i without j) l d_j N."""
+        mix = torch.zeros((len(self.indices), *factor.shape), dtype=self.dtype, device=self.device)
+        for k, index in enumerate(self.indices):
+            places = range(len(index))
+            for order in range(len(index) + 1):
+                for chosen in combinations(places, order):
+                    inner = tuple(index[i] for i in chosen)
+                    outer = tuple(index[i] for i in places if i not in chosen)
+                    mix[k, self.position[inner]] += factor[self.position[outer]]
+        return mix
+
+    def _with(self, sets: list[_Points]) -> PDELoss:
+        other = object.__new__(PDELoss)
+        other.__dict__.update(self.__dict__, sets=sets)
+        other.evaluator = evaluator(self.network, self.offsets, self.indices)
+        other._finish()
+        return other
+
+    def part(self, begin: int, end: int) -> PDELoss:
+        """See :meth:`ddml.loss.Loss.part`."""
+        sets, start = [], 0
+        for s in self.sets:
+            a, b = max(begin - start, 0), min(end - start, len(s))
+            if b > a:
+                sets.append(s.rows(slice(a, b)))
+            start += len(s)
+        return self._with(sets)
+
+    def sampled(self, rows: Tensor) -> PDELoss:
+        """See :meth:`ddml.loss.Loss.sampled`; each term is the mean over its own chosen points."""
+        sets, start = [], 0
+        for s in self.sets:
+            chosen = rows[(rows >= start) & (rows < start + len(s))] - start
+            if len(chosen):
+                sets.append(replace(s.rows(chosen), scale=self.problem_terms[s.term].weight / len(chosen)))
+            start += len(s)
+        return self._with(sets)
+
+    def initial(self) -> Tensor:
+        """The network's parameters and the coefficients' initial values."""
+        values = [p.detach().reshape(-1) for p in self.network.parameters()]
+        coefficients = torch.tensor(list(self.problem.coefficients.values()), dtype=self.dtype, device=self.device)
+        return torch.cat([*values, coefficients])
+
+    def residual_count(self) -> int:
+        """m, the length of r."""
+        theta = self.initial()
+        return sum(len(r) for r in self.residuals(theta))
+
+    def _first_stage(self, kept: Any) -> int:
+        return 0 if kept is None else int(kept[0])
+
+    def prefix(self, theta: Tensor, first: int) -> Any:
+        """The jets that enter a layer, per chunk; None for networks of unknown structure."""
+        if not self.layer_stages or self.layer_stages[first][0] == 0:
+            return None
+        stage = self.layer_stages[first][0]
+        self.evaluator.bind(theta)
+        return stage, [self.evaluator.prefix(c.inputs.flatten(1, 2), stage) for c in self.chunks]
+
+    def _inputs(self, kept: Any) -> Iterator[tuple[_Points, Tensor]]:
+        if kept is None:
+            return ((c, c.inputs.flatten(1, 2)) for c in self.chunks)
+        return zip(self.chunks, kept[1], strict=True)
+
+    def _transformed(self, chunk: _Points, jets: Tensor) -> Tensor:
+        """Jets (K, N, G, F) of the fields from those of the network (K, N * G, F)."""
+        jets = jets.view(len(self.indices), *chunk.inputs.shape[1:3], -1)
+        if chunk.mix is not None:
+            jets = (chunk.mix * jets).sum(1)
+        return jets if chunk.lift is None else jets + chunk.lift
+
+    def residuals(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
+        """See :meth:`ddml.residual.ResidualLoss.residuals`."""
+        coefficients = list(theta[self.tail])
+        first = self._first_stage(kept)
+        for chunk, inputs in self._inputs(kept):
+            fields = self._transformed(chunk, self.evaluator.jets(theta, inputs, first))
+            for r in self._chunk_residual(chunk, fields, coefficients):
+                yield chunk.scale**0.5 * r
+
+    def _chunk_residual(self, chunk: _Points, fields: Tensor, coefficients: Sequence[Tensor]) -> list[Tensor]:
+        def get(index: Index, f: int, side: int) -> Tensor:
+            return fields[self.position[index], :, side, f]
+
+        return self._residual(
+            self.problem_terms[chunk.term], get, chunk.coordinates, chunk.data, coefficients,
+            len(chunk), chunk.inputs.shape[2] == 2,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def value(self, theta: Tensor, kept: Any = None) -> float:
+        """The loss at theta."""
+        total, first, coefficients = 0.0, self._first_stage(kept), list(theta[self.tail])
+        self.evaluator.bind(theta)
+        for chunk, inputs in self._inputs(kept):
+            fields = self._transformed(chunk, self.evaluator.forward(inputs, first))
+            total += chunk.scale * sum(float((r * r).sum()) for r in self._chunk_residual(chunk, fields, coefficients))
+        return total
+
+    def value_gradient(
+        self, theta: Tensor, gradient: Tensor, kept: Any = None, active: frozenset[int] | None = None
+    ) -> float:
+        """See :meth:`ddml.loss.Loss.value_gradient`: only the residuals go through autograd."""
+        total, first = 0.0, self._first_stage(kept)
+        stages = None if active is None or not self.layer_stages else [s for i in active for s in self.layer_stages[i]]
+        coefficients = [c.detach().requires_grad_() for c in theta[self.tail]]
+        self.evaluator.bind(theta, gradient, stages)
+        for chunk, inputs in self._inputs(kept):
+            fields = self._transformed(chunk, self.evaluator.forward(inputs, first))
+            leaves: dict[tuple[Index, int, int], Tensor] = {}
+
+            def get(index: Index, f: int, side: int, fields: Tensor = fields, leaves: Any = leaves) -> Tensor:
+                key = index, f, side
+                if key not in leaves:
+                    leaves[key] = fields[self.position[index], :, side, f].detach().requires_grad_()
+                return leaves[key]
+
+            pieces = self._residual(
+                self.problem_terms[chunk.term], get, chunk.coordinates, chunk.data, coefficients,
+                len(chunk), chunk.inputs.shape[2] == 2,
+            )  # fmt: skip
+            loss = chunk.scale * sum((r.square().sum() for r in pieces[1:]), pieces[0].square().sum())
+            total += float(loss.detach())
+            wanted = [*leaves.values(), *coefficients]
+            if not loss.requires_grad:
+                continue
+            gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+            adjoint = torch.zeros_like(fields)
+            for (index, f, side), g in zip(leaves, gradients, strict=False):
+                if g is not None:
+                    adjoint[self.position[index], :, side, f] = g
+            for k, g in enumerate(gradients[len(leaves) :]):
+                if g is not None:
+                    gradient[self.tail.start + k] += g
+            if chunk.mix is not None:
+                adjoint = (chunk.mix * adjoint.unsqueeze(1)).sum(0)
+            self.evaluator.backward(adjoint.view(len(self.indices), -1, adjoint.shape[-1]))
+        self.evaluator.finish()
+        return total
+
+    @torch.no_grad()
+    def fields(self, theta: Tensor, points: Array) -> Array:
+        """The fields (N, F) at points (N, d)."""
+        x = torch.as_tensor(np.asarray(points), dtype=self.dtype, device=self.device)
+        self.plain.bind(theta)
+        result = []
+        for piece in x.split(4 * self.chunk):
+            columns = list(piece.T)
+            inputs = torch.stack(tuple(self.problem.embed(*columns)), dim=1)
+            value = self.plain.forward(inputs[None])[0]
+            for function, combine in ((self.problem.factor, torch.mul), (self.problem.lift, torch.add)):
+                term = function(*columns)
+                term = torch.stack(term, dim=1) if isinstance(term, tuple) else term[:, None]
+                value = combine(value, term)
+            result.append(value.to(torch.float64).cpu().clone())
+        return np.asarray(torch.cat(result).numpy())

@@ -1,0 +1,110 @@
+"""Losses that are sums of squares of residuals, and their objectives: what Gauss-Newton methods need."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from petsc4py import PETSc
+from torch import Tensor
+
+from .loss import Loss
+from .objective import Objective
+
+
+class ResidualLoss(Loss):
+    """A loss |r(theta)|^2 with r in R^m; weights are part of r."""
+
+    @abstractmethod
+    def residuals(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
+        """Pieces of r, one-dimensional and differentiable by theta, one per chunk of samples."""
+
+    @abstractmethod
+    def residual_count(self) -> int:
+        """m, the length of r."""
+
+    def terms(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
+        """See :meth:`ddml.loss.Loss.terms`."""
+        return ((r * r).sum() for r in self.residuals(theta, kept))
+
+    @torch.no_grad()
+    def residual(self, theta: Tensor) -> Tensor:
+        """r (m,)."""
+        return self._joined([r.detach() for r in self.residuals(theta)])
+
+    def jacobian_product(self, theta: Tensor, direction: Tensor) -> Tensor:
+        """J v (m,) for a direction v (n,), by differentiating J^T w by w."""
+        leaf = theta.detach().requires_grad_()
+        pieces = []
+        for r in self.residuals(leaf):
+            w = torch.zeros_like(r, requires_grad=True)
+            transposed = torch.autograd.grad(r, leaf, w, create_graph=True)[0]
+            pieces.append(torch.autograd.grad(transposed, w, direction)[0])
+        return self._joined(pieces)
+
+    def jacobian_transpose_product(self, theta: Tensor, weights: Tensor, product: Tensor) -> None:
+        """Add J^T w for w (m,) to ``product`` (n,)."""
+        leaf = theta.detach().requires_grad_()
+        begin = 0
+        for r in self.residuals(leaf):
+            product += torch.autograd.grad(r, leaf, weights[begin : begin + len(r)])[0]
+            begin += len(r)
+
+    def _joined(self, pieces: list[Tensor]) -> Tensor:
+        return torch.cat(pieces) if pieces else torch.zeros(0, dtype=self.dtype, device=self.device)
+
+
+class ResidualObjective(Objective):
+    """An objective that also gives r, J v and J^T w; all collective.
+
+    Residual vectors are PETSc vectors of m entries; each rank owns those of its samples.
+    """
+
+    loss: ResidualLoss
+
+    def residual_vector(self) -> PETSc.Vec:
+        """A new zero vector for residuals; the caller destroys it."""
+        local = sum(self._part(i).residual_count() for i in range(len(self.parts)))
+        vec = PETSc.Vec().createMPI((local, PETSc.DETERMINE), comm=self.comm)
+        vec.set(0.0)
+        return vec
+
+    def _part(self, number: int) -> ResidualLoss:
+        part = self.parts[number]
+        assert isinstance(part, ResidualLoss)
+        return part
+
+    def residual(self, x: PETSc.Vec, r: PETSc.Vec) -> None:
+        """Write r at x; charged as a loss."""
+        theta = self.parameters(x)
+        self.work.add(self.loss.charge(gradient=False), losses=1)
+        self._write(r, [self._part(i).residual(theta) for i in range(len(self.parts))])
+
+    def jacobian_product(self, x: PETSc.Vec, direction: PETSc.Vec, product: PETSc.Vec) -> None:
+        """Write J(x) v to ``product``; charged as a gradient."""
+        theta = self.parameters(x).clone()
+        v = self.parameters(direction)
+        self.work.add(self.loss.charge(), products=1)
+        self._write(product, [self._part(i).jacobian_product(theta, v) for i in range(len(self.parts))])
+
+    def jacobian_transpose_product(self, x: PETSc.Vec, weights: PETSc.Vec, product: PETSc.Vec) -> None:
+        """Write J(x)^T w to ``product``; charged as a gradient."""
+        theta = self.parameters(x)
+        self.work.add(self.loss.charge(), products=1)
+        w = torch.from_numpy(np.array(weights.array_r)).to(device=self.loss.device, dtype=self.loss.dtype)
+        self._gradient.zero_()
+        begin = 0
+        for i, row in zip(range(len(self.parts)), self._gradient, strict=False):
+            end = begin + self._part(i).residual_count()
+            self._part(i).jacobian_transpose_product(theta, w[begin:end], row)
+            begin = end
+        self._reduce(product)
+
+    @staticmethod
+    def _write(vec: PETSc.Vec, pieces: list[Tensor]) -> None:
+        with vec as array:
+            if pieces:
+                array[:] = torch.cat(pieces).to(dtype=torch.float64, device="cpu").numpy()

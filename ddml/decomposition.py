@@ -74,11 +74,22 @@ class Subdomains:
         elif balance != "layers":
             raise InputError(f"balance must be 'layers' or 'cost', got '{balance}'")
         groups = [range(max(a - overlap, 0), min(b + overlap, depth)) for a, b in pairwise(edges)]
+        return cls.of_layers(loss, groups, [range(a, b) for a, b in pairwise(edges)])
+
+    @classmethod
+    def of_layers(
+        cls, loss: Loss, groups: Sequence[Sequence[int]], cores: Sequence[Sequence[int]] | None = None
+    ) -> Subdomains:
+        """Given groups of layers, and the same without overlap."""
+
+        def entries(layers: Sequence[int]) -> tuple[slice, ...]:
+            return _ranges(loss, [k for i in layers for k in loss.layers[i]])
+
         return cls(
             loss.size,
-            tuple(_ranges(loss, [k for i in g for k in loss.layers[i]]) for g in groups),
-            tuple(_ranges(loss, [k for i in range(a, b) for k in loss.layers[i]]) for a, b in pairwise(edges)),
-            tuple(_layer_charge(loss, g.start, g.stop) for g in groups),
+            tuple(entries(g) for g in groups),
+            tuple(entries(g) for g in (groups if cores is None else cores)),
+            tuple(_restricted_charge(loss, frozenset(g)) for g in groups),
         )
 
     @classmethod
@@ -103,12 +114,12 @@ class Subdomains:
 
     @cached_property
     def weights(self) -> NDArray[np.float64]:
-        """1 / (number of subdomains that hold an entry), for every entry (n,)."""
+        """1 / (number of subdomains that hold an entry), for every entry (n,); 1 where none does."""
         held = np.zeros(self.size)
         for ranges in self.ranges:
             for r in ranges:
                 held[r] += 1
-        return 1 / held
+        return 1 / np.maximum(held, 1)
 
     def assignment(self, ranks: int) -> list[list[int]]:
         """Subdomains of each of ``ranks`` ranks, consecutive, the largest sum of costs as small as possible.
@@ -166,7 +177,8 @@ def _ranges(loss: Loss, numbers: Sequence[int]) -> tuple[slice, ...]:
 
 
 def _restricted_charge(loss: Loss, active: frozenset[int]) -> float:
-    return loss.charge(min(active), active) / loss.charge()
+    first = min(active)
+    return loss.charge(first if loss.keeps(first) else 0, active)
 
 
 def _layer_charge(loss: Loss, begin: int, end: int) -> float:

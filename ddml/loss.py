@@ -59,8 +59,6 @@ class Loss(ABC):
         Relative cost of one forward pass through each layer, see :mod:`ddml.work`.
     count : int
         Number of samples.
-    scale : float
-        The fraction of the whole data set that these samples are, in work units.
     """
 
     parameters: tuple[Parameter, ...]
@@ -92,8 +90,12 @@ class Loss(ABC):
         """Scalars that sum to the loss, differentiable by theta, one per chunk of samples."""
 
     def prefix(self, theta: Tensor, first: int) -> Any:
-        """What enters layer ``first`` for all samples; None where it cannot be kept."""
+        """What enters layer ``first`` for all samples; None where :meth:`keeps` says no."""
         return None
+
+    def keeps(self, first: int) -> bool:
+        """Whether what enters layer ``first`` can be kept by :meth:`prefix`."""
+        return False
 
     @torch.no_grad()
     def value(self, theta: Tensor, kept: Any = None) -> float:
@@ -159,7 +161,7 @@ class RestrictedLoss(Loss):
     def freeze(self, theta: Tensor) -> None:
         """Freeze all parameters at theta (n of the whole loss,) and keep what enters the subdomain."""
         self.full.copy_(theta)
-        self.kept = self.loss.prefix(self.full, self.first) if self.first > 0 else None
+        self.kept = self.loss.prefix(self.full, self.first)
 
     def take(self, theta: Tensor, ranges: Sequence[slice] | None = None) -> Tensor:
         """The entries of a full vector that lie in ``ranges`` (default: the subdomain's), as a copy."""
@@ -212,11 +214,12 @@ class RestrictedLoss(Loss):
 
     def charge(self, first: int = 0, active: frozenset[int] | None = None, gradient: bool = True) -> float:
         """Work units of one evaluation behind the kept prefix."""
-        return self.loss.charge(self.first if self.kept is not None else 0, self.active | self.also, gradient)
+        first = self.first if self.loss.keeps(self.first) else 0
+        return self.loss.charge(first, self.active | self.also, gradient)
 
     def prefix_charge(self) -> float:
         """Work units of :meth:`freeze`."""
-        return 1 / 3 - self.loss.charge(self.first, gradient=False) if self.kept is not None else 0.0
+        return 1 / 3 - self.loss.charge(self.first, gradient=False) if self.loss.keeps(self.first) else 0.0
 
 
 class ModuleLoss(Loss):
@@ -307,12 +310,16 @@ class ModuleLoss(Loss):
             x = torch.func.functional_call(self.stages[number], own, (x,))
         return x
 
+    def keeps(self, first: int) -> bool:
+        """See :meth:`Loss.keeps`."""
+        return self.layer_stage[first] > 0
+
     @torch.no_grad()
     def prefix(self, theta: Tensor, first: int) -> Any:
         """What enters layer ``first`` of a sequential module, per batch; None for other modules."""
-        stage = self.layer_stage[first]
-        if stage == 0:
+        if not self.keeps(first):
             return None
+        stage = self.layer_stage[first]
         views = self._views(theta)
         return stage, [self._forward(views, x, 0, stage) for x in self.inputs.split(self.batch)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,31 +35,44 @@ class Objective:
         0: each rank sums over its samples. Otherwise the samples are cut into this many blocks
         and the blocks' gradients are summed in their order, so that loss and gradient are the
         same to the last bit on any number of ranks; costs blocks * n numbers of communication.
+    parts
+        This rank's share of the loss, if it has been cut already.
 
     Attributes
     ----------
     work : WorkCounter
+    fraction : float
+        Samples of this objective over those of the whole data set, in work units.
     """
 
     def __init__(
-        self, loss: Loss, layout: ParameterLayout, stop: StopRequest | None = None, blocks: int = 0
+        self,
+        loss: Loss,
+        layout: ParameterLayout,
+        stop: StopRequest | None = None,
+        blocks: int = 0,
+        parts: Sequence[Loss] | None = None,
     ) -> None:
         self.loss = loss
         self.layout = layout
         self.comm = layout.comm
         self.stop = stop
         self.work = WorkCounter()
+        self.fraction = 1.0
         self.blocks = blocks
-        self.samples = split(blocks or loss.count, self.comm.size)
-        begin, end = self.samples[self.comm.rank], self.samples[self.comm.rank + 1]
-        edges = split(loss.count, blocks) if blocks else []
-        self.parts = [loss.part(edges[i], edges[i + 1]) for i in range(begin, end)] if blocks else [loss.part(begin, end)]
+        self.parts = list(self.split_over(self.comm) if parts is None else parts)
         rows = max(len(self.parts), 1)
         self._gradient = torch.zeros(rows, loss.size, dtype=loss.dtype, device=loss.device)
         self._events = {name: PETSc.Log.Event(f"ddml {name}") for name in ("loss", "gradient", "product")}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} of {self.loss.count} samples on {self.comm.size} ranks\n{self.layout!r}"
+
+    def split_over(self, comm: MPI.Comm) -> list[Loss]:
+        """This rank's share of the samples when the ranks of ``comm`` split them all."""
+        edges = split(self.loss.count, self.blocks or comm.size)
+        mine = split(len(edges) - 1, comm.size)
+        return [self.loss.part(edges[i], edges[i + 1]) for i in range(mine[comm.rank], mine[comm.rank + 1])]
 
     def parameters(self, x: PETSc.Vec) -> Tensor:
         """All parameters at x in the loss's precision, on its device; x's own memory where that is possible."""
@@ -68,14 +82,14 @@ class Objective:
         """The loss at x."""
         with self._events["loss"]:
             theta = self.parameters(x)
-            self.work.add(self.loss.charge(gradient=False), losses=1)
+            self.work.add(self.fraction * self.loss.charge(gradient=False), losses=1)
             return self._sum([part.value(theta) for part in self.parts])
 
     def value_gradient(self, x: PETSc.Vec, g: PETSc.Vec) -> float:
         """The loss at x; its gradient is written to g."""
         with self._events["gradient"]:
             theta = self.parameters(x)
-            self.work.add(self.loss.charge(), gradients=1)
+            self.work.add(self.fraction * self.loss.charge(), gradients=1)
             self._gradient.zero_()
             values = [p.value_gradient(theta, row) for p, row in zip(self.parts, self._gradient, strict=False)]
             value = self._sum(values)
@@ -91,7 +105,7 @@ class Objective:
         with self._events["product"]:
             theta = self.parameters(x).clone()  # the second gather may use the same buffer
             v = self.parameters(direction)
-            self.work.add(2 * self.loss.charge(), products=1)
+            self.work.add(2 * self.fraction * self.loss.charge(), products=1)
             self._gradient.zero_()
             for part, row in zip(self.parts, self._gradient, strict=False):
                 part.hessian_product(theta, v, row)

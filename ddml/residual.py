@@ -80,20 +80,20 @@ class ResidualObjective(Objective):
     def residual(self, x: PETSc.Vec, r: PETSc.Vec) -> None:
         """Write r at x; charged as a loss."""
         theta = self.parameters(x)
-        self.work.add(self.loss.charge(gradient=False), losses=1)
+        self.work.add(self.fraction * self.loss.charge(gradient=False), losses=1)
         self._write(r, [self._part(i).residual(theta) for i in range(len(self.parts))])
 
     def jacobian_product(self, x: PETSc.Vec, direction: PETSc.Vec, product: PETSc.Vec) -> None:
         """Write J(x) v to ``product``; charged as a gradient."""
         theta = self.parameters(x).clone()
         v = self.parameters(direction)
-        self.work.add(self.loss.charge(), products=1)
+        self.work.add(self.fraction * self.loss.charge(), products=1)
         self._write(product, [self._part(i).jacobian_product(theta, v) for i in range(len(self.parts))])
 
     def jacobian_transpose_product(self, x: PETSc.Vec, weights: PETSc.Vec, product: PETSc.Vec) -> None:
         """Write J(x)^T w to ``product``; charged as a gradient."""
         theta = self.parameters(x)
-        self.work.add(self.loss.charge(), products=1)
+        self.work.add(self.fraction * self.loss.charge(), products=1)
         w = torch.from_numpy(np.array(weights.array_r)).to(device=self.loss.device, dtype=self.loss.dtype)
         self._gradient.zero_()
         begin = 0

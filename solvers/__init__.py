@@ -1,0 +1,34 @@
+"""How networks are trained: PETSc TAO solvers in Python."""
+
+from petsc4py import PETSc
+
+from ddml.errors import InputError
+
+from .base import Solver
+from .quasi_newton import LBFGS
+from .spqn import ASPQN, MSPQN
+
+SOLVERS: dict[str, type[Solver]] = {"lbfgs": LBFGS, "aspqn": ASPQN, "mspqn": MSPQN}
+
+# PETSc's types for unconstrained minimisation, which take our objectives as they are
+PETSC_TYPES = ("lmvm", "cg", "bncg", "blmvm", "bqnls", "bqnktr", "bqnktl", "bqnkls", "nls", "ntr", "ntl", "bnls", "bntr", "bntl", "nm")  # fmt: skip
+
+
+def configure(tao: PETSc.TAO, name: str) -> None:
+    """Make a TAO object the solver of that short name, ours or PETSc's, options not yet read.
+
+    Raises
+    ------
+    InputError
+        If there is no such solver.
+    """
+    if name in SOLVERS:
+        tao.setType("python")
+        tao.setPythonType(f"solvers.{SOLVERS[name].__name__}")
+    elif name in PETSC_TYPES:
+        tao.setType(name)
+    else:
+        raise InputError(f"unknown solver '{name}'; there are {', '.join(SOLVERS)}; and PETSc's {', '.join(PETSC_TYPES)}")
+
+
+__all__ = ["ASPQN", "LBFGS", "MSPQN", "PETSC_TYPES", "SOLVERS", "Solver", "configure"]

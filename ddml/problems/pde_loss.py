@@ -262,9 +262,13 @@ class PDELoss(ResidualLoss):
     def _first_stage(self, kept: Any) -> int:
         return 0 if kept is None else int(kept[0])
 
+    def keeps(self, first: int) -> bool:
+        """See :meth:`ddml.loss.Loss.keeps`."""
+        return bool(self.layer_stages) and self.layer_stages[first][0] > 0
+
     def prefix(self, theta: Tensor, first: int) -> Any:
         """The jets that enter a layer, per chunk; None for networks of unknown structure."""
-        if not self.layer_stages or self.layer_stages[first][0] == 0:
+        if not self.keeps(first):
             return None
         stage = self.layer_stages[first][0]
         self.evaluator.bind(theta)

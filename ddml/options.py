@@ -1,0 +1,122 @@
+"""Options as tables: one line an option, read from PETSc's database under a prefix, shown by ``-help``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from petsc4py import PETSc
+
+from .errors import InputError
+
+# What PetscInitialize and PetscFinalize read, which is before or after anybody can ask who used it.
+_PETSC_OWN = re.compile(
+    r"^(log_|malloc|memory_view|options_|info|on_error|no_signal|fp_trap|mpi_|viewfromoptions|help|check_|checkfunc"
+    r"|debug|start_in|stop_for|saws|version|error_output|get_total|objects_dump|citations|now|use_gpu|device_|vec_|mat_"
+    r"|cuda_|hip_|python|nox|prefix_).*$"
+)
+
+_TRUE, _FALSE = {"", "1", "true", "yes", "on"}, {"0", "false", "no", "off"}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option ``-name``: its type (of ``default``, or ``kind`` where that is None), bounds and meaning."""
+
+    name: str
+    default: Any
+    help: str
+    kind: type = str
+    choices: Sequence[str] = ()
+    minimum: float | None = None
+    above: float | None = None
+
+    @property
+    def type(self) -> type:
+        """The type of a value."""
+        return self.kind if self.default is None else type(self.default)
+
+    def parse(self, text: str, prefix: str = "") -> Any:
+        """The value that a text stands for.
+
+        Raises
+        ------
+        InputError
+            If it stands for none, or for one out of bounds.
+        """
+        what = f"option -{prefix}{self.name}"
+        if self.type is bool:
+            if text.lower() not in _TRUE | _FALSE:
+                raise InputError(f"{what} must be true or false, got '{text}'")
+            return text.lower() in _TRUE
+        try:
+            value = self.type(text)
+        except ValueError:
+            noun = {int: "an integer", float: "a number"}.get(self.type, "a text")
+            raise InputError(f"{what} must be {noun}, got '{text}'") from None
+        if self.choices and value not in self.choices:
+            raise InputError(f"{what} must be one of {', '.join(self.choices)}; got '{text}'")
+        if self.minimum is not None and not value >= self.minimum:
+            raise InputError(f"{what} must be {self.minimum:g} or more, got {text}")
+        if self.above is not None and not value > self.above:
+            raise InputError(f"{what} must be more than {self.above:g}, got {text}")
+        return value
+
+    def __str__(self) -> str:
+        default = "" if self.default is None else f" (default {str(self.default).lower() if self.type is bool else self.default})"
+        choices = f" One of {', '.join(self.choices)}." if self.choices else ""
+        return f"  -{self.name:<20} {self.help}{choices}{default}"
+
+
+def read(table: Iterable[Option], prefix: str | None = "") -> SimpleNamespace:
+    """The values of some options under a prefix, defaults where they are not given."""
+    database, prefix = PETSc.Options(), prefix or ""
+    return SimpleNamespace(
+        **{
+            o.name: o.parse(database.getString(prefix + o.name), prefix) if database.hasName(prefix + o.name) else o.default
+            for o in table
+        }
+    )
+
+
+def number_or_word(prefix: str, name: str, text: str, word: str) -> float | None:
+    """The positive number that an option's text is, or None if it is ``word``.
+
+    Raises
+    ------
+    InputError
+        If it is neither.
+    """
+    if text == word:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value > 0:
+        raise InputError(f"option -{prefix}{name} must be '{word}' or a number above 0, got '{text}'")
+    return value
+
+
+def unused() -> list[str]:
+    """Keys in the database that nothing has asked for yet, PETSc's own general ones apart."""
+    database = PETSc.Options()
+    return [key for key in database.getAll() if not database.used(key) and not _PETSC_OWN.match(key)]
+
+
+@contextmanager
+def preset(**values: Any) -> Iterator[None]:
+    """Put options into the database where they are not given already, while PETSc reads them."""
+    database = PETSc.Options()
+    added = [name for name in values if not database.hasName(name)]
+    for name in added:
+        database.setValue(name, values[name])
+    try:
+        yield
+    finally:
+        for name in added:
+            database.delValue(name)

@@ -1,0 +1,96 @@
+"""PETSc's line search, from a point whose loss and gradient are known, past points where the loss is not finite."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from petsc4py import PETSc
+
+from ddml.objective import Objective
+from ddml.options import preset
+
+# A first trial where the loss is not finite or has grown beyond all use for interpolation is given
+# up for a tenth of it (our choices). A cubic through values of 1 and 1e13 has its minimiser within
+# rounding of one end, and rounding then decides the step.
+GROWTH = 1e4
+BACKTRACK = 0.1
+RETRIES = 16
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Outcome of a search: on failure the point, loss and gradient are those it started from."""
+
+    value: float
+    step: float
+    success: bool
+
+
+class LineSearch:
+    """Strong-Wolfe search by cubic interpolation (More and Thuente 1994, PETSc's ``more-thuente``).
+
+    Constants c1 = 1e-4, c2 = 0.9 and at most 25 evaluations (torch's routine of that kind; the
+    paper's own are not known); all of PETSc's ``-tao_ls_...`` options apply. A trial that is not
+    finite, or 1e4 times the loss, is never accepted: the search begins again with a tenth of the
+    first step.
+
+    Parameters
+    ----------
+    objective
+        What is minimised.
+    prefix
+        Of the options.
+    """
+
+    def __init__(self, objective: Objective, prefix: str) -> None:
+        self.objective = objective
+        self.search = PETSc.TAOLineSearch().create(objective.comm)
+        self.search.setOptionsPrefix(prefix)
+        self.search.setType("more-thuente")
+        self.search.setObjectiveGradient(self._evaluate)
+        constants = {"ftol": 1e-4, "gtol": 0.9, "max_funcs": 25}
+        with preset(**{f"{prefix}tao_ls_{name}": value for name, value in constants.items()}):
+            self.search.setFromOptions()
+        self._start: tuple[float, PETSc.Vec] | None = None
+        self._limit = math.inf
+        self._beyond = False
+
+    def _evaluate(self, search: PETSc.TAOLineSearch, x: PETSc.Vec, g: PETSc.Vec) -> float:
+        if self._start is not None:  # PETSc asks for the point where the search starts, too
+            value, gradient = self._start
+            self._start = None
+            gradient.copy(g)
+            return value
+        value = self.objective.value_gradient(x, g)
+        if not value <= self._limit or not math.isfinite(g.norm()):
+            self._beyond = True
+            return math.inf
+        return value
+
+    def __call__(self, x: PETSc.Vec, f: float, g: PETSc.Vec, direction: PETSc.Vec, first: float = 1.0) -> SearchResult:
+        """Search from x along ``direction``; x and g are overwritten with the accepted point. Collective."""
+        x0, g0 = x.copy(), g.copy()
+        self._limit = f + GROWTH * abs(f)
+        try:
+            for _ in range(RETRIES):
+                self._start, self._beyond = (f, g0), False
+                self.search.setInitialStepLength(first)
+                value, step, reason = self.search.apply(x, g, direction)
+                # without a Wolfe point (say, at the limit of evaluations) a decrease is still progress
+                if math.isfinite(value) and (reason == PETSc.TAOLineSearch.ConvergedReason.SUCCESS or value < f):
+                    return SearchResult(value, step, True)
+                x0.copy(x)
+                g0.copy(g)
+                if not self._beyond:
+                    break
+                first *= BACKTRACK
+            return SearchResult(f, 0.0, False)
+        finally:
+            self._start = None
+            x0.destroy()
+            g0.destroy()
+
+    def destroy(self) -> None:
+        """Destroy the PETSc object."""
+        self.search.destroy()

@@ -213,6 +213,9 @@ class Decomposition:
         Of the global vectors.
     parallel
         Whether subdomains are treated side by side.
+    gathered
+        Whether the first rank of a group owns its subdomain vectors whole, so that dot products
+        do not depend on the number of ranks.
 
     Attributes
     ----------
@@ -224,9 +227,9 @@ class Decomposition:
         Restrictions (n_s, n) and extensions (n, n_s), on the layout's communicator.
     """
 
-    def __init__(self, subdomains: Subdomains, layout: ParameterLayout, parallel: bool) -> None:
+    def __init__(self, subdomains: Subdomains, layout: ParameterLayout, parallel: bool, gathered: bool = False) -> None:
         comm = layout.comm
-        self.subdomains, self.layout = subdomains, layout
+        self.subdomains, self.layout, self.gathered = subdomains, layout, gathered
         assigned = subdomains.assignment(comm.size) if parallel else [list(range(len(subdomains)))] * comm.size
         self.mine = assigned[comm.rank]
         self.group = comm.Split(color=assigned.index(self.mine), key=comm.rank)
@@ -242,11 +245,14 @@ class Decomposition:
     def local_range(self, s: int) -> slice:
         """The entries of subdomain vector s that this rank owns."""
         workers, size = self.workers[s], length(self.subdomains.ranges[s])
-        edges = split(size, len(workers))
+        edges = self._edges(size, len(workers))
         where = int(np.searchsorted(workers, self.layout.comm.rank))  # ranks before the group own nothing
         if self.layout.comm.rank in workers:
             return slice(edges[where], edges[where + 1])
         return slice(edges[where], edges[where])
+
+    def _edges(self, size: int, ranks: int) -> list[int]:
+        return [0] + [size] * ranks if self.gathered else split(size, ranks)
 
     def _restriction(self, entries: NDArray[np.int64], rows: slice) -> PETSc.Mat:
         local, n = int(self.layout.counts[self.layout.comm.rank]), self.layout.size
@@ -280,7 +286,8 @@ class Decomposition:
 
     def group_layout(self, loss: Loss, s: int) -> ParameterLayout:
         """The layout of subdomain s (one of ``mine``) on its group, for a restricted loss."""
-        return ParameterLayout(loss.parameters, self.group, split(length(self.subdomains.ranges[s]), self.group.size))
+        size = length(self.subdomains.ranges[s])
+        return ParameterLayout(loss.parameters, self.group, self._edges(size, self.group.size))
 
     def destroy(self) -> None:
         """Destroy the matrices and the communicator. Collective."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .loss import Parameter
+from .options import preset
 from .parallel import split
 
 
@@ -55,7 +56,10 @@ class ParameterLayout:
     def vector(self) -> PETSc.Vec:
         """A new zero vector in this layout; the caller destroys it. Collective."""
         local = int(self.counts[self.comm.rank])
-        vec = PETSc.Vec().createMPI((local, self.size), comm=self.comm)
+        # PETSc computes several dot products as one matrix product if the vectors happen to lie evenly
+        # spaced in memory: then the last bits of a run would depend on the allocator
+        with preset(vec_mdot_use_gemv=False, vec_maxpy_use_gemv=False):
+            vec = PETSc.Vec().createMPI((local, self.size), comm=self.comm)
         vec.set(0.0)
         return vec
 

@@ -61,8 +61,8 @@ class Objective:
         self.fraction = 1.0
         self.blocks = blocks
         self.parts = list(self.split_over(self.comm) if parts is None else parts)
-        rows = max(len(self.parts), 1)
-        self._gradient = torch.zeros(rows, loss.size, dtype=loss.dtype, device=loss.device)
+        rows, aligned = max(len(self.parts), 1), -(-loss.size // 8) * 8
+        self._gradient = torch.zeros(rows, aligned, dtype=loss.dtype, device=loss.device)[:, : loss.size]
         self._events = {name: PETSc.Log.Event(f"ddml {name}") for name in ("loss", "gradient", "product")}
 
     def __repr__(self) -> str:
@@ -136,20 +136,16 @@ class Objective:
         return total
 
     def _reduce(self, g: PETSc.Vec) -> None:
-        rows = self._gradient.to(dtype=torch.float64, device="cpu")
+        """Sum the parts' gradients over all ranks into g."""
+        rows = self._gradient[: len(self.parts)].to(dtype=torch.float64, device="cpu")
         if not self.blocks:
             self.layout.reduce(rows[0], g)
             return
-        # every rank sends each other rank the columns that it owns, for all its blocks
-        n, counts, comm = self.layout.size, self.layout.counts, self.comm
-        mine = rows[: len(self.parts)]
-        columns = np.split(mine.numpy(), np.cumsum(counts)[:-1], axis=1) if n else []
-        received = comm.alltoall([np.ascontiguousarray(c) for c in columns])
+        # every rank sends every other the columns that it owns, and gets its own of all blocks in order
+        columns = [np.ascontiguousarray(c) for c in np.split(rows.numpy(), self.layout.ranges[1:-1], axis=1)]
+        received = columns if self.comm.size == 1 else self.comm.alltoall(columns)
         with g as array:
-            array[:] = 0.0
-            for block in received:
-                for row in block:
-                    array += row
+            np.concatenate(received).sum(axis=0, out=array)
 
     def attach(self, tao: PETSc.TAO) -> None:
         """Give this objective to a TAO solver: value, gradient, Hessian products, and itself as context."""

@@ -145,10 +145,11 @@ class LBFGS(Solver):
         self.pairs.apply(g, work)
         self.vectors["v"].copy(direction)
         direction.axpby(-self.settings.momentum, 1 - self.settings.momentum, work)
-        if not g.dot(direction) < 0:
+        if not g.dot(direction) < 0:  # also where it is not a number
             work.copy(direction)
             direction.scale(-1.0)
         first = 1.0
         if len(self.pairs) == 0:
-            first = self.first_step if self.first_step is not None else min(1.0, 1 / max(g.norm(PETSc.NormType.N1), 1.0))
+            work.abs()  # |g|_1 by hand: the rounding of BLAS's dasum depends on alignment
+            first = self.first_step if self.first_step is not None else min(1.0, 1 / max(work.sum(), 1.0))
         return self.search(x, f, g, direction, first)

@@ -78,7 +78,7 @@ class Schwarz:
 
     def __init__(self, objective: Objective, subdomains: Subdomains, parallel: bool, prefix: str, steps: int) -> None:
         self.objective = objective
-        self.decomposition = Decomposition(subdomains, objective.layout, parallel)
+        self.decomposition = Decomposition(subdomains, objective.layout, parallel, objective.blocks > 0)
         self.restricted = restricted(objective, self.decomposition)
         self.local = {s: LocalSolver(o, prefix, steps) for s, o in self.restricted.items()}
         self.x = [self.decomposition.vector(s) for s in range(len(subdomains))]

@@ -308,7 +308,8 @@ class FusedJets(TaylorJets):
     def bind(self, theta: Tensor, gradient: Tensor | None = None, active: Sequence[int] | None = None) -> None:
         """See :class:`Evaluator`."""
         self.leaf, self.gradient = theta, gradient
-        self.bound = [self.affine(theta, stage) for stage in self.stages]
+        # copies: what the product library rounds may depend on how its arguments are aligned
+        self.bound = [(w.clone(), b) for w, b in (self.affine(theta, stage) for stage in self.stages)]
         self.transposed = [weight.T.contiguous() for weight, _ in self.bound]
         if gradient is None:
             return

@@ -223,8 +223,7 @@ class PDELoss(ResidualLoss):
 
     def _with(self, sets: list[_Points]) -> PDELoss:
         other = object.__new__(PDELoss)
-        other.__dict__.update(self.__dict__, sets=sets)
-        other.evaluator = evaluator(self.network, self.offsets, self.indices)
+        other.__dict__.update(self.__dict__, sets=sets)  # the evaluator, too: its buffers serve all parts in turn
         other._finish()
         return other
 

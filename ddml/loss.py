@@ -93,6 +93,10 @@ class Loss(ABC):
         """What enters layer ``first`` for all samples; None where :meth:`keeps` says no."""
         return None
 
+    def explain(self, theta: Tensor) -> str:
+        """Where the loss is not finite, in words."""
+        return "some samples give NaN or infinity"
+
     def keeps(self, first: int) -> bool:
         """Whether what enters layer ``first`` can be kept by :meth:`prefix`."""
         return False

@@ -45,6 +45,13 @@ class Interrupted(Exception):
     """A signal asked the run to stop; raised on every rank of the communicator that noticed it together."""
 
 
+def cause(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
+    """The exception of some kind that an error goes back to, if any: PETSc wraps what its callbacks raise."""
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 class StopRequest:
     """Remembers SIGTERM and SIGUSR1, so that evaluations can stop a run on all ranks together.
 

@@ -49,7 +49,7 @@ def new_figure() -> Figure:
 
 
 def _finish(axes: Axes) -> None:
-    axes.tick_params(labelsize=8)
+    axes.tick_params(labelsize=8, which="both")
     axes.set_xlabel(axes.get_xlabel(), fontsize=9)
     axes.set_ylabel(axes.get_ylabel(), fontsize=9)
 

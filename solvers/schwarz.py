@@ -11,7 +11,7 @@ from petsc4py import PETSc
 from ddml.decomposition import Decomposition, Subdomains
 from ddml.objective import Objective
 from ddml.options import preset
-from ddml.parallel import Interrupted
+from ddml.parallel import Interrupted, cause
 from ddml.restricted import RestrictedObjective, restricted
 from ddml.work import WorkCounter
 
@@ -86,12 +86,6 @@ class Schwarz:
         self._local_event = PETSc.Log.Event("ddml local")
         self._exchange_event = PETSc.Log.Event("ddml exchange")
 
-    def _load(self, s: int, vec: PETSc.Vec, target: Callable[[LocalSolver], PETSc.Vec]) -> None:
-        """Restrict a global vector to subdomain s and hand it to the local solver, if it is here."""
-        self.decomposition.R[s].mult(vec, self.x[s])
-        if s in self.local:
-            target(self.local[s]).array[:] = self.x[s].array_r
-
     def additive(self, x: PETSc.Vec, f: float, g: PETSc.Vec, correction: PETSc.Vec) -> None:
         """Write sum_s E_s (theta_s* - R_s x) to ``correction``; f, g are the loss and gradient at x. Collective."""
         with self._exchange_event:
@@ -107,7 +101,9 @@ class Schwarz:
                     self.restricted[s].know(local.x, f, local.g)
                     local.solve()
                     self.restricted[s].release()
-            except Interrupted:  # the other groups do not know yet, and wait for this one below
+            except Exception as error:  # of a stop request the other groups do not know yet: they wait below
+                if cause(error, Interrupted) is None:
+                    raise
                 interrupted = True
         with self._exchange_event:
             self._count(list(self.local), interrupted)

@@ -304,6 +304,20 @@ class PDELoss(ResidualLoss):
         )  # fmt: skip
 
     @torch.no_grad()
+    def explain(self, theta: Tensor) -> str:
+        """See :meth:`ddml.loss.Loss.explain`: the first term and point."""
+        self.evaluator.bind(theta)
+        for chunk, inputs in self._inputs(None):
+            fields = self._transformed(chunk, self.evaluator.forward(inputs))
+            for r in self._chunk_residual(chunk, fields, list(theta[self.tail])):
+                bad = torch.nonzero(~torch.isfinite(r))
+                if len(bad):
+                    where = [f"{c} = {float(v[bad[0, 0]]):.6g}" for c, v in zip(self.problem.domain, chunk.coordinates, strict=True)]
+                    label = self.problem_terms[chunk.term].label
+                    return f"term {label} gives {float(r[bad[0, 0]])} at {', '.join(where)}"
+        return super().explain(theta)
+
+    @torch.no_grad()
     def value(self, theta: Tensor, kept: Any = None) -> float:
         """The loss at theta."""
         total, first, coefficients = 0.0, self._first_stage(kept), list(theta[self.tail])

@@ -1,0 +1,1 @@
+"""Networks, and their derivatives with respect to their inputs."""

@@ -1,0 +1,168 @@
+"""Train a physics-informed network: mpiexec -n P python -m mpi4py drivers/pinn.py [options].
+
+One problem, one network, one solver; -help explains every option.
+"""
+
+from __future__ import annotations
+
+from program import HELP, run_program  # first: it initialises PETSc
+
+# ruff: noqa: I001
+import torch
+from mpi4py import MPI
+from petsc4py import PETSc
+
+import ddml.run
+from ddml import options, plugins
+from ddml.errors import InputError
+from ddml.layout import ParameterLayout
+from ddml.networks.build import OPTIONS as NETWORK_OPTIONS
+from ddml.networks.build import build_network
+from ddml.options import Option
+from ddml.parallel import StopRequest, agreed
+from ddml.problems import PDE, PROBLEMS, PDELoss
+from ddml.problems.accuracy import SolutionError
+from ddml.residual import ResidualObjective
+from solvers import PETSC_TYPES, SOLVERS, configure
+from solvers.spqn import subdomains
+
+OPTIONS = (
+    Option("problem", "burgers", f"One of {', '.join(PROBLEMS)}; or path/to/file.py:Class."),
+    Option("solver", "aspqn", f"One of {', '.join(SOLVERS)}; or PETSc's {', '.join(PETSC_TYPES)}."),
+    *NETWORK_OPTIONS,
+    Option("points", 10_000, "Collocation points in the interior.", minimum=1),
+    Option("seed", 0, "Of the initial parameters.", minimum=0),
+    Option("dtype", "float64", "Precision of the network; parameters are kept in float64.",
+           choices=("float64", "float32")),
+    Option("device", "cpu", "Where torch computes, as in cpu or cuda; parameters are kept on the host."),
+    Option("chunk", 1024, "Points that go through the network at a time.", minimum=1),
+    Option("summation_blocks", 12, "Blocks of points that are summed in a fixed order, so that a run is the same to "
+           "the last bit on any number of ranks up to this; 0 sums by ranks.", minimum=0),
+    Option("error_points", 5000, "Grid points where the error is measured.", minimum=2),
+    Option("threads", 1, "Threads of torch on each rank.", minimum=1),
+    Option("view", False, "Print the solver and the split of the parameters."),
+)  # fmt: skip
+
+
+def help_text() -> str:
+    """What -help prints."""
+    lines = [__doc__ or "", "Options of this driver:", *map(str, OPTIONS), *map(str, ddml.run.OPTIONS)]
+    for name, solver in SOLVERS.items():
+        lines += ["", f"Options of -solver {name} (of a local solver with sub_ before them, of the coarse one coarse_):"]
+        lines += map(str, solver.options)
+    lines += ["", "All of PETSc's options apply, such as -tao_fmin, -tao_ls_gtol, -sub_tao_type, -log_view, -options_file."]
+    return "\n".join(lines)
+
+
+def main(comm: MPI.Comm) -> int:
+    """Run what the options say; the exit code. Collective."""
+    if HELP:
+        if comm.rank == 0:
+            print(help_text())
+        return 0
+    settings, limits = options.read(OPTIONS), options.read(ddml.run.OPTIONS)
+    torch.set_num_threads(settings.threads)
+    stop = StopRequest()
+    with agreed(comm):
+        loss, network = build(settings)
+        chosen = subdomains(loss)
+    blocks = settings.summation_blocks
+    if blocks:
+        blocks *= -(-comm.size // blocks)  # on more ranks than blocks, every rank needs some
+    # one owner for all parameters: dot products, too, are then the same on any number of ranks
+    ranges = [0] + [loss.size] * comm.size if blocks else chosen.ownership(comm.size)
+    layout = ParameterLayout(loss.parameters, comm, ranges)
+    objective = ResidualObjective(loss, layout, stop, blocks)
+    x = layout.vector()
+    objective.initial(x)
+    tao = PETSc.TAO().create(comm)
+    configure(tao, settings.solver)
+    objective.attach(tao)
+    tao.setSolution(x)
+    tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
+    with options.preset(tao_fmin=1e-9):  # the SPQN paper's
+        tao.setFromOptions()
+    tao.setUp()
+    left = options.unused()
+    if left:
+        raise InputError(f"unknown option{'s' * (len(left) > 1)} {', '.join('-' + k for k in left)}; -help lists them")
+    with agreed(comm):
+        measure = SolutionError(loss, comm, settings.error_points)
+    attributes = {
+        "driver": "pinn", "problem": settings.problem, "solver": settings.solver, "network": network,
+        "seed": settings.seed, "points": settings.points, "dtype": settings.dtype, "summation_blocks": blocks,
+        "torch_version": str(torch.__version__),
+        **{f"option {k}": str(v) for k, v in {**vars(settings), **vars(limits), **PETSc.Options().getAll()}.items()},
+    }  # fmt: skip
+    run = ddml.run.Run(objective, tao, x, limits, attributes, measure)
+    if comm.rank == 0:
+        print(header(settings, loss, network, comm.size, blocks), flush=True)
+        for note in run.notes:
+            print(f"note: {note}", flush=True)
+    if settings.view:
+        tao.view()
+        if comm.rank == 0:
+            print(repr(layout), flush=True)
+    stop.listen()
+    finished = run.execute()
+    if comm.rank == 0:
+        print(run.summary())
+        for name, value in coefficients(loss, run).items():
+            print(f"{name} = {value}")
+        if run.output and len(run.history) and run.exact:
+            print(f"to go on: the same command with -restart {run.output} and a larger limit")
+    return 0 if finished else 1
+
+
+def build(settings: object) -> tuple[PDELoss, str]:
+    """The loss that the options describe, and the network in words."""
+    problem_class = plugins.load(settings.problem, PROBLEMS, "problem")
+    problem = problem_class() if isinstance(problem_class, type) else problem_class
+    if not isinstance(problem, PDE):
+        raise InputError(f"problem '{settings.problem}' is no ddml.problems.PDE")
+    problem.check()
+    dtype = getattr(torch, settings.dtype)
+    probe = [torch.zeros(2, dtype=dtype)] * len(problem.domain)
+    network, words = build_network(settings, len(problem.embed(*probe)), len(problem.fields), problem.width, problem.depth)
+    device = check_device(settings.device)
+    return PDELoss(problem, network, settings.points, dtype, device, settings.chunk), words
+
+
+def check_device(name: str) -> torch.device:
+    """The torch device of that name, if this rank can compute there."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"option -device: cannot compute on '{name}': {str(error).splitlines()[0]}") from error
+    return device
+
+
+def header(settings: object, loss: PDELoss, network: str, ranks: int, blocks: int) -> str:
+    """What is about to run, in words."""
+    terms = ", ".join(f"{t.label} at {len(s)}" for t, s in zip(loss.problem_terms, loss.sets, strict=True))
+    summation = f"in fixed order over {blocks} blocks" if blocks else "by ranks"
+    return (
+        f"problem {settings.problem}, {loss.count} points ({terms})\n"
+        f"network {network}, {loss.size} parameters, {settings.dtype} on {settings.device},"
+        f" {type(loss.evaluator).__name__} with derivatives up to order {max(len(i) for i in loss.indices)}\n"
+        f"solver {settings.solver} on {ranks} rank{'s' * (ranks > 1)}, sums {summation}\n"
+        + (f"{subdomains(loss)!r}" if settings.solver in ("aspqn", "mspqn") else "")
+    ).rstrip()
+
+
+def coefficients(loss: PDELoss, run: ddml.run.Run) -> dict[str, str]:
+    """Trained coefficients of the equation, with what they should be where that is known."""
+    if not loss.coefficients:
+        return {}
+    with run.last as values:
+        found = values[-len(loss.coefficients) :]
+    truth = loss.problem.true_coefficients
+    return {
+        name: f"{value:.8g}" + (f" (true value {truth[name]:.8g})" if name in truth else "")
+        for name, value in zip(loss.coefficients, found, strict=True)
+    }
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,96 @@
+"""Draw run files: python drivers/plot.py run.h5 [more.h5 ...] -o figure.png [-maps].
+
+Convergence of all runs against work, critical work and time; for a PINN's first run file, unless
+-no_maps is given, also the solution, the reference and the error.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from types import SimpleNamespace
+
+from program import run_program
+
+import numpy as np
+from mpi4py import MPI
+
+from ddml import checkpoint, plot
+from ddml.errors import InputError
+from ddml.layout import ParameterLayout, owned
+from ddml.networks.build import OPTIONS as NETWORK_OPTIONS
+from ddml.parallel import agreed
+
+
+def main(comm: MPI.Comm) -> int:
+    """Draw what the command line says; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="run.h5")
+    parser.add_argument("-o", "--output", default="figure.png", help="figure to write; a .maps file goes beside it")
+    parser.add_argument("-labels", nargs="*", default=None, help="names of the runs in the legend")
+    parser.add_argument("-no_maps", action="store_true", help="leave out the maps of the solution")
+    arguments = parser.parse_args()
+    if comm.size > 1:
+        raise InputError("plot.py runs on one rank")
+    labels = arguments.labels or [Path(run).stem for run in arguments.runs]
+    if len(labels) != len(arguments.runs):
+        raise InputError(f"{len(arguments.runs)} run files need as many labels, got {len(labels)}")
+    output = Path(arguments.output)
+    runs, first = [], None
+    for label, path in zip(labels, arguments.runs, strict=True):
+        header = checkpoint.inspect(path, comm)
+        layout = ParameterLayout([_Parameter(p) for p in header.parameters], comm)
+        theta = layout.vector()
+        state, history = checkpoint.read(path, theta)
+        runs.append((f"{label} ({header.attributes.get('solver', '')})", history))
+        first = first or (header, theta)
+    figure = plot.new_figure()
+    plot.convergence(figure, runs)
+    with agreed(comm):
+        try:
+            figure.savefig(output)
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot write {output}: {error}") from error
+    print(f"wrote {output}")
+    if not arguments.no_maps and first is not None and first[0].attributes.get("driver") == "pinn":
+        target = output.with_name(f"{output.stem}.maps{output.suffix}")
+        draw_maps(first[0], owned(first[1]), target)
+        print(f"wrote {target}")
+    return 0
+
+
+def draw_maps(header: checkpoint.Header, theta: object, target: Path) -> None:
+    """Solution, reference and error of a PINN's run file."""
+    from pinn import build
+
+    options = {k.removeprefix("option "): v for k, v in header.attributes.items() if k.startswith("option ")}
+    network = {o.name: None if options[o.name] == "None" else o.parse(str(options[o.name])) for o in NETWORK_OPTIONS}
+    settings = SimpleNamespace(
+        problem=str(header.attributes["problem"]), seed=0, dtype="float64", device="cpu", points=16, chunk=1024, **network
+    )
+    loss, _ = build(settings)
+    axes, reference = loss.problem.reference(20_000)
+    if len(axes) > 2:
+        raise InputError("maps are drawn for one or two coordinates; use -no_maps")
+    mesh = np.stack([m.ravel() for m in np.meshgrid(*axes, indexing="ij")], axis=-1)
+    fields = loss.fields(theta, mesh)  # type: ignore[arg-type]
+    shape = tuple(len(a) for a in axes)
+    panels = [
+        (name, fields[:, f].reshape(shape), None if reference is None else reference[:, f].reshape(shape))
+        for f, name in enumerate(loss.problem.fields)
+    ]
+    figure = plot.new_figure()
+    plot.maps(figure, axes[0], axes[1] if len(axes) == 2 else None, list(loss.problem.domain), panels)
+    figure.savefig(target)
+
+
+class _Parameter:
+    """A run file's parameter with what a layout asks for."""
+
+    def __init__(self, entry: checkpoint.ParameterEntry) -> None:
+        self.name, self.shape, self.offset = entry.name, entry.shape, entry.offset
+        self.range = slice(entry.offset, entry.offset + int(np.prod(entry.shape, dtype=int)))
+
+
+if __name__ == "__main__":
+    run_program(main)

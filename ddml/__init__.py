@@ -1,0 +1,1 @@
+"""What is trained and where it lives: parameters, operators, objectives, checkpoints."""

@@ -39,11 +39,11 @@ class Parameter(Protocol):
     """What a run file keeps of a parameter tensor: its name, its shape and where it starts in the global vector."""
 
     @property
-    def name(self) -> str: ...  # noqa: D102
+    def name(self) -> str: ...
     @property
-    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+    def shape(self) -> tuple[int, ...]: ...
     @property
-    def offset(self) -> int: ...  # noqa: D102
+    def offset(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -48,11 +48,11 @@ class ShiftedObjective(Objective):
         return value
 
     def value(self, x: PETSc.Vec) -> float:
-        """h at x."""
+        """H at x."""
         return super().value(x) + self._shift(x)
 
     def value_gradient(self, x: PETSc.Vec, g: PETSc.Vec) -> float:
-        """h at x; its gradient, dg included, is written to g."""
+        """H at x; its gradient, dg included, is written to g."""
         value = super().value_gradient(x, g)
         g.axpy(1.0, self.dg)
         return value + self._shift(x)

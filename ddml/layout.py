@@ -39,7 +39,9 @@ class ParameterLayout:
         self.size = self.parameters[-1].range.stop
         self.ranges = tuple(split(self.size, comm.size) if ranges is None else ranges)
         if len(self.ranges) != comm.size + 1 or self.ranges[0] != 0 or self.ranges[-1] != self.size:
-            raise InputError(f"{comm.size} ranks need {comm.size + 1} boundaries from 0 to {self.size}, got {self.ranges}")
+            raise InputError(
+                f"{comm.size} ranks need {comm.size + 1} boundaries from 0 to {self.size}, got {self.ranges}"
+            )
         self.counts = np.diff(self.ranges)
         if (self.counts < 0).any():
             raise InputError(f"ownership ranges must not overlap, got {self.ranges}")
@@ -82,7 +84,7 @@ class ParameterLayout:
             if self.comm.size == 1:
                 array[:] = contributions.numpy()
             else:
-                self.comm.Reduce_scatter(contributions.numpy(), [array, MPI.DOUBLE], self.counts, MPI.SUM)
+                self.comm.Reduce_scatter(contributions.numpy(), [array, MPI.DOUBLE], list(self.counts), MPI.SUM)
 
     def _buffer(self, dtype: torch.dtype) -> Tensor:
         if dtype not in self._full:
@@ -92,4 +94,4 @@ class ParameterLayout:
 
 def owned(x: PETSc.Vec) -> Tensor:
     """The entries of x that this rank owns, in x's memory; to be read only."""
-    return torch.from_dlpack(x.toDLPack("r"))
+    return torch.utils.dlpack.from_dlpack(x.toDLPack("r"))

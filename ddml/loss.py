@@ -130,9 +130,7 @@ class Loss(ABC):
 
     def layer_numbers(self, ranges: Sequence[slice]) -> frozenset[int]:
         """The layers that have a parameter in one of these ranges of theta."""
-        touched = [
-            any(r.start < p.range.stop and p.range.start < r.stop for r in ranges) for p in self.parameters
-        ]
+        touched = [any(r.start < p.range.stop and p.range.start < r.stop for r in ranges) for p in self.parameters]
         return frozenset(i for i, layer in enumerate(self.layers) if any(touched[k] for k in layer))
 
     def charge(self, first: int = 0, active: frozenset[int] | None = None, gradient: bool = True) -> float:
@@ -283,7 +281,9 @@ class ModuleLoss(Loss):
         with torch.no_grad():
             first, second = (self.criterion(self.module(probe[0]), probe[1]) for _ in range(2))
         if first.shape != (len(probe[0]),):
-            raise InputError(f"the criterion must give one loss per sample, ({len(probe[0])},), got {tuple(first.shape)}")
+            raise InputError(
+                f"the criterion must give one loss per sample, ({len(probe[0])},), got {tuple(first.shape)}"
+            )
         if not torch.equal(first, second):
             raise InputError("the module gives different outputs for the same inputs: call eval(), remove dropout")
 

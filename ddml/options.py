@@ -67,7 +67,11 @@ class Option:
         return value
 
     def __str__(self) -> str:
-        default = "" if self.default is None else f" (default {str(self.default).lower() if self.type is bool else self.default})"
+        default = (
+            ""
+            if self.default is None
+            else f" (default {str(self.default).lower() if self.type is bool else self.default})"
+        )
         choices = f" One of {', '.join(self.choices)}." if self.choices else ""
         return f"  -{self.name:<20} {self.help}{choices}{default}"
 
@@ -77,7 +81,9 @@ def read(table: Iterable[Option], prefix: str | None = "") -> SimpleNamespace:
     database, prefix = PETSc.Options(), prefix or ""
     return SimpleNamespace(
         **{
-            o.name: o.parse(database.getString(prefix + o.name), prefix) if database.hasName(prefix + o.name) else o.default
+            o.name: o.parse(database.getString(prefix + o.name), prefix)
+            if database.hasName(prefix + o.name)
+            else o.default
             for o in table
         }
     )

@@ -32,7 +32,7 @@ class ResidualLoss(Loss):
 
     @torch.no_grad()
     def residual(self, theta: Tensor) -> Tensor:
-        """r (m,)."""
+        """R (m,)."""
         return self._joined([r.detach() for r in self.residuals(theta)])
 
     def jacobian_product(self, theta: Tensor, direction: Tensor) -> Tensor:

@@ -49,6 +49,9 @@ _REASONS = {
 }
 
 
+_WIDTHS = (6, 13, 11, 9, 11, 10, 10, 8)  # of a line's columns
+
+
 @dataclass(frozen=True)
 class Interval:
     """When to write: every so many iterations or seconds."""
@@ -70,7 +73,9 @@ class Interval:
         except ValueError:
             value = cls(iterations=-1)
         if value.iterations < 0 or not value.seconds >= 0:
-            raise InputError(f"option -checkpoint_interval must be iterations or seconds, as in 100 or 60s; got '{text}'")
+            raise InputError(
+                f"option -checkpoint_interval must be iterations or seconds, as in 100 or 60s; got '{text}'"
+            )
         return value
 
 
@@ -157,10 +162,16 @@ class Run:
             then, now = header.attributes.get(key), self.attributes.get(key, self.comm.size)
             if then != now:
                 self.notes.append(f"{key} was {then} when {path} was written, now it is {now}")
-        if self.context is not None and state["solver"] and header.attributes.get("solver") == self.attributes["solver"]:
+        if (
+            self.context is not None
+            and state["solver"]
+            and header.attributes.get("solver") == self.attributes["solver"]
+        ):
             self.context.resume(state["solver"])
         else:
-            self.notes.append("the solver begins afresh from the parameters of the file: it has no state of its own there")
+            self.notes.append(
+                "the solver begins afresh from the parameters of the file: it has no state of its own there"
+            )
             self.first_iteration = int(self.history.last("iteration"))
         self.x.copy(self.last)
         self.last_work = self.objective.work.state()
@@ -180,7 +191,9 @@ class Run:
         if not math.isfinite(f):
             if len(self.history) == 0:
                 theta = self.objective.parameters(self.x)
-                raise NonFiniteError(f"the loss is not finite at the initial parameters: {self.objective.loss.explain(theta)}")
+                raise NonFiniteError(
+                    f"the loss is not finite at the initial parameters: {self.objective.loss.explain(theta)}"
+                )
             return  # PETSc stops on it; the last good state stays what it is
         columns = {}
         if iteration % self.settings.error_interval == 0:
@@ -281,12 +294,16 @@ class Run:
 
             self.bar = tqdm(total=self.settings.max_it, initial=self.first_iteration, unit="it", dynamic_ncols=True)
         if self.mode == "lines":
-            print(f"{'it':>6} {'loss':>13} {'|gradient|':>11} {'step':>9} {'error':>11} {'work':>10} {'critical':>10} {'time':>8}", flush=True)  # noqa: E501
+            names = zip(("it", "loss", "|gradient|", "step", "error", "work", "critical", "time"), _WIDTHS, strict=True)
+            print(" ".join(f"{name:>{width}}" for name, width in names), flush=True)
 
     def _show(self, iteration: int) -> None:
         if self.mode == "none":
             return
-        row = {name: self.history.last(name) for name in ("loss", "gradient_norm", "step", "error", "work", "work_critical", "time")}
+        row = {
+            name: self.history.last(name)
+            for name in ("loss", "gradient_norm", "step", "error", "work", "work_critical", "time")
+        }
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {row['loss']:.3e} error {row['error']:.3e}")
             self.bar.update(iteration - self.bar.n)

@@ -298,11 +298,10 @@ def verify(path: str, comm: MPI.Comm) -> None:
     words = -(-(size - SEAL_SIZE) // 8)
     start, stop = (SEAL_SIZE + 8 * (words * rank // comm.size) for rank in (comm.rank, comm.rank + 1))
     part = 0
-    with agreed_file(comm, *problem):
-        with open(path, "rb") as file:
-            file.seek(start)
-            while start < stop and (data := file.read(min(1 << 20, stop - start))):
-                part += checksum(np.frombuffer(data, np.uint8), start)
-                start += len(data)
+    with agreed_file(comm, *problem), open(path, "rb") as file:
+        file.seek(start)
+        while start < stop and (data := file.read(min(1 << 20, stop - start))):
+            part += checksum(np.frombuffer(data, np.uint8), start)
+            start += len(data)
     if _sum(comm, part) != expected:
         raise RunFileError(f"{path} is damaged: its bytes do not match their checksum; restart from a copy")

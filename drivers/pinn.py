@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from program import HELP, run_program  # first: it initialises PETSc
 
-# ruff: noqa: I001
 import torch
 from mpi4py import MPI
 from petsc4py import PETSc
@@ -48,9 +47,15 @@ def help_text() -> str:
     """What -help prints."""
     lines = [__doc__ or "", "Options of this driver:", *map(str, OPTIONS), *map(str, ddml.run.OPTIONS)]
     for name, solver in SOLVERS.items():
-        lines += ["", f"Options of -solver {name} (of a local solver with sub_ before them, of the coarse one coarse_):"]
+        lines += [
+            "",
+            f"Options of -solver {name} (of a local solver with sub_ before them, of the coarse one coarse_):",
+        ]
         lines += map(str, solver.options)
-    lines += ["", "All of PETSc's options apply, such as -tao_fmin, -tao_ls_gtol, -sub_tao_type, -log_view, -options_file."]
+    lines += [
+        "",
+        "All of PETSc's options apply, such as -tao_fmin, -tao_ls_gtol, -sub_tao_type, -log_view, -options_file.",
+    ]
     return "\n".join(lines)
 
 
@@ -123,7 +128,9 @@ def build(settings: object) -> tuple[PDELoss, str]:
     problem.check()
     dtype = getattr(torch, settings.dtype)
     probe = [torch.zeros(2, dtype=dtype)] * len(problem.domain)
-    network, words = build_network(settings, len(problem.embed(*probe)), len(problem.fields), problem.width, problem.depth)
+    network, words = build_network(
+        settings, len(problem.embed(*probe)), len(problem.fields), problem.width, problem.depth
+    )
     device = check_device(settings.device)
     return PDELoss(problem, network, settings.points, dtype, device, settings.chunk), words
 

@@ -10,10 +10,9 @@ import argparse
 from pathlib import Path
 from types import SimpleNamespace
 
-from program import run_program
-
 import numpy as np
 from mpi4py import MPI
+from program import run_program
 
 from ddml import checkpoint, plot
 from ddml.errors import InputError
@@ -41,7 +40,7 @@ def main(comm: MPI.Comm) -> int:
         header = checkpoint.inspect(path, comm)
         layout = ParameterLayout([_Parameter(p) for p in header.parameters], comm)
         theta = layout.vector()
-        state, history = checkpoint.read(path, theta)
+        _, history = checkpoint.read(path, theta)
         runs.append((f"{label} ({header.attributes.get('solver', '')})", history))
         first = first or (header, theta)
     figure = plot.new_figure()
@@ -66,7 +65,13 @@ def draw_maps(header: checkpoint.Header, theta: object, target: Path) -> None:
     options = {k.removeprefix("option "): v for k, v in header.attributes.items() if k.startswith("option ")}
     network = {o.name: None if options[o.name] == "None" else o.parse(str(options[o.name])) for o in NETWORK_OPTIONS}
     settings = SimpleNamespace(
-        problem=str(header.attributes["problem"]), seed=0, dtype="float64", device="cpu", points=16, chunk=1024, **network
+        problem=str(header.attributes["problem"]),
+        seed=0,
+        dtype="float64",
+        device="cpu",
+        points=16,
+        chunk=1024,
+        **network,
     )
     loss, _ = build(settings)
     axes, reference = loss.problem.reference(20_000)

@@ -11,7 +11,8 @@ from .spqn import ASPQN, MSPQN
 SOLVERS: dict[str, type[Solver]] = {"lbfgs": LBFGS, "aspqn": ASPQN, "mspqn": MSPQN}
 
 # PETSc's types for unconstrained minimisation, which take our objectives as they are
-PETSC_TYPES = ("lmvm", "cg", "bncg", "blmvm", "bqnls", "bqnktr", "bqnktl", "bqnkls", "nls", "ntr", "ntl", "bnls", "bntr", "bntl", "nm")  # fmt: skip
+PETSC_TYPES = ("lmvm", "cg", "bncg", "blmvm", "bqnls", "bqnktr", "bqnktl", "bqnkls", "nm")
+PETSC_TYPES += ("nls", "ntr", "ntl", "bnls", "bntr", "bntl")  # with Hessian products
 
 
 def configure(tao: PETSc.TAO, name: str) -> None:
@@ -28,7 +29,9 @@ def configure(tao: PETSc.TAO, name: str) -> None:
     elif name in PETSC_TYPES:
         tao.setType(name)
     else:
-        raise InputError(f"unknown solver '{name}'; there are {', '.join(SOLVERS)}; and PETSc's {', '.join(PETSC_TYPES)}")
+        raise InputError(
+            f"unknown solver '{name}'; there are {', '.join(SOLVERS)}; and PETSc's {', '.join(PETSC_TYPES)}"
+        )
 
 
 __all__ = ["ASPQN", "LBFGS", "MSPQN", "PETSC_TYPES", "SOLVERS", "Solver", "configure"]

@@ -36,12 +36,12 @@ class Solver:
         self.objective: Objective
         self._resume: dict[str, Any] | None = None
 
-    def setFromOptions(self, tao: PETSc.TAO) -> None:  # noqa: N802  (PETSc's name)
+    def setFromOptions(self, tao: PETSc.TAO) -> None:
         """Read the options. Collective."""
         self.prefix = tao.getOptionsPrefix() or ""
         self.settings = read(self.options, self.prefix)
 
-    def setUp(self, tao: PETSc.TAO) -> None:  # noqa: N802
+    def setUp(self, tao: PETSc.TAO) -> None:
         """Build what the solver needs. Collective."""
         self.objective = tao.getAppCtx()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from petsc4py import PETSc
@@ -26,7 +27,7 @@ class LBFGS(Solver):
     the loss, the memory and v are cleared and the step is tried once more (both our choice).
     """
 
-    options: ClassVar = (
+    options: ClassVar[Sequence[Option]] = (
         Option("memory", 3, "Secant pairs m.", minimum=0),
         Option("momentum", 0.9, "mu in v = (1 - mu) v + mu p; 1 is no momentum.", above=0.0),
         Option("first_step", "1", "First trial step along steepest descent: a number, or 'scaled', min(1, 1 / |g|_1)."),
@@ -35,12 +36,12 @@ class LBFGS(Solver):
                choices=("step", "half")),
     )  # fmt: skip
 
-    def setFromOptions(self, tao: PETSc.TAO) -> None:  # noqa: N802  (PETSc's name)
+    def setFromOptions(self, tao: PETSc.TAO) -> None:
         """Read the options. Collective."""
         super().setFromOptions(tao)
         self.first_step = number_or_word(self.prefix, "first_step", self.settings.first_step, "scaled")
 
-    def setUp(self, tao: PETSc.TAO) -> None:  # noqa: N802  (PETSc's name)
+    def setUp(self, tao: PETSc.TAO) -> None:
         """Make the memory and the work vectors. Collective."""
         super().setUp(tao)
         self.pairs = SecantMemory(self.settings.memory, self.settings.curvature_skip)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from petsc4py import PETSc
@@ -47,7 +48,7 @@ class _SPQN(LBFGS):
     """What ASPQN and MSPQN share; after a plain L-BFGS step, every iteration begins with local solves."""
 
     parallel: ClassVar[bool]
-    options: ClassVar = (
+    options: ClassVar[Sequence[Option]] = (
         *LBFGS.options,
         *DECOMPOSITION,
         Option("local_steps", 50, "Iterations k_s of each local solver; 0 is plain L-BFGS.", minimum=0),
@@ -55,7 +56,7 @@ class _SPQN(LBFGS):
         Option("coarse_steps", 10, "Iterations of the coarse solver (our choice).", minimum=1),
     )
 
-    def setUp(self, tao: PETSc.TAO) -> None:  # noqa: N802  (PETSc's name)
+    def setUp(self, tao: PETSc.TAO) -> None:
         """Build the decomposition and the local solvers. Collective."""
         super().setUp(tao)
         self.local: Schwarz | None = None
@@ -68,9 +69,7 @@ class _SPQN(LBFGS):
         if self.settings.coarse_step:
             first = {min(loss.layer_numbers(core)) for core in chosen.cores}
             coarse = Subdomains.of_layers(loss, [sorted(first)])
-            self.coarse = Schwarz(
-                self.objective, coarse, False, f"{self.prefix}coarse_", self.settings.coarse_steps
-            )
+            self.coarse = Schwarz(self.objective, coarse, False, f"{self.prefix}coarse_", self.settings.coarse_steps)
 
     def destroy(self, tao: PETSc.TAO) -> None:
         """Destroy what :meth:`setUp` made."""
@@ -126,7 +125,7 @@ class ASPQN(_SPQN):
     """
 
     parallel = True
-    options: ClassVar = (
+    options: ClassVar[Sequence[Option]] = (
         *_SPQN.options,
         Option("additive_step", "search", "alpha: a strong-Wolfe search, or a number."),
     )
@@ -145,7 +144,7 @@ class ASPQN(_SPQN):
         x.axpy(-self.alpha, correction)
         return self.objective.value_gradient(x, self.g)
 
-    def setFromOptions(self, tao: PETSc.TAO) -> None:  # noqa: N802
+    def setFromOptions(self, tao: PETSc.TAO) -> None:
         """Read the options. Collective."""
         super().setFromOptions(tao)
         self.alpha = number_or_word(self.prefix, "additive_step", self.settings.additive_step, "search")

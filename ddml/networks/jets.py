@@ -221,7 +221,6 @@ class TaylorJets(_ByAutograd):
         return h
 
 
-
 class NestedJets(_ByAutograd):
     """Jets of any torch module by nested reverse-mode autograd: for networks that the others do not know.
 
@@ -421,9 +420,7 @@ class FusedJets(TaylorJets):
             self.view(self.gradient, stage.slope).add_(10 * by_scale)
 
 
-def evaluator(
-    module: nn.Module, offsets: Mapping[str, tuple[int, torch.Size]], indices: Sequence[Index]
-) -> Evaluator:
+def evaluator(module: nn.Module, offsets: Mapping[str, tuple[int, torch.Size]], indices: Sequence[Index]) -> Evaluator:
     """The fastest evaluator that knows the module and the derivatives."""
     if not isinstance(module, TanhNetwork):
         return NestedJets(module, offsets, indices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ class TanhNetwork(nn.Module):
         if min(inputs, width, depth, outputs) < 1:
             raise ValueError(f"a network needs positive sizes, got {inputs} inputs, width {width}, depth {depth}")
         sizes = [inputs, *[width] * depth, outputs] if not residual else [inputs, *[width] * (depth + 1), outputs]
-        self.maps = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.maps = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         first = 1 if residual else 0
         self.slopes = nn.ParameterList(nn.Parameter(torch.tensor(0.1)) for _ in range(depth if adaptive else 0))
         stages = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,9 @@ class Field:
     coordinates. On a periodic pair of faces ``u.opposite`` is the same function on the other face.
     """
 
-    def __init__(self, name: str, letters: Sequence[str], get: Callable[[Index], Tensor], opposite: Field | None = None):
+    def __init__(
+        self, name: str, letters: Sequence[str], get: Callable[[Index], Tensor], opposite: Field | None = None
+    ):
         self._name, self._letters, self._get = name, letters, get
         self._opposite = opposite
 
@@ -50,6 +51,35 @@ class Field:
             raise InputError(f"{self._name}.{letters}: no such derivative, the coordinates are {known}")
         return self._get(tuple(sorted(self._letters.index(letter) for letter in letters)))
 
+    def __add__(self, other: Any) -> Tensor:
+        return self.value + _value(other)
+
+    def __sub__(self, other: Any) -> Tensor:
+        return self.value - _value(other)
+
+    def __rsub__(self, other: Any) -> Tensor:
+        return _value(other) - self.value
+
+    def __mul__(self, other: Any) -> Tensor:
+        return self.value * _value(other)
+
+    def __truediv__(self, other: Any) -> Tensor:
+        return self.value / _value(other)
+
+    def __rtruediv__(self, other: Any) -> Tensor:
+        return _value(other) / self.value
+
+    def __pow__(self, other: Any) -> Tensor:
+        return self.value ** _value(other)
+
+    def __rpow__(self, other: Any) -> Tensor:
+        return _value(other) ** self.value
+
+    def __neg__(self) -> Tensor:
+        return -self.value
+
+    __radd__, __rmul__ = __add__, __mul__
+
     @classmethod
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -61,14 +91,3 @@ class Field:
 
 def _value(x: Any) -> Any:
     return x.value if isinstance(x, Field) else x
-
-
-def _binary(name: str) -> None:
-    function = getattr(operator, name)
-    setattr(Field, f"__{name}__", lambda self, other: function(self.value, _value(other)))
-    setattr(Field, f"__r{name}__", lambda self, other: function(_value(other), self.value))
-
-
-for _name in ("add", "sub", "mul", "truediv", "pow"):
-    _binary(_name)
-setattr(Field, "__neg__", lambda self: -self.value)  # noqa: B010

@@ -118,19 +118,19 @@ class PDE:
         """All terms of the loss."""
         return [Term(self.residual)]
 
-    def lift(self, *coordinates: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def lift(self, *coordinates: Any, **_: Any) -> Tensor | tuple[Tensor, ...]:
         """What the fields are where the factor is zero; one tensor (N,) for all fields, or one each."""
         return torch.zeros_like(coordinates[0])
 
-    def factor(self, *coordinates: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def factor(self, *coordinates: Any, **_: Any) -> Tensor | tuple[Tensor, ...]:
         """What the network is multiplied with; one tensor (N,) for all fields, or one each."""
         return torch.ones_like(coordinates[0])
 
-    def embed(self, *coordinates: Tensor) -> tuple[Tensor, ...]:
+    def embed(self, *coordinates: Any, **_: Any) -> tuple[Tensor, ...]:
         """What the network is given in the place of the coordinates."""
         return coordinates
 
-    def exact(self, *coordinates: Array) -> Array | tuple[Array, ...] | None:
+    def exact(self, *coordinates: Any, **_: Any) -> Array | tuple[Array, ...] | None:
         """The solution at points (N,), one array for each field; None where it is not known."""
         return None
 
@@ -164,7 +164,9 @@ class PDE:
         where, letters = term.where, list(self.domain)
         if isinstance(where, Points):
             if where.coordinates.shape[1] != len(letters):
-                raise InputError(f"term {term.label}: points must be (M, {len(letters)}), got {where.coordinates.shape}")
+                raise InputError(
+                    f"term {term.label}: points must be (M, {len(letters)}), got {where.coordinates.shape}"
+                )
             for name, values in where.data.items():
                 if values.shape != where.coordinates.shape[:1]:
                     raise InputError(f"term {term.label}: data '{name}' must be one number a point, got {values.shape}")
@@ -177,8 +179,8 @@ class PDE:
         others = self.bounds[:axis] + self.bounds[axis + 1 :]
         default = round(count ** (len(others) / len(letters)))
         inner = hammersley((where.count or default) if others else 1, others)
-        values = [where.value] if isinstance(where, Face) else list(self.bounds[axis])
-        return np.stack([np.insert(inner, axis, v, axis=1) for v in values], axis=1), {}
+        faces = [where.value] if isinstance(where, Face) else list(self.bounds[axis])
+        return np.stack([np.insert(inner, axis, v, axis=1) for v in faces], axis=1), {}
 
     def reference(self, count: int = 5000) -> tuple[tuple[Array, ...], Array | None]:
         """Axes of a grid of about ``count`` points and the exact fields (N, F) on it, None where unknown."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,7 @@ class _Points:
         """These points in pieces of nearly equal length of at most ``size`` network evaluations."""
         pieces = max(-(-len(self) * self.inputs.shape[2] // size), 1)
         edges = [len(self) * i // pieces for i in range(pieces + 1)]
-        return [self.rows(slice(a, b)) for a, b in zip(edges, edges[1:], strict=False) if b > a]
+        return [self.rows(slice(a, b)) for a, b in pairwise(edges) if b > a]
 
 
 class PDELoss(ResidualLoss):
@@ -103,7 +103,9 @@ class PDELoss(ResidualLoss):
         self._layers()
         self.problem_terms = list(problem.terms())
         sets = [problem.points(term, points) for term in self.problem_terms]
-        asked = set[Index]().union(*(self._dry_run(t, *points) for t, points in zip(self.problem_terms, sets, strict=True)))
+        asked = set[Index]().union(
+            *(self._dry_run(t, *points) for t, points in zip(self.problem_terms, sets, strict=True))
+        )
         self.indices = closure(asked)
         self.position = {index: k for k, index in enumerate(self.indices)}
         self.evaluator = evaluator(network, self.offsets, self.indices)
@@ -122,7 +124,9 @@ class PDELoss(ResidualLoss):
         numbers = {p.name: i for i, p in enumerate(self.parameters)}
         if isinstance(self.network, TanhNetwork):
             groups = [[numbers[name] for name in layer] for layer in self.network.layers]
-            stage_of = {name: i for i, s in enumerate(self.network.stages) for name in (s.weight, s.bias, s.slope) if name}
+            stage_of = {
+                name: i for i, s in enumerate(self.network.stages) for name in (s.weight, s.bias, s.slope) if name
+            }
             self.layer_stages = [sorted({stage_of[n] for n in layer}) for layer in self.network.layers]
             # a product with the weights, and about 15 operations a neuron in the activation (our estimate)
             cost = [self.offsets[s.weight][1].numel() + 15 * self.offsets[s.weight][1][0] for s in self.network.stages]
@@ -191,8 +195,13 @@ class PDELoss(ResidualLoss):
                 value = function(*p.T)
                 parts = list(value) if isinstance(value, tuple | list) else [value]
                 parts = parts * width if width and len(parts) == 1 else parts
-                if any(not isinstance(v, Tensor) or v.shape != p.shape[:1] for v in parts) or width not in (None, len(parts)):
-                    raise InputError(f"{function.__name__} must give tensors ({len(p)},), one for all fields or one each")
+                if any(not isinstance(v, Tensor) or v.shape != p.shape[:1] for v in parts) or width not in (
+                    None,
+                    len(parts),
+                ):
+                    raise InputError(
+                        f"{function.__name__} must give tensors ({len(p)},), one for all fields or one each"
+                    )
                 return torch.stack(parts, dim=1)
 
             return columns
@@ -312,7 +321,10 @@ class PDELoss(ResidualLoss):
             for r in self._chunk_residual(chunk, fields, list(theta[self.tail])):
                 bad = torch.nonzero(~torch.isfinite(r))
                 if len(bad):
-                    where = [f"{c} = {float(v[bad[0, 0]]):.6g}" for c, v in zip(self.problem.domain, chunk.coordinates, strict=True)]
+                    where = [
+                        f"{c} = {float(v[bad[0, 0]]):.6g}"
+                        for c, v in zip(self.problem.domain, chunk.coordinates, strict=True)
+                    ]
                     label = self.problem_terms[chunk.term].label
                     return f"term {label} gives {float(r[bad[0, 0]])} at {', '.join(where)}"
         return super().explain(theta)

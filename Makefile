@@ -1,0 +1,40 @@
+# make demo    train a physics-informed network on two ranks, draw the figure
+# make test    the whole test suite, on 1, 2 and 3 ranks
+# make bench   the tables of the README, measured side by side (about 25 minutes)
+# make lint    style and types
+# Each of them makes .venv first (make env), see environment.sh.
+
+PYTHON_ENV = .venv/bin/python
+MPIEXEC = mpiexec --oversubscribe $(shell [ "$$(id -u)" = 0 ] && echo --allow-run-as-root)
+export OMP_NUM_THREADS = 1
+export OPENBLAS_NUM_THREADS = 1
+
+.PHONY: env demo test bench lint clean
+
+env:
+	@./environment.sh
+
+demo: env
+	@mkdir -p out
+	$(MPIEXEC) -n 2 $(PYTHON_ENV) -m mpi4py drivers/pinn.py -problem burgers -solver aspqn \
+	    -max_time 100 -output out/aspqn.h5 -overwrite
+	$(MPIEXEC) -n 2 $(PYTHON_ENV) -m mpi4py drivers/pinn.py -problem burgers -solver lbfgs \
+	    -max_it 100000 -max_time 100 -error_interval 10 -progress none -output out/lbfgs.h5 -overwrite
+	$(PYTHON_ENV) drivers/plot.py out/aspqn.h5 out/lbfgs.h5 -o out/demo.png
+	@echo "run files out/aspqn.h5 and out/lbfgs.h5, figures out/demo.png and out/demo.maps.png"
+
+test: env
+	$(PYTHON_ENV) -m pytest tests
+	$(MPIEXEC) -n 2 $(PYTHON_ENV) -m pytest tests --ignore=tests/drivers
+	$(MPIEXEC) -n 3 $(PYTHON_ENV) -m pytest tests --ignore=tests/drivers
+
+bench: env
+	$(PYTHON_ENV) drivers/bench.py
+
+lint: env
+	$(PYTHON_ENV) -m ruff check .
+	$(PYTHON_ENV) -m ruff format --check .
+	$(PYTHON_ENV) -m mypy
+
+clean:
+	rm -rf .venv out build *.egg-info

@@ -1,0 +1,162 @@
+"""What all tests share; the whole suite runs on any number of ranks, the same tests in the same order on each."""
+
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mpi4py import MPI
+from petsc4py import PETSc
+from torch import Tensor
+
+from ddml.layout import ParameterLayout
+from ddml.loss import Loss, parameter_table
+from ddml.objective import Objective
+from solvers import configure
+
+torch.set_num_threads(1)
+
+_prefixes = (f"test{number}_" for number in itertools.count())
+
+
+class SumOverRows(Loss):
+    """The sum over the rows of a table (N, k) of ``function(theta, rows)`` (N,); one parameter tensor a layer."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], rows: Any, layers: list[int], start: Any) -> None:
+        self.function, self.rows, self.start = function, torch.as_tensor(rows), torch.as_tensor(start)
+        self.parameters = parameter_table([(f"layer {i}", (size,)) for i, size in enumerate(layers)])
+        self.layers = tuple((i,) for i in range(len(layers)))
+        self.costs = tuple(float(i + 2) for i in range(len(layers)))
+        self.count, self.dtype, self.device = len(self.rows), torch.float64, torch.device("cpu")
+
+    def part(self, begin: int, end: int) -> "SumOverRows":
+        return self.sampled(slice(begin, end))
+
+    def sampled(self, rows: Any) -> "SumOverRows":
+        return SumOverRows(self.function, self.rows[rows], [p.size for p in self.parameters], self.start)
+
+    def initial(self) -> Tensor:
+        return self.start
+
+    def terms(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
+        yield self.function(theta, self.rows).sum()
+
+
+@pytest.fixture
+def comm() -> MPI.Comm:
+    """All ranks."""
+    return MPI.COMM_WORLD
+
+
+@pytest.fixture
+def shared_tmp(comm: MPI.Comm) -> Iterator[Path]:
+    """A folder that all ranks see."""
+    folder = tempfile.TemporaryDirectory() if comm.rank == 0 else None
+    yield Path(comm.bcast(folder.name if folder else None))
+    comm.barrier()
+    if folder:
+        folder.cleanup()
+
+
+@pytest.fixture
+def prefix() -> Iterator[str]:
+    """A prefix of PETSc options that nobody else uses; what is set under it is removed."""
+    name = next(_prefixes)
+    yield name
+    database = PETSc.Options()
+    for key in database.getAll():
+        if key.startswith(name):
+            database.delValue(key)
+
+
+@pytest.fixture
+def sum_over_rows() -> type[SumOverRows]:
+    """A loss of any function."""
+    return SumOverRows
+
+
+@pytest.fixture
+def least_squares() -> Callable[..., SumOverRows]:
+    """Make the loss 1/2 |A x + bend (A x)^3 - b|^2 with a random, well-conditioned A (rows, n)."""
+
+    def make(layers: list[int], rows: int = 40, bend: float = 0.0, seed: int = 0) -> SumOverRows:
+        rng, n = np.random.default_rng(seed), sum(layers)
+        A = np.linalg.qr(rng.standard_normal((rows, n)))[0] * np.linspace(1, 2, n)
+        A = A @ np.linalg.qr(rng.standard_normal((n, n)))[0]
+
+        def squares(theta: Tensor, table: Tensor) -> Tensor:
+            z = table[:, :-1] @ theta
+            return (z + bend * z**3 - table[:, -1]) ** 2 / 2
+
+        table = np.column_stack([A, rng.standard_normal(rows)])
+        return SumOverRows(squares, table, layers, rng.standard_normal(n))
+
+    return make
+
+
+@pytest.fixture
+def train() -> Callable[..., SimpleNamespace]:
+    """Run a solver; what the monitor saw, iteration by iteration, is the same on all ranks."""
+
+    def run(
+        loss: Loss,
+        solver: Any,
+        iterations: int,
+        comm: MPI.Comm = MPI.COMM_WORLD,
+        blocks: int = 0,
+        gathered: bool = False,
+        start: Any = None,
+        state: dict[str, Any] | None = None,
+        watch: Callable[[Any, int], None] | None = None,
+        **settings: Any,
+    ) -> SimpleNamespace:
+        name, database = next(_prefixes), PETSc.Options()
+        layout = ParameterLayout(loss.parameters, comm, [0] + [loss.size] * comm.size if gathered else None)
+        objective = Objective(loss, layout, blocks=blocks)
+        x, tao = layout.vector(), PETSc.TAO().create(comm)
+        objective.initial(x)
+        begin, end = x.getOwnershipRange()
+        if start is not None:
+            x.setArray(start[begin:end])
+        for key, value in settings.items():
+            database.setValue(name + key, value)
+        tao.setOptionsPrefix(name)
+        if isinstance(solver, str):
+            configure(tao, solver)
+        else:
+            tao.createPython(solver, comm=comm)
+        objective.attach(tao)
+        tao.setSolution(x)
+        tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
+        tao.setMaximumIterations(iterations)
+        tao.setFromOptions()
+        tao.setUp()
+        context = tao.getPythonContext() if tao.getType() == "python" else None
+        seen = SimpleNamespace(losses=[], norms=[], steps=[], theta=[], total=[], critical=[], gradients=[])
+
+        def monitor(tao: PETSc.TAO) -> None:
+            _, f, norm, _, step, _ = tao.getSolutionStatus()
+            work = objective.work
+            now = f, norm, step, layout.gather(x).numpy().copy(), work.total, work.critical, work.gradients
+            for column, value in zip(vars(seen).values(), now, strict=True):
+                column.append(value)
+            if watch is not None:
+                watch(context, tao.getIterationNumber())
+
+        tao.setMonitor(monitor)
+        if state is not None:
+            context.resume(state)
+        tao.solve()
+        reason = tao.getConvergedReason()
+        tao.destroy()
+        x.destroy()
+        for key in settings:
+            database.delValue(name + key)
+        return SimpleNamespace(**{key: np.array(column) for key, column in vars(seen).items()}, reason=reason)
+
+    return run

@@ -153,11 +153,17 @@ class Objective:
         tao.setGradient(lambda _, x, g: self.gradient(x, g), None)
         tao.setObjectiveGradient(lambda _, x, g: self.value_gradient(x, g), None)
         tao.setAppCtx(self)
+        hessian = self.hessian()
+        tao.setHessian(lambda _, x, H, P: H.getPythonContext().move(x), hessian)
+        hessian.destroy()  # TAO keeps it
 
     def hessian(self) -> PETSc.Mat:
-        """A shell matrix that multiplies by the Hessian at the point of its context; the caller destroys it."""
+        """A matrix that multiplies by the Hessian at the point of its context; the caller destroys it."""
         local = int(self.layout.counts[self.comm.rank])
-        return PETSc.Mat().createPython(((local, self.size), (local, self.size)), _Hessian(self), comm=self.comm)
+        mat = PETSc.Mat().createPython(((local, self.size), (local, self.size)), _Hessian(self), comm=self.comm)
+        mat.setOption(PETSc.Mat.Option.SYMMETRIC, True)
+        mat.setUp()
+        return mat
 
     @property
     def size(self) -> int:
@@ -166,14 +172,27 @@ class Objective:
 
 
 class _Hessian:
-    """Python context of the Hessian matrix."""
+    """Python context of the Hessian matrix at a point."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
-        self.point: PETSc.Vec | None = None
+        self.point = objective.layout.vector()
+        self.diagonal = 0.0
+
+    def move(self, x: PETSc.Vec) -> None:
+        """Make x the point."""
+        x.copy(self.point)
+        self.diagonal = 0.0
+
+    def shift(self, mat: PETSc.Mat, amount: float) -> None:
+        """Add a multiple of the identity, as PETSc's Newton methods do where the Hessian is indefinite."""
+        self.diagonal += amount
 
     def mult(self, mat: PETSc.Mat, x: PETSc.Vec, y: PETSc.Vec) -> None:
+        """Multiply."""
         self.objective.hessian_product(self.point, x, y)
+        y.axpy(self.diagonal, x)
 
-    def destroy(self, mat: Any) -> None:
-        self.point = None
+    def destroy(self, mat: PETSc.Mat) -> None:
+        """Destroy the point."""
+        self.point.destroy()

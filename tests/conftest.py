@@ -129,7 +129,8 @@ def train() -> Callable[..., SimpleNamespace]:
         if isinstance(solver, str):
             configure(tao, solver)
         else:
-            tao.createPython(solver, comm=comm)
+            tao.setType("python")
+            tao.setPythonContext(solver)
         objective.attach(tao)
         tao.setSolution(x)
         tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)

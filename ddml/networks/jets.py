@@ -253,19 +253,31 @@ class NestedJets(_ByAutograd):
 
 
 class _Buffers:
-    """Everything that one stage writes for one shape of chunk, with its slices cut once."""
+    """Everything that one stage writes for one shape of chunk, with its slices cut once.
 
-    def __init__(self, like: Tensor, k: int, n: int, widths: tuple[int, int], residual: bool, second: int) -> None:
+    ``scratch`` gives what is not needed once the stage's turn in the backward pass is over.
+    """
+
+    def __init__(
+        self,
+        like: Tensor,
+        widths: tuple[int, int],
+        residual: bool,
+        second: int,
+        scratch: Callable[..., Tensor],
+        parity: int,
+    ) -> None:
+        k, n, _ = like.shape
         inputs, outputs = widths
         new = partial(torch.empty, dtype=like.dtype, device=like.device)
         self.z = new(k, n, outputs)  # jets before the activation
-        self.zbar = new(k, n, outputs)  # their adjoint
         self.y = new(k, n, outputs)  # jets behind the stage
-        self.hbar = new(k, n, inputs)  # adjoint of the jets that enter
         self.s = new(n, outputs)  # 1 - tanh^2
         self.t = new(n, outputs) if residual else self.y[0]  # tanh
         self.q = [new(n, outputs) for _ in range(second)]  # t z_i of each second derivative (i, j)
-        self.work = new(n, outputs)
+        self.zbar = scratch("zbar", k, n, outputs)  # adjoint of z
+        self.hbar = scratch(f"hbar{parity}", k, n, inputs)  # adjoint of the jets that enter
+        self.work = scratch("work", n, outputs)
         self.h: Tensor | None = None  # what entered, and as a matrix
         self.h_flat = self.hbar
         self.z_flat, self.zbar_flat = self.z.view(k * n, outputs), self.zbar.view(k * n, outputs)
@@ -300,8 +312,15 @@ class FusedJets(TaylorJets):
         position = {index: k for k, index in enumerate(self.indices)}
         self.second = [(position[i], position[i[:1]], position[i[1:]]) for i in self.indices if len(i) == 2]
         self.buffers: dict[tuple[int, int], _Buffers] = {}
+        self.scratch: dict[tuple[str | int, ...], Tensor] = {}
         self.active: frozenset[int] = frozenset()
         self.last = 0, 0
+
+    def _scratch(self, like: Tensor, name: str, *shape: int) -> Tensor:
+        key = (name, *shape)
+        if key not in self.scratch:
+            self.scratch[key] = torch.empty(shape, dtype=like.dtype, device=like.device)
+        return self.scratch[key]
 
     @torch.no_grad()
     def bind(self, theta: Tensor, gradient: Tensor | None = None, active: Sequence[int] | None = None) -> None:
@@ -344,7 +363,8 @@ class FusedJets(TaylorJets):
         b = self.buffers.get((number, n))
         if b is None:
             widths = self.bound[number][0].shape[1], self.bound[number][0].shape[0]
-            b = _Buffers(h, h.shape[0], n, widths, stage.residual, len(self.second))
+            scratch = partial(self._scratch, h)
+            b = _Buffers(h, widths, stage.residual, len(self.second), scratch, number % 2)
             self.buffers[number, n] = b
         if b.h is not h:
             b.h, b.h_flat = h, h.view(-1, h.shape[2])

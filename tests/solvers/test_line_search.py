@@ -93,8 +93,7 @@ def test_trials_that_are_no_use_are_given_up_for_shorter_ones(
     """The loss falls on the way to x = 1, and behind ``limit`` it is no number."""
 
     def function(theta: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        value = rows[:, 0] * (theta[0] - 1) ** 2
-        return torch.where(theta[0].abs() < limit, value, BEYOND[kind] * (1 + theta[0] ** 2))
+        return rows[:, 0] * (theta[0] - 1) ** 2 + (BEYOND[kind] if abs(theta[0]) >= limit else 0.0)
 
     loss = sum_over_rows(function, np.full((6, 1), 1 / 6), [1, 3], np.zeros(4))
     searched = Searched(comm, prefix, loss)
@@ -110,8 +109,7 @@ def test_what_the_search_started_from_is_restored_where_every_trial_is_useless(
     comm: MPI.Comm, prefix: str, sum_over_rows: Any, kind: str
 ) -> None:
     def function(theta: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        value = rows[:, 0] * (theta[0] - 1) ** 2
-        return torch.where(theta[0] == 0, value, BEYOND[kind] * (1 + theta[0] ** 2))
+        return rows[:, 0] * (theta[0] - 1) ** 2 + (BEYOND[kind] if theta[0] != 0 else 0.0)
 
     loss = sum_over_rows(function, np.ones((6, 1)), [1, 3], np.zeros(4))
     searched = Searched(comm, prefix, loss)

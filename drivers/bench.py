@@ -1,0 +1,392 @@
+"""Measure: python drivers/bench.py [-seconds 40] [-only evaluation,ranks,...].
+
+Prints tables with medians and ratios; what is compared is measured side by side in the same
+process, alternately where it is short. Sections: evaluation, restricted, ranks, overhead, balance,
+rounding, solvers.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from program import run_program
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from petsc4py import PETSc
+from torch import Tensor
+
+from ddml import options
+from ddml.decomposition import Subdomains
+from ddml.errors import InputError
+from ddml.layout import ParameterLayout, owned
+from ddml.loss import RestrictedLoss
+from ddml.networks.tanh import TanhNetwork
+from ddml.objective import Objective
+from ddml.options import Option
+from ddml.problems import PROBLEMS, PDELoss
+from ddml.problems.accuracy import SolutionError
+from solvers import configure
+
+SECTIONS = ("evaluation", "restricted", "ranks", "overhead", "balance", "rounding", "solvers")
+OPTIONS = (
+    Option("seconds", 40.0, "Budget of each solver in the section solvers.", above=0.0),
+    Option("only", ",".join(SECTIONS), "Sections to run."),
+    Option("repeats", 7, "Timings of each short measurement.", minimum=1),
+)
+CASES = (("burgers", 20, 8), ("klein_gordon", 50, 6))
+NETWORKS = ("mlp", "residual")
+
+
+def network(kind: str, width: int, depth: int, seed: int = 0) -> TanhNetwork:
+    """One of the two networks of the bench, float64."""
+    paper = kind == "residual"
+    made = TanhNetwork(2, width, depth, 1, residual=paper, adaptive=paper).double()
+    made.reset_parameters(torch.Generator().manual_seed(seed))
+    return made
+
+
+def loss_of(problem: str, kind: str, width: int, depth: int, points: int = 10_000, seed: int = 0) -> PDELoss:
+    """A problem's loss on one of the networks."""
+    return PDELoss(PROBLEMS[problem](), network(kind, width, depth, seed), points)
+
+
+def medians(repeats: int, *functions: Callable[[], object]) -> list[float]:
+    """Median milliseconds of functions that are called in turn."""
+    times: list[list[float]] = [[] for _ in functions]
+    for repeat in range(repeats + 1):
+        for function, taken in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function()
+            if repeat:  # the first call warms up
+                taken.append(1e3 * (time.perf_counter() - start))
+    return [statistics.median(t) for t in times]
+
+
+def nested_autograd(problem: str, module: TanhNetwork, x: Tensor) -> None:
+    """The loss and gradient as plain torch programs write them."""
+    pde = PROBLEMS[problem]()
+    x = x.clone().requires_grad_()
+    t, s = x[:, 0], x[:, 1]
+    u = pde.lift(t, s) + pde.factor(t, s) * module(x)[:, 0]
+    first = torch.autograd.grad(u.sum(), x, create_graph=True)[0]
+    second = torch.autograd.grad(first[:, 1].sum(), x, create_graph=True)[0]
+    if problem == "burgers":
+        r = first[:, 0] + u * first[:, 1] - pde.viscosity * second[:, 1]
+    else:
+        u_tt = torch.autograd.grad(first[:, 0].sum(), x, create_graph=True)[0][:, 0]
+        solution = s * torch.cos(t)
+        r = u_tt - second[:, 1] + u**2 + solution - solution**2
+    torch.autograd.grad((r**2).mean(), list(module.parameters()))
+
+
+def evaluation(settings: Any) -> None:
+    """One loss-and-gradient evaluation against nested autograd."""
+    print("\n## A loss-and-gradient evaluation, 10,000 points, one thread (ms)\n")
+    print("| problem | network | nested autograd | ddml | ratio |\n|---|---|---|---|---|")
+    for problem, width, depth in CASES:
+        for kind in NETWORKS:
+            loss = loss_of(problem, kind, width, depth)
+            theta, g = loss.initial(), torch.zeros(loss.size, dtype=torch.float64)
+            points = loss.sets[0].coordinates.T.contiguous()
+            plain, ours = medians(
+                settings.repeats,
+                lambda: nested_autograd(problem, loss.network, points),
+                lambda: loss.value_gradient(theta, g),
+            )
+            print(f"| {problem} {width}x{depth} | {kind} | {plain:.0f} | {ours:.0f} | {plain / ours:.2f} |", flush=True)
+
+
+def restricted(settings: Any) -> None:
+    """Restricted evaluations behind the kept prefix against the whole one."""
+    print("\n## A restricted evaluation behind the kept prefix, in units of a whole one: measured / charged\n")
+    for problem, width, depth in CASES:
+        for kind in NETWORKS:
+            loss = loss_of(problem, kind, width, depth)
+            theta, g = loss.initial(), torch.zeros(loss.size, dtype=torch.float64)
+            subdomains = Subdomains.by_layers(loss, depth)
+            parts = [RestrictedLoss(loss, ranges) for ranges in subdomains.ranges]
+            for part in parts:
+                part.freeze(theta)
+            calls = [
+                lambda part=part: part.value_gradient(part.initial(), torch.zeros(part.size, dtype=torch.float64))
+                for part in parts
+            ]
+            whole, *pieces = medians(settings.repeats, lambda: loss.value_gradient(theta, g), *calls)
+            row = ", ".join(f"{t / whole:.2f} / {p.charge():.2f}" for t, p in zip(pieces, parts, strict=True))
+            print(f"- {problem} {width}x{depth} {kind}: {row}", flush=True)
+
+
+def ranks(settings: Any) -> None:
+    """Two ranks against one, and the price of sums in a fixed order."""
+    print("\n## Two ranks against one, and sums in a fixed order over 12 blocks, 10,000 points (ms)\n", flush=True)
+    print("| problem | network | 1 rank | 2 ranks | speed-up | fixed order, 1 | 2 | price, 1 | 2 |", flush=True)
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    command = ["mpiexec", "--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_"))}
+    command += ["-n", "2", sys.executable, "-m", "mpi4py", str(Path(__file__)), "-only", "ranks_worker"]
+    subprocess.run([*command, "-repeats", str(settings.repeats)], check=True, env=environment)
+
+
+def alone(comm: MPI.Comm, work: Callable[[], object]) -> object:
+    """Call a function on rank 0 while the others sleep."""
+    result = work() if comm.rank == 0 else None
+    request = comm.Ibarrier()
+    while not request.Test():
+        time.sleep(1e-3)
+    return result
+
+
+def ranks_worker(settings: Any) -> None:
+    """What the ranks of the section ranks do."""
+    comm = MPI.COMM_WORLD
+    for problem, width, depth in CASES:
+        for kind in NETWORKS:
+            loss = loss_of(problem, kind, width, depth)
+            calls = []
+            for blocks in (0, 12):
+                for where in (MPI.COMM_SELF, comm):
+                    owners = [0] + [loss.size] * where.size if blocks else None
+                    objective = Objective(loss, ParameterLayout(loss.parameters, where, owners), blocks=blocks)
+                    x, g = objective.layout.vector(), objective.layout.vector()
+                    objective.initial(x)
+                    calls.append((where, lambda o=objective, x=x, g=g: o.value_gradient(x, g)))
+            times: list[list[float]] = [[] for _ in calls]
+            for repeat in range(settings.repeats + 1):
+                for (where, call), taken in zip(calls, times, strict=True):
+                    comm.Barrier()
+                    start = time.perf_counter()
+                    if where.size > 1 or comm.rank == 0:
+                        call()
+                    if repeat:
+                        taken.append(1e3 * (time.perf_counter() - start))
+                    alone(comm, lambda: None)
+            if comm.rank == 0:
+                one, two, one_fixed, two_fixed = (statistics.median(t) for t in times)
+                print(
+                    f"| {problem} {width}x{depth} | {kind} | {one:.0f} | {two:.0f} | {one / two:.2f} | {one_fixed:.0f} |"
+                    f" {two_fixed:.0f} | {one_fixed / one:.2f} | {two_fixed / two:.2f} |",
+                    flush=True,
+                )
+
+
+def minimise(
+    loss: PDELoss, solver: str, seconds: float, iterations: int, given: dict[str, Any], comm: MPI.Comm = MPI.COMM_SELF
+) -> tuple[list[tuple[float, ...]], float]:
+    """Run a solver; rows (work, critical, seconds, loss, error) without the errors' time, and seconds in evaluations."""
+    objective = Objective(loss, ParameterLayout(loss.parameters, comm))
+    measure = SolutionError(loss, comm, 5000)
+    x = objective.layout.vector()
+    objective.initial(x)
+    prefix = f"bench{time.perf_counter_ns()}_"
+    for name, value in given.items():
+        PETSc.Options().setValue(prefix + name, value)
+    tao = PETSc.TAO().create(comm)
+    tao.setOptionsPrefix(prefix)
+    configure(tao, solver)
+    objective.attach(tao)
+    tao.setSolution(x)
+    tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
+    tao.setMaximumIterations(iterations)
+    tao.setFromOptions()
+    rows: list[tuple[float, ...]] = []
+    evaluating = aside = 0.0
+    original = PDELoss.value_gradient
+    freeze = RestrictedLoss.freeze
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal evaluating
+            begin = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                evaluating += time.perf_counter() - begin
+
+        return wrapper
+
+    def monitor(tao: PETSc.TAO) -> None:
+        nonlocal aside
+        begin = time.perf_counter()
+        now = begin - start - aside
+        error = measure(owned(x)).get("error", np.nan) if comm.size == 1 else np.nan
+        rows.append((objective.work.total, objective.work.critical, now, tao.getObjectiveValue(), error))
+        aside += time.perf_counter() - begin
+        if now > seconds:
+            tao.setConvergedReason(PETSc.TAO.ConvergedReason.CONVERGED_USER)
+
+    tao.setMonitor(monitor)
+    PDELoss.value_gradient, RestrictedLoss.freeze = timed(original), timed(freeze)  # type: ignore[method-assign]
+    start = time.perf_counter()
+    try:
+        tao.solve()
+    finally:
+        PDELoss.value_gradient, RestrictedLoss.freeze = original, freeze  # type: ignore[method-assign]
+        for name in given:
+            PETSc.Options().delValue(prefix + name)
+    tao.destroy()
+    return rows, evaluating
+
+
+def rival(loss: PDELoss, name: str, rate: float, seconds: float) -> list[tuple[float, ...]]:
+    """Torch's Adam or L-BFGS on the same evaluation; rows as of :func:`minimise`."""
+    theta = torch.nn.Parameter(loss.initial())
+    measure = SolutionError(loss, MPI.COMM_SELF, 5000)
+    if name == "Adam":
+        optimizer: torch.optim.Optimizer = torch.optim.Adam([theta], lr=rate)
+    else:
+        optimizer = torch.optim.LBFGS([theta], lr=1.0, max_iter=20, history_size=3, line_search_fn="strong_wolfe")
+    work, aside, rows = 0, 0.0, []
+    theta.grad = torch.zeros_like(theta)
+
+    def closure() -> float:
+        nonlocal work
+        work += 1
+        assert theta.grad is not None
+        theta.grad.zero_()
+        return loss.value_gradient(theta.detach(), theta.grad)
+
+    start = time.perf_counter()
+    step = 0
+    while time.perf_counter() - start - aside < seconds:
+        value = optimizer.step(closure)
+        step += 1
+        if name == "Adam" and step % 20:
+            continue
+        begin = time.perf_counter()
+        error = measure(theta.detach())["error"]
+        rows.append((float(work), float(work), begin - start - aside, float(value or np.nan), error))
+        aside += time.perf_counter() - begin
+        if not np.isfinite(rows[-1][3]):
+            break
+    return rows
+
+
+def overhead(settings: Any) -> None:
+    """A solver's own time."""
+    print("\n## The solvers' own time on one rank, Burgers 20x8, 10,000 points: all but evaluations\n")
+    for solver, given in (("lbfgs", {}), ("aspqn", {"local_steps": 5}), ("mspqn", {"local_steps": 5})):
+        rows, evaluating = minimise(loss_of("burgers", "residual", 20, 8), solver, 15.0, 100, given)
+        total = rows[-1][2]
+        print(f"- {solver}: {100 * (1 - evaluating / total):.1f} % of {total:.1f} s", flush=True)
+
+
+def balance(settings: Any) -> None:
+    """Blocks balanced by cost against equal numbers of layers."""
+    print("\n## Critical path of an additive phase: blocks of equally many layers, or of equal cost\n")
+    print(
+        "| network | subdomains | dearest block, layers | by cost | ratio | measured ratio |\n|---|---|---|---|---|---|"
+    )
+    for problem, width, depth in CASES:
+        loss = loss_of(problem, "residual", width, depth)
+        theta = loss.initial()
+        for count in (2, 3, 4):
+            by = {b: Subdomains.by_layers(loss, count, balance=b) for b in ("layers", "cost")}
+            slowest = {}
+            for name, subdomains in by.items():
+                parts = [RestrictedLoss(loss, r) for r in subdomains.ranges]
+                for part in parts:
+                    part.freeze(theta)
+                calls = [
+                    lambda p=p: p.value_gradient(p.initial(), torch.zeros(p.size, dtype=torch.float64)) for p in parts
+                ]
+                slowest[name] = max(medians(settings.repeats, *calls))
+            layers, cost = (max(by[b].costs) for b in ("layers", "cost"))
+            print(
+                f"| {problem} {width}x{depth} | {count} | {layers:.2f} | {cost:.2f} | {layers / cost:.2f} |"
+                f" {slowest['layers'] / slowest['cost']:.2f} |",
+                flush=True,
+            )
+
+
+def rounding(settings: Any) -> None:
+    """How fast rounding grows along a run."""
+    print(
+        "\n## Growth of rounding: |difference of the loss| / loss by iteration, 5 local steps, Burgers 20x8, 2,000 points"
+    )
+    print("\nTwo runs that differ by 1e-16 in the parameters at the start.\n")
+
+    for solver in ("lbfgs", "aspqn", "mspqn"):
+        for kind in NETWORKS:
+            runs = []
+            for nudge in (0.0, 1e-16):
+                loss = loss_of("burgers", kind, 20, 8, 2000)
+                with torch.no_grad():
+                    next(iter(loss.network.parameters())).mul_(1 + 2 * nudge)
+                given = {} if solver == "lbfgs" else {"local_steps": 5}
+                runs.append([row[3] for row in minimise(loss, solver, 1e9, 10, given)[0]])
+            growth = [abs(a - b) / a for a, b in zip(*runs, strict=False)]
+            print(f"- {solver} {kind}: " + ", ".join(f"{g:.0e}" for g in growth), flush=True)
+
+
+def reached(rows: Sequence[tuple[float, ...]], level: float) -> str:
+    """Work / critical work / seconds to an error."""
+    for work, critical, seconds, _, error in rows:
+        if error <= level:
+            return f"{work:.0f} / {critical:.0f} / {seconds:.1f}"
+    return "-"
+
+
+def at_loss(rows: Sequence[tuple[float, ...]], level: float) -> tuple[float, ...] | None:
+    """The first row whose loss is at most ``level``."""
+    return next((row for row in rows if row[3] <= level), None)
+
+
+def solvers(settings: Any) -> None:
+    """ASPQN, MSPQN, L-BFGS, Adam."""
+    budget = settings.seconds
+    print(f"\n## Solvers, one core, {budget:.0f} s each, 10,000 points, k_s = 50, one layer a block, m = 3 for all\n")
+    print("work / critical work / seconds to a relative error; all on ddml's evaluation; the critical path is")
+    print("that of one subdomain a processor. At equal loss: L-BFGS over the method, above 1 the method wins.\n")
+    for problem, width, depth in CASES:
+        for kind in NETWORKS:
+            print(f"### {problem} {width}x{depth}, {kind} network\n")
+            print(
+                "| solver | 1e-1 | 1e-2 | 1e-3 | end: work, loss, error | at equal loss, early, late: work | critical | time |"
+            )
+            print("|---|---|---|---|---|---|---|---|")
+            base: list[tuple[float, ...]] = []
+            rate = {"burgers": 5e-4, "klein_gordon": 1e-3}[problem]
+            for name in ("lbfgs", "aspqn", "mspqn", "torch L-BFGS", "Adam"):
+                loss = loss_of(problem, kind, width, depth)
+                if name in ("Adam", "torch L-BFGS"):
+                    rows = rival(loss, name, rate, budget)
+                else:
+                    rows, _ = minimise(loss, name, budget, 10**6, {})
+                base = base or rows
+                ratios = [["-", "-"], ["-", "-"], ["-", "-"]]
+                if rows is not base:
+                    for when, fraction in enumerate((0.25, 1.0)):
+                        mine = [r for r in rows if r[2] <= fraction * rows[-1][2]][-1]
+                        theirs = at_loss(base, mine[3])
+                        for i in range(3):
+                            ratios[i][when] = (
+                                f"{theirs[i] / max(mine[i], 1e-9):.2f}" if theirs else f">{base[-1][i] / mine[i]:.2f}"
+                            )
+                levels = " | ".join(reached(rows, level) for level in (1e-1, 1e-2, 1e-3))
+                end = f"{rows[-1][0]:.0f}, {rows[-1][3]:.1e}, {rows[-1][4]:.1e}"
+                print(f"| {name} | {levels} | {end} | " + " | ".join(", ".join(r) for r in ratios) + " |", flush=True)
+            print()
+
+
+def main(comm: MPI.Comm) -> int:
+    """Run the sections that are asked for."""
+    settings = options.read(OPTIONS)
+    torch.set_num_threads(1)
+    for name in settings.only.split(","):
+        if name not in (*SECTIONS, "ranks_worker"):
+            raise InputError(f"option -only must name some of {', '.join(SECTIONS)}; got '{name}'")
+        globals()[name](settings)
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,82 @@
+"""Start drivers as a user does, with mpiexec, and look at what they leave."""
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+SMALL = ("-width", "8", "-depth", "2", "-points", "200", "-error_points", "100")
+
+
+def start(ranks: int, *options: object, driver: str = "pinn.py") -> subprocess.Popen[str]:
+    """A driver in a session of its own; a test that itself runs under MPI must not pass that on."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "ORTE_", "PETSC_OPTIONS"))}
+    environment["OMP_NUM_THREADS"] = environment["OPENBLAS_NUM_THREADS"] = "1"
+    command = ["mpiexec", "--oversubscribe", "-n", str(ranks)]
+    command += ["--allow-run-as-root"] if os.getuid() == 0 else []
+    command += [sys.executable, "-m", "mpi4py", str(ROOT / "drivers" / driver), *map(str, options)]
+    return subprocess.Popen(
+        command, env=environment, cwd=ROOT, text=True, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 60.0) -> SimpleNamespace:
+    """Exit code ``rc``, ``out`` and ``err`` of a driver; one that takes longer is killed and fails the test."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        out, err = process.communicate()
+        raise AssertionError(f"still running after {timeout} s\n{out}\n{err}") from None
+    return SimpleNamespace(rc=process.returncode, out=out, err=err)
+
+
+def launch(ranks: int, *options: object, timeout: float = 60.0, driver: str = "pinn.py") -> SimpleNamespace:
+    """Start and finish."""
+    return finish(start(ranks, *options, driver=driver), timeout)
+
+
+def processes(session: int) -> dict[int, int]:
+    """Rank by process id of everything that runs in a session, -1 for what is no rank of a driver."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[3]) == session:
+                variables = (folder / "environ").read_bytes().split(b"\0")
+                ranks = [int(v.partition(b"=")[2]) for v in variables if v.startswith(b"OMPI_COMM_WORLD_RANK=")]
+                found[int(folder.name)] = ranks[0] if ranks else -1
+    return found
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to mpiexec and all ranks; mpiexec gives each rank a process group, but all are in its session."""
+    while alive := processes(process.pid):
+        for pid in alive:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.poll()
+
+
+def content(path: Path) -> SimpleNamespace:
+    """Parameters ``theta``, ``history`` by column and ``attributes`` of a run file."""
+    with h5py.File(path, "r") as file:
+        history = {name: column[()] for name, column in file["history"].items()}
+        return SimpleNamespace(theta=file["parameters/theta"][()], history=history, attributes=dict(file.attrs))
+
+
+def assert_same(a: Path, b: Path, tolerance: float = 0.0) -> None:
+    """Two run files have the same parameters and histories, times apart; to the last bit unless told otherwise."""
+    first, second = content(a), content(b)
+    assert first.history.keys() == second.history.keys() >= {"iteration", "loss", "work", "error", "time"}
+    for name in first.history.keys() - {"time"}:
+        np.testing.assert_allclose(second.history[name], first.history[name], rtol=tolerance, atol=0, err_msg=name)
+    np.testing.assert_allclose(second.theta, first.theta, rtol=tolerance, atol=tolerance)

@@ -1,0 +1,150 @@
+"""Whatever is wrong with the input: exit code 1, one line that names it, and no file is touched."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import h5py
+import pytest
+from launch import HERE, SMALL, launch
+
+PROBLEMS = HERE / "bad_problems.py"
+
+# what is wrong: (the options, a text that the error line must contain)
+OPTIONS = {
+    "unknown option": ("-widht 8", "-widht"),
+    "unknown option of a local solver": ("-sub_memmory 8", "-sub_memmory"),
+    "option without its dash": ("width 8", "'width'"),
+    "unknown solver": ("-solver adam", "'adam'"),
+    "unknown local solver": ("-sub_tao_type adam", "adam"),
+    "unknown problem": ("-problem navier", "'navier'"),
+    "unknown network": ("-network transformer", "'transformer'"),
+    "text for an integer": ("-width wide", "-width"),
+    "fraction for an integer": ("-depth 2.5", "-depth"),
+    "no value": ("-width", "-width"),
+    "zero width": ("-width 0", "-width"),
+    "zero points": ("-points 0", "-points"),
+    "negative seed": ("-seed -1", "-seed"),
+    "too large seed": ("-seed 99999999999999999999", "-seed"),
+    "negative overlap": ("-overlap -1", "-overlap"),
+    "more subdomains than layers": ("-subdomains 9", "9"),
+    "negative max_it": ("-max_it -1", "-max_it"),
+    "zero max_work": ("-max_work 0", "-max_work"),
+    "max_time is no number": ("-max_time nan", "-max_time"),
+    "negative target_error": ("-target_error -1", "-target_error"),
+    "unknown precision": ("-dtype float16", "-dtype"),
+    "unknown device": ("-device abacus", "-device"),
+    "no such device": ("-device cuda:99", "-device"),
+    "checkpoint_interval is no interval": ("-checkpoint_interval soon", "-checkpoint_interval"),
+    "negative checkpoint_interval": ("-checkpoint_interval -5s", "-checkpoint_interval"),
+    "additive_step is no number": ("-additive_step often", "-additive_step"),
+    "negative additive_step": ("-additive_step -1", "-additive_step"),
+    "negative memory": ("-memory -1", "-memory"),
+    "text for one of PETSc's numbers": ("-tao_fmin small", "-tao_fmin"),
+}
+
+USER_PROBLEMS = {
+    "user file is missing": ("nothing.py:Right", "nothing.py"),
+    "user file does not import": ("{folder}/broken.py:Right", "SyntaxError"),
+    "user file lacks the class": (f"{PROBLEMS}:Wrong", "'Wrong'"),
+    "class is no PDE": (f"{PROBLEMS}:NotAProblem", "NotAProblem"),
+    "class cannot be made": (f"{PROBLEMS}:BadConstructor", "no such table"),
+    "residual of wrong shape": (f"{PROBLEMS}:WrongShape", "residual"),
+    "residual is no tensor": (f"{PROBLEMS}:NoTensor", "residual"),
+    "unknown derivative": (f"{PROBLEMS}:UnknownDerivative", "u.yy"),
+    "residual raises": (f"{PROBLEMS}:Raises", "viscosity"),
+    "residual is not a number": (f"{PROBLEMS}:NotANumber", "nan"),
+    "empty interval": (f"{PROBLEMS}:Nowhere", "Nowhere.domain"),
+    "infinite interval": (f"{PROBLEMS}:Unbounded", "Unbounded.domain"),
+    "domain without intervals": (f"{PROBLEMS}:NoInterval", "NoInterval.domain"),
+    "coordinate of two letters": (f"{PROBLEMS}:LongName", "'xi'"),
+    "no domain": (f"{PROBLEMS}:NoDomain", "NoDomain.domain"),
+    "neither residual nor terms": (f"{PROBLEMS}:Empty", "Empty"),
+    "no terms": (f"{PROBLEMS}:NoTerms", "NoTerms"),
+    "face of no coordinate": (f"{PROBLEMS}:FaceElsewhere", "'y'"),
+    "data of wrong length": (f"{PROBLEMS}:TooFewData", "'measured'"),
+    "lift is no tensor": (f"{PROBLEMS}:WrongLift", "lift"),
+    "exact of wrong length": (f"{PROBLEMS}:WrongExact", "exact"),
+    "coefficient is no number": (f"{PROBLEMS}:BadCoefficient", "coefficient"),
+}
+
+
+def damage(path: Path) -> None:
+    """One bit in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def foreign(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file["parameters"] = [1.0, 2.0]
+
+
+# what is wrong: (done to a good run file, further options, a text that the error line must contain)
+FILES: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "restart file is missing": (Path.unlink, "-restart {run}", "run.h5"),
+    "restart file is truncated": (lambda p: os.truncate(p, p.stat().st_size // 2), "-restart {run}", "damaged"),
+    "restart file is damaged": (damage, "-restart {run}", "damaged"),
+    "restart file is foreign": (foreign, "-restart {run}", "not a run file"),
+    "restart file is a text": (lambda p: p.write_text("loss 1.0\n"), "-restart {run}", "not a run file"),
+    "restart file is a folder": (lambda p: (p.unlink(), p.mkdir()), "-restart {run}", "folder"),
+    "restart with another network": (Path.exists, "-restart {run} -width 9", "another network"),
+    "restart with another problem": (Path.exists, "-restart {run} -problem allen_cahn", "allen_cahn"),
+    "output exists": (Path.exists, "-output {run}", "-overwrite"),
+    "output is a folder": (Path.exists, "-output {folder}", "folder"),
+    "folder of output is missing": (Path.exists, "-output {folder}/nowhere/run.h5", "nowhere"),
+    "folder of output is a file": (Path.exists, "-output {run}/run.h5", "run.h5"),
+}
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture(scope="session")
+def attempts(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[SimpleNamespace]]]:
+    """Every bad input, tried in its own folder with a good run file; two at a time, to keep two cores busy."""
+    root = tmp_path_factory.mktemp("attempts")
+
+    def attempt(name: str, prepare: Callable[[Path], object], options: str) -> SimpleNamespace:
+        folder = root / name.replace(" ", "_")
+        folder.mkdir()
+        run = folder / "run.h5"
+        shutil.copy(trained, run)
+        (folder / "broken.py").write_text("class Right(:\n")
+        prepare(run)
+        before = tree(folder)
+        result = launch(2, *SMALL, "-max_it", 5, *options.format(run=run, folder=folder).split())
+        result.untouched = tree(folder) == before
+        return result
+
+    keep = "-output {run} -overwrite "
+    tries = {name: (Path.exists, keep + options) for name, (options, _) in OPTIONS.items()}
+    tries |= {name: (Path.exists, keep + "-problem " + problem) for name, (problem, _) in USER_PROBLEMS.items()}
+    tries |= {name: (prepare, options) for name, (prepare, options, _) in FILES.items()}
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(attempt, name, *what) for name, what in tries.items()}
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, *USER_PROBLEMS, *FILES])
+def test_bad_input_is_named_in_one_line(name: str, attempts: dict[str, Future[SimpleNamespace]]) -> None:
+    result = attempts[name].result()
+    errors = [line for line in result.err.splitlines() if line.startswith("error:")]
+    assert result.rc == 1, result.out + result.err
+    assert len(errors) == 1, result.err
+    assert {**OPTIONS, **USER_PROBLEMS, **FILES}[name][-1] in errors[0]
+    assert "Traceback" not in result.err + result.out
+    assert result.untouched
+
+
+def test_help_lists_the_options() -> None:
+    result = launch(2, "-help")
+    assert result.rc == 0, result.err
+    options = """problem solver width depth network points seed dtype subdomains overlap local_steps max_it max_work
+                 max_time target_error checkpoint_interval output restart"""
+    for option in options.split():
+        assert f"  -{option} " in result.out

@@ -3,6 +3,7 @@
 from petsc4py import PETSc
 
 from ddml.errors import InputError
+from ddml.plugins import load
 
 from .base import Solver
 from .quasi_newton import LBFGS
@@ -16,7 +17,7 @@ PETSC_TYPES += ("nls", "ntr", "ntl", "bnls", "bntr", "bntl")  # with Hessian pro
 
 
 def configure(tao: PETSc.TAO, name: str) -> None:
-    """Make a TAO object the solver of that short name, ours or PETSc's, options not yet read.
+    """Make a TAO object the solver of that name: ours, PETSc's, or ``path/to/file.py:Class``; options not yet read.
 
     Raises
     ------
@@ -28,6 +29,9 @@ def configure(tao: PETSc.TAO, name: str) -> None:
         tao.setPythonType(f"solvers.{SOLVERS[name].__name__}")
     elif name in PETSC_TYPES:
         tao.setType(name)
+    elif ":" in name:
+        tao.setType("python")
+        tao.setPythonContext(load(name, {}, "solver")())
     else:
         raise InputError(
             f"unknown solver '{name}'; there are {', '.join(SOLVERS)}; and PETSc's {', '.join(PETSC_TYPES)}"

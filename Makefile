@@ -5,6 +5,8 @@
 # Each of them makes .venv first (make env), see environment.sh.
 
 PYTHON_ENV = .venv/bin/python
+DEMO_SECONDS ?= 100
+BENCH ?=
 MPIEXEC = mpiexec --oversubscribe $(shell [ "$$(id -u)" = 0 ] && echo --allow-run-as-root)
 export OMP_NUM_THREADS = 1
 export OPENBLAS_NUM_THREADS = 1
@@ -17,9 +19,9 @@ env:
 demo: env
 	@mkdir -p out
 	$(MPIEXEC) -n 2 $(PYTHON_ENV) -m mpi4py drivers/pinn.py -problem burgers -solver aspqn \
-	    -max_time 100 -output out/aspqn.h5 -overwrite
+	    -max_time $(DEMO_SECONDS) -output out/aspqn.h5 -overwrite
 	$(MPIEXEC) -n 2 $(PYTHON_ENV) -m mpi4py drivers/pinn.py -problem burgers -solver lbfgs \
-	    -max_it 100000 -max_time 100 -error_interval 10 -progress none -output out/lbfgs.h5 -overwrite
+	    -max_it 100000 -max_time $(DEMO_SECONDS) -error_interval 10 -progress none -output out/lbfgs.h5 -overwrite
 	$(PYTHON_ENV) drivers/plot.py out/aspqn.h5 out/lbfgs.h5 -o out/demo.png
 	@echo "run files out/aspqn.h5 and out/lbfgs.h5, figures out/demo.png and out/demo.maps.png"
 
@@ -29,7 +31,7 @@ test: env
 	$(MPIEXEC) -n 3 $(PYTHON_ENV) -m pytest tests --ignore=tests/drivers
 
 bench: env
-	$(PYTHON_ENV) drivers/bench.py
+	$(PYTHON_ENV) drivers/bench.py $(BENCH)
 
 lint: env
 	$(PYTHON_ENV) -m ruff check .

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 from petsc4py import PETSc
 
 from .errors import InputError
+from .parallel import cause
 
 # What PetscInitialize and PetscFinalize read, which is before or after anybody can ask who used it.
 _PETSC_OWN = re.compile(
@@ -20,6 +23,7 @@ _PETSC_OWN = re.compile(
     r"|cuda_|hip_|python|nox|prefix_).*$"
 )
 
+_REFUSALS = {62, 63, 86}  # PETSC_ERR_ARG_WRONG, _ARG_OUTOFRANGE, _UNKNOWN_TYPE
 _TRUE, _FALSE = {"", "1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
@@ -58,6 +62,8 @@ class Option:
         except ValueError:
             noun = {int: "an integer", float: "a number"}.get(self.type, "a text")
             raise InputError(f"{what} must be {noun}, got '{text}'") from None
+        if self.type is int and abs(value) >= 2**63:
+            raise InputError(f"{what} must be an integer of 64 bits, got {text}")
         if self.choices and value not in self.choices:
             raise InputError(f"{what} must be one of {', '.join(self.choices)}; got '{text}'")
         if self.minimum is not None and not value >= self.minimum:
@@ -103,7 +109,7 @@ def number_or_word(prefix: str, name: str, text: str, word: str) -> float | None
         value = float(text)
     except ValueError:
         value = -1.0
-    if not value > 0:
+    if not 0 < value < math.inf:
         raise InputError(f"option -{prefix}{name} must be '{word}' or a number above 0, got '{text}'")
     return value
 
@@ -112,6 +118,37 @@ def unused() -> list[str]:
     """Keys in the database that nothing has asked for yet, PETSc's own general ones apart."""
     database = PETSc.Options()
     return [key for key in database.getAll() if not database.used(key) and not _PETSC_OWN.match(key)]
+
+
+def stray(arguments: Sequence[str]) -> list[str]:
+    """What stands on a command line and is neither an option nor the value of one; PETSc passes it over."""
+
+    def is_key(text: str) -> bool:
+        with suppress(ValueError):
+            float(text)  # also -inf
+            return False
+        return re.match("--?[a-z]", text, re.IGNORECASE) is not None
+
+    return [b for a, b in pairwise(arguments) if not is_key(a) and not is_key(b)]
+
+
+@contextmanager
+def understood() -> Iterator[None]:
+    """Make what PETSc, or a solver that PETSc calls, says of an option in this block an InputError."""
+    try:
+        yield
+    except PETSc.Error as error:
+        ours = cause(error, InputError)
+        if ours is not None:
+            raise ours from error
+        inner = error
+        while isinstance(inner.__cause__, PETSc.Error):
+            inner = inner.__cause__
+        if inner.__cause__ is not None or inner.ierr not in _REFUSALS:
+            raise
+        text = str(inner).splitlines()[-1].partition("] ")[2]
+        given = [f" (-{k} {v})" for k, v in PETSc.Options().getAll().items() if v and v in text.split()]
+        raise InputError(f"PETSc refuses an option: {text}{''.join(given)}") from error
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +39,14 @@ def load(reference: str, known: dict[str, Any], what: str) -> Any:
     if not hasattr(module, name):
         raise InputError(f"{what} '{reference}': '{path}' has no '{name}'")
     return getattr(module, name)
+
+
+@contextmanager
+def blamed(reference: str, known: dict[str, Any], what: str) -> Iterator[None]:
+    """Make whatever a user's class (one that is not in ``known``) raises in this block an InputError that names it."""
+    try:
+        yield
+    except Exception as error:
+        if reference in known or isinstance(error, InputError):
+            raise
+        raise InputError(f"{what} '{reference}' raised {type(error).__name__}: {error}") from error

@@ -122,8 +122,8 @@ class Run:
         self.started = time.perf_counter()
         self.written = (0, 0.0)  # iteration and time of the last checkpoint
         self.bar: Any = None
-        if settings.restart is None and self.output is not None:
-            self._check_new(self.output)
+        if settings.output is not None:
+            self._check_new(settings.output)
         if self.output is not None:
             checkpoint.check_writable(self.output, self.comm)
         if settings.restart is not None:
@@ -136,8 +136,10 @@ class Run:
     def _check_new(self, path: str) -> None:
         from pathlib import Path
 
-        exists = self.comm.bcast(Path(path).is_file() if self.comm.rank == 0 else None)
-        if exists and not self.settings.overwrite:
+        restart, file = self.settings.restart, Path(path)
+        if self.settings.overwrite or (restart is not None and file.resolve() == Path(restart).resolve()):
+            return
+        if self.comm.bcast(file.is_file() if self.comm.rank == 0 else None):
             raise InputError(f"{path} exists: go on with -restart {path}, or replace it with -overwrite")
 
     def _load(self, path: str) -> None:

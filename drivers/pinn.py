@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from program import HELP, run_program  # first: it initialises PETSc
 
+import sys
+
 import torch
 from mpi4py import MPI
 from petsc4py import PETSc
@@ -65,10 +67,13 @@ def main(comm: MPI.Comm) -> int:
         if comm.rank == 0:
             print(help_text())
         return 0
+    stray = options.stray(sys.argv)
+    if stray:
+        raise InputError(f"'{stray[0]}' is neither an option nor the value of one; -help lists the options")
     settings, limits = options.read(OPTIONS), options.read(ddml.run.OPTIONS)
     torch.set_num_threads(settings.threads)
     stop = StopRequest()
-    with agreed(comm):
+    with agreed(comm), plugins.blamed(settings.problem, PROBLEMS, "problem"):
         loss, network = build(settings)
         chosen = subdomains(loss)
     blocks = settings.summation_blocks
@@ -81,17 +86,19 @@ def main(comm: MPI.Comm) -> int:
     x = layout.vector()
     objective.initial(x)
     tao = PETSc.TAO().create(comm)
-    configure(tao, settings.solver)
+    with plugins.blamed(settings.solver, {**SOLVERS, **dict.fromkeys(PETSC_TYPES)}, "solver"):
+        configure(tao, settings.solver)
     objective.attach(tao)
     tao.setSolution(x)
     tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
-    with options.preset(tao_fmin=1e-9):  # the SPQN paper's
-        tao.setFromOptions()
-    tao.setUp()
+    with options.understood():
+        with options.preset(tao_fmin=1e-9):  # the SPQN paper's
+            tao.setFromOptions()
+        tao.setUp()
     left = options.unused()
     if left:
         raise InputError(f"unknown option{'s' * (len(left) > 1)} {', '.join('-' + k for k in left)}; -help lists them")
-    with agreed(comm):
+    with agreed(comm), plugins.blamed(settings.problem, PROBLEMS, "problem"):
         measure = SolutionError(loss, comm, settings.error_points)
     attributes = {
         "driver": "pinn", "problem": settings.problem, "solver": settings.solver, "network": network,
@@ -132,7 +139,10 @@ def build(settings: object) -> tuple[PDELoss, str]:
         settings, len(problem.embed(*probe)), len(problem.fields), problem.width, problem.depth
     )
     device = check_device(settings.device)
-    return PDELoss(problem, network, settings.points, dtype, device, settings.chunk), words
+    loss = PDELoss(problem, network, settings.points, dtype, device, settings.chunk)
+    if loss.count == 0:
+        raise InputError(f"problem '{settings.problem}' has no terms, or none with points")
+    return loss, words
 
 
 def check_device(name: str) -> torch.device:

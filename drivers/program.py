@@ -34,7 +34,7 @@ def run_program(main: Callable[[MPI.Comm], int]) -> None:
         code = main(world)
     except InputError as error:
         if world.rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print("error:", *str(error).splitlines(), file=sys.stderr, flush=True)
         code = 1
     except BaseException:
         traceback.print_exc()

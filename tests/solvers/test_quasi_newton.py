@@ -81,8 +81,11 @@ def dense_lbfgs(
 @pytest.mark.parametrize("secant", ["step", "half"])
 @pytest.mark.parametrize(
     ("memory", "momentum", "skip"),
-    [(3, 0.9, 1e-15), (3, 1.0, 1e-15), (1, 0.5, 1e-15), (8, 0.9, 1e-15), (0, 0.9, 1e-15), (3, 0.9, 1e-3), (3, 0.9, 1e9)],
-)
+    [
+        (3, 0.9, 1e-15), (3, 1.0, 1e-15), (1, 0.5, 1e-15), (8, 0.9, 1e-15), (0, 0.9, 1e-15),
+        (3, 0.9, 1e-3), (3, 0.9, 1e9),
+    ],
+)  # fmt: skip
 def test_iterates_are_those_of_a_dense_implementation(
     train: Train, least_squares: Make, memory: int, momentum: float, skip: float, secant: str, move: float
 ) -> None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,7 @@ FIELDS = ("losses", "norms", "steps", "theta")
 BOTH = pytest.mark.parametrize("solver", ["aspqn", "mspqn"])
 
 
-def burgers(width: int = 6, depth: int = 4, points: int = 60, seed: int = 0) -> PDELoss:
+def burgers(width: int = 5, depth: int = 4, points: int = 24, seed: int = 0) -> PDELoss:
     network = TanhNetwork(2, width, depth, 1, residual=True, adaptive=True).double()
     network.reset_parameters(torch.Generator().manual_seed(seed))
     return PDELoss(Burgers(), network, points)
@@ -102,7 +103,7 @@ def half_step(
     objective.initial(x)
     x.copy(change)
     f = objective.value_gradient(x, g)
-    schwarz = Schwarz(objective, chosen, parallel, f"{prefix}sub_", 60)
+    schwarz = Schwarz(objective, chosen, parallel, f"{prefix}sub_", 25)
     if parallel:
         schwarz.additive(x, f, g, change)
     else:
@@ -129,8 +130,9 @@ def dense_half_step(loss: Any, chosen: Subdomains, parallel: bool) -> np.ndarray
 
 
 @pytest.mark.parametrize("parallel", [True, False], ids=["additive", "multiplicative"])
-@pytest.mark.parametrize("local", EXACT)
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize(
+    ("split", "local"), [*((s, "our L-BFGS") for s in SPLITS), ("overlap of one layer", "PETSc's")]
+)
 def test_exact_local_solves_make_block_jacobi_and_block_gauss_seidel(
     comm: MPI.Comm, prefix: str, least_squares: Make, split: str, local: str, parallel: bool
 ) -> None:
@@ -192,8 +194,7 @@ LOSSES = {"burgers": burgers, "least squares": None}
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("count", [1, 2, 4])
-@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize(("count", "steps"), [(1, 3), (2, 1), (4, 3)])
 @BOTH
 def test_an_iteration_takes_the_documented_number_of_evaluations(
     comm: MPI.Comm,
@@ -207,10 +208,10 @@ def test_an_iteration_takes_the_documented_number_of_evaluations(
 ) -> None:
     loss = burgers() if name == "burgers" else least_squares([5, 4, 3, 6], bend=0.02)
     books = Bookkeeper(monkeypatch)
-    run = train(loss, solver, 5, subdomains=count, local_steps=steps, watch=books.next)
+    run = train(loss, solver, 3, subdomains=count, local_steps=steps, watch=books.next)
     edges = [4 * i // count for i in range(count + 1)]
-    layers = [frozenset(range(a, b)) for a, b in zip(edges, edges[1:], strict=False)]
-    for iteration in range(2, 6):
+    layers = [frozenset(range(a, b)) for a, b in pairwise(edges)]
+    for iteration in range(2, 4):
         evaluations, extras, also = (r[iteration] for r in (books.evaluations, books.extras, books.also))
         # every group of ranks saw its own subdomains
         seen = [Counter(dict(c)) for c in comm.allgather(dict(evaluations))]
@@ -254,18 +255,13 @@ def test_without_extra_evaluations_of_searches_the_cost_is_that_of_the_paper(
 RUNS = {
     "lbfgs": ("lbfgs", {}),
     "lbfgs, half": ("lbfgs", {"secant": "half"}),
-    "aspqn, 1": ("aspqn", {"subdomains": 1}),
-    "aspqn, 2": ("aspqn", {"subdomains": 2}),
     "aspqn, 4": ("aspqn", {"subdomains": 4, "secant": "half"}),
     "aspqn, overlap": ("aspqn", {"subdomains": 3, "overlap": 1, "additive_step": 0.5}),
-    "aspqn, coarse": ("aspqn", {"subdomains": 2, "coarse_step": True, "coarse_steps": 3}),
+    "aspqn, coarse": ("aspqn", {"subdomains": 2, "coarse_step": True, "coarse_steps": 2}),
     "aspqn, random": ("aspqn", {"subdomains": 5, "decomposition": "random"}),
     "aspqn, petsc": ("aspqn", {"subdomains": 2, "sub_tao_type": "lmvm"}),
-    "mspqn, 1": ("mspqn", {"subdomains": 1}),
     "mspqn, 2": ("mspqn", {"subdomains": 2, "secant": "half"}),
-    "mspqn, 4": ("mspqn", {"subdomains": 4}),
-    "mspqn, overlap": ("mspqn", {"subdomains": 3, "overlap": 1, "coarse_step": True, "coarse_steps": 3}),
-    "mspqn, random": ("mspqn", {"subdomains": 5, "decomposition": "random"}),
+    "mspqn, overlap": ("mspqn", {"subdomains": 3, "overlap": 1, "coarse_step": True, "coarse_steps": 2}),
 }
 
 
@@ -278,8 +274,8 @@ def settings_of(name: str) -> tuple[str, dict[str, Any]]:
 def test_with_blocks_a_run_has_the_same_bits_on_any_number_of_ranks(train: Train, name: str) -> None:
     solver, settings = settings_of(name)
     blocks = 3 if solver == "lbfgs" else 4
-    together = train(burgers(), solver, 4, blocks=blocks, gathered=True, **settings)
-    alone = train(burgers(), solver, 4, comm=MPI.COMM_SELF, blocks=blocks, gathered=True, **settings)
+    together = train(burgers(), solver, 3, blocks=blocks, gathered=True, **settings)
+    alone = train(burgers(), solver, 3, comm=MPI.COMM_SELF, blocks=blocks, gathered=True, **settings)
     assert_same_bits(together, alone)
     assert together.losses[-1] < together.losses[0]
     assert together.total == pytest.approx(alone.total, rel=1e-12)
@@ -290,7 +286,7 @@ def test_without_blocks_a_run_is_the_same_to_rounding(train: Train) -> None:
     loss = burgers(20, 4, 400)
     settings = {"subdomains": 4, "local_steps": 5}
     together = train(loss, "aspqn", 10, **settings)
-    alone = train(loss, "aspqn", 10, comm=MPI.COMM_SELF, blocks=5, gathered=True, **settings)
+    alone = train(loss, "aspqn", 10, comm=MPI.COMM_SELF, blocks=2, gathered=True, **settings)
     assert together.losses == pytest.approx(alone.losses, rel=1e-8)
     assert together.losses[-1] < 0.5 * together.losses[0]
 
@@ -304,7 +300,7 @@ def copied(state: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("at", [1, 5])
+@pytest.mark.parametrize("at", [3])
 def test_a_resumed_run_goes_on_to_the_last_bit(train: Train, name: str, at: int) -> None:
     solver, settings = settings_of(name)
     kept: dict[str, Any] = {}
@@ -313,26 +309,21 @@ def test_a_resumed_run_goes_on_to_the_last_bit(train: Train, name: str, at: int)
         if iteration == at:
             kept.update(copied(context.state()))
 
-    whole = train(burgers(), solver, at + 4, watch=keep, **settings)
-    rest = train(burgers(), solver, at + 4, start=whole.theta[at], state=kept, **settings)
+    whole = train(burgers(), solver, at + 2, watch=keep, **settings)
+    rest = train(burgers(), solver, at + 2, start=whole.theta[at], state=kept, **settings)
     for field in FIELDS:
         assert getattr(rest, field).tobytes() == getattr(whole, field)[at + 1 :].tobytes(), field
-    assert len(rest.losses) == 4
+    assert len(rest.losses) == 2
 
 
 # Variants -----------------------------------------------------------------------------------------------------------
 
 VARIANTS = {
-    "coarse step": {"subdomains": 2, "coarse_step": True},
-    "overlap": {"subdomains": 3, "overlap": 1},
     "overlap and coarse step": {"subdomains": 3, "overlap": 1, "coarse_step": True},
     "balanced by cost": {"subdomains": 3, "balance": "cost"},
-    "tensors": {"subdomains": 4, "decomposition": "tensors"},
     "tensors, overlap": {"subdomains": 4, "decomposition": "tensors", "overlap": 2},
     "random": {"subdomains": 3, "decomposition": "random", "decomposition_seed": 1},
-    "one tensor each": {"decomposition": "tensors"},
     "PETSc's lmvm": {"subdomains": 2, "sub_tao_type": "lmvm"},
-    "PETSc's cg": {"subdomains": 2, "sub_tao_type": "cg"},
     "between half-steps": {"secant": "half"},
 }
 
@@ -340,7 +331,7 @@ VARIANTS = {
 @BOTH
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_decrease_the_loss_in_every_iteration(train: Train, solver: str, name: str) -> None:
-    run = train(burgers(), solver, 6, local_steps=4, **VARIANTS[name])
-    assert len(run.losses) == 7
+    run = train(burgers(), solver, 3, local_steps=3, **VARIANTS[name])
+    assert len(run.losses) == 4
     assert (np.diff(run.losses) < 0).all()
-    assert run.losses[-1] < 0.7 * run.losses[0]
+    assert run.losses[-1] < 0.8 * run.losses[0]

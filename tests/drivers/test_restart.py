@@ -1,0 +1,141 @@
+"""A run that was stopped, by a limit or a signal, goes on as if it had not been."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launch import SMALL, assert_same, content, finish, launch, processes, start
+
+SCHWARZ = ("-solver", "aspqn", "-local_steps", "5")
+LENGTH = 40  # iterations of a run that signals interrupt
+
+
+def train(path: Path, ranks: int, iterations: int, *options: object) -> str:
+    """Run to so many iterations, from the run file if it is there; what was printed."""
+    where = "-restart" if path.exists() else "-output"
+    result = launch(ranks, *SMALL, *options, "-max_it", iterations, where, path)
+    assert result.rc == 0, result.out + result.err
+    return result.out
+
+
+@pytest.mark.parametrize("solver", ["lbfgs", "aspqn", "mspqn"])
+def test_other_numbers_of_ranks_go_on_to_the_last_bit(solver: str, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole.h5", tmp_path / "parts.h5"
+    options = ("-solver", solver, *(("-local_steps", "5") if solver != "lbfgs" else ()))
+    train(whole, 2, 10, *options)
+    for ranks, iterations in ((1, 4), (2, 7), (3, 10)):
+        train(parts, ranks, iterations, *options)
+    assert_same(whole, parts, errors=1e-13)  # which are summed by ranks
+    assert list(content(whole).history["iteration"]) == list(range(11))
+    assert np.all(np.diff(content(parts).history["time"]) > 0)
+
+
+@pytest.mark.parametrize("options", [("-secant", "half"), ("-coarse_step", "-additive_step", "0.5")])
+def test_same_ranks_go_on_to_the_last_bit(options: tuple[str, ...], tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole.h5", tmp_path / "parts.h5"
+    train(whole, 2, 10, *SCHWARZ, *options)
+    train(parts, 2, 5, *SCHWARZ, *options)
+    train(parts, 2, 10, *SCHWARZ, *options)
+    assert_same(whole, parts)
+
+
+def test_sums_by_ranks_go_on_to_rounding(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole.h5", tmp_path / "parts.h5"
+    options = ("-solver", "lbfgs", "-summation_blocks", "0")
+    train(whole, 2, 10, *options)
+    train(parts, 1, 5, *options)
+    train(parts, 2, 10, *options)
+    assert_same(whole, parts, 1e-8)
+
+
+def test_solver_of_petsc_goes_on_from_the_parameters(tmp_path: Path) -> None:
+    path = tmp_path / "run.h5"
+    train(path, 2, 5, "-solver", "lmvm")
+    before = content(path).history
+    out = train(path, 2, 10, "-solver", "lmvm")
+    after = content(path).history
+    assert "note: the solver begins afresh" in out
+    assert list(after["iteration"]) == list(range(11))
+    np.testing.assert_array_equal(after["loss"][:6], before["loss"])
+    assert after["loss"][10] < before["loss"][5]
+    assert np.all(np.diff(after["work"]) > 0)
+
+
+def test_another_solver_goes_on_from_the_parameters(tmp_path: Path) -> None:
+    path = tmp_path / "run.h5"
+    train(path, 2, 4, "-solver", "lbfgs")
+    out = train(path, 2, 8, *SCHWARZ, "-points", "250")
+    history = content(path).history
+    assert "note: solver was lbfgs" in out
+    assert "note: points was 200" in out
+    assert "note: the solver begins afresh" in out
+    assert list(history["iteration"]) == list(range(9))
+    assert history["loss"][8] < history["loss"][4]
+
+
+def to_mpiexec(mpiexec: int, ranks: dict[int, int]) -> int:
+    return mpiexec
+
+
+def to_rank_1(mpiexec: int, ranks: dict[int, int]) -> int:
+    return ranks[1]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("uninterrupted") / "run.h5"
+    train(path, 2, LENGTH, *SCHWARZ)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("number", "receiver"),
+    [(signal.SIGTERM, to_mpiexec), (signal.SIGUSR1, to_mpiexec), (signal.SIGTERM, to_rank_1)],
+)
+def test_signal_stops_a_run_that_can_go_on(
+    number: signal.Signals,
+    receiver: Callable[[int, dict[int, int]], int],
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Open MPI's mpiexec answers SIGTERM with SIGTERM to the ranks, SIGKILL a second later, and exit code 1
+    monkeypatch.setenv("OMPI_MCA_odls_base_sigkill_timeout", "30")
+    path = tmp_path / "run.h5"
+    process = start(2, *SMALL, *SCHWARZ, "-max_it", LENGTH, "-output", path, "-checkpoint_interval", 0)
+    assert any(line.startswith("     2 ") for line in process.stdout)
+    ranks = {rank: pid for pid, rank in processes(process.pid).items() if rank >= 0}
+    os.kill(receiver(process.pid, ranks), number)
+    result = finish(process)
+    assert result.rc == 0 or (number, receiver) == (signal.SIGTERM, to_mpiexec), result.err
+    assert "stopped: a signal asked to stop" in result.out
+    assert f"to go on: the same command with -restart {path}" in result.out
+    stopped_at = content(path).history["iteration"][-1]
+    assert 2 <= stopped_at < LENGTH
+    train(path, 2, LENGTH, *SCHWARZ)
+    assert_same(uninterrupted, path)
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "reason"),
+    [
+        ("max_work", 20, "max_work is reached"),
+        ("max_time", 0.2, "max_time is reached"),
+        ("target_error", 0.6, "target_error is reached"),
+        ("tao_fmin", 0.8, "the loss is below tao_fmin"),
+        ("max_it", 3, "max_it is reached"),
+    ],
+)
+def test_limits_stop_with_their_reason(limit: str, value: float, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.h5"
+    result = launch(2, *SMALL, "-solver", "lbfgs", "-output", path, "-max_it", 5000, f"-{limit}", value)
+    assert result.rc == 0, result.err
+    assert f"stopped: {reason}" in result.out
+    history = content(path).history
+    column = {"max_work": "work", "max_time": "time", "target_error": "error", "tao_fmin": "loss"}.get(limit, "iteration")
+    sign = -1 if column in ("error", "loss") else 1
+    assert sign * history[column][-1] >= sign * value
+    assert np.all(sign * history[column][:-1] < sign * value)

@@ -50,7 +50,7 @@ class ResidualLoss(Loss):
         leaf = theta.detach().requires_grad_()
         begin = 0
         for r in self.residuals(leaf):
-            product += torch.autograd.grad(r, leaf, weights[begin : begin + len(r)])[0]
+            product += torch.autograd.grad(r, leaf, weights[begin : begin + len(r)], retain_graph=True)[0]
             begin += len(r)
 
     def _joined(self, pieces: list[Tensor]) -> Tensor:

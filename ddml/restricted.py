@@ -41,8 +41,10 @@ class RestrictedObjective(Objective):
 
     def freeze(self, theta: Tensor) -> None:
         """Freeze the other parameters at theta (n of the whole network,) and keep what enters the subdomain."""
+        theta = theta.to(device=self.loss.device, dtype=self.loss.dtype)
+        self.loss.full.copy_(theta)
         for part in self._frozen():
-            part.freeze(theta.to(device=self.loss.device, dtype=self.loss.dtype))
+            part.freeze(theta)
         self.work.add(self.loss.prefix_charge())
         self._known = self._last = None
 

@@ -119,6 +119,7 @@ class Run:
         self.last_work: dict[str, float] = {}
         self.before = 0.0  # seconds of earlier runs
         self.first_iteration = 0
+        self.offset = 0  # what is added to the solver's own iteration numbers
         self.started = time.perf_counter()
         self.written = (0, 0.0)  # iteration and time of the last checkpoint
         self.bar: Any = None
@@ -128,8 +129,7 @@ class Run:
             checkpoint.check_writable(self.output, self.comm)
         if settings.restart is not None:
             self._load(settings.restart)
-        limit = settings.max_it - self.first_iteration if self.context is None else settings.max_it
-        tao.setMaximumIterations(max(limit, 0))
+        tao.setMaximumIterations(max(settings.max_it - self.offset, 0))
         tao.setMonitor(self._monitor)
         self._event = PETSc.Log.Event("ddml checkpoint")
 
@@ -174,7 +174,7 @@ class Run:
             self.notes.append(
                 "the solver begins afresh from the parameters of the file: it has no state of its own there"
             )
-            self.first_iteration = int(self.history.last("iteration"))
+            self.offset = self.first_iteration
         self.x.copy(self.last)
         self.last_work = self.objective.work.state()
 
@@ -185,10 +185,7 @@ class Run:
 
     def _monitor(self, tao: PETSc.TAO) -> None:
         iteration, f, gnorm, _, step, _ = tao.getSolutionStatus()
-        if self.context is None:
-            if self.first_iteration and iteration == 0:
-                return
-            iteration += self.first_iteration
+        iteration += self.offset
         now = self._clock()
         if not math.isfinite(f):
             if len(self.history) == 0:
@@ -197,6 +194,8 @@ class Run:
                     f"the loss is not finite at the initial parameters: {self.objective.loss.explain(theta)}"
                 )
             return  # PETSc stops on it; the last good state stays what it is
+        if len(self.history) and iteration == self.first_iteration:
+            return  # where a solver that begins afresh begins
         columns = {}
         if iteration % self.settings.error_interval == 0:
             columns = dict(self.measure(self.objective.parameters(self.x)))

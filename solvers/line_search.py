@@ -63,7 +63,7 @@ class LineSearch:
             gradient.copy(g)
             return value
         value = self.objective.value_gradient(x, g)
-        if not value <= self._limit or not math.isfinite(g.norm()):
+        if not (math.isfinite(value) and value <= self._limit and math.isfinite(g.norm())):
             self._beyond = True
             return math.inf
         return value

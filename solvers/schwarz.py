@@ -23,20 +23,24 @@ class LocalSolver:
     """
 
     def __init__(self, objective: RestrictedObjective, prefix: str, steps: int) -> None:
-        self.objective = objective
+        self.objective, self.prefix, self.given_steps = objective, prefix, steps
         self.x = objective.layout.vector()
         self.g = objective.layout.vector()
-        self.tao = PETSc.TAO().create(objective.comm)
+        self.layers: frozenset[int] = frozenset()
+        self._create()
+
+    def _create(self) -> None:
+        prefix, steps = self.prefix, self.given_steps
+        self.tao = PETSc.TAO().create(self.objective.comm)
         self.tao.setOptionsPrefix(prefix)
         self.tao.setSolution(self.x)
-        objective.attach(self.tao)
+        self.objective.attach(self.tao)
         defaults = {"tao_type": "python", "tao_python_type": "solvers.LBFGS", "momentum": 1.0, "first_step": "scaled"}
         stop = {"tao_max_it": steps, "tao_gatol": 0.0, "tao_grtol": 0.0, "tao_gttol": 0.0}
         with preset(**{prefix + name: value for name, value in {**defaults, **stop}.items()}):
             self.tao.setFromOptions()
             self.tao.setUp()
         self.steps = self.tao.getMaximumIterations()
-        self.layers: frozenset[int] = frozenset()
         self.tao.setMonitor(self._before_last)
 
     def _before_last(self, tao: PETSc.TAO) -> None:
@@ -51,6 +55,9 @@ class LocalSolver:
             self.tao.solve()
         finally:
             self.objective.also(frozenset())
+        if self.tao.getType() != "python":  # PETSc's lmvm, for one, remembers scales from solve to solve
+            self.tao.destroy()
+            self._create()
 
     def destroy(self) -> None:
         """Destroy the PETSc objects."""

@@ -144,7 +144,7 @@ def plain_wave(loss: PDELoss, theta: Tensor) -> Tensor:
     total = total + 2 * torch.mean((u - w) ** 2 + (d(u, x) - d(w, y)) ** 2)
     t, x = leaves(seen[:, 0])
     (u,) = plain_fields(loss, theta, t, x)
-    return total + 3 * torch.mean((u - torch.tensor([0.1, -0.2, 0.3])) ** 2)
+    return total + 3 * torch.mean((u - torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64)) ** 2)
 
 
 def plain_two_fields(loss: PDELoss, theta: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import io
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_eight_runs_differ_in_colour_and_marker_and_neighbours_in_line() -> None
     lines = figure.axes[0].lines
     assert len({to_rgb(line.get_color()) for line in lines}) == 8
     assert len({line.get_marker() for line in lines}) == 8
-    assert all(a.get_linestyle() != b.get_linestyle() for a, b in zip(lines, lines[1:], strict=False))
+    assert all(a.get_linestyle() != b.get_linestyle() for a, b in pairwise(lines))
 
 
 @pytest.mark.parametrize(

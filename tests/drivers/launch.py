@@ -19,7 +19,7 @@ SMALL = ("-width", "8", "-depth", "2", "-points", "200", "-error_points", "100")
 
 def start(ranks: int, *options: object, driver: str = "pinn.py") -> subprocess.Popen[str]:
     """A driver in a session of its own; a test that itself runs under MPI must not pass that on."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(_FOREIGN) or k.startswith("OMPI_MCA_odls")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(_FOREIGN)}
     environment["OMP_NUM_THREADS"] = environment["OPENBLAS_NUM_THREADS"] = "1"
     environment["OMPI_MCA_mpi_yield_when_idle"] = "1"  # tests run on busy machines
     command = ["mpiexec", "--oversubscribe", "-n", str(ranks)]

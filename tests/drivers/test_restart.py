@@ -100,16 +100,14 @@ def test_signal_stops_a_run_that_can_go_on(
     receiver: Callable[[int, dict[int, int]], int],
     uninterrupted: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Open MPI's mpiexec answers SIGTERM with SIGTERM to the ranks, SIGKILL a second later, and exit code 1
-    monkeypatch.setenv("OMPI_MCA_odls_base_sigkill_timeout", "30")
     path = tmp_path / "run.h5"
     process = start(2, *SMALL, *SCHWARZ, "-max_it", LENGTH, "-output", path, "-checkpoint_interval", 0)
     assert any(line.startswith("     2 ") for line in process.stdout)
     ranks = {rank: pid for pid, rank in processes(process.pid).items() if rank >= 0}
     os.kill(receiver(process.pid, ranks), number)
     result = finish(process)
+    # Open MPI's mpiexec answers SIGTERM with SIGTERM to the ranks, SIGKILL a second later, and exit code 1
     assert result.rc == 0 or (number, receiver) == (signal.SIGTERM, to_mpiexec), result.err
     assert "stopped: a signal asked to stop" in result.out
     assert f"to go on: the same command with -restart {path}" in result.out

@@ -1,0 +1,37 @@
+"""Faults while a run is under way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from launch import HERE, SMALL, content, launch
+
+FAULTY = HERE / "faulty_problems.py"
+
+
+def test_exception_on_one_rank_ends_all() -> None:
+    result = launch(2, "-problem", f"{FAULTY}:RaisesOnOneRank", *SMALL, "-solver", "lbfgs", "-max_it", 1000, timeout=40)
+    assert result.rc != 0
+    assert "the second rank had enough" in result.err
+
+
+def test_trials_that_are_not_finite_are_rejected(tmp_path: Path) -> None:
+    path = tmp_path / "run.h5"
+    options = (*SMALL, "-solver", "aspqn", "-local_steps", "5", "-max_it", 10, "-output", path)
+    result = launch(2, "-problem", f"{FAULTY}:NotEverywhereDefined", *options)
+    assert result.rc == 0, result.err
+    run = content(path)
+    assert np.isfinite(run.theta).all() and np.isfinite(run.history["loss"]).all()
+    assert run.history["loss"][-1] < run.history["loss"][0]
+    assert (np.diff(run.history["loss"]) <= 0).all()
+
+
+def test_state_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "run.h5"
+    options = (*SMALL, "-solver", "lbfgs", "-max_it", 1000, "-output", path)
+    result = launch(2, "-problem", f"{FAULTY}:BecomesNotANumber", *options)
+    assert "no step along the direction decreases the loss" in result.out + result.err
+    run = content(path)
+    assert len(run.history["loss"]) > 1
+    assert np.isfinite(run.theta).all() and np.isfinite(run.history["loss"]).all()

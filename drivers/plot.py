@@ -1,4 +1,4 @@
-"""Draw run files: python drivers/plot.py run.h5 [more.h5 ...] -o figure.png [-maps].
+"""Draw run files: python drivers/plot.py run.h5 [more.h5 ...] -o figure.png [-no_maps].
 
 Convergence of all runs against work, critical work and time; for a PINN's first run file, unless
 -no_maps is given, also the solution, the reference and the error.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import numpy as np
 from mpi4py import MPI
@@ -23,7 +24,8 @@ from ddml.parallel import agreed
 
 def main(comm: MPI.Comm) -> int:
     """Draw what the command line says; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
+    parser.add_argument("-h", "-help", "--help", action="help", help="explain the options")
     parser.add_argument("runs", nargs="+", metavar="run.h5")
     parser.add_argument("-o", "--output", default="figure.png", help="figure to write; a .maps file goes beside it")
     parser.add_argument("-labels", nargs="*", default=None, help="names of the runs in the legend")
@@ -87,6 +89,13 @@ def draw_maps(header: checkpoint.Header, theta: object, target: Path) -> None:
     figure = plot.new_figure()
     plot.maps(figure, axes[0], axes[1] if len(axes) == 2 else None, list(loss.problem.domain), panels)
     figure.savefig(target)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are those of all drivers."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; -help explains the options")
 
 
 class _Parameter:

@@ -36,6 +36,8 @@ def run_program(main: Callable[[MPI.Comm], int]) -> None:
         if world.rank == 0:
             print("error:", *str(error).splitlines(), file=sys.stderr, flush=True)
         code = 1
+    except SystemExit as end:  # of argparse after its help
+        code = int(bool(end.code))
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

@@ -25,6 +25,12 @@ def test_no_maps(trained: Path, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["figure.pdf"]
 
 
+def test_help() -> None:
+    result = launch(1, "-help", driver="plot.py")
+    assert result.rc == 0, result.err
+    assert "-no_maps" in result.out
+
+
 def test_bad_input_is_named_in_one_line(trained: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.h5"
     text.write_text("loss 1.0\n")
@@ -34,6 +40,8 @@ def test_bad_input_is_named_in_one_line(trained: Path, tmp_path: Path) -> None:
         ((trained, "-o", tmp_path / "nowhere" / "figure.png"), "nowhere"),
         ((trained, "-o", tmp_path / "figure.xyz"), "figure.xyz"),
         ((trained, "-labels", "a", "b"), "labels"),
+        ((trained, "-color", "red"), "-color"),
+        ((), "run.h5"),
     ):
         result = launch(1, *options, driver="plot.py")
         errors = [line for line in result.err.splitlines() if line.startswith("error:")]

@@ -133,7 +133,8 @@ def test_limits_stop_with_their_reason(limit: str, value: float, reason: str, tm
     assert result.rc == 0, result.err
     assert f"stopped: {reason}" in result.out
     history = content(path).history
-    column = {"max_work": "work", "max_time": "time", "target_error": "error", "tao_fmin": "loss"}.get(limit, "iteration")
+    columns = {"max_work": "work", "max_time": "time", "target_error": "error", "tao_fmin": "loss"}
+    column = columns.get(limit, "iteration")
     sign = -1 if column in ("error", "loss") else 1
     assert sign * history[column][-1] >= sign * value
     assert np.all(sign * history[column][:-1] < sign * value)

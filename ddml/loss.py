@@ -283,11 +283,13 @@ class ModuleLoss(Loss):
             first = self.criterion(self.module(probe[0]), probe[1])
             second = self.criterion(self.module(probe[0][:half]), probe[1][:half])
         if first.shape != (len(probe[0]),):
-            raise InputError(
-                f"the criterion must give one loss per sample, ({len(probe[0])},), got {tuple(first.shape)}"
-            )
+            shape = f"({len(probe[0])},)"
+            raise InputError(f"the criterion must give one loss per sample, {shape}, got {tuple(first.shape)}")
         if not torch.allclose(first[:half], second, rtol=1e-3, atol=1e-6):
-            raise InputError("a sample's output depends on others (batch statistics) or on chance (dropout): call the module's eval()")
+            raise InputError(
+                "a sample's output depends on others (batch statistics) or on chance (dropout): "
+                "call the module's eval()"
+            )
 
     def _with(self, inputs: Tensor, targets: Tensor, weight: float) -> ModuleLoss:
         other = object.__new__(ModuleLoss)

@@ -20,6 +20,7 @@ from .history import History
 from .objective import Objective
 from .options import Option
 from .parallel import Interrupted, cause
+from .state import vectors_in
 
 OPTIONS = (
     Option("max_it", 1000, "Outer iterations in all, restarts included.", minimum=0),
@@ -171,6 +172,8 @@ class Run:
         ):
             self.context.resume(state["solver"])
         else:
+            for vec in vectors_in(state["solver"], "solver", self.x).values():
+                vec.destroy()
             self.notes.append(
                 "the solver begins afresh from the parameters of the file: it has no state of its own there"
             )

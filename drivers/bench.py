@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,9 @@ def loss_of(problem: str, kind: str, width: int, depth: int, points: int = 10_00
     return PDELoss(PROBLEMS[problem](), network(kind, width, depth, seed), points)
 
 
+new = partial(torch.zeros, dtype=torch.float64)
+
+
 def medians(repeats: int, *functions: Callable[[], object]) -> list[float]:
     """Median milliseconds of functions that are called in turn."""
     times: list[list[float]] = [[] for _ in functions]
@@ -95,12 +99,12 @@ def evaluation(settings: Any) -> None:
     for problem, width, depth in CASES:
         for kind in NETWORKS:
             loss = loss_of(problem, kind, width, depth)
-            theta, g = loss.initial(), torch.zeros(loss.size, dtype=torch.float64)
+            theta, g = loss.initial(), new(loss.size)
             points = loss.sets[0].coordinates.T.contiguous()
             plain, ours = medians(
                 settings.repeats,
-                lambda: nested_autograd(problem, loss.network, points),
-                lambda: loss.value_gradient(theta, g),
+                partial(nested_autograd, problem, loss.network, points),
+                partial(loss.value_gradient, theta, g),
             )
             print(f"| {problem} {width}x{depth} | {kind} | {plain:.0f} | {ours:.0f} | {plain / ours:.2f} |", flush=True)
 
@@ -111,16 +115,13 @@ def restricted(settings: Any) -> None:
     for problem, width, depth in CASES:
         for kind in NETWORKS:
             loss = loss_of(problem, kind, width, depth)
-            theta, g = loss.initial(), torch.zeros(loss.size, dtype=torch.float64)
+            theta, g = loss.initial(), new(loss.size)
             subdomains = Subdomains.by_layers(loss, depth)
             parts = [RestrictedLoss(loss, ranges) for ranges in subdomains.ranges]
             for part in parts:
                 part.freeze(theta)
-            calls = [
-                lambda part=part: part.value_gradient(part.initial(), torch.zeros(part.size, dtype=torch.float64))
-                for part in parts
-            ]
-            whole, *pieces = medians(settings.repeats, lambda: loss.value_gradient(theta, g), *calls)
+            calls = [partial(part.value_gradient, part.initial(), new(part.size)) for part in parts]
+            whole, *pieces = medians(settings.repeats, partial(loss.value_gradient, theta, g), *calls)
             row = ", ".join(f"{t / whole:.2f} / {p.charge():.2f}" for t, p in zip(pieces, parts, strict=True))
             print(f"- {problem} {width}x{depth} {kind}: {row}", flush=True)
 
@@ -172,8 +173,8 @@ def ranks_worker(settings: Any) -> None:
             if comm.rank == 0:
                 one, two, one_fixed, two_fixed = (statistics.median(t) for t in times)
                 print(
-                    f"| {problem} {width}x{depth} | {kind} | {one:.0f} | {two:.0f} | {one / two:.2f} | {one_fixed:.0f} |"
-                    f" {two_fixed:.0f} | {one_fixed / one:.2f} | {two_fixed / two:.2f} |",
+                    f"| {problem} {width}x{depth} | {kind} | {one:.0f} | {two:.0f} | {one / two:.2f}"
+                    f" | {one_fixed:.0f} | {two_fixed:.0f} | {one_fixed / one:.2f} | {two_fixed / two:.2f} |",
                     flush=True,
                 )
 
@@ -181,7 +182,7 @@ def ranks_worker(settings: Any) -> None:
 def minimise(
     loss: PDELoss, solver: str, seconds: float, iterations: int, given: dict[str, Any], comm: MPI.Comm = MPI.COMM_SELF
 ) -> tuple[list[tuple[float, ...]], float]:
-    """Run a solver; rows (work, critical, seconds, loss, error) without the errors' time, and seconds in evaluations."""
+    """Run a solver; rows (work, critical, seconds but for errors, loss, error), and the seconds in evaluations."""
     objective = Objective(loss, ParameterLayout(loss.parameters, comm))
     measure = SolutionError(loss, comm, 5000)
     x = objective.layout.vector()
@@ -295,9 +296,7 @@ def balance(settings: Any) -> None:
                 parts = [RestrictedLoss(loss, r) for r in subdomains.ranges]
                 for part in parts:
                     part.freeze(theta)
-                calls = [
-                    lambda p=p: p.value_gradient(p.initial(), torch.zeros(p.size, dtype=torch.float64)) for p in parts
-                ]
+                calls = [partial(part.value_gradient, part.initial(), new(part.size)) for part in parts]
                 slowest[name] = max(medians(settings.repeats, *calls))
             layers, cost = (max(by[b].costs) for b in ("layers", "cost"))
             print(
@@ -309,9 +308,7 @@ def balance(settings: Any) -> None:
 
 def rounding(settings: Any) -> None:
     """How fast rounding grows along a run."""
-    print(
-        "\n## Growth of rounding: |difference of the loss| / loss by iteration, 5 local steps, Burgers 20x8, 2,000 points"
-    )
+    print("\n## Growth of rounding: |difference of the loss| / loss by iteration; 5 local steps, Burgers, 2,000 points")
     print("\nTwo runs that differ by 1e-16 in the parameters at the start.\n")
 
     for solver in ("lbfgs", "aspqn", "mspqn"):
@@ -349,9 +346,7 @@ def solvers(settings: Any) -> None:
     for problem, width, depth in CASES:
         for kind in NETWORKS:
             print(f"### {problem} {width}x{depth}, {kind} network\n")
-            print(
-                "| solver | 1e-1 | 1e-2 | 1e-3 | end: work, loss, error | at equal loss, early, late: work | critical | time |"
-            )
+            print("| solver | 1e-1 | 1e-2 | 1e-3 | end: work, loss, error | early, late: work | critical | time |")
             print("|---|---|---|---|---|---|---|---|")
             base: list[tuple[float, ...]] = []
             rate = {"burgers": 5e-4, "klein_gordon": 1e-3}[problem]

@@ -12,8 +12,10 @@ from .spqn import ASPQN, MSPQN
 SOLVERS: dict[str, type[Solver]] = {"lbfgs": LBFGS, "aspqn": ASPQN, "mspqn": MSPQN}
 
 # PETSc's types for unconstrained minimisation, which take our objectives as they are
-PETSC_TYPES = ("lmvm", "cg", "bncg", "blmvm", "bqnls", "bqnktr", "bqnktl", "bqnkls", "nm")
-PETSC_TYPES += ("nls", "ntr", "ntl", "bnls", "bntr", "bntl")  # with Hessian products
+PETSC_TYPES = (
+    *("lmvm", "cg", "bncg", "blmvm", "bqnls", "bqnktr", "bqnktl", "bqnkls", "nm"),
+    *("nls", "ntr", "ntl", "bnls", "bntr", "bntl"),  # with Hessian products
+)
 
 
 def configure(tao: PETSc.TAO, name: str) -> None:

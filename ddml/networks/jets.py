@@ -317,7 +317,7 @@ class FusedJets(TaylorJets):
         self.last = 0, 0
 
     def _scratch(self, like: Tensor, name: str, *shape: int) -> Tensor:
-        key = (name, *shape)
+        key: tuple[str | int, ...] = (name, *shape)
         if key not in self.scratch:
             self.scratch[key] = torch.empty(shape, dtype=like.dtype, device=like.device)
         return self.scratch[key]

@@ -154,8 +154,12 @@ class PDE:
         for letter, interval in domain.items():
             if len(letter) != 1 or not letter.isalpha():
                 raise InputError(f"{name}.domain: a coordinate is one letter (derivatives are u.xx), got '{letter}'")
-            if len(interval) != 2 or not interval[0] < interval[1]:
-                raise InputError(f"{name}.domain['{letter}'] must be (low, high) with low < high, got {interval}")
+            ends = interval if isinstance(interval, tuple | list) and len(interval) == 2 else (np.nan, np.nan)
+            if not (np.isfinite(ends).all() and ends[0] < ends[1]):
+                raise InputError(f"{name}.domain['{letter}'] must be (low, high), finite, low < high; got {interval}")
+        for coefficient, value in self.coefficients.items():
+            if not isinstance(value, int | float):
+                raise InputError(f"{name}.coefficients['{coefficient}'] must be a number, got {value!r}")
         if not self.fields or set(self.fields) & set(domain):
             raise InputError(f"{name}.fields must name at least one field, and none like a coordinate: {self.fields}")
 
@@ -189,4 +193,8 @@ class PDE:
         values = self.exact(*mesh)
         if values is None:
             return axes, None
-        return axes, np.stack(values if isinstance(values, tuple) else (values,), axis=-1)
+        values = values if isinstance(values, tuple) else (values,)
+        if len(values) != len(self.fields) or any(np.shape(v) != mesh[0].shape for v in values):
+            shapes = [np.shape(v) for v in values]
+            raise InputError(f"exact() must give one array {mesh[0].shape} for each of {self.fields}, got {shapes}")
+        return axes, np.stack(values, axis=-1)

@@ -146,9 +146,7 @@ def test_no_step_is_found_uphill(comm: MPI.Comm, prefix: str, least_squares: Cal
     searched.assert_restored()
 
 
-def test_petsc_options_change_the_conditions(
-    comm: MPI.Comm, prefix: str, least_squares: Callable[..., Loss]
-) -> None:
+def test_petsc_options_change_the_conditions(comm: MPI.Comm, prefix: str, least_squares: Callable[..., Loss]) -> None:
     PETSc.Options().setValue(f"{prefix}tao_ls_gtol", 1e-3)
     searched = Searched(comm, prefix, least_squares([3, 4, 5], bend=0.3))
     result = searched(1e-2)

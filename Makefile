@@ -10,7 +10,8 @@ BENCH ?=
 MPIEXEC = mpiexec --oversubscribe $(shell [ "$$(id -u)" = 0 ] && echo --allow-run-as-root)
 export OMP_NUM_THREADS = 1
 export OPENBLAS_NUM_THREADS = 1
-export OMPI_MCA_mpi_yield_when_idle = 1 # more ranks than cores take turns
+# more ranks than cores take turns
+export OMPI_MCA_mpi_yield_when_idle = 1
 
 .PHONY: env demo test bench lint clean
 

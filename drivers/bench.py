@@ -1,4 +1,4 @@
-"""Measure: python drivers/bench.py [-seconds 40] [-only evaluation,ranks,...].
+"""Measure: python drivers/bench.py [-seconds 60] [-only evaluation,ranks,...].
 
 Prints tables with medians and ratios; what is compared is measured side by side in the same
 process, alternately where it is short. Sections: evaluation, restricted, ranks, overhead, balance,
@@ -39,7 +39,7 @@ from solvers import configure
 
 SECTIONS = ("evaluation", "restricted", "ranks", "overhead", "balance", "rounding", "solvers")
 OPTIONS = (
-    Option("seconds", 40.0, "Budget of each solver in the section solvers.", above=0.0),
+    Option("seconds", 60.0, "Budget of each solver in the section solvers.", above=0.0),
     Option("only", ",".join(SECTIONS), "Sections to run."),
     Option("repeats", 7, "Timings of each short measurement.", minimum=1),
 )

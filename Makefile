@@ -13,7 +13,7 @@ export OPENBLAS_NUM_THREADS = 1
 # more ranks than cores take turns
 export OMPI_MCA_mpi_yield_when_idle = 1
 
-.PHONY: env demo test bench lint clean
+.PHONY: env demo test test-drivers test-ranks bench lint clean
 
 env:
 	@./environment.sh
@@ -28,7 +28,13 @@ demo: env
 	@echo "run files out/aspqn.h5 and out/lbfgs.h5, figures out/demo.png and out/demo.maps.png"
 
 test: env
-	$(PYTHON_ENV) -m pytest tests
+	$(MAKE) -j2 test-drivers test-ranks
+
+test-drivers:
+	$(PYTHON_ENV) -m pytest tests/drivers
+
+test-ranks:
+	$(PYTHON_ENV) -m pytest tests --ignore=tests/drivers
 	$(MPIEXEC) -n 2 $(PYTHON_ENV) -m pytest tests --ignore=tests/drivers
 	$(MPIEXEC) -n 3 $(PYTHON_ENV) -m pytest tests --ignore=tests/drivers
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launch import SMALL, assert_same, finish, kill, launch, start
 
-KILLS = int(os.environ.get("DDML_KILLS", "3"))
+KILLS = int(os.environ.get("DDML_KILLS", "2"))
 OPTIONS = (*SMALL, "-solver", "aspqn", "-local_steps", "3", "-checkpoint_interval", "1")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 _FOREIGN = ("OMPI_", "PMIX_", "ORTE_", "PETSC_OPTIONS")
-SMALL = ("-width", "8", "-depth", "2", "-points", "200", "-error_points", "100")
+SMALL = ("-width", "8", "-depth", "2", "-points", "200", "-error_points", "100", "-summation_blocks", "4")
 
 
 def start(ranks: int, *options: object, driver: str = "pinn.py") -> subprocess.Popen[str]:

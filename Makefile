@@ -5,7 +5,7 @@
 # Each of them makes .venv first (make env), see environment.sh.
 
 PYTHON_ENV = .venv/bin/python
-DEMO_SECONDS ?= 100
+DEMO_SECONDS ?= 50
 BENCH ?=
 MPIEXEC = mpiexec --oversubscribe $(shell [ "$$(id -u)" = 0 ] && echo --allow-run-as-root)
 export OMP_NUM_THREADS = 1
@@ -20,12 +20,13 @@ env:
 
 demo: env
 	@mkdir -p out
-	$(MPIEXEC) -n 2 $(PYTHON_ENV) -m mpi4py drivers/pinn.py -problem burgers -solver aspqn \
-	    -max_time $(DEMO_SECONDS) -output out/aspqn.h5 -overwrite
-	$(MPIEXEC) -n 2 $(PYTHON_ENV) -m mpi4py drivers/pinn.py -problem burgers -solver lbfgs \
-	    -max_it 100000 -max_time $(DEMO_SECONDS) -error_interval 10 -progress none -output out/lbfgs.h5 -overwrite
-	$(PYTHON_ENV) drivers/plot.py out/aspqn.h5 out/lbfgs.h5 -o out/demo.png
-	@echo "run files out/aspqn.h5 and out/lbfgs.h5, figures out/demo.png and out/demo.maps.png"
+	for solver in mspqn aspqn lbfgs; do \
+	    $(MPIEXEC) -n 2 $(PYTHON_ENV) -m mpi4py drivers/pinn.py -problem burgers -network mlp -solver $$solver \
+	        -local_steps 20 -max_it 100000 -max_time $(DEMO_SECONDS) -output out/$$solver.h5 -overwrite \
+	        $$([ $$solver = lbfgs ] && echo -error_interval 10 -progress none) || exit 1; \
+	done
+	$(PYTHON_ENV) drivers/plot.py out/mspqn.h5 out/aspqn.h5 out/lbfgs.h5 -labels MSPQN ASPQN L-BFGS -o out/demo.png
+	@echo "run files out/*.h5, to be resumed with -restart; figures out/demo.png and out/demo.maps.png"
 
 test: env
 	$(MAKE) -j2 test-drivers test-ranks

@@ -22,8 +22,8 @@ demo: env
 	@mkdir -p out
 	for solver in mspqn aspqn lbfgs; do \
 	    $(MPIEXEC) -n 2 $(PYTHON_ENV) -m mpi4py drivers/pinn.py -problem burgers -network mlp -solver $$solver \
-	        -local_steps 20 -max_it 100000 -max_time $(DEMO_SECONDS) -output out/$$solver.h5 -overwrite \
-	        $$([ $$solver = lbfgs ] && echo -error_interval 10 -progress none) || exit 1; \
+	        $$([ $$solver = lbfgs ] && echo -error_interval 10 -progress none || echo -local_steps 20) \
+	        -max_it 100000 -max_time $(DEMO_SECONDS) -output out/$$solver.h5 -overwrite || exit 1; \
 	done
 	$(PYTHON_ENV) drivers/plot.py out/mspqn.h5 out/aspqn.h5 out/lbfgs.h5 -labels MSPQN ASPQN L-BFGS -o out/demo.png
 	@echo "run files out/*.h5, to be resumed with -restart; figures out/demo.png and out/demo.maps.png"

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-
 PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)
 
 

@@ -19,7 +19,14 @@ command -v "$python" >/dev/null || fail "no interpreter '$python'; set PYTHON to
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$python is older than 3.11; set PYTHON"
 
 key=$({ cat environment.sh versions.txt setup.py; "$python" -VV; uname -m; echo "$PWD" "${PETSC_DIR:-}" "${PETSC_ARCH:-}"; } | sha256sum | cut -c1-12)
-[ "$(cat "$venv/.ready" 2>/dev/null)" = "$key" ] && exit 0
+sources=$(cat ddml/kernels/*.[ch] | sha256sum)
+if [ "$(cat "$venv/.ready" 2>/dev/null)" = "$key" ]; then
+    [ "$(cat "$venv/.kernels" 2>/dev/null)" = "$sources" ] && exit 0
+    say "building the kernels"
+    "$venv/bin/python" setup.py -q build_ext --inplace --force
+    echo "$sources" >"$venv/.kernels"
+    exit 0
+fi
 
 given=no # is petsc4py there already?
 "$python" -c 'from petsc4py import PETSc' 2>/dev/null && given=yes
@@ -51,8 +58,8 @@ fi
 # minutes here and nothing later: vectors go through BLAS.
 hdf5=/usr/lib/$(gcc -print-multiarch 2>/dev/null)/hdf5/openmpi
 petsc_options="--with-fc=0 --with-cxx=0 --with-x=0 --with-ssl=0 --with-debugging=0 --with-cuda=0 --with-cudac=0 --with-hip=0
- --with-hdf5=1 --with-hdf5-dir=$hdf5 --with-blaslapack-lib=-lopenblas
- --with-make-np=$(nproc) COPTFLAGS=-O1"
+ --with-hdf5=1 --with-hdf5-dir=$hdf5 --with-blaslapack-lib=-lopenblas COPTFLAGS=-O1"
+cores=$(env -u OMP_NUM_THREADS nproc) # which would count as the cores otherwise
 wheels=${DDML_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ddml}/wheels-$({ sed -n '/^# compiled:/,$p' versions.txt
     grep -E '^(numpy|mpi4py)==' versions.txt; echo "$petsc_options"; "$python" -VV; uname -m; mpicc -show
     pkg-config --modversion hdf5-openmpi; } 2>/dev/null | sha256sum | cut -c1-12)
@@ -90,7 +97,7 @@ if [ $given = yes ]; then
     done
 else
     pip install $(pins 'setuptools|wheel|Cython|pkgconfig|numpy|mpi4py')
-    MPICC=$(command -v mpicc) PETSC_CONFIGURE_OPTIONS=$(echo $petsc_options) build petsc &
+    MPICC=$(command -v mpicc) PETSC_CONFIGURE_OPTIONS=$(echo $petsc_options --with-make-np=$cores) build petsc &
     petsc=$!
     HDF5_MPI=ON CC=mpicc HDF5_DIR=$hdf5 H5PY_SETUP_REQUIRES=0 build h5py &
     h5py=$!
@@ -104,6 +111,7 @@ else
     wait $h5py
     pip install --no-deps --no-index --find-links "$wheels" $(pins 'h5py|petsc4py')
 fi
+say "building the project's kernels"
 pip install --no-deps --no-build-isolation --editable .
 "$venv/bin/python" - <<'P'
 import h5py
@@ -111,5 +119,6 @@ from petsc4py import PETSc
 if not h5py.get_config().mpi:
     raise SystemExit("environment: error: this h5py is not built for MPI")
 P
+echo "$sources" >"$venv/.kernels"
 echo "$key" >"$venv/.ready"
 say "ready"

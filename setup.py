@@ -1,12 +1,30 @@
 """Packaging of ddml; the versions it is built and tested with stand in versions.txt."""
 
-from setuptools import find_packages, setup
+import platform
+
+from setuptools import Extension, find_packages, setup
+
+# The kernels are built for several instruction sets, and ddml.kernels takes the best that the processor has: a
+# login node may build for its compute nodes. Where the compiler is missing or fails, torch does the work.
+INSTRUCTIONS = {"portable": []}
+if platform.machine() == "x86_64":
+    INSTRUCTIONS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]}
 
 setup(
     name="ddml",
     version="0.1.0",
     description="Train neural networks with domain decomposition and multilevel methods on MPI and PETSc",
     packages=find_packages(include=["ddml", "ddml.*", "solvers", "solvers.*"]),
+    ext_modules=[
+        Extension(
+            f"ddml.kernels._{name}",
+            ["ddml/kernels/jets.c"],
+            depends=["ddml/kernels/jets_template.h"],
+            extra_compile_args=["-O3", *flags],
+            optional=True,
+        )
+        for name, flags in INSTRUCTIONS.items()
+    ],
     python_requires=">=3.11",
     install_requires=["numpy", "scipy", "torch", "h5py", "mpi4py", "petsc4py"],
     extras_require={"plot": ["matplotlib"], "progress": ["tqdm"]},

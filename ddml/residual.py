@@ -53,6 +53,12 @@ class ResidualLoss(Loss):
             product += torch.autograd.grad(r, leaf, weights[begin : begin + len(r)], retain_graph=True)[0]
             begin += len(r)
 
+    def jacobian(self, theta: Tensor) -> Tensor:
+        """The Jacobian (m, n) of r."""
+        leaf = theta.detach().requires_grad_()
+        rows = [torch.autograd.grad(x, leaf, retain_graph=True)[0] for r in self.residuals(leaf) for x in r]
+        return torch.stack(rows) if rows else theta.new_zeros(0, self.size)
+
     def _joined(self, pieces: list[Tensor]) -> Tensor:
         return torch.cat(pieces) if pieces else torch.zeros(0, dtype=self.dtype, device=self.device)
 

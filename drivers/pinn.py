@@ -36,7 +36,7 @@ OPTIONS = (
     Option("dtype", "float64", "Precision of the network; parameters are kept in float64.",
            choices=("float64", "float32")),
     Option("device", "cpu", "Where torch computes, as in cpu or cuda; parameters are kept on the host."),
-    Option("chunk", 1024, "Points that go through the network at a time.", minimum=1),
+    Option("chunk", 0, "Points that go through the network at a time; 0: what suits the evaluator.", minimum=0),
     Option("summation_blocks", 12, "Blocks of points that are summed in a fixed order, so that a run is the same to "
            "the last bit on any number of ranks up to this; 0 sums by ranks.", minimum=0),
     Option("error_points", 5000, "Grid points where the error is measured.", minimum=2),
@@ -162,7 +162,7 @@ def header(settings: object, loss: PDELoss, network: str, ranks: int, blocks: in
     return (
         f"problem {settings.problem}, {loss.count} points ({terms})\n"
         f"network {network}, {loss.size} parameters, {settings.dtype} on {settings.device},"
-        f" {type(loss.evaluator).__name__} with derivatives up to order {max(len(i) for i in loss.indices)}\n"
+        f" {loss.evaluator!r} with derivatives up to order {max(len(i) for i in loss.indices)}\n"
         f"solver {settings.solver} on {ranks} rank{'s' * (ranks > 1)}, sums {summation}\n"
         + (f"{subdomains(loss)!r}" if settings.solver in ("aspqn", "mspqn") else "")
     ).rstrip()

@@ -15,6 +15,7 @@ the same methods, which is the seam where another evaluator plugs in; one evalua
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
@@ -116,7 +117,15 @@ def nested_jets(function: Callable[[Tensor], Tensor], points: Tensor, indices: S
 
 
 class Evaluator(Protocol):
-    """What turns parameters into jets and adjoints of jets into gradients (see the module's text)."""
+    """What turns parameters into jets and adjoints of jets into gradients (see the module's text).
+
+    Attributes
+    ----------
+    chunk : int
+        Points that go through it at a time at best.
+    """
+
+    chunk: int
 
     def bind(self, theta: Tensor, gradient: Tensor | None = None, active: Sequence[int] | None = None) -> None:
         """Start an evaluation at theta (n,); gradients of the active stages (default all) are added to ``gradient``."""
@@ -130,6 +139,12 @@ class Evaluator(Protocol):
     def finish(self) -> None:
         """Complete the gradient."""
 
+    def rows(self, adjoint: Tensor) -> Tensor:
+        """The derivative (N, n) of <adjoint, jets of the last forward> by theta, point by point."""
+
+    def tangent(self, direction: Tensor, inputs: Tensor) -> Tensor:
+        """The derivative (K, N, outputs) of the jets at the bound parameters in a direction (n,)."""
+
     def jets(self, theta: Tensor, inputs: Tensor, first: int = 0) -> Tensor:
         """The same jets by differentiable torch operations."""
 
@@ -137,12 +152,17 @@ class Evaluator(Protocol):
         """The jets (K, N, width) that enter stage ``first``, at the bound parameters."""
 
 
-class _ByAutograd:
+class _ByAutograd(ABC):
     """The evaluation of :class:`Evaluator` where torch differentiates ``jets``."""
+
+    chunk = 1024
+
+    def __repr__(self) -> str:
+        return type(self).__name__
 
     leaf: Tensor
     gradient: Tensor | None
-    output: Tensor
+    last: tuple[Tensor, int]  # inputs and first stage of the last forward pass
 
     def bind(self, theta: Tensor, gradient: Tensor | None = None, active: Sequence[int] | None = None) -> None:
         """See :class:`Evaluator`; the gradient of all stages is computed."""
@@ -151,6 +171,7 @@ class _ByAutograd:
 
     def forward(self, inputs: Tensor, first: int = 0) -> Tensor:
         """See :class:`Evaluator`."""
+        self.last = inputs, first
         with torch.enable_grad():
             self.output = self.jets(self.leaf, inputs, first)
         return self.output.detach()
@@ -160,12 +181,28 @@ class _ByAutograd:
         assert self.gradient is not None
         self.gradient += torch.autograd.grad(self.output, self.leaf, adjoint)[0]
 
+    def rows(self, adjoint: Tensor) -> Tensor:
+        """See :class:`Evaluator`; one backward pass per point."""
+        leaf = self.leaf.detach().requires_grad_()
+        with torch.enable_grad():
+            products = (adjoint * self.jets(leaf, *self.last)).sum((0, 2))
+            return torch.stack([torch.autograd.grad(p, leaf, retain_graph=True)[0] for p in products])
+
+    def tangent(self, direction: Tensor, inputs: Tensor) -> Tensor:
+        """See :class:`Evaluator`, by differentiating the transposed product."""
+        leaf = self.leaf.detach().requires_grad_()
+        with torch.enable_grad():
+            jets = self.jets(leaf, inputs)
+            w = torch.zeros_like(jets, requires_grad=True)
+            transposed = torch.autograd.grad(jets, leaf, w, create_graph=True)[0]
+            return torch.autograd.grad(transposed, w, direction)[0]
+
     def finish(self) -> None:
         """See :class:`Evaluator`."""
 
+    @abstractmethod
     def jets(self, theta: Tensor, inputs: Tensor, first: int = 0) -> Tensor:
         """See :class:`Evaluator`."""
-        raise NotImplementedError
 
 
 class TaylorJets(_ByAutograd):
@@ -252,6 +289,20 @@ class NestedJets(_ByAutograd):
         return nested_jets(lambda x: function((x,)), inputs[0], self.indices)
 
 
+def second_order(indices: Sequence[Index]) -> list[tuple[int, int, int]]:
+    """Positions of the jets ij, i and j, for each second derivative.
+
+    Raises
+    ------
+    ValueError
+        If there is a derivative of higher order.
+    """
+    if max(len(i) for i in indices) > 2:
+        raise ValueError("hand-written jets go to second order")
+    position = {index: k for k, index in enumerate(indices)}
+    return [(position[i], position[i[:1]], position[i[1:]]) for i in indices if len(i) == 2]
+
+
 class _Buffers:
     """Everything that one stage writes for one shape of chunk, with its slices cut once.
 
@@ -307,14 +358,10 @@ class FusedJets(TaylorJets):
         self, network: TanhNetwork, offsets: Mapping[str, tuple[int, torch.Size]], indices: Sequence[Index]
     ) -> None:
         super().__init__(network, offsets, indices)
-        if max(len(i) for i in self.indices) > 2:
-            raise ValueError("hand-written jets go to second order")
-        position = {index: k for k, index in enumerate(self.indices)}
-        self.second = [(position[i], position[i[:1]], position[i[1:]]) for i in self.indices if len(i) == 2]
+        self.second = second_order(self.indices)
         self.buffers: dict[tuple[int, int], _Buffers] = {}
         self.scratch: dict[tuple[str | int, ...], Tensor] = {}
         self.active: frozenset[int] = frozenset()
-        self.last = 0, 0
 
     def _scratch(self, like: Tensor, name: str, *shape: int) -> Tensor:
         key: tuple[str | int, ...] = (name, *shape)
@@ -355,7 +402,7 @@ class FusedJets(TaylorJets):
         h = inputs
         for number in range(first, len(self.stages)):
             h = self._stage(number, h)
-        self.last = first, inputs.shape[1]
+        self.last = inputs, first
         return h
 
     def _stage(self, number: int, h: Tensor) -> Tensor:
@@ -386,7 +433,7 @@ class FusedJets(TaylorJets):
     @torch.no_grad()
     def backward(self, adjoint: Tensor) -> None:
         """See :class:`Evaluator`."""
-        first, n = self.last
+        first, n = self.last[1], self.last[0].shape[1]
         lowest = min((a for a in self.active if a >= first), default=len(self.stages))
         ybar = adjoint
         for number in range(len(self.stages) - 1, lowest - 1, -1):
@@ -438,12 +485,3 @@ class FusedJets(TaylorJets):
             self.view(self.gradient, stage.weight).add_(weight * scale)
             self.view(self.gradient, stage.bias).add_(bias * scale)
             self.view(self.gradient, stage.slope).add_(10 * by_scale)
-
-
-def evaluator(module: nn.Module, offsets: Mapping[str, tuple[int, torch.Size]], indices: Sequence[Index]) -> Evaluator:
-    """The fastest evaluator that knows the module and the derivatives."""
-    if not isinstance(module, TanhNetwork):
-        return NestedJets(module, offsets, indices)
-    if max(len(i) for i in indices) > 2:
-        return TaylorJets(module, offsets, indices)
-    return FusedJets(module, offsets, indices)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations, pairwise
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..loss import parameter_table
-from ..networks.jets import Index, closure, evaluator, nested_jets
+from ..networks.compiled import evaluator
+from ..networks.jets import Index, closure, nested_jets
 from ..networks.tanh import TanhNetwork
 from ..residual import ResidualLoss
 from .fields import Field
@@ -54,6 +55,9 @@ class _Points:
         return [self.rows(slice(a, b)) for a, b in pairwise(edges) if b > a]
 
 
+_Leaves = dict[tuple[int, int, int], Tensor]  # by position of the derivative, side and field
+
+
 class PDELoss(ResidualLoss):
     """Sum over the terms of a problem of weight * mean over points of the squared residual.
 
@@ -68,7 +72,7 @@ class PDELoss(ResidualLoss):
     dtype, device
         Of everything that torch computes.
     chunk
-        Points that go through the network at a time.
+        Points that go through the network at a time; 0 for what suits the evaluator.
 
     The parameters are the network's and behind them the problem's coefficients, which belong to
     the last layer. Samples are numbered term by term.
@@ -87,13 +91,13 @@ class PDELoss(ResidualLoss):
         points: int,
         dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
-        chunk: int = 1024,
+        chunk: int = 0,
     ) -> None:
         problem.check()
         if points < 1:
             raise InputError(f"the number of points must be 1 or more, got {points}")
         self.problem, self.network = problem, network.to(dtype=dtype, device=device)
-        self.dtype, self.device, self.chunk = dtype, torch.device(device), chunk
+        self.dtype, self.device = dtype, torch.device(device)
         named = [(name, p.shape) for name, p in network.named_parameters()]
         self.coefficients = tuple(problem.coefficients)
         table = parameter_table([*named, *((f"coefficients.{name}", ()) for name in self.coefficients)])
@@ -110,6 +114,7 @@ class PDELoss(ResidualLoss):
         self.position = {index: k for k, index in enumerate(self.indices)}
         self.evaluator = evaluator(network, self.offsets, self.indices)
         self.plain = evaluator(network, self.offsets, ((),))
+        self.chunk = chunk or self.evaluator.chunk
         self.sets = [
             self._points(i, term.weight / len(x), x, data)
             for i, (term, (x, data)) in enumerate(zip(self.problem_terms, sets, strict=True))
@@ -339,6 +344,34 @@ class PDELoss(ResidualLoss):
             total += chunk.scale * sum(float((r * r).sum()) for r in self._chunk_residual(chunk, fields, coefficients))
         return total
 
+    def _leaves(self, chunk: _Points, fields: Tensor, coefficients: Sequence[Tensor]) -> tuple[list[Tensor], _Leaves]:
+        """The residuals of a chunk and what they are made of, for torch to differentiate."""
+        leaves: _Leaves = {}
+
+        def get(index: Index, f: int, side: int) -> Tensor:
+            key = self.position[index], side, f
+            if key not in leaves:
+                leaves[key] = fields[key[0], :, side, f].detach().requires_grad_()
+            return leaves[key]
+
+        return self._residual(
+            self.problem_terms[chunk.term], get, chunk.coordinates, chunk.data, coefficients,
+            len(chunk), chunk.inputs.shape[2] == 2,
+        ), leaves  # fmt: skip
+
+    def _adjoint(self, chunk: _Points, leaves: Iterable[tuple[int, int, int]], gradients: Sequence[Any]) -> Tensor:
+        """The adjoint (K, N * G, F) of the network's jets from that of the residual's arguments."""
+        adjoint = torch.zeros(
+            (len(self.indices), *chunk.inputs.shape[1:3], len(self.problem.fields)),
+            dtype=self.dtype, device=self.device,
+        )  # fmt: skip
+        for (k, side, f), g in zip(leaves, gradients, strict=True):
+            if g is not None:
+                adjoint[k, :, side, f] = g
+        if chunk.mix is not None:
+            adjoint = (chunk.mix * adjoint.unsqueeze(1)).sum(0)
+        return adjoint.flatten(1, 2)
+
     def value_gradient(
         self, theta: Tensor, gradient: Tensor, kept: Any = None, active: frozenset[int] | None = None
     ) -> float:
@@ -349,36 +382,76 @@ class PDELoss(ResidualLoss):
         self.evaluator.bind(theta, gradient, stages)
         for chunk, inputs in self._inputs(kept):
             fields = self._transformed(chunk, self.evaluator.forward(inputs, first))
-            leaves: dict[tuple[Index, int, int], Tensor] = {}
-
-            def get(index: Index, f: int, side: int, fields: Tensor = fields, leaves: Any = leaves) -> Tensor:
-                key = index, f, side
-                if key not in leaves:
-                    leaves[key] = fields[self.position[index], :, side, f].detach().requires_grad_()
-                return leaves[key]
-
-            pieces = self._residual(
-                self.problem_terms[chunk.term], get, chunk.coordinates, chunk.data, coefficients,
-                len(chunk), chunk.inputs.shape[2] == 2,
-            )  # fmt: skip
+            pieces, leaves = self._leaves(chunk, fields, coefficients)
             loss = chunk.scale * sum((r.square().sum() for r in pieces[1:]), pieces[0].square().sum())
             total += float(loss.detach())
-            wanted = [*leaves.values(), *coefficients]
             if not loss.requires_grad:
                 continue
-            gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
-            adjoint = torch.zeros_like(fields)
-            for (index, f, side), g in zip(leaves, gradients, strict=False):
-                if g is not None:
-                    adjoint[self.position[index], :, side, f] = g
+            gradients = torch.autograd.grad(loss, [*leaves.values(), *coefficients], allow_unused=True)
             for k, g in enumerate(gradients[len(leaves) :]):
                 if g is not None:
                     gradient[self.tail.start + k] += g
-            if chunk.mix is not None:
-                adjoint = (chunk.mix * adjoint.unsqueeze(1)).sum(0)
-            self.evaluator.backward(adjoint.view(len(self.indices), -1, adjoint.shape[-1]))
+            self.evaluator.backward(self._adjoint(chunk, leaves, gradients[: len(leaves)]))
         self.evaluator.finish()
         return total
+
+    def _linearised(self, theta: Tensor) -> Iterator[tuple[_Points, Tensor, Tensor, Tensor]]:
+        """Chunk, inputs of the network, adjoint of its jets and derivatives (c, N) by the coefficients of each piece of r.
+
+        The residual at a point depends on the fields at that point only; the evaluator is bound and
+        has done its forward pass.
+        """
+        coefficients = [c.detach().requires_grad_() for c in theta[self.tail]]
+        for chunk, inputs in self._inputs(None):
+            fields = self._transformed(chunk, self.evaluator.forward(inputs))
+            pieces, leaves = self._leaves(chunk, fields, coefficients)
+            for r in pieces:
+                weights = torch.ones_like(r, requires_grad=True)
+                if not r.requires_grad:
+                    r = r + 0 * weights
+                by_coefficient = torch.zeros(len(coefficients), len(r), dtype=self.dtype, device=self.device)
+                gradients = torch.autograd.grad(
+                    r, [*leaves.values(), *coefficients], weights, create_graph=bool(coefficients),
+                    retain_graph=True, allow_unused=True,
+                )  # fmt: skip
+                for row, g in zip(by_coefficient, gradients[len(leaves) :], strict=True):
+                    if g is not None and g.requires_grad:
+                        row += torch.autograd.grad(g, weights, retain_graph=True)[0]
+                found = [None if g is None else g.detach() for g in gradients[: len(leaves)]]
+                scale = chunk.scale**0.5
+                yield chunk, inputs, scale * self._adjoint(chunk, leaves, found), scale * by_coefficient
+
+    def jacobian_product(self, theta: Tensor, direction: Tensor) -> Tensor:
+        """See :meth:`ddml.residual.ResidualLoss.jacobian_product`."""
+        self.evaluator.bind(theta)
+        pieces = []
+        for chunk, inputs, adjoint, by_coefficient in self._linearised(theta):
+            moved = (adjoint * self.evaluator.tangent(direction, inputs)).sum((0, 2))
+            pieces.append(moved.view(len(chunk), -1).sum(1) + direction[self.tail] @ by_coefficient)
+        return self._joined(pieces)
+
+    def jacobian_transpose_product(self, theta: Tensor, weights: Tensor, product: Tensor) -> None:
+        """See :meth:`ddml.residual.ResidualLoss.jacobian_transpose_product`."""
+        self.evaluator.bind(theta, product)
+        begin = 0
+        for chunk, _, adjoint, by_coefficient in self._linearised(theta):
+            w = weights[begin : begin + len(chunk)]
+            begin += len(chunk)
+            self.evaluator.backward(adjoint * w.repeat_interleave(chunk.inputs.shape[2])[None, :, None])
+            product[self.tail] += by_coefficient @ w
+        self.evaluator.finish()
+
+    def jacobian(self, theta: Tensor) -> Tensor:
+        """See :meth:`ddml.residual.ResidualLoss.jacobian`."""
+        self.evaluator.bind(theta)
+        pieces = []
+        for chunk, _, adjoint, by_coefficient in self._linearised(theta):
+            rows = self.evaluator.rows(adjoint)
+            if chunk.inputs.shape[2] > 1:
+                rows = rows.reshape(len(chunk), -1, rows.shape[1]).sum(1)
+            rows[:, self.tail] = by_coefficient.T
+            pieces.append(rows.T)
+        return torch.cat(pieces, dim=1).T if pieces else super().jacobian(theta)
 
     @torch.no_grad()
     def fields(self, theta: Tensor, points: Array) -> Array:

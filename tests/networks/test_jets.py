@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddml import kernels
+from ddml.networks.compiled import CompiledJets, evaluator
 from ddml.networks.jets import (
     FusedJets,
     Index,
     NestedJets,
     TaylorJets,
     closure,
-    evaluator,
     partitions,
     tanh_jets,
     tanh_polynomial,
@@ -37,6 +39,8 @@ CASES = [
     (3, 9, 2, 2, False, False, [(0, 0), (1, 1), (2, 2)]),
     (3, 6, 3, 1, True, True, [(0, 2), (1,)]),
     (3, 8, 4, 2, True, True, [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)]),
+    (2, 128, 2, 1, False, False, [(0,), (1, 1)]),
+    (3, 33, 12, 4, True, True, [(0, 0), (1, 1), (2,)]),
 ]
 HIGH = [
     (1, 5, 3, 1, True, True, [(0, 0, 0, 0)]),
@@ -109,7 +113,17 @@ def assert_close(a: Tensor, b: Tensor, tolerance: float) -> None:
     assert float((a - b).abs().max()) <= tolerance * float(b.abs().max())
 
 
-@pytest.mark.parametrize("kind", [FusedJets, TaylorJets, NestedJets])
+def assert_gradient_of(c: Case, gradient: Tensor, full: Tensor, stages: Sequence[int]) -> None:
+    """The gradient is the full one in these stages and zero elsewhere."""
+    expected = torch.zeros_like(full)
+    for stage in (c.network.stages[i] for i in stages):
+        for name in filter(None, (stage.weight, stage.bias, stage.slope)):
+            begin, shape = c.offsets[name]
+            expected[begin : begin + shape.numel()] = full[begin : begin + shape.numel()]
+    assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("kind", [CompiledJets, FusedJets, TaylorJets, NestedJets])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_jets_and_gradients_are_those_of_nested_autograd(case: Any, kind: Any) -> None:
     c = Case(case)
@@ -129,7 +143,7 @@ def test_derivatives_of_order_three_and_four(case: Any, kind: Any) -> None:
     assert_close(gradient, expected_gradient, 1e-11)
 
 
-@pytest.mark.parametrize("kind", [FusedJets, TaylorJets])
+@pytest.mark.parametrize("kind", [CompiledJets, FusedJets, TaylorJets])
 @pytest.mark.parametrize("case", CASES[3:6], ids=str)
 def test_single_precision_agrees_with_double(case: Any, kind: Any) -> None:
     c = Case(case, dtype=torch.float32)
@@ -139,7 +153,7 @@ def test_single_precision_agrees_with_double(case: Any, kind: Any) -> None:
     assert_close(gradient.double(), expected_gradient, 2e-4)
 
 
-@pytest.mark.parametrize("kind", [FusedJets, TaylorJets])
+@pytest.mark.parametrize("kind", [CompiledJets, FusedJets, TaylorJets])
 @pytest.mark.parametrize("case", CASES[3:6], ids=str)
 def test_jets_are_limits_of_finite_differences(case: Any, kind: Any) -> None:
     c, h = Case(case, points=4), 1e-4
@@ -159,7 +173,7 @@ def test_jets_are_limits_of_finite_differences(case: Any, kind: Any) -> None:
         assert_close(jets[k], total / (2 * h) ** len(index), 1e-5)
 
 
-@pytest.mark.parametrize("kind", [FusedJets, TaylorJets])
+@pytest.mark.parametrize("kind", [CompiledJets, FusedJets, TaylorJets])
 @pytest.mark.parametrize("case", CASES[3:6], ids=str)
 def test_gradients_are_limits_of_finite_differences(case: Any, kind: Any) -> None:
     c, h = Case(case), 1e-5
@@ -173,27 +187,23 @@ def test_gradients_are_limits_of_finite_differences(case: Any, kind: Any) -> Non
     assert (ends[0] - ends[1]) / (2 * h) == pytest.approx(float(gradient @ direction), rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", [CompiledJets, FusedJets])
 @pytest.mark.parametrize("active", [[0], [2], [1, 3], [4], [5], [0, 5]])
 @pytest.mark.parametrize(
     "case", [(2, 6, 4, 2, True, True, [(0,), (0, 1), (1, 1)]), (2, 6, 5, 1, False, True, [(1, 1)])]
 )
-def test_gradients_of_active_stages_are_those_of_all_stages(case: Any, active: list[int]) -> None:
+def test_gradients_of_active_stages_are_those_of_all_stages(case: Any, active: list[int], kind: Any) -> None:
     c = Case(case)
-    full = c.evaluate(FusedJets)[1]
-    made, gradient = FusedJets(c.network, c.offsets, c.indices), torch.zeros_like(c.theta)
+    full = c.evaluate(kind)[1]
+    made, gradient = kind(c.network, c.offsets, c.indices), torch.zeros_like(c.theta)
     made.bind(c.theta, gradient, active)
     made.forward(c.inputs)
     made.backward(c.weights)
     made.finish()
-    for number, stage in enumerate(c.network.stages):
-        for name in filter(None, (stage.weight, stage.bias, stage.slope)):
-            begin, shape = c.offsets[name]
-            entries = slice(begin, begin + shape.numel())
-            expected = full[entries] if number in active else torch.zeros_like(full[entries])
-            assert torch.equal(gradient[entries], expected)
+    assert_gradient_of(c, gradient, full, active)
 
 
-@pytest.mark.parametrize("kind", [FusedJets, TaylorJets])
+@pytest.mark.parametrize("kind", [CompiledJets, FusedJets, TaylorJets])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_going_on_from_a_prefix_gives_the_same_bits(case: Any, kind: Any) -> None:
     c = Case(case)
@@ -206,26 +216,22 @@ def test_going_on_from_a_prefix_gives_the_same_bits(case: Any, kind: Any) -> Non
         assert torch.equal(made.forward(entering, first), whole)
 
 
+@pytest.mark.parametrize("kind", [CompiledJets, FusedJets])
 @pytest.mark.parametrize("first", [1, 3, 4])
-def test_gradients_behind_a_prefix_are_those_of_the_whole_network(first: int) -> None:
+def test_gradients_behind_a_prefix_are_those_of_the_whole_network(first: int, kind: Any) -> None:
     c = Case((2, 6, 4, 2, True, True, [(0,), (1, 1)]))
-    full = c.evaluate(FusedJets)[1]
-    made, gradient = FusedJets(c.network, c.offsets, c.indices), torch.zeros_like(c.theta)
+    full = c.evaluate(kind)[1]
+    made, gradient = kind(c.network, c.offsets, c.indices), torch.zeros_like(c.theta)
     made.bind(c.theta)
     entering = made.prefix(c.inputs, first)
     made.bind(c.theta, gradient, range(first, len(c.network.stages)))
     made.forward(entering, first)
     made.backward(c.weights)
     made.finish()
-    for number, stage in enumerate(c.network.stages):
-        for name in filter(None, (stage.weight, stage.bias, stage.slope)):
-            begin, shape = c.offsets[name]
-            entries = slice(begin, begin + shape.numel())
-            expected = full[entries] if number >= first else torch.zeros_like(full[entries])
-            assert torch.equal(gradient[entries], expected)
+    assert_gradient_of(c, gradient, full, range(first, len(c.network.stages)))
 
 
-@pytest.mark.parametrize("kind", [FusedJets, TaylorJets])
+@pytest.mark.parametrize("kind", [CompiledJets, FusedJets, TaylorJets])
 def test_chunks_of_different_sizes_go_through_one_evaluator(kind: Any) -> None:
     c = Case((2, 9, 3, 2, True, True, [(0,), (0, 1), (1, 1)]), points=23)
     jets, gradient = c.evaluate(kind)
@@ -239,9 +245,10 @@ def test_chunks_of_different_sizes_go_through_one_evaluator(kind: Any) -> None:
     assert_close(total, gradient, 1e-12)
 
 
-def test_an_evaluator_can_be_bound_again() -> None:
+@pytest.mark.parametrize("kind", [CompiledJets, FusedJets])
+def test_an_evaluator_can_be_bound_again(kind: Any) -> None:
     c = Case((2, 9, 3, 1, True, True, [(1, 1)]))
-    made, results = FusedJets(c.network, c.offsets, c.indices), []
+    made, results = kind(c.network, c.offsets, c.indices), []
     for theta in (c.theta, 2 * c.theta, c.theta):
         gradient = torch.zeros_like(theta)
         made.bind(theta, gradient)
@@ -254,14 +261,74 @@ def test_an_evaluator_can_be_bound_again() -> None:
     assert not torch.allclose(results[0][1], results[1][1])
 
 
-def test_the_fastest_evaluator_is_chosen() -> None:
+@pytest.mark.parametrize("kind", [CompiledJets, FusedJets, TaylorJets, NestedJets])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_jacobians_in_rows_and_in_a_direction(case: Any, kind: Any) -> None:
+    c = Case(case)
+    if kind is NestedJets and len(c.theta) > 2000:
+        pytest.skip("slow, and the small networks are enough")
+    made = kind(c.network, c.offsets, c.indices)
+    made.bind(c.theta)
+    made.forward(c.inputs)
+    rows = made.rows(c.weights)
+    direction = torch.randn(len(c.theta), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    tangent = made.tangent(direction, c.inputs)
+
+    def jets(theta: Tensor) -> Tensor:
+        return TaylorJets(c.network, c.offsets, c.indices).jets(theta, c.inputs)
+
+    expected, expected_tangent = torch.func.jvp(jets, (c.theta,), (direction,))
+    assert_close(made.forward(c.inputs), expected, 1e-12)
+    for k in range(len(c.indices)):
+        assert_close(tangent[k], expected_tangent[k], 1e-12)
+    assert_close(rows, torch.func.jacrev(lambda t: (jets(t) * c.weights).sum((0, 2)))(c.theta), 1e-12)
+    assert_close(rows.sum(0), c.evaluate(FusedJets)[1], 1e-12)
+
+
+@pytest.mark.parametrize("level", kernels.usable())
+def test_the_kernels_of_every_instruction_set_agree(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They need not agree to the last bit: without fused multiply-add numbers round differently."""
+    monkeypatch.setattr(kernels, "usable", lambda: [level])
+    kernels.library.cache_clear()
+    try:
+        for case in CASES[3:]:
+            c = Case(case)
+            assert repr(CompiledJets(c.network, c.offsets, c.indices)) == f"CompiledJets ({level})"
+            for got, expected in zip(c.evaluate(CompiledJets), c.evaluate(FusedJets), strict=True):
+                assert_close(got, expected, 1e-12)
+    finally:
+        kernels.library.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_compiled_tanh_has_a_small_relative_error(dtype: torch.dtype) -> None:
+    """A network of one neuron with weight 1 and linear output 1 is tanh itself."""
+    network = TanhNetwork(1, 1, 1, 1).to(dtype)
+    offsets = {name: (k, p.shape) for k, (name, p) in enumerate(network.named_parameters())}
+    made = CompiledJets(network, offsets, ((),))
+    made.bind(torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=dtype))
+    x = torch.cat((torch.linspace(-25, 25, 100_001, dtype=dtype), torch.logspace(-300, 1, 5000, dtype=dtype)))
+    x = torch.cat((x, torch.tensor([0.0, math.inf, -math.inf], dtype=dtype)))
+    got = made.forward(x[None, :, None])[0, :, 0]
+    expected = torch.tanh(x.double())
+    error = (got.double() - expected).abs() / expected.abs().clamp(min=torch.finfo(dtype).tiny)
+    assert float(error.max()) < 4 * torch.finfo(dtype).eps
+    assert torch.isnan(made.forward(torch.full((1, 3, 1), math.nan, dtype=dtype))).all()
+
+
+def test_the_fastest_evaluator_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     network = TanhNetwork(1, 2, 1, 1)
     sizes = {n: (0, p.shape) for n, p in network.named_parameters()}
-    assert type(evaluator(network, sizes, closure([(0, 0)]))) is FusedJets
+    assert type(evaluator(network, sizes, closure([(0, 0)]))) is CompiledJets
     assert type(evaluator(network, sizes, closure([(0, 0, 0)]))) is TaylorJets
     assert type(evaluator(torch.nn.Linear(1, 1), sizes, closure([(0, 0)]))) is NestedJets
-    with pytest.raises(ValueError, match="second order"):
-        FusedJets(network, sizes, closure([(0, 0, 0)]))
+    for kind in (CompiledJets, FusedJets):
+        with pytest.raises(ValueError, match="second order"):
+            kind(network, sizes, closure([(0, 0, 0)]))
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    assert type(evaluator(network, sizes, closure([(0, 0)]))) is FusedJets
+    with pytest.raises(ValueError, match="not built"):
+        CompiledJets(network, sizes, closure([(0, 0)]))
 
 
 @pytest.mark.parametrize(

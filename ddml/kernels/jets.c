@@ -1,0 +1,81 @@
+/* Jets of chains of dense stages, forward and backward, in double and in single precision.
+
+   A jet is a value and some partial derivatives up to second order (see ddml/networks/jets.py).
+   Points are taken in groups of as many as fit a vector register, groups in blocks that fit the
+   cache. Within a block the jets of a layer lie as [group][neuron][jet] vectors, so that a product
+   with the weights reads one short contiguous panel per group and the gradient of the weights is a
+   sum of products of vectors.
+
+   The file is compiled once per instruction set, with the widest vectors of each. */
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define BYTES 64 /* of a vector */
+#define REGISTERS 32
+#elif defined(__AVX__)
+#define BYTES 32
+#define REGISTERS 16
+#else
+#define BYTES 16
+#define REGISTERS 16
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+#define MOST_JETS 16
+#define GROUPS (512 / BYTES) /* in a block: 64 points in double precision */
+
+/* The same in ddml/networks/compiled.py. A stage is y = [h +] [tanh] (c (W h + b)) with c = 10 a, or 1 without slope. */
+typedef struct {
+    long inputs, outputs, activation, residual;
+    long weight, bias, slope; /* where they begin in the vector of parameters; slope -1: none */
+    long active;              /* whether its gradient is wanted */
+} stage;
+
+typedef struct {
+    long jets, seconds;
+    const long *second; /* (seconds, 3): positions of the jets ij, i and j */
+    long stages;
+    const stage *stage;
+} network;
+
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+#define NAME(x) JOIN(x, SUFFIX)
+
+#define SUFFIX double
+#define REAL double
+#define INT int64_t
+#define TANH_TERMS 12
+#define TANH_LIMIT 20.0
+#define MAGIC 0x1.8p52
+#define MANTISSA 52
+#define EXPONENT_BIAS 1023
+#define LN2_HIGH 6.93147180369123816490e-01
+#define LN2_LOW 1.90821492927058770002e-10
+#include "jets_template.h"
+#undef SUFFIX
+#undef REAL
+#undef INT
+#undef TANH_TERMS
+#undef TANH_LIMIT
+#undef MAGIC
+#undef MANTISSA
+#undef EXPONENT_BIAS
+#undef LN2_HIGH
+#undef LN2_LOW
+
+#define SUFFIX float
+#define REAL float
+#define INT int32_t
+#define TANH_TERMS 8
+#define TANH_LIMIT 10.0f
+#define MAGIC 0x1.8p23f
+#define MANTISSA 23
+#define EXPONENT_BIAS 127
+#define LN2_HIGH 6.9313812256e-01f
+#define LN2_LOW 9.0580006145e-06f
+#include "jets_template.h"

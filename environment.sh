@@ -89,6 +89,11 @@ build() { # build NAME: a wheel of it in the cache, under its final name only wh
     say "built $1"
 }
 
+pip install $(pins 'setuptools|wheel')
+say "building the project's kernels"
+"$venv/bin/python" setup.py -q build_ext --inplace --force 2>/dev/null & # without them torch does the work
+kernels=$!
+
 if [ $given = yes ]; then
     say "petsc4py of $python is used as it is"
     pip install $(sed '/^# compiled:/,$d' versions.txt | grep -vE '^(#|numpy|mpi4py|torch)' ) $(pins h5py)
@@ -97,7 +102,7 @@ if [ $given = yes ]; then
     done
 else
     pip install $(pins 'setuptools|wheel|Cython|pkgconfig|numpy|mpi4py')
-    MPICC=$(command -v mpicc) PETSC_CONFIGURE_OPTIONS=$(echo $petsc_options --with-make-np=$cores) build petsc &
+    MPICC=$(command -v mpicc) PETSC_CONFIGURE_OPTIONS=$(echo $petsc_options --with-make-np=$cores --with-make-load=8) build petsc &
     petsc=$!
     HDF5_MPI=ON CC=mpicc HDF5_DIR=$hdf5 H5PY_SETUP_REQUIRES=0 build h5py &
     h5py=$!
@@ -111,7 +116,7 @@ else
     wait $h5py
     pip install --no-deps --no-index --find-links "$wheels" $(pins 'h5py|petsc4py')
 fi
-say "building the project's kernels"
+wait $kernels || say "warning: no kernels were built; networks will be evaluated by torch, which is slower"
 pip install --no-deps --no-build-isolation --editable .
 "$venv/bin/python" - <<'P'
 import h5py

@@ -1,6 +1,7 @@
 """Packaging of ddml; the versions it is built and tested with stand in versions.txt."""
 
 import platform
+from glob import glob
 
 from setuptools import Extension, find_packages, setup
 
@@ -18,8 +19,8 @@ setup(
     ext_modules=[
         Extension(
             f"ddml.kernels._{name}",
-            ["ddml/kernels/jets.c"],
-            depends=["ddml/kernels/jets_template.h"],
+            [f"ddml/kernels/{source}.c" for source in ("jets", "symmetric")],
+            depends=glob("ddml/kernels/*.h"),
             extra_compile_args=["-O3", *flags],
             optional=True,
         )

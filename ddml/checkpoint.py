@@ -156,7 +156,7 @@ def write(
         The parameter tensors in `theta`, equal on all ranks.
     state : mapping of str to value
         What the solver needs to go on. A value is a dict with str keys, a list, an int (of any size), float, bool,
-        str, None or numpy array of numbers, all equal on all ranks, or a Vec in the layout of `theta`. A numpy
+        str, None or numpy array of numbers, all equal on all ranks, or a Vec in the layout of `theta` or of another size. A numpy
         scalar comes back as the Python number.
     history : History
         The history, equal on all ranks.
@@ -182,16 +182,18 @@ def write(
         if comm.rank == 0:
             image, offsets = _lay_out(theta, parameters, state, history, attributes, list(vectors))
     offsets = comm.bcast(offsets)
-    size, (first, _) = theta.getSize(), theta.getOwnershipRange()
     with agreed_file(comm, *problem):
         if vectors.keys() != offsets.keys():
             raise RunFileError(
                 f"cannot write {path}: the state must hold the same vectors on all ranks, "
                 f"but rank {comm.rank} and rank 0 differ in {', '.join(sorted(vectors.keys() ^ offsets.keys()))}"
             )
-        reserved = [(offset, offset + 8 * size) for offset in offsets.values() if size]
+        reserved = [(offsets[name], offsets[name] + 8 * v.getSize()) for name, v in vectors.items() if v.getSize()]
         pieces = [
-            (offsets[name] + 8 * first, np.asarray(vector.getArray(readonly=True), "<f8").view(np.uint8))
+            (
+                offsets[name] + 8 * vector.getOwnershipRange()[0],
+                np.asarray(vector.getArray(readonly=True), "<f8").view(np.uint8),
+            )
             for name, vector in vectors.items()
             if vector.getLocalSize()
         ]
@@ -282,7 +284,7 @@ def read(path: str, theta: PETSc.Vec) -> tuple[dict[str, Any], History]:
     -------
     state : dict
         What `write` was given, every value of the same type and with the same bits. The caller destroys its
-        vectors, which are duplicates of `theta`.
+        vectors, which are duplicates of `theta`, or of another size and in equal shares.
     history : History
         The history.
 
@@ -301,10 +303,10 @@ def read(path: str, theta: PETSc.Vec) -> tuple[dict[str, Any], History]:
         )
     made: list[tuple[int, PETSc.Vec]] = []
     state = with_vectors(state, theta, made)
-    first, last = theta.getOwnershipRange()
     try:
         with agreed_file(comm, f"cannot read {path}", "check that every rank sees the file"), open(path, "rb") as file:
             for offset, vector in [*made, (place, theta)]:
+                first, last = vector.getOwnershipRange()
                 file.seek(offset + 8 * first)
                 data = file.read(8 * (last - first))
                 if len(data) != 8 * (last - first):

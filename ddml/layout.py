@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from mpi4py import MPI
+from numpy.typing import NDArray
 from petsc4py import PETSc
 from torch import Tensor
 
@@ -85,6 +86,24 @@ class ParameterLayout:
                 array[:] = contributions.numpy()
             else:
                 self.comm.Reduce_scatter(contributions.numpy(), [array, MPI.DOUBLE], list(self.counts), MPI.SUM)
+
+    def reduce_rows(self, rows: NDArray[np.float64], counts: Sequence[int], g: PETSc.Vec) -> None:
+        """Sum vectors (rows, n), ``counts`` of them on each rank, into the distributed vector g. Collective.
+
+        They are summed in their order over all ranks, so that the sum does not depend on who has them.
+        """
+        with g as array:
+            if self.comm.size == 1:
+                rows.sum(axis=0, out=array)
+                return
+            # every rank sends every other the columns that it owns, and gets its own of all rows
+            mine = int(self.counts[self.comm.rank])
+            columns = np.concatenate([c.ravel() for c in np.split(rows, self.ranges[1:-1], axis=1)])
+            received = np.empty((sum(counts), mine))
+            self.comm.Alltoallv(
+                [columns, len(rows) * self.counts, MPI.DOUBLE], [received, mine * np.array(counts), MPI.DOUBLE]
+            )
+            received.sum(axis=0, out=array)
 
     def _buffer(self, dtype: torch.dtype) -> Tensor:
         if dtype not in self._full:

@@ -140,11 +140,7 @@ class Objective:
         if not self.blocks:
             self.layout.reduce(rows[0], g)
             return
-        # every rank sends every other the columns that it owns, and gets its own of all blocks in order
-        columns = [np.ascontiguousarray(c) for c in np.split(rows.numpy(), self.layout.ranges[1:-1], axis=1)]
-        received = columns if self.comm.size == 1 else self.comm.alltoall(columns)
-        with g as array:
-            np.concatenate(received).sum(axis=0, out=array)
+        self.layout.reduce_rows(rows.numpy(), np.diff(split(self.blocks, self.comm.size)).tolist(), g)
 
     def attach(self, tao: PETSc.TAO) -> None:
         """Give this objective to a TAO solver: value, gradient, Hessian products, and itself as context."""

@@ -18,9 +18,10 @@ from .sealed import RunFileError
 
 @dataclass(frozen=True)
 class Place:
-    """Stands for a vector in a state that rank 0 has read: where its values are in the file (bytes)."""
+    """Stands for a vector in a state that rank 0 has read: where its values are in the file (bytes), and how many."""
 
     offset: int
+    size: int
 
 
 def check_text(text: str, where: str) -> None:
@@ -32,7 +33,7 @@ def check_text(text: str, where: str) -> None:
 def vectors_in(value: Any, where: str, theta: PETSc.Vec) -> dict[str, PETSc.Vec]:
     """Check a state and return its vectors by their name in the file; a RunFileError names what cannot be kept."""
     if isinstance(value, PETSc.Vec):
-        if value.getSizes() != theta.getSizes():
+        if value.getSize() == theta.getSize() and value.getSizes() != theta.getSizes():
             raise RunFileError(f"{where}: a vector must have theta's layout {theta.getSizes()}, not {value.getSizes()}")
         return {where: value}
     if isinstance(value, dict | list):
@@ -103,7 +104,7 @@ def decode(node: h5py.Dataset | h5py.Group) -> Any:
     if kind == "list":
         return [decode(child) for child in node.values()]
     if kind == "vector":
-        return Place(node.id.get_offset() or 0)
+        return Place(node.id.get_offset() or 0, node.size)
     if kind == "array":
         return np.asarray(node[()])
     if kind == "floats":
@@ -118,8 +119,12 @@ def decode(node: h5py.Dataset | h5py.Group) -> Any:
 def with_vectors(value: Any, theta: PETSc.Vec, made: list[tuple[int, PETSc.Vec]]) -> Any:
     """Replace each place in a state by a new vector; append the place (bytes) and the vector to `made`."""
     if isinstance(value, Place):
-        made.append((value.offset, theta.duplicate()))
-        return made[-1][1]
+        vec = theta.duplicate()
+        if value.size != theta.getSize():
+            vec.destroy()
+            vec = PETSc.Vec().createMPI(value.size, comm=theta.comm)
+        made.append((value.offset, vec))
+        return vec
     if isinstance(value, dict):
         return {name: with_vectors(child, theta, made) for name, child in value.items()}
     if isinstance(value, list):

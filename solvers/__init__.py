@@ -7,9 +7,16 @@ from ddml.plugins import load
 
 from .base import Solver
 from .quasi_newton import LBFGS
+from .self_scaled import SSBFGS, SSBroyden
 from .spqn import ASPQN, MSPQN
 
-SOLVERS: dict[str, type[Solver]] = {"lbfgs": LBFGS, "aspqn": ASPQN, "mspqn": MSPQN}
+SOLVERS: dict[str, type[Solver]] = {
+    "ssbroyden": SSBroyden,
+    "ssbfgs": SSBFGS,
+    "lbfgs": LBFGS,
+    "aspqn": ASPQN,
+    "mspqn": MSPQN,
+}
 
 # PETSc's types for unconstrained minimisation, which take our objectives as they are
 PETSC_TYPES = (
@@ -40,4 +47,4 @@ def configure(tao: PETSc.TAO, name: str) -> None:
         )
 
 
-__all__ = ["ASPQN", "LBFGS", "MSPQN", "PETSC_TYPES", "SOLVERS", "Solver", "configure"]
+__all__ = ["ASPQN", "LBFGS", "MSPQN", "PETSC_TYPES", "SOLVERS", "SSBFGS", "SSBroyden", "Solver", "configure"]

@@ -268,12 +268,30 @@ def test_a_state_that_cannot_be_kept_is_refused(shared_tmp: Path, state: dict[st
     assert sorted(os.listdir(shared_tmp)) == ["run.h5"]
 
 
-def test_a_vector_of_another_layout_is_refused_on_all_ranks(shared_tmp: Path) -> None:
-    theta, other = vector(np.zeros(SIZE)), vector(np.zeros(SIZE + 1))
+def test_a_vector_of_another_layout_is_refused_on_all_ranks(comm: MPI.Comm, shared_tmp: Path) -> None:
+    if comm.size == 1:
+        pytest.skip("one rank knows one layout")
+    theta = vector(np.zeros(SIZE))
+    other = PETSc.Vec().createMPI((SIZE if comm.rank == 0 else 0, SIZE), comm=comm)
     with pytest.raises(RunFileError, match=r"solver/m: a vector must have theta's layout"):
         save(shared_tmp / "run.h5", theta, {"m": other})
     theta.destroy()
     other.destroy()
+
+
+def test_a_vector_of_another_size_comes_back_in_equal_shares(comm: MPI.Comm, shared_tmp: Path) -> None:
+    theta = vector(np.zeros(SIZE))
+    size = 3 * SIZE + 1
+    other = PETSc.Vec().createMPI((size if comm.rank == comm.size - 1 else 0, size), comm=comm)
+    begin, end = other.getOwnershipRange()
+    other.setArray(np.sqrt(np.arange(begin, end, dtype=float)))
+    save(shared_tmp / "run.h5", theta, {"m": other})
+    state, _ = read(str(shared_tmp / "run.h5"), theta)
+    begin, end = state["m"].getOwnershipRange()
+    assert end - begin - size // comm.size in (0, 1)
+    assert np.array_equal(state["m"].array_r, np.sqrt(np.arange(begin, end, dtype=float)))
+    for vec in (theta, other, state["m"]):
+        vec.destroy()
 
 
 @pytest.mark.parametrize(

@@ -8,24 +8,10 @@
 
    The file is compiled once per instruction set, with the widest vectors of each. */
 
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
+#include "vectors.h"
 
-#if defined(__AVX512F__)
-#define BYTES 64 /* of a vector */
-#define REGISTERS 32
-#elif defined(__AVX__)
-#define BYTES 32
-#define REGISTERS 16
-#else
-#define BYTES 16
-#define REGISTERS 16
-#endif
+#include <math.h>
 
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-#define MOST_JETS 16
 #define GROUPS (512 / BYTES) /* in a block: 64 points in double precision */
 
 /* The same in ddml/networks/compiled.py. A stage is y = [h +] [tanh] (c (W h + b)) with c = 10 a, or 1 without slope. */
@@ -36,15 +22,32 @@ typedef struct {
 } stage;
 
 typedef struct {
-    long jets, seconds;
-    const long *second; /* (seconds, 3): positions of the jets ij, i and j */
+    long jets;               /* the value, the first derivatives, then the second ones */
+    long seconds;            /* how many of these */
+    const long *second;      /* (seconds, 2): positions of the jets i and j of each second derivative ij */
     long stages;
     const stage *stage;
 } network;
 
-#define JOIN_(a, b) a##_##b
-#define JOIN(a, b) JOIN_(a, b)
-#define NAME(x) JOIN(x, SUFFIX)
+/* What is done with the jets at each point, as straight-line code on numbered values: the weight of a squared
+   residual times two, the jets that count (leaves), numbers given for each point (arrays), numbers (scalars), then
+   the results of the operations. The same in ddml/problems/program.py. */
+enum code { ADD, SUB, MUL, DIV, NEG, WHERE, GT, GE, LT, LE, EQ, POW, SQRT, ABS, SGN, TANH, SIN, COS, EXP, LOG, SINH, COSH };
+
+typedef struct {
+    long code, a, b, c; /* the numbers of its arguments */
+} operation;
+
+typedef struct {
+    long leaves, arrays, scalars, operations;
+    long forward; /* operations that the residuals need; the others are for the adjoints */
+    long residuals;
+    const long *leaf; /* (leaves, 2): position of the jet, and which output of the network */
+    const operation *operation;
+    const long *residual;   /* (residuals,): their numbers */
+    const long *leaf_bar;   /* (leaves,): numbers of the derivatives of the weighted squares by the leaves; -1: zero */
+    const long *scalar_bar; /* (scalars,): the same by the scalars, for each point; -1: zero or not wanted */
+} program;
 
 #define SUFFIX double
 #define REAL double

@@ -132,20 +132,19 @@ static void NAME(add_product)(long jets, long rows, long depth, const REAL *a, c
 INLINE void NAME(outer_tile)(const int M, const int N, long groups, long jets, const vec *x, long x_group,
                              const vec *y, long y_group, REAL *out, long ldo)
 {
-    vec sum[6][4];
-    UNROLL for (int m = 0; m < M; m++)
-        UNROLL for (int n = 0; n < N; n++) sum[m][n] = NAME(all)(0);
+    vec sum[24];
+    UNROLL for (int m = 0; m < M * N; m++) sum[m] = NAME(all)(0);
     for (long g = 0; g < groups; g++)
         for (long k = 0; k < jets; k++) {
             vec right[4];
             UNROLL for (int n = 0; n < N; n++) right[n] = y[g * y_group + n * jets + k];
             UNROLL for (int m = 0; m < M; m++) {
                 const vec left = x[g * x_group + m * jets + k];
-                UNROLL for (int n = 0; n < N; n++) sum[m][n] += left * right[n];
+                UNROLL for (int n = 0; n < N; n++) sum[m * N + n] += left * right[n];
             }
         }
     UNROLL for (int m = 0; m < M; m++)
-        UNROLL for (int n = 0; n < N; n++) out[m * ldo + n] += NAME(lanes)(sum[m][n]);
+        UNROLL for (int n = 0; n < N; n++) out[m * ldo + n] += NAME(lanes)(sum[m * N + n]);
 }
 
 #if REGISTERS == 32
@@ -184,59 +183,86 @@ static void NAME(outer)(long groups, long jets, long rows, long columns, const v
 }
 #undef MOST_OUTER
 
-/* Behind the product with the weights: z becomes (t, z_1, ...) with t = tanh(z_0 + bias), y the jets of tanh. */
-static void NAME(activate)(const network *net, const NAME(layer) * layer, const vec *h, vec *z, vec *y)
+/* The jets of tanh for each neuron, from z = (t, z_1, ...) with t = tanh of the value. */
+INLINE void NAME(jets_of_tanh)(const long firsts, const long seconds, const long *at, long neurons, const vec *z, vec *y)
 {
-    const long jets = net->jets;
-    for (long f = 0; f < layer->outputs; f++) z[f * jets] = NAME(tanh)(z[f * jets] + layer->bias[f]);
-    for (long f = 0; f < layer->outputs; f++, z += jets, y += jets) {
-        const vec t = z[0], s = 1 - t * t;
+    const long jets = 1 + firsts + seconds;
+    for (long f = 0; f < neurons; f++, z += jets, y += jets) {
+        const vec t = z[0], s = 1 - t * t, q = 2 * t;
         y[0] = t;
-        for (long k = 1; k < jets; k++) y[k] = s * z[k];
-        for (long p = 0; p < net->seconds; p++) {
-            const long *at = net->second + 3 * p;
-            y[at[0]] -= 2 * t * z[at[1]] * y[at[2]];
-        }
-        if (layer->residual)
-            for (long k = 0; k < jets; k++) y[k] += h[f * jets + k];
+        for (long k = 1; k <= firsts; k++) y[k] = s * z[k];
+        for (long p = 0; p < seconds; p++) y[1 + firsts + p] = s * (z[1 + firsts + p] - q * z[at[2 * p]] * z[at[2 * p + 1]]);
     }
 }
 
 /* The adjoint of z from that of y; see FusedJets in ddml/networks/jets.py for the formulas. */
-static void NAME(activate_adjoint)(const network *net, long neurons, const vec *z, const vec *ybar, vec *zbar)
+INLINE void NAME(adjoint_of_tanh)(const long firsts, const long seconds, const long *at, long neurons, const vec *z,
+                                  const vec *ybar, vec *zbar)
 {
-    const long jets = net->jets;
+    const long jets = 1 + firsts + seconds;
     for (long f = 0; f < neurons; f++, z += jets, ybar += jets, zbar += jets) {
         const vec t = z[0], s = 1 - t * t;
         vec first = NAME(all)(0), second = NAME(all)(0);
         for (long k = 1; k < jets; k++) {
-            zbar[k] = s * ybar[k];
-            first += zbar[k] * z[k];
+            const vec c = s * ybar[k];
+            zbar[k] = c;
+            first += c * z[k];
         }
-        for (long p = 0; p < net->seconds; p++) {
-            const long *at = net->second + 3 * p;
-            const vec c = s * ybar[at[0]], q = 2 * t * c, a = z[at[1]], b = z[at[2]];
+        for (long p = 0; p < seconds; p++) {
+            const vec c = zbar[1 + firsts + p], q = 2 * t * c, a = z[at[2 * p]], b = z[at[2 * p + 1]];
             second += c * a * b;
-            zbar[at[1]] -= q * b;
-            zbar[at[2]] -= q * a;
+            zbar[at[2 * p]] -= q * b;
+            zbar[at[2 * p + 1]] -= q * a;
         }
         zbar[0] = s * ybar[0] - 2 * (t * (first - 3 * t * second) + second);
     }
+}
+
+/* Both for the numbers of derivatives of usual equations as constants. */
+#define USUAL(m, n) if (firsts == m && seconds == n) { CALL(m, n); return; }
+#define ALL_USUAL USUAL(0, 0) USUAL(1, 0) USUAL(2, 0) USUAL(1, 1) USUAL(2, 1) USUAL(2, 2) USUAL(2, 3) USUAL(3, 2) USUAL(3, 3)
+static void NAME(tanh_jets)(const network *net, long neurons, const vec *z, vec *y)
+{
+    const long seconds = net->seconds, firsts = net->jets - 1 - seconds;
+#define CALL(m, n) NAME(jets_of_tanh)(m, n, net->second, neurons, z, y)
+    ALL_USUAL
+    CALL(firsts, seconds);
+#undef CALL
+}
+
+static void NAME(tanh_adjoint)(const network *net, long neurons, const vec *z, const vec *ybar, vec *zbar)
+{
+    const long seconds = net->seconds, firsts = net->jets - 1 - seconds;
+#define CALL(m, n) NAME(adjoint_of_tanh)(m, n, net->second, neurons, z, ybar, zbar)
+    ALL_USUAL
+    CALL(firsts, seconds);
+#undef CALL
+}
+#undef USUAL
+#undef ALL_USUAL
+
+/* Behind the product with the weights: z becomes (t, z_1, ...) with t = tanh(z_0 + bias), y the jets of tanh. */
+static void NAME(activate)(const network *net, const NAME(layer) * layer, const vec *h, vec *z, vec *y)
+{
+    const long jets = net->jets, out = layer->outputs;
+    for (long f = 0; f < out; f++) z[f * jets] = NAME(tanh)(z[f * jets] + layer->bias[f]);
+    NAME(tanh_jets)(net, out, z, y);
+    if (layer->residual)
+        for (long k = 0; k < out * jets; k++) y[k] += h[k];
 }
 
 /* The tangent of y from those of z and h. */
 static void NAME(activate_tangent)(const network *net, const NAME(layer) * layer, const vec *z, const vec *dz,
                                    const vec *dh, vec *dy)
 {
-    const long jets = net->jets;
+    const long jets = net->jets, start = jets - net->seconds;
     for (long f = 0; f < layer->outputs; f++, z += jets, dz += jets, dy += jets) {
         const vec t = z[0], s = 1 - t * t, dt = s * dz[0], ds = -2 * t * dt;
         dy[0] = dt;
         for (long k = 1; k < jets; k++) dy[k] = ds * z[k] + s * dz[k];
         for (long p = 0; p < net->seconds; p++) {
-            const long *at = net->second + 3 * p;
-            const vec a = z[at[1]], b = z[at[2]], da = dz[at[1]], db = dz[at[2]];
-            dy[at[0]] -= 2 * ((ds * t + s * dt) * a * b + s * t * (da * b + a * db));
+            const long i = net->second[2 * p], j = net->second[2 * p + 1];
+            dy[start + p] -= 2 * ((ds * t + s * dt) * z[i] * z[j] + s * t * (dz[i] * z[j] + z[i] * dz[j]));
         }
         if (layer->residual)
             for (long k = 0; k < jets; k++) dy[k] += dh[f * jets + k];
@@ -403,57 +429,78 @@ static void NAME(stage_rows)(const network *net, const NAME(layer) * layer, cons
     }
 }
 
-/* Add <adjoint, d jets / d theta> to the gradient of the active stages from `begin` on; the forward pass is
-   repeated block by block. With `rows` (parameters, points) nothing is summed over the points. */
-void NAME(backward)(const network *net, const REAL *theta, long begin, const NAME(array) * inputs, long points,
-                    const NAME(array) * adjoint, REAL *gradient, int rows, void *work)
+/* Memory of a backward pass over one block after another. */
+typedef struct {
+    NAME(layer) *layers;
+    long begin, lowest;      /* the stage that the inputs enter, and the lowest one whose gradient is wanted */
+    vec **h, **z;            /* what enters each stage, and what its product gives */
+    vec *ybar, *hbar, *zbar; /* adjoints */
+} NAME(pass_memory);
+
+/* Lay out a backward pass; `ends` and `products` have room for stages + 1 pointers each. */
+static NAME(pass_memory) NAME(lay_pass)(const network *net, const REAL *theta, long begin, void *work,
+                                        NAME(layer) * layers, vec **ends, vec **products)
 {
-    const long jets = net->jets, stages = net->stages, size = NAME(widest)(net) * jets * GROUPS;
-    NAME(layer) layers[stages];
-    vec *const start = NAME(lay)(net, theta, NULL, 1, work, layers), *const zbar = start + 2 * size;
-    vec *h[stages + 1], *z[stages], *free = zbar + size;
-    h[begin] = free, free += layers[begin].inputs * jets * GROUPS;
-    for (long i = begin; i < stages; i++) {
-        z[i] = free, h[i + 1] = free + layers[i].outputs * jets * GROUPS;
-        free = h[i + 1] + layers[i].outputs * jets * GROUPS;
+    const long jets = net->jets, size = NAME(widest)(net) * jets * GROUPS;
+    vec *free = NAME(lay)(net, theta, NULL, 1, work, layers);
+    NAME(pass_memory) memory = {layers, begin, begin, ends, products, free, free + size, free + 2 * size};
+    free += 3 * size;
+    ends[begin] = free, free += layers[begin].inputs * jets * GROUPS;
+    for (long i = begin; i < net->stages; i++) {
+        products[i] = free, ends[i + 1] = free + layers[i].outputs * jets * GROUPS;
+        free = ends[i + 1] + layers[i].outputs * jets * GROUPS;
     }
-    long lowest = begin;
-    while (lowest < stages && !net->stage[lowest].active) lowest++;
-    for (long at = 0; at < points; at += GROUPS * LANES) {
-        const long count = points - at < GROUPS * LANES ? points - at : GROUPS * LANES;
-        const long groups = (count + LANES - 1) / LANES;
-        vec *ybar = start, *hbar = start + size;
-        NAME(load)(net, inputs, at, points, groups, layers[begin].inputs, 1, h[begin]);
-        for (long i = begin; i < stages; i++)
-            for (long g = 0; g < groups && (i + 1 < stages || layers[i].activation); g++) {
-                const long in = g * layers[i].inputs * jets, out = g * layers[i].outputs * jets;
-                NAME(pass)(net, layers + i, h[i] + in, z[i] + out, h[i + 1] + out);
-            }
-        NAME(load)(net, adjoint, at, points, groups, layers[stages - 1].outputs, 0, ybar);
-        for (long i = stages - 1; i >= lowest; i--) {
-            const NAME(layer) *const l = layers + i;
-            const long out = l->outputs * jets, in = l->inputs * jets;
-            const vec *bar = ybar;
-            if (l->activation) {
-                NAME(activate_adjoint)(net, groups * l->outputs, z[i], ybar, zbar);
-                bar = zbar;
-            }
-            if (l->weight_bar && rows)
-                NAME(stage_rows)(net, l, net->stage + i, theta, groups, bar, h[i], at, points, gradient);
-            else if (l->weight_bar)
-                NAME(stage_gradient)(net, l, groups, bar, h[i]);
-            if (i == lowest) break;
-            if (l->residual) memcpy(hbar, ybar, groups * in * sizeof(vec));
-            for (long g = 0; g < groups; g++)
-                (l->residual ? NAME(add_product) : NAME(product))(jets, l->inputs, l->outputs, l->weight, bar + g * out,
-                                                                 hbar + g * in);
-            vec *const swap = ybar;
-            ybar = hbar, hbar = swap;
+    while (memory.lowest < net->stages && !net->stage[memory.lowest].active) memory.lowest++;
+    return memory;
+}
+
+/* A block of points through the network, everything kept; the last of `stages` stages is the last one done. */
+static void NAME(block_forward)(const network *net, const NAME(pass_memory) * m, const NAME(array) * inputs, long at,
+                                long points, long groups, long stages)
+{
+    const long jets = net->jets;
+    NAME(load)(net, inputs, at, points, groups, m->layers[m->begin].inputs, 1, m->h[m->begin]);
+    for (long i = m->begin; i < stages; i++)
+        for (long g = 0; g < groups; g++) {
+            const long in = g * m->layers[i].inputs * jets, out = g * m->layers[i].outputs * jets;
+            NAME(pass)(net, m->layers + i, m->h[i] + in, m->z[i] + out, m->h[i + 1] + out);
         }
+}
+
+/* And back again from the adjoint of the jets in ybar. */
+static void NAME(block_backward)(const network *net, NAME(pass_memory) * m, const REAL *theta, long at, long points,
+                                 long groups, REAL *rows)
+{
+    const long jets = net->jets;
+    vec *ybar = m->ybar, *hbar = m->hbar;
+    for (long i = net->stages - 1; i >= m->lowest; i--) {
+        const NAME(layer) *const l = m->layers + i;
+        const long out = l->outputs * jets, in = l->inputs * jets;
+        const vec *bar = ybar;
+        if (l->activation) {
+            NAME(tanh_adjoint)(net, groups * l->outputs, m->z[i], ybar, m->zbar);
+            bar = m->zbar;
+        }
+        if (l->weight_bar && rows)
+            NAME(stage_rows)(net, l, net->stage + i, theta, groups, bar, m->h[i], at, points, rows);
+        else if (l->weight_bar)
+            NAME(stage_gradient)(net, l, groups, bar, m->h[i]);
+        if (i == m->lowest) break;
+        if (l->residual) memcpy(hbar, ybar, groups * in * sizeof(vec));
+        for (long g = 0; g < groups; g++)
+            (l->residual ? NAME(add_product) : NAME(product))(jets, l->inputs, l->outputs, l->weight, bar + g * out,
+                                                             hbar + g * in);
+        vec *const swap = ybar;
+        ybar = hbar, hbar = swap;
     }
-    for (long i = lowest; i < stages && !rows; i++) {
+}
+
+/* Add what the layers collected to the gradient by theta. */
+static void NAME(collect)(const network *net, const NAME(pass_memory) * m, const REAL *theta, REAL *gradient)
+{
+    for (long i = m->lowest; i < net->stages; i++) {
         const stage *const s = net->stage + i;
-        const NAME(layer) *const l = layers + i;
+        const NAME(layer) *const l = m->layers + i;
         if (!l->weight_bar) continue;
         REAL by_scale = 0;
         for (long e = 0; e < l->outputs * l->inputs; e++) {
@@ -466,6 +513,118 @@ void NAME(backward)(const network *net, const REAL *theta, long begin, const NAM
         }
         if (s->slope >= 0) gradient[s->slope] += 10 * by_scale;
     }
+}
+
+/* Add <adjoint, d jets / d theta> to the gradient of the active stages from `begin` on; the forward pass is
+   repeated block by block. With `rows` the gradient is (parameters, points), and nothing is summed over the points. */
+void NAME(backward)(const network *net, const REAL *theta, long begin, const NAME(array) * inputs, long points,
+                    const NAME(array) * adjoint, REAL *gradient, long rows, void *work)
+{
+    NAME(layer) layers[net->stages];
+    vec *ends[net->stages + 1], *products[net->stages + 1];
+    NAME(pass_memory) memory = NAME(lay_pass)(net, theta, begin, work, layers, ends, products);
+    const NAME(layer) *const last = layers + net->stages - 1;
+    for (long at = 0; at < points; at += GROUPS * LANES) {
+        const long count = points - at < GROUPS * LANES ? points - at : GROUPS * LANES;
+        const long groups = (count + LANES - 1) / LANES;
+        NAME(block_forward)(net, &memory, inputs, at, points, groups, net->stages - !last->activation);
+        NAME(load)(net, adjoint, at, points, groups, last->outputs, 0, memory.ybar);
+        NAME(block_backward)(net, &memory, theta, at, points, groups, rows ? gradient : NULL);
+    }
+    if (!rows) NAME(collect)(net, &memory, theta, gradient);
+}
+
+/* One operation on one vector of points. */
+INLINE vec NAME(operate)(const operation *o, const vec *value)
+{
+    const vec a = value[o->a], b = value[o->b], one = NAME(all)(1), zero = NAME(all)(0);
+    REAL x[LANES], y[LANES];
+    vec result;
+#define EACH(expression) \
+    memcpy(x, &a, sizeof x), memcpy(y, &b, sizeof y); \
+    for (long l = 0; l < LANES; l++) x[l] = (REAL)(expression); \
+    memcpy(&result, x, sizeof x); \
+    return result
+    switch ((enum code)o->code) {
+    case ADD: return a + b;
+    case SUB: return a - b;
+    case MUL: return a * b;
+    case DIV: return a / b;
+    case NEG: return -a;
+    case WHERE: return NAME(select)(a != zero, b, value[o->c]);
+    case GT: return NAME(select)(a > b, one, zero);
+    case GE: return NAME(select)(a >= b, one, zero);
+    case LT: return NAME(select)(a < b, one, zero);
+    case LE: return NAME(select)(a <= b, one, zero);
+    case EQ: return NAME(select)(a == b, one, zero);
+    case TANH: return NAME(tanh)(a);
+    case SGN: EACH(x[l] > 0 ? 1 : x[l] < 0 ? -1 : x[l]);
+    case POW: EACH(pow(x[l], y[l]));
+    case SQRT: EACH(sqrt(x[l]));
+    case ABS: EACH(fabs(x[l]));
+    case SIN: EACH(sin(x[l]));
+    case COS: EACH(cos(x[l]));
+    case EXP: EACH(exp(x[l]));
+    case LOG: EACH(log(x[l]));
+    case SINH: EACH(sinh(x[l]));
+    case COSH: EACH(cosh(x[l]));
+    }
+#undef EACH
+    return zero;
+}
+
+/* `scale` times the sum over the points of the squared residuals. With a gradient, that by theta is added to it, and
+   that by the scalars to `scalar_gradient`. The arrays have a number for each point. */
+double NAME(squares)(const network *net, const REAL *theta, long begin, const NAME(array) * inputs, long points,
+                     const program *code, const REAL *const *arrays, const REAL *scalars, double scale,
+                     REAL *gradient, REAL *scalar_gradient, void *work)
+{
+    NAME(layer) layers[net->stages];
+    vec *ends[net->stages + 1], *products[net->stages + 1], sum = NAME(all)(0);
+    NAME(pass_memory) memory = NAME(lay_pass)(net, theta, begin, work, layers, ends, products);
+    const long jets = net->jets, outputs = layers[net->stages - 1].outputs;
+    const long first_array = 1 + code->leaves, first_scalar = first_array + code->arrays;
+    const long first_result = first_scalar + code->scalars, operations = gradient ? code->operations : code->forward;
+    vec value[first_result + code->operations], scalar_bar[code->scalars + 1];
+    for (long i = 0; i < code->scalars; i++) value[first_scalar + i] = NAME(all)(scalars[i]), scalar_bar[i] = NAME(all)(0);
+    for (long at = 0; at < points; at += GROUPS * LANES) {
+        const long count = points - at < GROUPS * LANES ? points - at : GROUPS * LANES;
+        const long groups = (count + LANES - 1) / LANES;
+        NAME(block_forward)(net, &memory, inputs, at, points, groups, net->stages);
+        if (gradient) memset(memory.ybar, 0, groups * outputs * jets * sizeof(vec));
+        for (long g = 0; g < groups; g++) {
+            const long p = at + g * LANES;
+            for (long l = 0; l < LANES; l++) value[0][l] = p + l < points ? (REAL)(2 * scale) : 0;
+            for (long i = 0; i < code->leaves; i++) {
+                const long place = (g * outputs + code->leaf[2 * i + 1]) * jets + code->leaf[2 * i];
+                value[1 + i] = memory.h[net->stages][place];
+            }
+            for (long i = 0; i < code->arrays; i++) {
+                if (p + LANES <= points)
+                    value[first_array + i] = *(const loose *)(arrays[i] + p);
+                else
+                    for (long l = 0; l < LANES; l++)
+                        value[first_array + i][l] = arrays[i][p + l < points ? p + l : points - 1];
+            }
+            for (long i = 0; i < operations; i++) value[first_result + i] = NAME(operate)(code->operation + i, value);
+            for (long i = 0; i < code->residuals; i++) {
+                const vec r = value[code->residual[i]];
+                sum += value[0] * r * r;
+            }
+            for (long i = 0; gradient && i < code->leaves; i++)
+                if (code->leaf_bar[i] >= 0)
+                    memory.ybar[(g * outputs + code->leaf[2 * i + 1]) * jets + code->leaf[2 * i]] =
+                        value[code->leaf_bar[i]];
+            for (long i = 0; gradient && i < code->scalars; i++)
+                if (code->scalar_bar[i] >= 0) scalar_bar[i] += value[code->scalar_bar[i]];
+        }
+        if (gradient) NAME(block_backward)(net, &memory, theta, at, points, groups, NULL);
+    }
+    if (gradient) {
+        NAME(collect)(net, &memory, theta, gradient);
+        for (long i = 0; i < code->scalars; i++) scalar_gradient[i] += NAME(lanes)(scalar_bar[i]);
+    }
+    return 0.5 * NAME(lanes)(sum);
 }
 
 /* The derivative of the jets by theta in a direction. */

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,15 @@ def _array(tensor: Tensor) -> _Array:
     return _Array(tensor.data_ptr(), *tensor.stride())
 
 
+def _argument(value: Any) -> Any:
+    """What C gets: pointers for tensors and structures, integers for numbers."""
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, ctypes.Structure):
+        return ctypes.byref(value)
+    return ctypes.c_long(value) if isinstance(value, int) else value
+
+
 SUFFIXES = {torch.float64: "double", torch.float32: "float"}
 
 
@@ -69,8 +79,8 @@ class CompiledJets(TaylorJets):
         if found is None:
             raise ValueError("the kernels of ddml/kernels were not built for this machine")
         self.name, self.library = found
-        triples = [place for triple in second_order(self.indices) for place in triple]
-        self._second = (ctypes.c_long * len(triples))(*triples)
+        pairs = [place for triple in second_order(self.indices) for place in triple[1:]]
+        self._second = (ctypes.c_long * len(pairs))(*pairs)
         self._stages = (_Stage * len(self.stages))()
         for made, stage in zip(self._stages, self.stages, strict=True):
             weight, shape = offsets[stage.weight]
@@ -78,27 +88,24 @@ class CompiledJets(TaylorJets):
             made.activation, made.residual = stage.activation, stage.residual
             made.weight, made.bias = weight, offsets[stage.bias][0]
             made.slope = -1 if stage.slope is None else offsets[stage.slope][0]
-        self._network = _Network(len(self.indices), len(triples) // 3, self._second, len(self.stages), self._stages)
+        self._network = _Network(len(self.indices), len(pairs) // 2, self._second, len(self.stages), self._stages)
         self._space = torch.empty(0, dtype=torch.uint8)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} ({self.name})"
 
-    def _call(self, function: str, dtype: torch.dtype, *arguments: object) -> None:
-        """Call a function of the kernels: pointers from tensors, C integers from numbers."""
+    def _call(self, function: str, dtype: torch.dtype, *arguments: object) -> float:
+        """Call a function of the kernels."""
         suffix = SUFFIXES[dtype]
         size = getattr(self.library, f"workspace_{suffix}")
         size.restype = ctypes.c_long
         needed = size(ctypes.byref(self._network))
         if len(self._space) < needed:
             self._space = torch.empty(needed, dtype=torch.uint8)
-        converted = [
-            ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor)
-            else ctypes.byref(a) if isinstance(a, ctypes.Structure)
-            else ctypes.c_long(int(a))  # type: ignore[call-overload]
-            for a in (self._network, *arguments, self._space)
-        ]  # fmt: skip
-        getattr(self.library, f"{function}_{suffix}")(*converted)
+        converted = [_argument(a) for a in (self._network, *arguments, self._space)]
+        called = getattr(self.library, f"{function}_{suffix}")
+        called.restype = ctypes.c_double if function == "squares" else ctypes.c_long
+        return float(called(*converted))
 
     def bind(self, theta: Tensor, gradient: Tensor | None = None, active: Sequence[int] | None = None) -> None:
         """See :class:`ddml.networks.jets.Evaluator`."""
@@ -138,6 +145,26 @@ class CompiledJets(TaylorJets):
         self._call(
             "backward", inputs.dtype, self.leaf, first, _array(inputs), inputs.shape[1], _array(adjoint), target, rows
         )
+
+    def squares(
+        self,
+        inputs: Tensor,
+        first: int,
+        program: ctypes.Structure,
+        arrays: ctypes.Array[ctypes.c_void_p],
+        scalars: Tensor,
+        scale: float,
+        scalar_gradient: Tensor,
+    ) -> float:
+        """Scale times the squares of a :class:`ddml.problems.program.Program` of the jets, in one pass.
+
+        If the evaluator was bound with a gradient, that by theta is added to it and that by the scalars to
+        ``scalar_gradient``.
+        """
+        return self._call(
+            "squares", inputs.dtype, self.leaf, first, _array(inputs), inputs.shape[1], program, arrays, scalars,
+            ctypes.c_double(scale), self.gradient, scalar_gradient,
+        )  # fmt: skip
 
     def tangent(self, direction: Tensor, inputs: Tensor) -> Tensor:
         """See :class:`ddml.networks.jets.Evaluator`."""

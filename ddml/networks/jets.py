@@ -198,7 +198,8 @@ class _ByAutograd(ABC):
             return torch.autograd.grad(transposed, w, direction)[0]
 
     def finish(self) -> None:
-        """See :class:`Evaluator`."""
+        """See :class:`Evaluator`: nothing is left to do."""
+        return
 
     @abstractmethod
     def jets(self, theta: Tensor, inputs: Tensor, first: int = 0) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,12 +16,13 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..loss import parameter_table
-from ..networks.compiled import evaluator
+from ..networks.compiled import CompiledJets, evaluator
 from ..networks.jets import Index, closure, nested_jets
 from ..networks.tanh import TanhNetwork
 from ..residual import ResidualLoss
 from .fields import Field
 from .pde import PDE, Array, Term
+from .program import NotElementwise, Program
 
 
 @dataclass(frozen=True)
@@ -119,11 +122,81 @@ class PDELoss(ResidualLoss):
             self._points(i, term.weight / len(x), x, data)
             for i, (term, (x, data)) in enumerate(zip(self.problem_terms, sets, strict=True))
         ]
+        self.programs: dict[int, Program] = {}
+        self._finish()
+        for i, points in enumerate(self.sets):
+            self._compile(i, points)
         self._finish()
 
     def _finish(self) -> None:
         self.count = sum(len(s) for s in self.sets)
         self.chunks = [c for s in self.sets for c in s.chunks(self.chunk)]
+        self.arrays = [
+            self.programs[c.term].arrays(self._fixed(c)) if c.term in self.programs else None for c in self.chunks
+        ]
+        self._pointers = [
+            None if a is None else (ctypes.c_void_p * len(a))(*(t.data_ptr() for t in a)) for a in self.arrays
+        ]
+
+    def _fixed(self, points: _Points) -> list[Tensor]:
+        """What a residual may depend on besides fields and coefficients: coordinates, data, lift, product rule."""
+        lift = [] if points.lift is None else list(points.lift[:, :, 0].permute(0, 2, 1).flatten(0, 1))
+        mix = [] if points.mix is None else [points.mix[k, j, :, 0, f] for k, j, f in self._product_rule()]
+        return [*points.coordinates, *points.data.values(), *lift, *mix]
+
+    def _product_rule(self) -> list[tuple[int, int, int]]:
+        """Entries (k, j, f) of the product rule that are not zero everywhere."""
+        return [
+            (k, j, f)
+            for k, index in enumerate(self.indices)
+            for j, inner in enumerate(self.indices)
+            if not Counter(inner) - Counter(index)
+            for f in range(len(self.problem.fields))
+        ]
+
+    def _compile(self, number: int, points: _Points) -> None:
+        """Have the kernels evaluate a term, if they know the network and all that its residual does."""
+        if not isinstance(self.evaluator, CompiledJets) or points.inputs.shape[2] == 2 or len(points) == 0:
+            return
+        few = points.rows(slice(0, 16))
+        places = [(k, f) for k in range(len(self.indices)) for f in range(len(self.problem.fields))]
+        rule, names = self._product_rule(), list(points.data)
+
+        def residual(fixed: list[Tensor], jets: list[Tensor], coefficients: list[Tensor]) -> list[Tensor]:
+            coordinates, fixed = fixed[: len(self.problem.domain)], fixed[len(self.problem.domain) :]
+            data, fixed = dict(zip(names, fixed, strict=False)), fixed[len(names) :]
+            lift = dict(zip(places, fixed, strict=False)) if few.lift is not None else {}
+            mix = dict(zip(rule, fixed[len(lift) :], strict=True)) if few.mix is not None else {}
+            network = dict(zip(places, jets, strict=True))
+
+            def get(index: Index, f: int, side: int) -> Tensor:
+                k = self.position[index]
+                value = network[k, f]
+                if mix:
+                    parts = [mix[k, j, f] * network[j, f] for j in range(len(self.indices)) if (k, j, f) in mix]
+                    value = sum(parts[1:], parts[0])
+                return value + lift[k, f] if lift else value
+
+            return self._residual(self.problem_terms[number], get, coordinates, data, coefficients, len(jets[0]), False)
+
+        try:
+            program = Program(residual, self._fixed(few), places, len(self.coefficients))
+            alone, compiled = self._with([few]), self._with([few])
+            compiled.programs = {number: program}
+            compiled._finish()
+            found = []
+            for loss in (alone, compiled):
+                gradient = torch.zeros(self.size, dtype=self.dtype)
+                found.append((loss.value_gradient(self.initial(), gradient), gradient))
+        except (NotElementwise, InputError, RuntimeError):
+            return  # torch evaluates this term
+        tolerance = 1e3 * torch.finfo(self.dtype).eps
+        (value, gradient), (expected, expected_gradient) = found[1], found[0]
+        difference = float((gradient - expected_gradient).abs().max())
+        if abs(value - expected) <= tolerance * expected and difference <= tolerance * float(
+            expected_gradient.abs().max()
+        ):
+            self.programs[number] = program
 
     def _layers(self) -> None:
         numbers = {p.name: i for i, p in enumerate(self.parameters)}
@@ -165,7 +238,7 @@ class PDELoss(ResidualLoss):
         self,
         term: Term,
         get: Callable[..., Tensor],
-        coordinates: Tensor,
+        coordinates: Iterable[Tensor],
         data: dict[str, Tensor],
         coefficients: Sequence[Tensor],
         count: int,
@@ -287,6 +360,22 @@ class PDELoss(ResidualLoss):
         self.evaluator.bind(theta)
         return stage, [self.evaluator.prefix(c.inputs.flatten(1, 2), stage) for c in self.chunks]
 
+    def _squares(
+        self, theta: Tensor, first: int, number: int, inputs: Tensor, gradient: Tensor | None = None
+    ) -> float | None:
+        """The loss of a chunk if its term is compiled; its gradient by the coefficients is added to ``gradient``."""
+        chunk, pointers = self.chunks[number], self._pointers[number]
+        if pointers is None:
+            return None
+        assert isinstance(self.evaluator, CompiledJets)
+        program = self.programs[chunk.term]
+        scalars = torch.cat((theta[self.tail], torch.tensor(program.constants, dtype=self.dtype)))
+        by_scalars = torch.zeros_like(scalars)
+        value = self.evaluator.squares(inputs, first, program.code, pointers, scalars, chunk.scale, by_scalars)
+        if gradient is not None and self.coefficients:
+            gradient[self.tail] += by_scalars[: len(self.coefficients)]
+        return value
+
     def _inputs(self, kept: Any) -> Iterator[tuple[_Points, Tensor]]:
         if kept is None:
             return ((c, c.inputs.flatten(1, 2)) for c in self.chunks)
@@ -339,7 +428,11 @@ class PDELoss(ResidualLoss):
         """The loss at theta."""
         total, first, coefficients = 0.0, self._first_stage(kept), list(theta[self.tail])
         self.evaluator.bind(theta)
-        for chunk, inputs in self._inputs(kept):
+        for number, (chunk, inputs) in enumerate(self._inputs(kept)):
+            value = self._squares(theta, first, number, inputs)
+            if value is not None:
+                total += value
+                continue
             fields = self._transformed(chunk, self.evaluator.forward(inputs, first))
             total += chunk.scale * sum(float((r * r).sum()) for r in self._chunk_residual(chunk, fields, coefficients))
         return total
@@ -380,7 +473,11 @@ class PDELoss(ResidualLoss):
         stages = None if active is None or not self.layer_stages else [s for i in active for s in self.layer_stages[i]]
         coefficients = [c.detach().requires_grad_() for c in theta[self.tail]]
         self.evaluator.bind(theta, gradient, stages)
-        for chunk, inputs in self._inputs(kept):
+        for number, (chunk, inputs) in enumerate(self._inputs(kept)):
+            value = self._squares(theta, first, number, inputs, gradient)
+            if value is not None:
+                total += value
+                continue
             fields = self._transformed(chunk, self.evaluator.forward(inputs, first))
             pieces, leaves = self._leaves(chunk, fields, coefficients)
             loss = chunk.scale * sum((r.square().sum() for r in pieces[1:]), pieces[0].square().sum())
@@ -396,7 +493,7 @@ class PDELoss(ResidualLoss):
         return total
 
     def _linearised(self, theta: Tensor) -> Iterator[tuple[_Points, Tensor, Tensor, Tensor]]:
-        """Chunk, inputs of the network, adjoint of its jets and derivatives (c, N) by the coefficients of each piece of r.
+        """For each piece of r: chunk, network inputs, adjoint of the jets, derivatives (c, N) by the coefficients.
 
         The residual at a point depends on the fields at that point only; the evaluator is bound and
         has done its forward pass.

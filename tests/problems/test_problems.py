@@ -115,7 +115,7 @@ def train(problem, comm: MPI.Comm, iterations: int, **network: int) -> tuple[dic
     ("problem", "iterations", "bound"),
     [
         (users.Heat, 60, 1e-3),
-        (users.Waves, 600, 2e-2),
+        (users.Waves, 800, 2e-2),
         (users.SoftPeriodic, 150, 1e-2),
         (users.HardPeriodic, 100, 1e-3),
         (users.Decay, 40, 1e-3),

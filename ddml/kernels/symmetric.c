@@ -1,0 +1,14 @@
+/* Dense symmetric matrices: the lower triangle, rows packed one behind the other, stored in double or single
+   precision. One pass over the memory applies a rank-two change and multiplies by a vector. */
+
+#include "vectors.h"
+
+#define SUFFIX double
+#define STORE double
+#include "symmetric_template.h"
+#undef SUFFIX
+#undef STORE
+
+#define SUFFIX float
+#define STORE float
+#include "symmetric_template.h"

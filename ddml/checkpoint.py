@@ -156,8 +156,8 @@ def write(
         The parameter tensors in `theta`, equal on all ranks.
     state : mapping of str to value
         What the solver needs to go on. A value is a dict with str keys, a list, an int (of any size), float, bool,
-        str, None or numpy array of numbers, all equal on all ranks, or a Vec in the layout of `theta` or of another size. A numpy
-        scalar comes back as the Python number.
+        str, None or numpy array of numbers, all equal on all ranks, or a Vec in the layout of `theta` or of another
+        size. A numpy scalar comes back as the Python number.
     history : History
         The history, equal on all ranks.
     attributes : mapping of str to str, int, float or bool

@@ -17,6 +17,7 @@ from .base import Solver
 from .line_search import LineSearch, SearchResult
 
 _TINY = 1e-300
+SPREAD = 1e-5  # of Rayleigh quotients, below which single precision is given up
 
 
 class Scaling(NamedTuple):
@@ -39,9 +40,10 @@ class SelfScaled(Solver):
     ranks, n^2 / 2P numbers each. H begins as the identity and does so again (our choice) where p is
     no descent direction or no step along it decreases the loss.
 
-    In single precision (``-matrix_dtype float32``) small eigenvalues of H drown in the rounding of
-    the large ones. From where p is no descent direction, or the smallest Rayleigh quotient that was
-    seen is below ten roundings of the largest, H is stored in double precision (our choice).
+    In single precision (``-matrix_dtype float32``) the small eigenvalues of H drown in the rounding of
+    the large ones once they are 1e7 apart. The Rayleigh quotients g.Hg / g.g tell how far that is: when
+    they have spread by 1e5, or p is no descent direction, H is stored in double precision from then on
+    (our choice).
     """
 
     options: ClassVar[Sequence[Option]] = (
@@ -64,6 +66,7 @@ class SelfScaled(Solver):
         self.vectors = {name: x.duplicate() for name in names}
         self.pending: tuple[float, float, float, float] | None = None  # keep, and the factors of s s^T, s q^T, q q^T
         self.f, self.iteration, self.fresh = 0.0, 0, True
+        self.quotients = math.inf, 0.0  # smallest and largest Rayleigh quotient of H since it was the identity
         self.saved: PETSc.Vec | None = None  # what the last call of state gave
 
     def destroy(self, tao: PETSc.TAO) -> None:
@@ -84,7 +87,7 @@ class SelfScaled(Solver):
                 self.saved.destroy()
             self.saved = self.matrix.save()
             kept |= {
-                "fresh": self.fresh, "dtype": str(self.matrix.values.dtype), "matrix": self.saved,
+                "fresh": self.fresh, "quotients": list(self.quotients), "dtype": str(self.matrix.values.dtype), "matrix": self.saved,
                 "pending": None if self.pending is None else list(self.pending),
                 **{name: self.vectors[name] for name in ("direction", "s", "q")},
             }  # fmt: skip
@@ -105,7 +108,7 @@ class SelfScaled(Solver):
         vectors["accepted_g"].copy(accepted)
         accepted.copy(g)
         if "matrix" in state:
-            self.fresh, pending = state["fresh"], state["pending"]
+            self.fresh, self.quotients, pending = state["fresh"], tuple(state["quotients"]), state["pending"]
             self.pending = None if pending is None else tuple(pending)
             if state["dtype"] != str(self.matrix.values.dtype):
                 self.matrix.double()
@@ -135,13 +138,19 @@ class SelfScaled(Solver):
     def _reset(self) -> None:
         """Make H the identity and the direction that of steepest descent."""
         self.matrix.identity()
-        self.pending, self.fresh = None, True
+        self.pending, self.fresh, self.quotients = None, True, (math.inf, 0.0)
         self.vectors["accepted_g"].copy(self.vectors["direction"])
         self.vectors["direction"].scale(-1.0)
 
     def _iterate(self, x: PETSc.Vec) -> SearchResult:
         g, direction, accepted = (self.vectors[name] for name in ("g", "direction", "accepted_g"))
-        if not g.dot(direction) < 0:  # also where it is not a number
+        slope = g.dot(direction)
+        if self.matrix.values.dtype == np.float32:
+            quotient = -slope / g.dot(g)
+            self.quotients = min(self.quotients[0], quotient), max(self.quotients[1], quotient)
+            if not self.quotients[0] > SPREAD * self.quotients[1]:
+                self.matrix.double()
+        if not slope < 0:  # also where it is not a number
             self._reset()
         result = self.search(x, self.f, g, direction, self._first(g))
         if not result.success and not self.fresh:

@@ -124,8 +124,8 @@ class PDELoss(ResidualLoss):
         ]
         self.programs: dict[int, Program] = {}
         self._finish()
-        for i, points in enumerate(self.sets):
-            self._compile(i, points)
+        for number, made in enumerate(self.sets):
+            self._compile(number, made)
         self._finish()
 
     def _finish(self) -> None:

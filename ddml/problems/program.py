@@ -21,8 +21,8 @@ _CODES = ("ADD", "SUB", "MUL", "DIV", "NEG", "WHERE", "GT", "GE", "LT", "LE", "E
           "SIN", "COS", "EXP", "LOG", "SINH", "COSH")  # fmt: skip
 _ELEMENTWISE = {
     "add": "ADD", "sub": "SUB", "mul": "MUL", "div": "DIV", "neg": "NEG", "where": "WHERE", "gt": "GT", "ge": "GE",
-    "lt": "LT", "le": "LE", "eq": "EQ", "rsub": "SUB", "pow": "POW", "sqrt": "SQRT", "abs": "ABS", "sgn": "SGN", "sign": "SGN",
-    "tanh": "TANH", "sin": "SIN", "cos": "COS", "exp": "EXP", "log": "LOG", "sinh": "SINH", "cosh": "COSH",
+    "lt": "LT", "le": "LE", "eq": "EQ", "rsub": "SUB", "pow": "POW", "sqrt": "SQRT", "abs": "ABS",
+    "sgn": "SGN", "sign": "SGN", "tanh": "TANH", "sin": "SIN", "cos": "COS", "exp": "EXP", "log": "LOG", "sinh": "SINH", "cosh": "COSH",
 }  # fmt: skip
 _SAME = {"detach", "alias", "clone", "lift_fresh_copy", "lift_fresh", "_to_copy", "view", "expand", "squeeze"}
 
@@ -49,8 +49,9 @@ class _Node:
 
     def __init__(self, result: Tensor, function: Any = None, arguments: Any = (), keywords: Any = None) -> None:
         self.result, self.function, self.arguments, self.keywords = result, function, arguments, keywords or {}
-        self.moving = any(n.moving for n in arguments if isinstance(n, _Node))
-        self.fixed = any(n.fixed for n in arguments if isinstance(n, _Node))
+        parents = [a for a in arguments if isinstance(a, _Node)]
+        self.moving: bool = any(n.moving for n in parents)  # depends on what the optimiser changes
+        self.fixed: bool = any(n.fixed for n in parents)  # depends on the points
 
     @property
     def name(self) -> str:
@@ -205,7 +206,7 @@ class Program:
         places: Sequence[tuple[int, int]],
         residuals: list[tuple[str, int]],
         forward: int,
-        adjoints: list[tuple[str, int] | None],
+        adjoints: Sequence[tuple[str, int] | None],
     ) -> None:
         """Number all values and lay the code out for C."""
         starts = {"weight": 0, "leaf": 1, "array": 1 + len(places)}

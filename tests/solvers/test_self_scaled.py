@@ -1,0 +1,139 @@
+"""Self-scaled quasi-Newton methods against dense implementations that are driven with the step lengths they took."""
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mpi4py import MPI
+
+from ddml.loss import Loss
+from ddml.networks.tanh import TanhNetwork
+from ddml.problems import Burgers, PDELoss
+
+Train = Callable[..., SimpleNamespace]
+Make = Callable[..., Loss]
+BOTH = pytest.mark.parametrize("solver", ["ssbroyden", "ssbfgs"])
+
+
+def burgers() -> PDELoss:
+    network = TanhNetwork(2, 6, 3, 1).double()
+    network.reset_parameters(torch.Generator().manual_seed(0))
+    return PDELoss(Burgers(), network, 60)
+
+
+def broyden_factors(b: float, h: float, n: int) -> tuple[float, float]:
+    """Tau and phi of SSBroyden2, as in the published code."""
+    a = b * h - 1
+    c = min(1, h * (1 - math.sqrt(abs(a) / (1 + a))))
+    low, high = (c - 1) / a, 1 / c
+    theta = max(low, min(high, (1 - b) / b))
+    sigma = 1 + theta * a
+    bar = abs(sigma) ** (1 / (1 - n))
+    tau = min(min(1, 1 / b) * bar, sigma) if theta <= 0 else min(1, 1 / b) * min(bar, 1 / theta)
+    return tau, (1 - theta) / (1 + a * theta)
+
+
+def dense_run(loss: Loss, steps: np.ndarray, solver: str) -> np.ndarray:
+    """Iterates (k, n), with H and its inverse as matrices."""
+
+    def gradient(theta: np.ndarray) -> np.ndarray:
+        g = torch.zeros(loss.size, dtype=torch.float64)
+        loss.value_gradient(torch.as_tensor(theta), g)
+        return g.numpy()
+
+    theta = loss.initial().numpy().copy()
+    n, iterates = len(theta), [theta]
+    H, g = np.eye(n), gradient(theta)
+    for step in steps[1:]:
+        s = -step * H @ g
+        theta = theta + s
+        new = gradient(theta)
+        y = new - g
+        Hy, rho = H @ y, 1 / (y @ s)
+        # s.Bs with the matrix B = H^-1 itself, not by the relation of s and g
+        b, h = rho * s @ np.linalg.solve(H, s), rho * y @ Hy
+        tau, phi = broyden_factors(b, h, n) if solver == "ssbroyden" else (min(1, 1 / b), 1.0)
+        v = rho * s - Hy / (y @ Hy)
+        H = (H - np.outer(Hy, Hy) / (y @ Hy) + phi * (y @ Hy) * np.outer(v, v)) / tau + rho * np.outer(s, s)
+        g = new
+        iterates.append(theta)
+    return np.array(iterates)
+
+
+@BOTH
+def test_iterates_are_those_of_a_dense_implementation(train: Train, least_squares: Make, solver: str) -> None:
+    loss = least_squares([10, 12, 15], rows=120, bend=1.0, seed=3)
+    run = train(loss, solver, 50)
+    assert len(run.losses) == 51
+    assert (run.steps[1:] > 0).all()
+    assert (np.diff(run.losses) < 0).all()
+    expected = dense_run(loss, run.steps, solver)
+    assert np.abs(run.theta - expected).max() <= 1e-10 * np.abs(expected).max()
+
+
+@BOTH
+def test_iterates_on_a_network_are_those_of_a_dense_implementation(train: Train, solver: str) -> None:
+    run = train(burgers(), solver, 15)
+    expected = dense_run(burgers(), run.steps, solver)
+    assert np.abs(run.theta - expected).max() <= 1e-8 * np.abs(expected).max()
+    assert run.losses[-1] < 0.5 * run.losses[0]
+
+
+def test_the_two_methods_differ(train: Train) -> None:
+    runs = [train(burgers(), solver, 15).theta for solver in ("ssbroyden", "ssbfgs")]
+    assert np.abs(runs[0] - runs[1]).max() > 1e-3
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_with_blocks_a_run_has_the_same_bits_on_any_number_of_ranks(train: Train, solver: str, dtype: str) -> None:
+    together = train(burgers(), solver, 30, blocks=12, gathered=True, matrix_dtype=dtype)
+    alone = train(burgers(), solver, 30, comm=MPI.COMM_SELF, blocks=12, gathered=True, matrix_dtype=dtype)
+    assert together.theta.tobytes() == alone.theta.tobytes()
+    assert together.losses.tobytes() == alone.losses.tobytes()
+    assert together.losses[-1] < 0.3 * together.losses[0]
+
+
+def test_without_blocks_a_run_is_the_same_to_rounding(train: Train) -> None:
+    together, alone = train(burgers(), "ssbroyden", 15), train(burgers(), "ssbroyden", 15, comm=MPI.COMM_SELF)
+    assert together.losses == pytest.approx(alone.losses, rel=1e-8)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_resumed_run_goes_on_to_the_last_bit_if_it_kept_the_matrix(train: Train, dtype: str, keep: bool) -> None:
+    kept: dict[str, Any] = {}
+
+    def watch(context: Any, iteration: int) -> None:
+        if iteration == 7:
+            kept.update(context.state())
+            kept.update({name: v.copy() for name, v in kept.items() if hasattr(v, "array_r")})
+
+    settings = {"matrix_dtype": dtype, "keep_matrix": keep}
+    whole = train(burgers(), "ssbroyden", 20, watch=watch, **settings)
+    assert ("matrix" in kept) == keep
+    rest = train(burgers(), "ssbroyden", 20, start=whole.theta[7], state=kept, **settings)
+    assert len(rest.losses) == 13
+    assert (rest.losses.tobytes() == whole.losses[8:].tobytes()) == keep
+    assert (np.diff(rest.losses) < 0).all()
+
+
+def test_single_precision_gives_way_before_it_fails(train: Train, sum_over_rows: Any) -> None:
+    """A quadratic whose curvatures are 1e10 apart: H has to become as badly conditioned."""
+    n = 20
+    curvature = np.logspace(0, 10, n)
+
+    def squares(theta: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return 0.5 * rows[:, 0] * (theta[rows[:, 1].long()] - 1) ** 2
+
+    loss = sum_over_rows(squares, np.column_stack([curvature, np.arange(n)]), [8, 12], np.zeros(n))
+    seen: list[str] = []
+    run = train(loss, "ssbroyden", 200, matrix_dtype="float32", watch=lambda c, _: seen.append(str(c.matrix.values.dtype)))
+    assert seen[0] == "float32"
+    assert seen[-1] == "float64"
+    assert run.losses[-1] < 1e-8 * run.losses[0]
+    assert (np.diff(run.losses) <= 0).all()

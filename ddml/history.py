@@ -11,6 +11,7 @@ COLUMNS = (
     "iteration",
     "time",
     "loss",
+    "test_loss",
     "gradient_norm",
     "step",
     "work",
@@ -30,7 +31,8 @@ def _index(name: str) -> int:
 class History:
     """Table of float64 with one row per iteration; every rank holds the same one.
 
-    The columns are ``iteration``, ``time`` (s, accumulated over restarts), ``loss``, ``gradient_norm``, ``step``
+    The columns are ``iteration``, ``time`` (s, accumulated over restarts), ``loss``, ``test_loss``
+    (the loss on samples that are not trained on), ``gradient_norm``, ``step``
     (radius or step length), ``work`` (work units, summed over subdomains and levels), ``work_critical`` (work units
     along the critical path), ``error`` (relative L2 error against the reference), ``error_network_norm`` (the same
     measured in the norm of the network's own outputs) and ``accuracy`` (0 to 1). What was not given is NaN.

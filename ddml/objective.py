@@ -42,6 +42,8 @@ class Objective:
     work : WorkCounter
     fraction : float
         Samples of this objective over those of the whole data set, in work units.
+    version : int
+        Grows when the loss is replaced: what solvers know of it is then out of date.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Objective:
         self.stop = stop
         self.work = WorkCounter()
         self.fraction = 1.0
+        self.version = 0
         self.blocks = blocks
         self.parts = list(self.split_over(self.comm) if parts is None else parts)
         rows, aligned = max(len(self.parts), 1), -(-loss.size // 8) * 8
@@ -72,6 +75,12 @@ class Objective:
         edges = split(self.loss.count, self.blocks or comm.size)
         mine = split(len(edges) - 1, comm.size)
         return [self.loss.part(edges[i], edges[i + 1]) for i in range(mine[comm.rank], mine[comm.rank + 1])]
+
+    def replace(self, loss: Loss) -> None:
+        """Minimise another loss of the same parameters from now on, say with other samples. Collective."""
+        self.loss = loss
+        self.parts = list(self.split_over(self.comm))
+        self.version += 1
 
     def parameters(self, x: PETSc.Vec) -> Tensor:
         """All parameters at x in the loss's precision, on its device; x's own memory where that is possible."""

@@ -36,6 +36,12 @@ class RestrictedObjective(Objective):
         self._known: tuple[NDArray[np.float64], float, NDArray[np.float64]] | None = None
         self._last: tuple[NDArray[np.float64], float] | None = None
 
+    def follow(self, loss: Loss, parts: Sequence[Loss]) -> None:
+        """Restrict another loss of the whole network, and its parts on this rank, from now on."""
+        self.loss = RestrictedLoss(loss, self.loss.ranges)
+        self.parts = [RestrictedLoss(part, self.loss.ranges) for part in parts]
+        self._known = self._last = None
+
     def _frozen(self) -> list[RestrictedLoss]:
         return [part for part in self.parts if isinstance(part, RestrictedLoss)]
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from mpi4py import MPI
@@ -80,6 +80,21 @@ class Interval:
         return value
 
 
+class Moving(Protocol):
+    """Gives an objective other samples every so many iterations; deterministic, and the same on any number of ranks."""
+
+    interval: int
+
+    def move(self, theta: Tensor) -> None:
+        """Replace the objective's loss, at the parameters theta (n,). Collective."""
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`restore` needs."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Give the objective the samples of a :meth:`state` again. Collective."""
+
+
 class Run:
     """Runs a TAO solver and keeps what is needed to show it, to stop it and to go on.
 
@@ -95,6 +110,8 @@ class Run:
         Of the run file: options in force, problem, network, solver, seed.
     measure
         From all parameters (n,) to further history columns, such as the error.
+    moving
+        What gives the objective other samples between iterations, if anything does.
     """
 
     def __init__(
@@ -105,9 +122,11 @@ class Run:
         settings: Any,
         attributes: Mapping[str, str | int | float | bool],
         measure: Callable[[Tensor], Mapping[str, float]],
+        moving: Moving | None = None,
     ) -> None:
         self.objective, self.tao, self.x = objective, tao, x
         self.settings, self.attributes, self.measure = settings, dict(attributes), measure
+        self.moving = moving
         self.comm = objective.comm
         self.history = History()
         self.interval = Interval.parse(settings.checkpoint_interval)
@@ -158,6 +177,8 @@ class Run:
                 )
         state, self.history = checkpoint.read(path, self.x)
         self.objective.work.restore(state["work"])
+        if self.moving is not None and "samples" in state:
+            self.moving.restore(state["samples"])
         self.before = self.history.last("time")
         self.first_iteration = int(self.history.last("iteration"))
         self.written = (self.first_iteration, self.before)
@@ -210,6 +231,8 @@ class Run:
         self.x.copy(self.last)
         self.last_work = work.state()
         self._show(iteration)
+        if self.moving is not None and iteration > 0 and iteration % self.moving.interval == 0:
+            self.moving.move(self.objective.parameters(self.x))
         stop = self._limit(now)
         if stop:
             self.reason = stop
@@ -243,6 +266,8 @@ class Run:
             return
         with self._event:
             state = {"work": self.last_work, "solver": self.context.state() if self.context is not None else {}}
+            if self.moving is not None:
+                state["samples"] = self.moving.state()
             checkpoint.write(
                 self.output, self.last, parameters=self.objective.layout.parameters, state=state,
                 history=self.history, attributes=self.attributes,
@@ -260,7 +285,7 @@ class Run:
         self.started = time.perf_counter()
         self._open_bar()
         try:
-            self.tao.solve()
+            self._solve()
         except Exception as error:
             not_finite = cause(error, NonFiniteError)
             if not_finite is not None:
@@ -276,12 +301,29 @@ class Run:
         self.save()
         return bool(reason != PETSc.TAO.ConvergedReason.DIVERGED_NAN)
 
+    def _solve(self) -> None:
+        """Solve; PETSc's own solvers, which know nothing of samples that change, begin afresh with each objective."""
+        if self.moving is None or self.context is not None:
+            self.tao.solve()
+            return
+        going = True
+        while going:
+            end = min(self.settings.max_it, (self.offset // self.moving.interval + 1) * self.moving.interval)
+            self.tao.setMaximumIterations(max(end - self.offset, 0))
+            self.tao.solve()
+            going = self.tao.getConvergedReason() == PETSc.TAO.ConvergedReason.DIVERGED_MAXITS
+            going = going and end < self.settings.max_it
+            if going:
+                self.offset = self.first_iteration = end
+
     def summary(self) -> str:
         """The last line of a run."""
         h = self.history
         if len(h) == 0:
             return f"stopped before the first iteration: {self.reason}; nothing was written"
         parts = [f"{int(h.last('iteration'))} iterations", f"loss {h.last('loss'):.6e}"]
+        if np.isfinite(h["test_loss"]).any():
+            parts[-1] += f" (on other points {h['test_loss'][np.isfinite(h['test_loss'])][-1]:.6e})"
         if np.isfinite(h["error"]).any():
             parts.append(f"relative error {h['error'][np.isfinite(h['error'])][-1]:.4e}")
         parts += [f"work {h.last('work'):.1f} (critical {h.last('work_critical'):.1f})", f"{h.last('time'):.1f} s"]

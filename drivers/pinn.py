@@ -12,6 +12,7 @@ import sys
 import torch
 from mpi4py import MPI
 from petsc4py import PETSc
+from torch import Tensor
 
 import ddml.run
 from ddml import options, plugins
@@ -21,7 +22,7 @@ from ddml.networks.build import OPTIONS as NETWORK_OPTIONS
 from ddml.networks.build import build_network
 from ddml.options import Option
 from ddml.parallel import StopRequest, agreed
-from ddml.problems import PDE, PROBLEMS, PDELoss
+from ddml.problems import PDE, PROBLEMS, PDELoss, collocation
 from ddml.problems.accuracy import SolutionError
 from ddml.residual import ResidualObjective
 from solvers import PETSC_TYPES, SOLVERS, configure
@@ -31,7 +32,9 @@ OPTIONS = (
     Option("problem", "burgers", f"One of {', '.join(PROBLEMS)}; or path/to/file.py:Class."),
     Option("solver", "aspqn", f"One of {', '.join(SOLVERS)}; or PETSc's {', '.join(PETSC_TYPES)}."),
     *NETWORK_OPTIONS,
-    Option("points", 10_000, "Collocation points in the interior.", minimum=1),
+    Option("points", None, "Collocation points in the interior (default 10,000; 5,000 where they move).", kind=int,
+           minimum=1),
+    *collocation.OPTIONS,
     Option("seed", 0, "Of the initial parameters.", minimum=0),
     Option("dtype", "float64", "Precision of the network; parameters are kept in float64.",
            choices=("float64", "float32")),
@@ -72,6 +75,10 @@ def main(comm: MPI.Comm) -> int:
         raise InputError(f"'{stray[0]}' is neither an option nor the value of one; -help lists the options")
     settings, limits = options.read(OPTIONS), options.read(ddml.run.OPTIONS)
     torch.set_num_threads(settings.threads)
+    if settings.resample == "auto":
+        settings.resample = "residual" if getattr(SOLVERS.get(settings.solver), "moves_points", False) else "never"
+    if settings.points is None:
+        settings.points = 10_000 if settings.resample == "never" else 5000
     stop = StopRequest()
     with agreed(comm), plugins.blamed(settings.problem, PROBLEMS, "problem"):
         loss, network = build(settings)
@@ -92,21 +99,27 @@ def main(comm: MPI.Comm) -> int:
     tao.setSolution(x)
     tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
     with options.understood():
-        with options.preset(tao_fmin=1e-9):  # the SPQN paper's
+        with options.preset(tao_fmin=1e-9 if settings.solver in ("lbfgs", "aspqn", "mspqn") else 0.0):  # the paper's
             tao.setFromOptions()
         tao.setUp()
     left = options.unused()
     if left:
         raise InputError(f"unknown option{'s' * (len(left) > 1)} {', '.join('-' + k for k in left)}; -help lists them")
     with agreed(comm), plugins.blamed(settings.problem, PROBLEMS, "problem"):
-        measure = SolutionError(loss, comm, settings.error_points)
+        error = SolutionError(loss, comm, settings.error_points)
+        fresh = collocation.FreshLoss(loss, comm, settings.test_points, settings.seed) if settings.test_points else None
+    moving = collocation.MovingPoints(objective, settings, settings.seed) if settings.resample != "never" else None
+
+    def measure(theta: Tensor) -> dict[str, float]:
+        return {**error(theta), **(fresh(theta) if fresh else {})}
+
     attributes = {
         "driver": "pinn", "problem": settings.problem, "solver": settings.solver, "network": network,
         "seed": settings.seed, "points": settings.points, "dtype": settings.dtype, "summation_blocks": blocks,
         "torch_version": str(torch.__version__),
         **{f"option {k}": str(v) for k, v in {**vars(settings), **vars(limits), **PETSc.Options().getAll()}.items()},
     }  # fmt: skip
-    run = ddml.run.Run(objective, tao, x, limits, attributes, measure)
+    run = ddml.run.Run(objective, tao, x, limits, attributes, measure, moving)
     if comm.rank == 0:
         print(header(settings, loss, network, comm.size, blocks), flush=True)
         for note in run.notes:
@@ -159,10 +172,14 @@ def header(settings: object, loss: PDELoss, network: str, ranks: int, blocks: in
     """What is about to run, in words."""
     terms = ", ".join(f"{t.label} at {len(s)}" for t, s in zip(loss.problem_terms, loss.sets, strict=True))
     summation = f"in fixed order over {blocks} blocks" if blocks else "by ranks"
+    moving = ""
+    if settings.resample != "never":
+        moving = f", the interior ones new every {settings.resample_interval} iterations ({settings.resample})"
+    compiled = "" if len(loss.programs) < len(loss.problem_terms) else ", residuals compiled"
     return (
-        f"problem {settings.problem}, {loss.count} points ({terms})\n"
+        f"problem {settings.problem}, {loss.count} points ({terms}){moving}\n"
         f"network {network}, {loss.size} parameters, {settings.dtype} on {settings.device},"
-        f" {loss.evaluator!r} with derivatives up to order {max(len(i) for i in loss.indices)}\n"
+        f" {loss.evaluator!r} with derivatives up to order {max(len(i) for i in loss.indices)}{compiled}\n"
         f"solver {settings.solver} on {ranks} rank{'s' * (ranks > 1)}, sums {summation}\n"
         + (f"{subdomains(loss)!r}" if settings.solver in ("aspqn", "mspqn") else "")
     ).rstrip()

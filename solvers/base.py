@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -11,11 +12,16 @@ from petsc4py import PETSc
 from ddml.objective import Objective
 from ddml.options import Option, read
 
+from .line_search import LineSearch, SearchResult
+
 REASONS = {v: k for k, v in vars(PETSc.TAO.ConvergedReason).items() if not k.startswith("_")}
 
 
-class Solver:
+class Solver(ABC):
     """Python context of a TAO solver (``-tao_type python -tao_python_type solvers.<name>``).
+
+    A subclass defines :meth:`iterate`, and if it keeps more than vectors from one iteration to the
+    next also :meth:`begin`, :meth:`kept` and :meth:`restore`: then its runs restart to the last bit.
 
     The objective must have been given with :meth:`ddml.objective.Objective.attach`. Options are
     read once, under the prefix of the TAO object.
@@ -26,14 +32,23 @@ class Solver:
         What the solver reads.
     settings : namespace
         The values in force.
+    work_vectors, saved : tuple of str
+        Names of the vectors that an iteration needs, and which of them are part of :meth:`state`.
+    moves_points : bool
+        Whether collocation points move by default.
     """
 
     options: ClassVar[Sequence[Option]] = ()
+    work_vectors: ClassVar[Sequence[str]] = ()
+    saved: ClassVar[Sequence[str]] = ()
+    moves_points: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.settings = SimpleNamespace(**{o.name: o.default for o in self.options})
         self.prefix = ""
         self.objective: Objective
+        self.vectors: dict[str, PETSc.Vec] = {}
+        self.f, self.iteration, self._version = 0.0, 0, 0
         self._resume: dict[str, Any] | None = None
 
     def setFromOptions(self, tao: PETSc.TAO) -> None:
@@ -44,6 +59,15 @@ class Solver:
     def setUp(self, tao: PETSc.TAO) -> None:
         """Build what the solver needs. Collective."""
         self.objective = tao.getAppCtx()
+        self.search = LineSearch(self.objective, self.prefix)
+        # g: at the current point, which moves within an iteration; accepted_g and what is saved change at its end only
+        names = ("g", "accepted_g", *self.work_vectors)
+        self.vectors = {name: tao.getSolution().duplicate() for name in names}
+
+    @property
+    def g(self) -> PETSc.Vec:
+        """The gradient at the current point."""
+        return self.vectors["g"]
 
     def view(self, tao: PETSc.TAO, viewer: PETSc.Viewer) -> None:
         """Print the values in force. Collective."""
@@ -53,15 +77,92 @@ class Solver:
 
     def solve(self, tao: PETSc.TAO) -> None:
         """Minimise. Collective."""
-        raise NotImplementedError
+        x = tao.getSolution()
+        going = self._start(tao)
+        while going:
+            if self.outdated:
+                self.renew(x)
+                self._version = self.objective.version
+            result = self.iterate(x)
+            if not result.success:
+                tao.setConvergedReason(PETSc.TAO.ConvergedReason.DIVERGED_LS_FAILURE)
+                return
+            self.f = result.value
+            self.g.copy(self.vectors["accepted_g"])
+            self.iteration += 1
+            going = self.report(tao, self.iteration, self.f, self.g.norm(), result.step)
+        if tao.getConvergedReason() == PETSc.TAO.ConvergedReason.CONTINUE_ITERATING:
+            tao.setConvergedReason(PETSc.TAO.ConvergedReason.DIVERGED_MAXITS)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the objective has changed since its value and gradient were computed at the current point."""
+        return self._version != self.objective.version
+
+    def _start(self, tao: PETSc.TAO) -> bool:
+        """Begin at the initial point, or where :meth:`resume` says; True to go on."""
+        x, accepted = tao.getSolution(), self.vectors["accepted_g"]
+        self._version = self.objective.version
+        if self._resume is None:
+            self.iteration = 0
+            self.f = self.objective.value_gradient(x, self.g)
+            self.g.copy(accepted)
+            self.begin()
+            return self.report(tao, 0, self.f, self.g.norm(), 0.0)
+        state, self._resume = self._resume, None
+        self.iteration, self.f = state["iteration"], state["f"]
+        if state["outdated"]:
+            self._version = -1
+        for name, vec in state["vectors"].items():
+            vec.copy(self.vectors[name])
+            vec.destroy()
+        accepted.copy(self.g)
+        self.restore(state)
+        tao.setIterationNumber(self.iteration)
+        return tao.getMaximumIterations() > self.iteration
+
+    def renew(self, x: PETSc.Vec) -> None:
+        """Evaluate the objective, which has changed, at the current point. Collective."""
+        self.f = self.objective.value_gradient(x, self.g)
+        self.g.copy(self.vectors["accepted_g"])
+
+    @abstractmethod
+    def iterate(self, x: PETSc.Vec) -> SearchResult:
+        """Move x and ``self.g`` by one iteration, from where ``self.f`` is the loss. Collective."""
+
+    def begin(self) -> None:
+        """Forget everything: the loss and gradient at the initial point are known. Collective."""
+        return
+
+    def kept(self) -> dict[str, Any]:
+        """What the next iteration needs besides :attr:`saved` and the parameters."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`kept` gave; the vectors have been. Collective."""
+        return
 
     def state(self) -> dict[str, Any]:
         """What the next iteration needs besides the parameters, as it was after the last complete one."""
-        return {}
+        return {
+            "iteration": self.iteration,
+            "f": self.f,
+            "outdated": self.outdated,
+            "vectors": {name: self.vectors[name] for name in ("accepted_g", *self.saved)},
+            **self.kept(),
+        }
 
     def resume(self, state: dict[str, Any]) -> None:
         """Make the next :meth:`solve` go on from :meth:`state` instead of starting anew."""
         self._resume = state
+
+    def destroy(self, tao: PETSc.TAO) -> None:
+        """Destroy what :meth:`setUp` made."""
+        for vec in self.vectors.values():
+            vec.destroy()
+        self.vectors = {}
+        if hasattr(self, "search"):
+            self.search.destroy()
 
     def report(self, tao: PETSc.TAO, iteration: int, f: float, residual: float, step: float) -> bool:
         """Set the iteration number, call the monitors, test convergence; True to go on. Collective."""

@@ -10,7 +10,7 @@ from petsc4py import PETSc
 from ddml.options import Option, number_or_word
 
 from .base import Solver
-from .line_search import LineSearch, SearchResult
+from .line_search import SearchResult
 from .secant import SecantMemory
 
 
@@ -36,6 +36,9 @@ class LBFGS(Solver):
                choices=("step", "half")),
     )  # fmt: skip
 
+    work_vectors = ("direction", "start_g", "work", "v", "half_g", "last_s")
+    saved = ("v", "half_g", "last_s")
+
     def setFromOptions(self, tao: PETSc.TAO) -> None:
         """Read the options. Collective."""
         super().setFromOptions(tao)
@@ -45,71 +48,40 @@ class LBFGS(Solver):
         """Make the memory and the work vectors. Collective."""
         super().setUp(tao)
         self.pairs = SecantMemory(self.settings.memory, self.settings.curvature_skip)
-        self.search = LineSearch(self.objective, self.prefix)
-        # g, f: at the current point, which moves within an iteration. The others change at its end only.
-        names = ("g", "direction", "start_g", "work", "accepted_g", "v", "half_g", "last_s")
-        self.vectors = {name: tao.getSolution().duplicate() for name in names}
-        self.g = self.vectors["g"]
-        self.f, self.iteration = 0.0, 0
         self.pair_pending = False  # half-step rule: the last step's pair still waits for its y
 
     def destroy(self, tao: PETSc.TAO) -> None:
         """Destroy what :meth:`setUp` made."""
-        if not hasattr(self, "pairs"):
-            return
-        self.pairs.clear()
-        self.search.destroy()
-        for vec in self.vectors.values():
-            vec.destroy()
-
-    def state(self) -> dict[str, Any]:
-        """See :meth:`ddml.solvers.base.Solver.state`."""
-        kept = {name: self.vectors[name] for name in ("accepted_g", "v", "half_g", "last_s")}
-        return {
-            "iteration": self.iteration,
-            "f": self.f,
-            "pair_pending": self.pair_pending,
-            "pairs": self.pairs.state(),
-            "vectors": kept,
-        }
-
-    def _start(self, tao: PETSc.TAO) -> bool:
-        """Begin at the initial point, or where :meth:`resume` says; True to go on."""
-        if self._resume is None:
+        if self.vectors:
             self.pairs.clear()
-            self.vectors["v"].set(0.0)
-            self.iteration, self.pair_pending = 0, False
-            self.f = self.objective.value_gradient(tao.getSolution(), self.g)
-            self.g.copy(self.vectors["accepted_g"])
-            return self.report(tao, 0, self.f, self.g.norm(), 0.0)
-        state, self._resume = self._resume, None
-        self.iteration, self.f, self.pair_pending = state["iteration"], state["f"], state["pair_pending"]
-        self.pairs.restore(state["pairs"])
-        for name, vec in state["vectors"].items():
-            vec.copy(self.vectors[name])
-            vec.destroy()
-        self.vectors["accepted_g"].copy(self.g)
-        tao.setIterationNumber(self.iteration)
-        return tao.getMaximumIterations() > self.iteration
+        super().destroy(tao)
 
-    def solve(self, tao: PETSc.TAO) -> None:
-        """See :meth:`ddml.solvers.base.Solver.solve`."""
-        x = tao.getSolution()
-        going = self._start(tao)
-        while going:
-            result = self._iterate(x)
-            if not result.success:
-                tao.setConvergedReason(PETSc.TAO.ConvergedReason.DIVERGED_LS_FAILURE)
-                return
-            going = self.report(tao, self.iteration, self.f, self.g.norm(), result.step)
-        if tao.getConvergedReason() == PETSc.TAO.ConvergedReason.CONTINUE_ITERATING:
-            tao.setConvergedReason(PETSc.TAO.ConvergedReason.DIVERGED_MAXITS)
+    def begin(self) -> None:
+        """See :meth:`solvers.base.Solver.begin`."""
+        self.pairs.clear()
+        self.vectors["v"].set(0.0)
+        self.pair_pending = False
+
+    def kept(self) -> dict[str, Any]:
+        """See :meth:`solvers.base.Solver.kept`."""
+        return {"pair_pending": self.pair_pending, "pairs": self.pairs.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """See :meth:`solvers.base.Solver.restore`."""
+        self.pair_pending = state["pair_pending"]
+        self.pairs.restore(state["pairs"])
+
+    def renew(self, x: PETSc.Vec) -> None:
+        """See :meth:`solvers.base.Solver.renew`; a pair that waits for a gradient of the old objective is dropped."""
+        super().renew(x)
+        self.pair_pending = False
 
     def precondition(self, x: PETSc.Vec) -> float:
         """Improve x and ``self.g`` in place before the quasi-Newton step; the loss there. Here: nothing."""
         return self.f
 
-    def _iterate(self, x: PETSc.Vec) -> SearchResult:
+    def iterate(self, x: PETSc.Vec) -> SearchResult:
+        """See :meth:`solvers.base.Solver.iterate`."""
         f = self.precondition(x)
         work, last_s, half = self.vectors["work"], self.vectors["last_s"], self.settings.secant == "half"
         if half and self.pair_pending:
@@ -134,10 +106,6 @@ class LBFGS(Solver):
             else:
                 work.waxpy(-1.0, start_g, self.g)
                 self.pairs.update(last_s, work)
-        if result.success:
-            self.f = result.value
-            self.g.copy(self.vectors["accepted_g"])
-            self.iteration += 1
         return result
 
     def _quasi_newton_step(self, x: PETSc.Vec, f: float) -> SearchResult:

@@ -89,12 +89,14 @@ class Schwarz:
         self.restricted = restricted(objective, self.decomposition)
         self.local = {s: LocalSolver(o, prefix, steps) for s, o in self.restricted.items()}
         self.x = [self.decomposition.vector(s) for s in range(len(subdomains))]
+        self.version = objective.version
         self.layers = [objective.loss.layer_numbers(ranges) for ranges in subdomains.ranges]
         self._local_event = PETSc.Log.Event("ddml local")
         self._exchange_event = PETSc.Log.Event("ddml exchange")
 
     def additive(self, x: PETSc.Vec, f: float, g: PETSc.Vec, correction: PETSc.Vec) -> None:
         """Write sum_s E_s (theta_s* - R_s x) to ``correction``; f, g are the loss and gradient at x. Collective."""
+        self._follow()
         with self._exchange_event:
             theta = self.objective.parameters(x)
             for s in range(len(self.x)):
@@ -125,6 +127,7 @@ class Schwarz:
         The last local iteration in a subdomain also computes the gradient of the next one, whose
         layers its adjoint passes anyway, so that s subdomains of k iterations take s * k evaluations.
         """
+        self._follow()
         known: tuple[float, NDArray[np.float64]] | None = None
         for s, local in self.local.items():
             sub, last = self.restricted[s], s + 1 == len(self.x)
@@ -146,6 +149,15 @@ class Schwarz:
                 self._count([s], False)
                 self._subtract(s, self.x[s])
                 self.decomposition.R[s].multTransposeAdd(self.x[s], x, x)
+
+    def _follow(self) -> None:
+        """Restrict what the objective is now."""
+        if self.version == self.objective.version:
+            return
+        self.version = self.objective.version
+        parts = self.objective.split_over(self.decomposition.group)
+        for restricted_objective in self.restricted.values():
+            restricted_objective.follow(self.objective.loss, parts)
 
     def _load(self, s: int, vec: PETSc.Vec, target: Callable[[LocalSolver], PETSc.Vec]) -> None:
         """Restrict a global vector to subdomain s and hand it to the local solver, if it is here."""

@@ -14,7 +14,7 @@ from ddml.options import Option
 from ddml.symmetric import Change, SymmetricMatrix
 
 from .base import Solver
-from .line_search import LineSearch, SearchResult
+from .line_search import SearchResult
 
 _TINY = 1e-300
 SPREAD = 1e-5  # of Rayleigh quotients, below which single precision is given up
@@ -52,88 +52,65 @@ class SelfScaled(Solver):
         Option("curvature_skip", 0.0, "No update where s.y is at most this.", minimum=0.0),
     )  # fmt: skip
 
+    work_vectors = ("direction", "s", "q", "y", "product")
+    saved = ("direction", "s", "q")  # of the update that H still waits for
+    moves_points = True
+
     def setUp(self, tao: PETSc.TAO) -> None:
         """Make the matrix and the work vectors. Collective."""
         super().setUp(tao)
-        x = tao.getSolution()
-        self.search = LineSearch(self.objective, self.prefix)
         self.matrix = SymmetricMatrix(
-            self.objective.comm, x.getSize(), self.objective.blocks or self.objective.comm.size,
+            self.objective.comm, self.objective.size, self.objective.blocks or self.objective.comm.size,
             self.settings.matrix_dtype,
         )  # fmt: skip
-        # accepted_g, direction (-H g), s and q (of the update that H still waits for): as of the last whole iteration
-        names = ("g", "accepted_g", "direction", "s", "q", "y", "product")
-        self.vectors = {name: x.duplicate() for name in names}
-        self.pending: tuple[float, float, float, float] | None = None  # keep, and the factors of s s^T, s q^T, q q^T
-        self.f, self.iteration, self.fresh = 0.0, 0, True
+        self.pending: tuple[float, ...] | None = None  # keep, and the factors of s s^T, s q^T, q q^T
+        self.fresh = True
         self.quotients = math.inf, 0.0  # smallest and largest Rayleigh quotient of H since it was the identity
-        self.saved: PETSc.Vec | None = None  # what the last call of state gave
+        self.written: PETSc.Vec | None = None  # what the last call of kept gave
 
     def destroy(self, tao: PETSc.TAO) -> None:
         """Destroy what :meth:`setUp` made."""
-        if not hasattr(self, "vectors"):
+        if self.vectors and self.written is not None:
+            self.written.destroy()
+        super().destroy(tao)
+
+    def begin(self) -> None:
+        """See :meth:`solvers.base.Solver.begin`."""
+        self._reset()
+
+    def kept(self) -> dict[str, Any]:
+        """See :meth:`solvers.base.Solver.kept`."""
+        if not self.settings.keep_matrix:
+            return {"matrix": None}
+        if self.written is not None:
+            self.written.destroy()
+        self.written = self.matrix.save()
+        return {
+            "fresh": self.fresh,
+            "quotients": list(self.quotients),
+            "dtype": str(self.matrix.values.dtype),
+            "matrix": self.written,
+            "pending": None if self.pending is None else list(self.pending),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """See :meth:`solvers.base.Solver.restore`."""
+        if state["matrix"] is None:
+            self._reset()
             return
-        self.search.destroy()
-        for vec in self.vectors.values():
-            vec.destroy()
-        if self.saved is not None:
-            self.saved.destroy()
+        self.fresh, self.quotients = state["fresh"], tuple(state["quotients"])
+        self.pending = None if state["pending"] is None else tuple(state["pending"])
+        if state["dtype"] != str(self.matrix.values.dtype):
+            self.matrix.double()
+        self.matrix.load(state["matrix"])
+        state["matrix"].destroy()
 
-    def state(self) -> dict[str, Any]:
-        """See :meth:`solvers.base.Solver.state`."""
-        kept: dict[str, Any] = {"iteration": self.iteration, "f": self.f, "accepted_g": self.vectors["accepted_g"]}
-        if self.settings.keep_matrix:
-            if self.saved is not None:
-                self.saved.destroy()
-            self.saved = self.matrix.save()
-            kept |= {
-                "fresh": self.fresh, "quotients": list(self.quotients), "dtype": str(self.matrix.values.dtype), "matrix": self.saved,
-                "pending": None if self.pending is None else list(self.pending),
-                **{name: self.vectors[name] for name in ("direction", "s", "q")},
-            }  # fmt: skip
-        return kept
-
-    def _start(self, tao: PETSc.TAO) -> bool:
-        """Begin at the initial point, or where :meth:`resume` says; True to go on."""
-        g, accepted = self.vectors["g"], self.vectors["accepted_g"]
-        if self._resume is None:
-            self.iteration = 0
-            self.f = self.objective.value_gradient(tao.getSolution(), g)
-            g.copy(accepted)
-            self._reset()
-            return self.report(tao, 0, self.f, g.norm(), 0.0)
-        state, self._resume = self._resume, None
-        self.iteration, self.f = state["iteration"], state["f"]
-        vectors = {name: value for name, value in state.items() if isinstance(value, PETSc.Vec)}
-        vectors["accepted_g"].copy(accepted)
-        accepted.copy(g)
-        if "matrix" in state:
-            self.fresh, self.quotients, pending = state["fresh"], tuple(state["quotients"]), state["pending"]
-            self.pending = None if pending is None else tuple(pending)
-            if state["dtype"] != str(self.matrix.values.dtype):
-                self.matrix.double()
-            self.matrix.load(vectors["matrix"])
-            for name in ("direction", "s", "q"):
-                vectors[name].copy(self.vectors[name])
-        else:
-            self._reset()
-        for vec in vectors.values():
-            vec.destroy()
-        tao.setIterationNumber(self.iteration)
-        return tao.getMaximumIterations() > self.iteration
-
-    def solve(self, tao: PETSc.TAO) -> None:
-        """See :meth:`solvers.base.Solver.solve`."""
-        x = tao.getSolution()
-        going = self._start(tao)
-        while going:
-            result = self._iterate(x)
-            if not result.success:
-                tao.setConvergedReason(PETSc.TAO.ConvergedReason.DIVERGED_LS_FAILURE)
-                return
-            going = self.report(tao, self.iteration, self.f, self.vectors["g"].norm(), result.step)
-        if tao.getConvergedReason() == PETSc.TAO.ConvergedReason.CONTINUE_ITERATING:
-            tao.setConvergedReason(PETSc.TAO.ConvergedReason.DIVERGED_MAXITS)
+    def renew(self, x: PETSc.Vec) -> None:
+        """See :meth:`solvers.base.Solver.renew`; H stays."""
+        super().renew(x)
+        self._multiply(self.g, self.vectors["direction"])
+        self.pending = None
+        self.vectors["direction"].scale(-1.0)
 
     def _reset(self) -> None:
         """Make H the identity and the direction that of steepest descent."""
@@ -142,8 +119,9 @@ class SelfScaled(Solver):
         self.vectors["accepted_g"].copy(self.vectors["direction"])
         self.vectors["direction"].scale(-1.0)
 
-    def _iterate(self, x: PETSc.Vec) -> SearchResult:
-        g, direction, accepted = (self.vectors[name] for name in ("g", "direction", "accepted_g"))
+    def iterate(self, x: PETSc.Vec) -> SearchResult:
+        """See :meth:`solvers.base.Solver.iterate`."""
+        g, direction = self.g, self.vectors["direction"]
         slope = g.dot(direction)
         if self.matrix.values.dtype == np.float32:
             quotient = -slope / g.dot(g)
@@ -156,12 +134,8 @@ class SelfScaled(Solver):
         if not result.success and not self.fresh:
             self._reset()
             result = self.search(x, self.f, g, direction, self._first(g))
-        if not result.success:
-            return result
-        self._update(result.step)
-        self.f = result.value
-        g.copy(accepted)
-        self.iteration += 1
+        if result.success:
+            self._update(result.step)
         return result
 
     def _first(self, g: PETSc.Vec) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -99,8 +100,9 @@ class _SPQN(LBFGS):
             f = self._correct(x, f, self.local)
         return f
 
+    @abstractmethod
     def _correct(self, x: PETSc.Vec, f: float, local: Schwarz) -> float:
-        raise NotImplementedError
+        """Improve x and ``self.g`` by local solves; the loss there."""
 
 
 class ASPQN(_SPQN):

@@ -99,6 +99,20 @@ def least_squares() -> Callable[..., SumOverRows]:
     return make
 
 
+def _copied(state: Any) -> Any:
+    if isinstance(state, PETSc.Vec | np.ndarray):
+        return state.copy()
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    return [_copied(value) for value in state] if isinstance(state, list) else state
+
+
+@pytest.fixture
+def copied() -> Callable[[Any], Any]:
+    """Copy a solver's state, vectors and all."""
+    return _copied
+
+
 @pytest.fixture
 def train() -> Callable[..., SimpleNamespace]:
     """Run a solver; what the monitor saw, iteration by iteration, is the same on all ranks."""

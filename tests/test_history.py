@@ -11,6 +11,7 @@ def test_columns_stand_in_their_documented_order() -> None:
         "iteration",
         "time",
         "loss",
+        "test_loss",
         "gradient_norm",
         "step",
         "work",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations, pairwise
@@ -333,6 +333,38 @@ class PDELoss(ResidualLoss):
                 sets.append(replace(s.rows(chosen), scale=self.problem_terms[s.term].weight / len(chosen)))
             start += len(s)
         return self._with(sets)
+
+    def with_points(self, points: Mapping[int, Array]) -> PDELoss:
+        """The same loss with other points (N, d) for some of its terms, by their numbers."""
+        sets = [
+            self._points(s.term, self.problem_terms[s.term].weight / len(points[s.term]), points[s.term][:, None], {})
+            if s.term in points else s
+            for s in self.sets
+        ]  # fmt: skip
+        return self._with(sets)
+
+    @torch.no_grad()
+    def residual_size(self, term: int, points: Array, theta: Tensor) -> Array:
+        """The residual's absolute value at points (N, d) of one term, the 2-norm of its pieces if there are several."""
+        moved = self._with([self._points(term, 1.0, points[:, None], {})] if len(points) else [])
+        if not len(points):
+            return np.zeros(0)
+        theta = theta.to(device=self.device, dtype=self.dtype)
+        squares = torch.cat([sum(r * r for r in pieces) for pieces in moved._pieces(theta)])  # type: ignore[misc]
+        return np.asarray(squares.sqrt().to(torch.float64).cpu().numpy())
+
+    def _pieces(self, theta: Tensor) -> Iterator[list[Tensor]]:
+        """The residual's pieces chunk by chunk, not weighted and not differentiable."""
+        self.evaluator.bind(theta)
+        for chunk, inputs in self._inputs(None):
+            fields = self._transformed(chunk, self.evaluator.forward(inputs))
+            yield self._chunk_residual(chunk, fields, list(theta[self.tail]))
+
+    @torch.no_grad()
+    def residual(self, theta: Tensor) -> Tensor:
+        """See :meth:`ddml.residual.ResidualLoss.residual`."""
+        weighted = zip(self.chunks, self._pieces(theta), strict=True)
+        return self._joined([chunk.scale**0.5 * r for chunk, pieces in weighted for r in pieces])
 
     def initial(self) -> Tensor:
         """The network's parameters and the coefficients' initial values."""

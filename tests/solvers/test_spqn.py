@@ -291,17 +291,9 @@ def test_without_blocks_a_run_is_the_same_to_rounding(train: Train) -> None:
     assert together.losses[-1] < 0.5 * together.losses[0]
 
 
-def copied(state: Any) -> Any:
-    if isinstance(state, PETSc.Vec | np.ndarray):
-        return state.copy()
-    if isinstance(state, dict):
-        return {key: copied(value) for key, value in state.items()}
-    return [copied(value) for value in state] if isinstance(state, list) else state
-
-
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("at", [3])
-def test_a_resumed_run_goes_on_to_the_last_bit(train: Train, name: str, at: int) -> None:
+def test_a_resumed_run_goes_on_to_the_last_bit(train: Train, copied: Callable[[Any], Any], name: str, at: int) -> None:
     solver, settings = settings_of(name)
     kept: dict[str, Any] = {}
 

@@ -19,11 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # in the order of `enum code`
 _CODES = ("ADD", "SUB", "MUL", "DIV", "NEG", "WHERE", "GT", "GE", "LT", "LE", "EQ", "POW", "SQRT", "ABS", "SGN", "TANH",
           "SIN", "COS", "EXP", "LOG", "SINH", "COSH")  # fmt: skip
-_ELEMENTWISE = {
-    "add": "ADD", "sub": "SUB", "mul": "MUL", "div": "DIV", "neg": "NEG", "where": "WHERE", "gt": "GT", "ge": "GE",
-    "lt": "LT", "le": "LE", "eq": "EQ", "rsub": "SUB", "pow": "POW", "sqrt": "SQRT", "abs": "ABS",
-    "sgn": "SGN", "sign": "SGN", "tanh": "TANH", "sin": "SIN", "cos": "COS", "exp": "EXP", "log": "LOG", "sinh": "SINH", "cosh": "COSH",
-}  # fmt: skip
+_ELEMENTWISE = {code.lower(): code for code in _CODES} | {"rsub": "SUB", "sign": "SGN"}
 _SAME = {"detach", "alias", "clone", "lift_fresh_copy", "lift_fresh", "_to_copy", "view", "expand", "squeeze"}
 
 
@@ -183,6 +179,9 @@ class Program:
             return self._line(
                 "MUL", arguments[0], self._line("SUB", 1.0, self._line("MUL", arguments[1], arguments[1]))
             )
+        if name in ("relu", "threshold_backward"):
+            argument, bound = (arguments[0], 0.0) if name == "relu" else arguments[1:]
+            return self._line("WHERE", self._line("GT", argument, bound), arguments[0], 0.0)
         if name == "reciprocal":
             return self._line("DIV", 1.0, arguments[0])
         if name == "rsub":

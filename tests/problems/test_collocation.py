@@ -1,0 +1,197 @@
+"""Points that move: where they go, the same on any number of ranks, for every solver, and through a restart."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mpi4py import MPI
+from petsc4py import PETSc
+
+import ddml.run
+from ddml.layout import ParameterLayout
+from ddml.networks.tanh import TanhNetwork
+from ddml.problems import Burgers, Interior, PDELoss, Points, Term
+from ddml.problems.collocation import OPTIONS, FreshLoss, MovingPoints, sobol
+from ddml.residual import ResidualObjective
+from solvers import configure
+
+
+class BurgersWithData(Burgers):
+    """An interior term that moves and measurements that stay."""
+
+    def terms(self) -> list[Term]:
+        places = np.array([[0.5, 0.1], [0.25, -0.5], [0.75, 0.5]])
+        return [
+            Term(self.residual, Interior()),
+            Term(lambda u, t, x, value: u - value, Points(places, value=places[:, 0])),
+        ]
+
+
+def made(
+    comm: MPI.Comm, kind: str = "residual", blocks: int = 0, problem: Any = Burgers, **settings: Any
+) -> MovingPoints:
+    network = TanhNetwork(2, 6, 3, 1).double()
+    network.reset_parameters(torch.Generator().manual_seed(0))
+    loss = PDELoss(problem(), network, 120)
+    layout = ParameterLayout(loss.parameters, comm, [0] + [loss.size] * comm.size)
+    values = {o.name: o.default for o in OPTIONS} | {"resample": kind, "resample_interval": 4} | settings
+    return MovingPoints(ResidualObjective(loss, layout, blocks=blocks), SimpleNamespace(**values), seed=3)
+
+
+@pytest.mark.parametrize("kind", ["sobol", "residual"])
+def test_points_and_losses_do_not_depend_on_the_number_of_ranks(comm: MPI.Comm, kind: str) -> None:
+    values = []
+    for ranks in (comm, MPI.COMM_SELF):
+        moving = made(ranks, kind, problem=BurgersWithData)
+        before = moving.objective.loss.sets
+        for _ in range(2):
+            moving.move(moving.objective.loss.initial())
+        assert moving.objective.version == 2
+        after = moving.objective.loss.sets
+        assert torch.equal(before[1].coordinates, after[1].coordinates)
+        assert after[0].scale == before[0].scale
+        x = moving.objective.layout.vector()
+        moving.objective.initial(x)
+        values.append((moving.points[0], moving.objective.value(x)))
+        x.destroy()
+    assert np.array_equal(values[0][0], values[1][0])
+    assert values[0][1] == pytest.approx(values[1][1], rel=1e-12)
+    points = values[0][0]
+    assert points.shape == (120, 2)
+    assert len(np.unique(points, axis=0)) == 120
+    assert (points >= [0, -1]).all()
+    assert (points <= [1, 1]).all()
+
+
+def test_every_draw_is_another_one(comm: MPI.Comm) -> None:
+    moving = made(comm)
+    draws = []
+    for _ in range(3):
+        moving.move(moving.objective.loss.initial())
+        draws.append(moving.points[0])
+    assert not np.isin(draws[0], draws[1]).all(axis=1).any()
+    assert not np.isin(draws[1], draws[2]).all(axis=1).any()
+    other = made(comm)
+    other.move(other.objective.loss.initial())
+    assert np.array_equal(other.points[0], draws[0])
+
+
+def test_points_go_where_the_residual_is_large(comm: MPI.Comm) -> None:
+    """With c = 0 and a residual of |t - 1/2|, the density is that: twice the mass beyond a quarter."""
+
+    class Slope(Burgers):
+        def residual(self, u: Any, t: Any, x: Any) -> Any:
+            return 0 * u + t - 0.5
+
+    shares = []
+    for power in (0.0, 1.0, 2.0):
+        moving = made(comm, problem=Slope, resample_constant=0.0, resample_power=power, resample_candidates=50)
+        moving.move(moving.objective.loss.initial())
+        shares.append(float(np.mean(np.abs(moving.points[0][:, 0] - 0.5) > 0.25)))
+    assert shares == pytest.approx([1 / 2, 3 / 4, 7 / 8], abs=0.12)
+    assert shares[0] < shares[1] < shares[2]
+
+
+def test_residuals_that_are_not_finite_do_not_stop_the_draw(comm: MPI.Comm) -> None:
+    moving = made(comm)
+    theta = moving.objective.loss.initial()
+    moving.move(torch.full_like(theta, float("nan")))
+    assert np.isfinite(moving.points[0]).all()
+
+
+def test_the_residual_without_gradients_is_that_of_the_differentiable_path(comm: MPI.Comm) -> None:
+    loss = made(comm, problem=BurgersWithData).objective.loss
+    theta = loss.initial()
+    expected = torch.cat([r.detach() for r in loss.residuals(theta)])
+    assert torch.allclose(loss.residual(theta), expected, rtol=1e-11, atol=1e-13)
+    points = sobol(17, loss.problem.bounds, 1)
+    alone = loss.with_points({0: points})
+    first = torch.cat([r.detach() for r in alone.residuals(theta)])[:17]
+    assert loss.residual_size(0, points, theta) == pytest.approx(np.abs(first.numpy()) * 17**0.5, rel=1e-11)
+
+
+def test_the_loss_on_other_points(comm: MPI.Comm) -> None:
+    loss = made(comm, problem=BurgersWithData).objective.loss
+    theta = loss.initial()
+    fresh = [FreshLoss(loss, ranks, 90, 5)(theta)["test_loss"] for ranks in (comm, MPI.COMM_SELF)]
+    assert fresh[0] == pytest.approx(fresh[1], rel=1e-12)
+    assert fresh[0] == pytest.approx(loss.with_points({0: sobol(90, loss.problem.bounds, 5)}).value(theta), rel=1e-12)
+    assert fresh[0] != loss.value(theta)
+
+
+class Training:
+    """A run with moving points."""
+
+    def __init__(self, comm: MPI.Comm, prefix: str, solver: str, **limits: Any) -> None:
+        self.moving = made(comm, blocks=4)
+        self.objective = self.moving.objective
+        self.x = self.objective.layout.vector()
+        self.objective.initial(self.x)
+        self.tao = PETSc.TAO().create(comm)
+        self.tao.setOptionsPrefix(prefix)
+        configure(self.tao, solver)
+        self.objective.attach(self.tao)
+        self.tao.setSolution(self.x)
+        self.tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
+        self.tao.setFromOptions()
+        self.tao.setUp()
+        settings = {o.name: o.default for o in ddml.run.OPTIONS} | {"progress": "none"} | limits
+        self.run = ddml.run.Run(
+            self.objective, self.tao, self.x, SimpleNamespace(**settings), {"solver": solver, "driver": "t", "problem": "b"},
+            lambda theta: {}, self.moving,
+        )  # fmt: skip
+        self.good = self.run.execute()
+
+    def result(self) -> tuple[bytes, bytes]:
+        history = self.run.history
+        values = np.array([history[name] for name in ("iteration", "loss", "gradient_norm", "step", "work")])
+        full = self.objective.layout.gather(self.x).numpy().copy()
+        self.tao.destroy()
+        return values.tobytes(), full.tobytes()
+
+
+SOLVERS = ["ssbroyden", "lbfgs", "aspqn", "mspqn"]
+
+
+@pytest.fixture
+def local_steps(prefix: str) -> Callable[[str], None]:
+    def choose(solver: str) -> None:
+        if solver.endswith("spqn"):
+            PETSc.Options().setValue(prefix + "local_steps", 2)
+            PETSc.Options().setValue(prefix + "secant", "half")
+
+    return choose
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_follows_the_points_and_restarts_exactly(
+    comm: MPI.Comm, prefix: str, shared_tmp: Path, solver: str, local_steps: Callable[[str], None]
+) -> None:
+    local_steps(solver)
+    file = str(shared_tmp / "run.h5")
+    whole = Training(comm, prefix, solver, max_it=9)
+    assert whole.moving.draws == 2
+    x = whole.objective.layout.vector()
+    whole.x.copy(x)
+    value = whole.objective.value(x)
+    assert whole.run.history.last("loss") == pytest.approx(value, rel=1e-12)  # of the points that are there now
+    x.destroy()
+    expected = whole.result()
+    for stop in (3, 4, 6):  # between two draws, at one, behind one
+        Training(comm, prefix, solver, max_it=stop, output=file, overwrite=True).result()
+        assert Training(comm, prefix, solver, max_it=9, restart=file).result() == expected
+    alone = Training(MPI.COMM_SELF, prefix, solver, max_it=9).result()
+    assert alone == expected
+
+
+@pytest.mark.parametrize("solver", ["lmvm", "bntr"])
+def test_solvers_of_petsc_begin_afresh_with_new_points(comm: MPI.Comm, prefix: str, solver: str) -> None:
+    run = Training(comm, prefix, solver, max_it=9)
+    assert run.moving.draws == 2
+    assert run.run.history["iteration"].tolist() == list(range(10))
+    assert run.run.history.last("loss") < run.run.history["loss"][0]
+    run.result()

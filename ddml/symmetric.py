@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from petsc4py import PETSc
 
 from . import kernels
+from .errors import InputError
 from .parallel import split
 
 Array = NDArray[np.float64]
@@ -43,6 +45,11 @@ class SymmetricMatrix:
         At least as many as ranks to give each some rows.
     dtype
         float64 or float32, of what is stored; sums are in double precision.
+
+    Raises
+    ------
+    InputError
+        If the ranks of a node would need more than its memory for the matrix.
     """
 
     def __init__(self, comm: MPI.Comm, size: int, units: int, dtype: str = "float64") -> None:
@@ -52,19 +59,41 @@ class SymmetricMatrix:
         self.units = range(self.shares[comm.rank], self.shares[comm.rank + 1])
         begin, end = (self.edges[self.shares[r]] for r in (comm.rank, comm.rank + 1))
         self.rows = range(begin, end)
+        self._check_memory((self._place(end) - self._place(begin)) * np.dtype(dtype).itemsize)
         self.values = np.zeros(self._place(end) - self._place(begin), dtype)
         self.products = np.zeros((len(self.units), size))
+
+    def _check_memory(self, needed: int) -> None:
+        node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+        here = node.allreduce(needed)
+        node.Free()
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        worst = self.comm.allreduce(here / there, MPI.MAX)
+        if worst > 1:
+            raise InputError(
+                f"a symmetric matrix for {self.size} parameters takes {worst:.1f} times the memory of a node: "
+                "use more nodes, matrix_dtype float32, or -solver lbfgs -memory 50"
+            )
 
     @staticmethod
     def _place(row: int) -> int:
         """Where a row begins in the whole packed triangle."""
         return row * (row + 1) // 2
 
+    @property
+    def _diagonal(self) -> list[int]:
+        """Where the diagonal is in the values of this rank."""
+        start = self._place(self.rows.start)
+        return [self._place(row) + row - start for row in self.rows]
+
     def identity(self, scale: float = 1.0) -> None:
         """Make it a multiple of the identity."""
         self.values[:] = 0
-        start = self._place(self.rows.start)
-        self.values[[self._place(row) + row - start for row in self.rows]] = scale
+        self.values[self._diagonal] = scale
+
+    def shift(self, amount: float) -> None:
+        """Add a multiple of the identity."""
+        self.values[self._diagonal] += amount
 
     def multiply(self, g: Array, change: Change | None = None) -> Array:
         """Change the matrix, then the units' contributions (this rank's units, n) to its product with g (n,).

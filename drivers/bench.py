@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from program import run_program
 
@@ -25,7 +26,7 @@ from mpi4py import MPI
 from petsc4py import PETSc
 from torch import Tensor
 
-from ddml import options
+from ddml import kernels, options
 from ddml.decomposition import Subdomains
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout, owned
@@ -58,6 +59,12 @@ def network(kind: str, width: int, depth: int, seed: int = 0) -> TanhNetwork:
 def loss_of(problem: str, kind: str, width: int, depth: int, points: int = 10_000, seed: int = 0) -> PDELoss:
     """A problem's loss on one of the networks."""
     return PDELoss(PROBLEMS[problem](), network(kind, width, depth, seed), points)
+
+
+def in_torch(loss: PDELoss) -> PDELoss:
+    """The same loss without compiled kernels."""
+    with mock.patch.object(kernels, "library", lambda: None):
+        return PDELoss(loss.problem, loss.network, loss.count)
 
 
 new = partial(torch.zeros, dtype=torch.float64)
@@ -94,19 +101,32 @@ def nested_autograd(problem: str, module: TanhNetwork, x: Tensor) -> None:
 
 def evaluation(settings: Any) -> None:
     """One loss-and-gradient evaluation against nested autograd."""
+    matrix = torch.rand(768, 768, dtype=torch.float64)
+    rate = 2 * 768**3 / medians(settings.repeats, partial(torch.mm, matrix, matrix))[0] / 1e6
     print("\n## A loss-and-gradient evaluation, 10,000 points, one thread (ms)\n")
-    print("| problem | network | nested autograd | ddml | ratio |\n|---|---|---|---|---|")
+    print(f"Floor: the products with the weights alone, at the {rate:.0f} Gflop/s of a large matrix product.\n")
+    print(
+        "| problem | network | nested autograd | torch jets | ddml | nested / ddml | floor / ddml |"
+        "\n|---|---|---|---|---|---|---|"
+    )
     for problem, width, depth in CASES:
         for kind in NETWORKS:
             loss = loss_of(problem, kind, width, depth)
             theta, g = loss.initial(), new(loss.size)
             points = loss.sets[0].coordinates.T.contiguous()
-            plain, ours = medians(
+            plain, jets, ours = medians(
                 settings.repeats,
                 partial(nested_autograd, problem, loss.network, points),
+                partial(in_torch(loss).value_gradient, theta, g),
                 partial(loss.value_gradient, theta, g),
             )
-            print(f"| {problem} {width}x{depth} | {kind} | {plain:.0f} | {ours:.0f} | {plain / ours:.2f} |", flush=True)
+            weights = sum(p.numel() for p in loss.network.parameters() if p.dim() == 2)
+            floor = 3 * 2 * len(loss.indices) * weights * loss.count / rate / 1e6
+            print(
+                f"| {problem} {width}x{depth} | {kind} | {plain:.0f} | {jets:.0f} | {ours:.1f} | {plain / ours:.2f}"
+                f" | {floor / ours:.2f} |",
+                flush=True,
+            )
 
 
 def restricted(settings: Any) -> None:
@@ -143,7 +163,7 @@ def alone(comm: MPI.Comm, work: Callable[[], object]) -> object:
     request = comm.Ibarrier()
     while not request.Test():
         time.sleep(1e-3)
-    return result
+    return comm.bcast(result)
 
 
 def ranks_worker(settings: Any) -> None:
@@ -177,6 +197,16 @@ def ranks_worker(settings: Any) -> None:
                     f" | {one_fixed:.0f} | {two_fixed:.0f} | {one_fixed / one:.2f} | {two_fixed / two:.2f} |",
                     flush=True,
                 )
+    for problem, width, depth in CASES:
+        spent = []
+        for where in (MPI.COMM_SELF, comm):
+            loss = loss_of(problem, "mlp", width, depth)
+            run = partial(minimise, loss, "ssbroyden", 1e9, 50, {}, where)
+            rows, _ = alone(comm, run) if where.size == 1 else run()  # type: ignore[misc]
+            spent.append(rows[-1][2])
+        if comm.rank == 0:
+            print(f"\n50 iterations of ssbroyden, {problem}: {spent[0]:.1f} s and {spent[1]:.1f} s, "
+                  f"{spent[0] / spent[1]:.2f} times as fast", flush=True)  # fmt: skip
 
 
 def minimise(
@@ -274,7 +304,10 @@ def rival(loss: PDELoss, name: str, rate: float, seconds: float) -> list[tuple[f
 def overhead(settings: Any) -> None:
     """A solver's own time."""
     print("\n## The solvers' own time on one rank, Burgers 20x8, 10,000 points: all but evaluations\n")
-    for solver, given in (("lbfgs", {}), ("aspqn", {"local_steps": 5}), ("mspqn", {"local_steps": 5})):
+    given_options: list[tuple[str, dict[str, Any]]] = [
+        ("lbfgs", {}), ("aspqn", {"local_steps": 5}), ("mspqn", {"local_steps": 5}), ("ssbroyden", {}),
+    ]  # fmt: skip
+    for solver, given in given_options:
         rows, evaluating = minimise(loss_of("burgers", "residual", 20, 8), solver, 15.0, 100, given)
         total = rows[-1][2]
         print(f"- {solver}: {100 * (1 - evaluating / total):.1f} % of {total:.1f} s", flush=True)
@@ -338,9 +371,9 @@ def at_loss(rows: Sequence[tuple[float, ...]], level: float) -> tuple[float, ...
 
 
 def solvers(settings: Any) -> None:
-    """ASPQN, MSPQN, L-BFGS, Adam."""
+    """ASPQN, MSPQN, L-BFGS, Adam, SSBroyden."""
     budget = settings.seconds
-    print(f"\n## Solvers, one core, {budget:.0f} s each, 10,000 points, k_s = 50, one layer a block, m = 3 for all\n")
+    print(f"\n## Solvers, one core, {budget:.0f} s each, 10,000 points, k_s = 50, one layer a block, m = 3\n")
     print("work / critical work / seconds to a relative error; all on ddml's evaluation; the critical path is")
     print("that of one subdomain a processor. At equal loss: L-BFGS over the method, above 1 the method wins.\n")
     for problem, width, depth in CASES:
@@ -350,7 +383,7 @@ def solvers(settings: Any) -> None:
             print("|---|---|---|---|---|---|---|---|")
             base: list[tuple[float, ...]] = []
             rate = {"burgers": 5e-4, "klein_gordon": 1e-3}[problem]
-            for name in ("lbfgs", "aspqn", "mspqn", "torch L-BFGS", "Adam"):
+            for name in ("lbfgs", "aspqn", "mspqn", "torch L-BFGS", "Adam", "ssbroyden"):
                 loss = loss_of(problem, kind, width, depth)
                 if name in ("Adam", "torch L-BFGS"):
                     rows = rival(loss, name, rate, budget)

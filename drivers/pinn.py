@@ -8,6 +8,7 @@ from __future__ import annotations
 from program import HELP, run_program  # first: it initialises PETSc
 
 import sys
+from typing import Any
 
 import torch
 from mpi4py import MPI
@@ -28,9 +29,12 @@ from ddml.residual import ResidualObjective
 from solvers import PETSC_TYPES, SOLVERS, configure
 from solvers.spqn import subdomains
 
+LARGE = 20_000  # parameters for which a dense inverse Hessian takes 1.6 GB in all
+
 OPTIONS = (
     Option("problem", "burgers", f"One of {', '.join(PROBLEMS)}; or path/to/file.py:Class."),
-    Option("solver", "aspqn", f"One of {', '.join(SOLVERS)}; or PETSc's {', '.join(PETSC_TYPES)}."),
+    Option("solver", "auto", f"One of {', '.join(SOLVERS)}; or PETSc's {', '.join(PETSC_TYPES)}; or "
+           f"path/to/file.py:Class; auto is ssbroyden up to {LARGE} parameters, lbfgs with memory 50 beyond."),
     *NETWORK_OPTIONS,
     Option("points", None, "Collocation points in the interior (default 10,000; 5,000 where they move).", kind=int,
            minimum=1),
@@ -75,10 +79,6 @@ def main(comm: MPI.Comm) -> int:
         raise InputError(f"'{stray[0]}' is neither an option nor the value of one; -help lists the options")
     settings, limits = options.read(OPTIONS), options.read(ddml.run.OPTIONS)
     torch.set_num_threads(settings.threads)
-    if settings.resample == "auto":
-        settings.resample = "residual" if getattr(SOLVERS.get(settings.solver), "moves_points", False) else "never"
-    if settings.points is None:
-        settings.points = 10_000 if settings.resample == "never" else 5000
     stop = StopRequest()
     with agreed(comm), plugins.blamed(settings.problem, PROBLEMS, "problem"):
         loss, network = build(settings)
@@ -139,8 +139,8 @@ def main(comm: MPI.Comm) -> int:
     return 0 if finished else 1
 
 
-def build(settings: object) -> tuple[PDELoss, str]:
-    """The loss that the options describe, and the network in words."""
+def build(settings: Any) -> tuple[PDELoss, str]:
+    """The loss that the options describe, and the network in words; options that depend on them are set."""
     problem_class = plugins.load(settings.problem, PROBLEMS, "problem")
     problem = problem_class() if isinstance(problem_class, type) else problem_class
     if not isinstance(problem, PDE):
@@ -152,6 +152,15 @@ def build(settings: object) -> tuple[PDELoss, str]:
         settings, len(problem.embed(*probe)), len(problem.fields), problem.width, problem.depth
     )
     device = check_device(settings.device)
+    if settings.solver == "auto":
+        size = sum(p.numel() for p in network.parameters())
+        settings.solver = "ssbroyden" if size <= LARGE else "lbfgs"
+        if size > LARGE and not PETSc.Options().hasName("memory"):
+            PETSc.Options().setValue("memory", 50)
+    if settings.resample == "auto":
+        settings.resample = "residual" if getattr(SOLVERS.get(settings.solver), "moves_points", False) else "never"
+    if settings.points is None:
+        settings.points = 10_000 if settings.resample == "never" else 5000
     loss = PDELoss(problem, network, settings.points, dtype, device, settings.chunk)
     if loss.count == 0:
         raise InputError(f"problem '{settings.problem}' has no terms, or none with points")
@@ -168,7 +177,7 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-def header(settings: object, loss: PDELoss, network: str, ranks: int, blocks: int) -> str:
+def header(settings: Any, loss: PDELoss, network: str, ranks: int, blocks: int) -> str:
     """What is about to run, in words."""
     terms = ", ".join(f"{t.label} at {len(s)}" for t, s in zip(loss.problem_terms, loss.sets, strict=True))
     summation = f"in fixed order over {blocks} blocks" if blocks else "by ranks"

@@ -17,7 +17,11 @@ from .base import Solver
 from .line_search import SearchResult
 
 _TINY = 1e-300
-SPREAD = 1e-5  # of Rayleigh quotients, below which single precision is given up
+# our choices: repairs of H of late after which it is given up; weight of the past in the trial step, and its limits;
+# ratio of Rayleigh quotients below which single precision is given up
+WORN = 5.0
+MEMORY, TRIALS = 0.7, (0.1, 1.0)
+SPREAD = 1e-5
 
 
 class Scaling(NamedTuple):
@@ -37,8 +41,13 @@ class SelfScaled(Solver):
 
     As p = -H g, q = H g_+ + p: each iteration multiplies H by g_+ and nothing else, and the same pass
     over its memory applies the update of the iteration before. The lower triangle of H lies on all
-    ranks, n^2 / 2P numbers each. H begins as the identity and does so again (our choice) where p is
-    no descent direction or no step along it decreases the loss.
+    ranks, n^2 / 2P numbers each.
+
+    Our choices: The first trial step is not 1 but where the slopes at the ends of the last steps put the
+    minimum along the line, a geometric mean between 0.1 and 1: H is too long by about two on PINNs, and
+    most searches end at their first trial. H begins as the identity. Where rounding has made p no descent
+    direction, the least multiple of the identity that makes it one is added to H; where that has been
+    done five times of late, or no step along p decreases the loss, H is the identity again.
 
     In single precision (``-matrix_dtype float32``) the small eigenvalues of H drown in the rounding of
     the large ones once they are 1e7 apart. The Rayleigh quotients g.Hg / g.g tell how far that is: when
@@ -64,7 +73,7 @@ class SelfScaled(Solver):
             self.settings.matrix_dtype,
         )  # fmt: skip
         self.pending: tuple[float, ...] | None = None  # keep, and the factors of s s^T, s q^T, q q^T
-        self.fresh = True
+        self.fresh, self.trial, self.wear = True, 1.0, 0.0  # wear: repairs of late
         self.quotients = math.inf, 0.0  # smallest and largest Rayleigh quotient of H since it was the identity
         self.written: PETSc.Vec | None = None  # what the last call of kept gave
 
@@ -87,6 +96,8 @@ class SelfScaled(Solver):
         self.written = self.matrix.save()
         return {
             "fresh": self.fresh,
+            "trial": self.trial,
+            "wear": self.wear,
             "quotients": list(self.quotients),
             "dtype": str(self.matrix.values.dtype),
             "matrix": self.written,
@@ -98,7 +109,8 @@ class SelfScaled(Solver):
         if state["matrix"] is None:
             self._reset()
             return
-        self.fresh, self.quotients = state["fresh"], tuple(state["quotients"])
+        self.fresh, self.trial, self.wear = state["fresh"], state["trial"], state["wear"]
+        self.quotients = tuple(state["quotients"])
         self.pending = None if state["pending"] is None else tuple(state["pending"])
         if state["dtype"] != str(self.matrix.values.dtype):
             self.matrix.double()
@@ -115,7 +127,7 @@ class SelfScaled(Solver):
     def _reset(self) -> None:
         """Make H the identity and the direction that of steepest descent."""
         self.matrix.identity()
-        self.pending, self.fresh, self.quotients = None, True, (math.inf, 0.0)
+        self.pending, self.fresh, self.quotients, self.wear = None, True, (math.inf, 0.0), 0.0
         self.vectors["accepted_g"].copy(self.vectors["direction"])
         self.vectors["direction"].scale(-1.0)
 
@@ -128,19 +140,44 @@ class SelfScaled(Solver):
             self.quotients = min(self.quotients[0], quotient), max(self.quotients[1], quotient)
             if not self.quotients[0] > SPREAD * self.quotients[1]:
                 self.matrix.double()
+        self.wear *= 0.9
+        if slope >= 0 and self.wear < WORN:
+            slope = self._repair(slope)
         if not slope < 0:  # also where it is not a number
             self._reset()
+            slope = g.dot(direction)
         result = self.search(x, self.f, g, direction, self._first(g))
         if not result.success and not self.fresh:
             self._reset()
+            slope = g.dot(self.vectors["direction"])
             result = self.search(x, self.f, g, direction, self._first(g))
         if result.success:
+            self._learn(result.step, slope, g.dot(direction))
             self._update(result.step)
         return result
 
+    def _repair(self, slope: float) -> float:
+        """Make p a descent direction by a multiple of the identity in H; the new slope."""
+        self.wear += 1
+        g, direction = self.g, self.vectors["direction"]
+        squares = g.dot(g)
+        keep = 1.0 if self.pending is None else self.pending[0]
+        amount = 2 * slope / squares
+        self.matrix.shift(amount / keep)
+        direction.axpy(-amount, g)
+        return slope - amount * squares
+
     def _first(self, g: PETSc.Vec) -> float:
         """The first trial step."""
-        return min(1.0, 1 / g.norm()) if self.fresh else 1.0
+        return min(1.0, 1 / g.norm()) if self.fresh else self.trial
+
+    def _learn(self, step: float, slope: float, end: float) -> None:
+        """Follow where the slope along the direction vanishes, by its secant through both ends of the step."""
+        if self.fresh:
+            self.trial = 1.0
+            return
+        best = slope / (slope - end) if end > 0.9 * slope else 10.0
+        self.trial = min(max(self.trial**MEMORY * (step * best) ** (1 - MEMORY), TRIALS[0]), TRIALS[1])
 
     def _update(self, step: float) -> None:
         """From the step along the direction and the gradient there to the next direction."""

@@ -13,7 +13,7 @@ from ..options import Option
 from .tanh import TanhNetwork
 
 OPTIONS = (
-    Option("network", "residual", "residual (the SPQN paper's, adaptive tanh), mlp (plain tanh), or "
+    Option("network", "mlp", "mlp (plain tanh), residual (the SPQN paper's, adaptive tanh), or "
            "path/to/file.py:Class, called with the numbers of inputs and outputs."),
     Option("width", None, "Neurons a layer (default: the problem's).", kind=int, minimum=1),
     Option("depth", None, "Hidden layers (default: the problem's).", kind=int, minimum=1),

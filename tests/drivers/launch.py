@@ -14,7 +14,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 _FOREIGN = ("OMPI_", "PMIX_", "ORTE_", "PETSC_OPTIONS")
-SMALL = ("-width", "8", "-depth", "2", "-points", "200", "-error_points", "100", "-summation_blocks", "4")
+SMALL = ("-network", "residual", "-width", "8", "-depth", "2", "-points", "200", "-test_points", "50",
+         "-error_points", "100", "-summation_blocks", "4")  # fmt: skip
 
 
 def start(ranks: int, *options: object, driver: str = "pinn.py") -> subprocess.Popen[str]:
@@ -80,6 +81,6 @@ def assert_same(a: Path, b: Path, tolerance: float = 0.0, errors: float = 0.0) -
     first, second = content(a), content(b)
     assert first.history.keys() == second.history.keys() >= {"iteration", "loss", "work", "error", "time"}
     for name in first.history.keys() - {"time"}:
-        rtol = max(tolerance, errors if name.startswith("error") else 0.0)
+        rtol = max(tolerance, errors if name.startswith(("error", "test")) else 0.0)
         np.testing.assert_allclose(second.history[name], first.history[name], rtol=rtol, atol=0, err_msg=name)
     np.testing.assert_allclose(second.theta, first.theta, rtol=tolerance, atol=tolerance)

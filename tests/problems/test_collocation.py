@@ -141,8 +141,8 @@ class Training:
         self.tao.setUp()
         settings = {o.name: o.default for o in ddml.run.OPTIONS} | {"progress": "none"} | limits
         self.run = ddml.run.Run(
-            self.objective, self.tao, self.x, SimpleNamespace(**settings), {"solver": solver, "driver": "t", "problem": "b"},
-            lambda theta: {}, self.moving,
+            self.objective, self.tao, self.x, SimpleNamespace(**settings),
+            {"solver": solver, "driver": "t", "problem": "b"}, lambda theta: {}, self.moving,
         )  # fmt: skip
         self.good = self.run.execute()
 

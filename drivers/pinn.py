@@ -16,7 +16,7 @@ from petsc4py import PETSc
 from torch import Tensor
 
 import ddml.run
-from ddml import options, plugins
+from ddml import kernels, options, plugins
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout
 from ddml.networks.build import OPTIONS as NETWORK_OPTIONS
@@ -122,6 +122,10 @@ def main(comm: MPI.Comm) -> int:
     run = ddml.run.Run(objective, tao, x, limits, attributes, measure, moving)
     if comm.rank == 0:
         print(header(settings, loss, network, comm.size, blocks), flush=True)
+        if settings.device == "cpu" and kernels.library() is None:
+            print(
+                "note: the kernels were not built (make env does it with a C compiler): torch does their work, slower"
+            )
         for note in run.notes:
             print(f"note: {note}", flush=True)
     if settings.view:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,15 @@ def _argument(value: Any) -> Any:
     if isinstance(value, ctypes.Structure):
         return ctypes.byref(value)
     return ctypes.c_long(value) if isinstance(value, int) else value
+
+
+class Squares(Protocol):
+    """What :meth:`CompiledJets.squares` works with (:class:`ddml.problems.program.Prepared`)."""
+
+    code: ctypes.Structure
+    pointers: ctypes.Array[ctypes.c_void_p]
+    scalars: Tensor
+    by_scalars: Tensor
 
 
 SUFFIXES = {torch.float64: "double", torch.float32: "float"}
@@ -146,24 +155,15 @@ class CompiledJets(TaylorJets):
             "backward", inputs.dtype, self.leaf, first, _array(inputs), inputs.shape[1], _array(adjoint), target, rows
         )
 
-    def squares(
-        self,
-        inputs: Tensor,
-        first: int,
-        program: ctypes.Structure,
-        arrays: ctypes.Array[ctypes.c_void_p],
-        scalars: Tensor,
-        scale: float,
-        scalar_gradient: Tensor,
-    ) -> float:
-        """Scale times the squares of a :class:`ddml.problems.program.Program` of the jets, in one pass.
+    def squares(self, inputs: Tensor, first: int, program: Squares, scale: float) -> float:
+        """Scale times the sum of squares that a program computes from the jets, all in one pass.
 
-        If the evaluator was bound with a gradient, that by theta is added to it and that by the scalars to
-        ``scalar_gradient``.
+        If the evaluator was bound with a gradient, that by theta is added to it and that by the scalars
+        to ``program.by_scalars``.
         """
         return self._call(
-            "squares", inputs.dtype, self.leaf, first, _array(inputs), inputs.shape[1], program, arrays, scalars,
-            ctypes.c_double(scale), self.gradient, scalar_gradient,
+            "squares", inputs.dtype, self.leaf, first, _array(inputs), inputs.shape[1], program.code, program.pointers,
+            program.scalars, ctypes.c_double(scale), self.gradient, program.by_scalars,
         )  # fmt: skip
 
     def tangent(self, direction: Tensor, inputs: Tensor) -> Tensor:

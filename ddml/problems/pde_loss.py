@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -131,11 +130,9 @@ class PDELoss(ResidualLoss):
     def _finish(self) -> None:
         self.count = sum(len(s) for s in self.sets)
         self.chunks = [c for s in self.sets for c in s.chunks(self.chunk)]
-        self.arrays = [
-            self.programs[c.term].arrays(self._fixed(c)) if c.term in self.programs else None for c in self.chunks
-        ]
-        self._pointers = [
-            None if a is None else (ctypes.c_void_p * len(a))(*(t.data_ptr() for t in a)) for a in self.arrays
+        self.inputs = [c.inputs.flatten(1, 2) for c in self.chunks]
+        self.compiled = [
+            self.programs[c.term].at(self._fixed(c)) if c.term in self.programs else None for c in self.chunks
         ]
 
     def _fixed(self, points: _Points) -> list[Tensor]:
@@ -390,27 +387,28 @@ class PDELoss(ResidualLoss):
             return None
         stage = self.layer_stages[first][0]
         self.evaluator.bind(theta)
-        return stage, [self.evaluator.prefix(c.inputs.flatten(1, 2), stage) for c in self.chunks]
+        return stage, [self.evaluator.prefix(inputs, stage) for inputs in self.inputs]
 
     def _squares(
         self, theta: Tensor, first: int, number: int, inputs: Tensor, gradient: Tensor | None = None
     ) -> float | None:
         """The loss of a chunk if its term is compiled; its gradient by the coefficients is added to ``gradient``."""
-        chunk, pointers = self.chunks[number], self._pointers[number]
-        if pointers is None:
+        program = self.compiled[number]
+        if program is None:
             return None
         assert isinstance(self.evaluator, CompiledJets)
-        program = self.programs[chunk.term]
-        scalars = torch.cat((theta[self.tail], torch.tensor(program.constants, dtype=self.dtype)))
-        by_scalars = torch.zeros_like(scalars)
-        value = self.evaluator.squares(inputs, first, program.code, pointers, scalars, chunk.scale, by_scalars)
-        if gradient is not None and self.coefficients:
-            gradient[self.tail] += by_scalars[: len(self.coefficients)]
+        count = len(self.coefficients)
+        if count:
+            program.scalars[:count] = theta[self.tail]
+            program.by_scalars.zero_()
+        value = self.evaluator.squares(inputs, first, program, self.chunks[number].scale)
+        if gradient is not None and count:
+            gradient[self.tail] += program.by_scalars[:count]
         return value
 
     def _inputs(self, kept: Any) -> Iterator[tuple[_Points, Tensor]]:
         if kept is None:
-            return ((c, c.inputs.flatten(1, 2)) for c in self.chunks)
+            return zip(self.chunks, self.inputs, strict=True)
         return zip(self.chunks, kept[1], strict=True)
 
     def _transformed(self, chunk: _Points, jets: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -85,6 +86,17 @@ class _Trace(TorchDispatchMode):  # type: ignore[misc]
             raise NotElementwise(f"operation {function}")
         self.nodes[id(result)] = _Node(result, function, arguments, kwargs)
         return result
+
+
+@dataclass
+class Prepared:
+    """A program and the numbers that it works with at some points."""
+
+    code: ctypes.Structure
+    arrays: list[Tensor]  # (N,) each, and their addresses
+    pointers: ctypes.Array[ctypes.c_void_p]
+    scalars: Tensor  # room for the coefficients, and behind them the constants of the code
+    by_scalars: Tensor  # room for the gradient by them
 
 
 class Program:
@@ -230,8 +242,15 @@ class Program:
             _longs(bars[len(places) :] + [-1] * len(self.constants)),
         )  # fmt: skip
 
-    def arrays(self, fixed: Sequence[Tensor]) -> list[Tensor]:
-        """The numbers (N,) for each point that the code asks for, from the fixed tensors (N,) there."""
+    def at(self, fixed: Sequence[Tensor]) -> Prepared:
+        """The code with its numbers at some points, from the fixed tensors (N,) there."""
+        arrays = self._at(fixed)
+        pointers = (ctypes.c_void_p * len(arrays))(*(a.data_ptr() for a in arrays))
+        scalars = fixed[0].new_tensor([0.0] * self._scalars + self.constants)
+        return Prepared(self.code, arrays, pointers, scalars, torch.zeros_like(scalars))
+
+    def _at(self, fixed: Sequence[Tensor]) -> list[Tensor]:
+        """The numbers (N,) for each point that the code asks for."""
         known: dict[_Node, Any] = {}
         inputs = dict(zip(map(id, self._inputs), fixed, strict=True))
 

@@ -144,7 +144,7 @@ def main(comm: MPI.Comm) -> int:
 
 
 def build(settings: Any) -> tuple[PDELoss, str]:
-    """The loss that the options describe, and the network in words; options that depend on them are set."""
+    """The loss that the options describe, and the network in words; what a run leaves open is chosen."""
     problem_class = plugins.load(settings.problem, PROBLEMS, "problem")
     problem = problem_class() if isinstance(problem_class, type) else problem_class
     if not isinstance(problem, PDE):
@@ -156,19 +156,23 @@ def build(settings: Any) -> tuple[PDELoss, str]:
         settings, len(problem.embed(*probe)), len(problem.fields), problem.width, problem.depth
     )
     device = check_device(settings.device)
+    if hasattr(settings, "solver"):
+        choose(settings, sum(p.numel() for p in network.parameters()))
+    loss = PDELoss(problem, network, settings.points, dtype, device, settings.chunk)
+    if loss.count == 0:
+        raise InputError(f"problem '{settings.problem}' has no terms, or none with points")
+    return loss, words
+
+
+def choose(settings: Any, size: int) -> None:
+    """Set what was left open: solver, moving points and their number, for a network of so many parameters."""
     if settings.solver == "auto":
-        size = sum(p.numel() for p in network.parameters())
         settings.solver = "ssbroyden" if size <= LARGE else "lbfgs"
         if size > LARGE and not PETSc.Options().hasName("memory"):
             PETSc.Options().setValue("memory", 50)
     if settings.resample == "auto":
         settings.resample = "residual" if getattr(SOLVERS.get(settings.solver), "moves_points", False) else "never"
-    if settings.points is None:
-        settings.points = 10_000 if settings.resample == "never" else 5000
-    loss = PDELoss(problem, network, settings.points, dtype, device, settings.chunk)
-    if loss.count == 0:
-        raise InputError(f"problem '{settings.problem}' has no terms, or none with points")
-    return loss, words
+    settings.points = settings.points or (10_000 if settings.resample == "never" else 5000)
 
 
 def check_device(name: str) -> torch.device:

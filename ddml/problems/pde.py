@@ -101,6 +101,9 @@ class PDE:
         What they should become, for the report.
     width, depth : int
         Default network size.
+    compiled : bool
+        Whether residuals may be traced once and run by the compiled kernels: they must depend on their
+        arguments only. False for those that count their calls, say.
     """
 
     domain: Mapping[str, tuple[float, float]]
@@ -109,6 +112,7 @@ class PDE:
     true_coefficients: Mapping[str, float] = {}
     width: int = 20
     depth: int = 4
+    compiled: bool = True
 
     def residual(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         """The equation, zero for the solution: the default interior term."""

@@ -153,7 +153,12 @@ class PDELoss(ResidualLoss):
 
     def _compile(self, number: int, points: _Points) -> None:
         """Have the kernels evaluate a term, if they know the network and all that its residual does."""
-        if not isinstance(self.evaluator, CompiledJets) or points.inputs.shape[2] == 2 or len(points) == 0:
+        if (
+            not self.problem.compiled
+            or not isinstance(self.evaluator, CompiledJets)
+            or points.inputs.shape[2] == 2
+            or len(points) == 0
+        ):
             return
         few = points.rows(slice(0, 16))
         places = [(k, f) for k in range(len(self.indices)) for f in range(len(self.problem.fields))]

@@ -28,6 +28,8 @@ OPTIONS = {
     "negative overlap": ("-overlap -1", "-overlap"),
     "more subdomains than layers": ("-subdomains 9", "9"),
     "max_time is no number": ("-max_time nan", "-max_time"),
+    "unknown way to move points": ("-resample often", "-resample"),
+    "no iterations between points": ("-resample_interval 0", "-resample_interval"),
     "no such device": ("-device cuda:99", "-device"),
     "checkpoint_interval is no interval": ("-checkpoint_interval soon", "-checkpoint_interval"),
     "additive_step is no number": ("-additive_step often", "-additive_step"),
@@ -94,7 +96,7 @@ def attempts(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         (folder / "broken.py").write_text("class Right(:\n")
         prepare(run)
         before = tree(folder)
-        result = launch(2, *SMALL, "-max_it", 5, *options.format(run=run, folder=folder).split())
+        result = launch(2, *SMALL, "-solver", "aspqn", "-max_it", 5, *options.format(run=run, folder=folder).split())
         result.untouched = tree(folder) == before
         return result
 

@@ -10,7 +10,7 @@ import pytest
 from launch import SMALL, assert_same, content, finish, launch, processes, start
 
 SCHWARZ = ("-solver", "aspqn", "-local_steps", "5")
-LENGTH = 40  # iterations of a run that signals interrupt
+LENGTH = 150  # iterations of a run that signals interrupt
 
 
 def train(path: Path, ranks: int, iterations: int, *options: object) -> str:

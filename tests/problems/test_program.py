@@ -145,6 +145,12 @@ def test_what_is_not_elementwise_stays_in_torch(function: Callable[..., Any]) ->
     assert_equal_losses(compiled, plain, 1e-12)
 
 
+def test_a_problem_can_keep_its_residuals_in_torch() -> None:
+    problem = Problem(PARTS["arithmetic"])
+    problem.compiled = False
+    assert PDELoss(problem, network(), 10).programs == {}
+
+
 def test_a_residual_without_fields_is_no_program() -> None:
     with pytest.raises(NotElementwise, match="does not depend on the fields"):
         Program(lambda fixed, leaves, scalars: [fixed[0]], [torch.rand(3)], [(0, 0)], 0)

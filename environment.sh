@@ -89,13 +89,16 @@ build() { # build NAME: a wheel of it in the cache, under its final name only wh
     say "built $1"
 }
 
-pip install $(pins 'setuptools|wheel')
-say "building the project's kernels"
-"$venv/bin/python" setup.py -q build_ext --inplace --force 2>/dev/null & # without them torch does the work
-kernels=$!
+project() { # in place, with its kernels; without a compiler torch does their work
+    say "building the project's kernels"
+    pip install --no-deps --no-build-isolation --editable .
+    compgen -G "ddml/kernels/*.so" >/dev/null || say "warning: no kernels were built; torch does their work, slower"
+}
 
 if [ $given = yes ]; then
     say "petsc4py of $python is used as it is"
+    pip install $(pins 'setuptools|wheel')
+    project
     pip install $(sed '/^# compiled:/,$d' versions.txt | grep -vE '^(#|numpy|mpi4py|torch)' ) $(pins h5py)
     for module in numpy mpi4py torch; do
         "$venv/bin/python" -c "import $module" 2>/dev/null || pip install $(pins $module)
@@ -104,8 +107,9 @@ else
     pip install $(pins 'setuptools|wheel|Cython|pkgconfig|numpy|mpi4py')
     MPICC=$(command -v mpicc) PETSC_CONFIGURE_OPTIONS=$(echo $petsc_options --with-make-np=$cores --with-make-load=8) build petsc &
     petsc=$!
-    HDF5_MPI=ON CC=mpicc HDF5_DIR=$hdf5 H5PY_SETUP_REQUIRES=0 build h5py &
+    CFLAGS="-O1 -g0" HDF5_MPI=ON CC=mpicc HDF5_DIR=$hdf5 H5PY_SETUP_REQUIRES=0 build h5py &
     h5py=$!
+    project
     say "installing torch and the other wheels"
     pip install $(sed '/^# compiled:/,$d' versions.txt | grep -v '^#')
     wait $petsc
@@ -116,8 +120,6 @@ else
     wait $h5py
     pip install --no-deps --no-index --find-links "$wheels" $(pins 'h5py|petsc4py')
 fi
-wait $kernels || say "warning: no kernels were built; networks will be evaluated by torch, which is slower"
-pip install --no-deps --no-build-isolation --editable .
 "$venv/bin/python" - <<'P'
 import h5py
 from petsc4py import PETSc

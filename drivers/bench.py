@@ -228,6 +228,7 @@ def minimise(
     tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
     tao.setMaximumIterations(iterations)
     tao.setFromOptions()
+    tao.setUp()
     rows: list[tuple[float, ...]] = []
     evaluating = aside = 0.0
     original = PDELoss.value_gradient

@@ -231,7 +231,7 @@ def minimise(
     tao.setUp()
     rows: list[tuple[float, ...]] = []
     evaluating = aside = 0.0
-    original = PDELoss.value_gradient
+    original = Objective.value_gradient  # with what it takes to gather parameters and to sum gradients
     freeze = RestrictedLoss.freeze
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -256,12 +256,12 @@ def minimise(
             tao.setConvergedReason(PETSc.TAO.ConvergedReason.CONVERGED_USER)
 
     tao.setMonitor(monitor)
-    PDELoss.value_gradient, RestrictedLoss.freeze = timed(original), timed(freeze)  # type: ignore[method-assign]
+    Objective.value_gradient, RestrictedLoss.freeze = timed(original), timed(freeze)  # type: ignore[method-assign]
     start = time.perf_counter()
     try:
         tao.solve()
     finally:
-        PDELoss.value_gradient, RestrictedLoss.freeze = original, freeze  # type: ignore[method-assign]
+        Objective.value_gradient, RestrictedLoss.freeze = original, freeze  # type: ignore[method-assign]
         for name in given:
             PETSc.Options().delValue(prefix + name)
     tao.destroy()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from petsc4py import PETSc
 
+from ddml.errors import InputError
 from ddml.objective import Objective
 from ddml.options import Option, read
 
@@ -153,7 +154,17 @@ class Solver(ABC):
         }
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Make the next :meth:`solve` go on from :meth:`state` instead of starting anew."""
+        """Make the next :meth:`solve` go on from :meth:`state` instead of starting anew.
+
+        Raises
+        ------
+        InputError
+            If the state is not one of this version of ddml.
+        """
+        if "outdated" not in state:
+            raise InputError(
+                "the solver's state in the run file is of an older ddml: another -solver begins afresh there"
+            )
         self._resume = state
 
     def destroy(self, tao: PETSc.TAO) -> None:

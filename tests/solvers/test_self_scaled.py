@@ -10,6 +10,7 @@ import pytest
 import torch
 from mpi4py import MPI
 
+from ddml.errors import InputError
 from ddml.loss import Loss
 from ddml.networks.tanh import TanhNetwork
 from ddml.problems import Burgers, PDELoss
@@ -121,6 +122,11 @@ def test_a_resumed_run_goes_on_to_the_last_bit_if_it_kept_the_matrix(
     assert len(rest.losses) == 13
     assert (rest.losses.tobytes() == whole.losses[8:].tobytes()) == keep
     assert (np.diff(rest.losses) < 0).all()
+
+
+def test_a_state_of_another_version_is_refused(train: Train) -> None:
+    with pytest.raises(InputError, match="older ddml"):
+        train(burgers(), "lbfgs", 2, state={"iteration": 1, "f": 1.0})
 
 
 def test_single_precision_gives_way_before_it_fails(train: Train, sum_over_rows: Any) -> None:

@@ -182,7 +182,7 @@ class Run:
         self.before = self.history.last("time")
         self.first_iteration = int(self.history.last("iteration"))
         self.written = (self.first_iteration, self.before)
-        for key in ("solver", "seed", "points", "dtype", "summation_blocks", "ranks"):
+        for key in ("solver", "seed", "points", "resample", "dtype", "summation_blocks", "ranks"):
             then, now = header.attributes.get(key), self.attributes.get(key, self.comm.size)
             if then != now:
                 self.notes.append(f"{key} was {then} when {path} was written, now it is {now}")

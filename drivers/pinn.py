@@ -115,7 +115,8 @@ def main(comm: MPI.Comm) -> int:
 
     attributes = {
         "driver": "pinn", "problem": settings.problem, "solver": settings.solver, "network": network,
-        "seed": settings.seed, "points": settings.points, "dtype": settings.dtype, "summation_blocks": blocks,
+        "seed": settings.seed, "points": settings.points, "resample": settings.resample,
+        "dtype": settings.dtype, "summation_blocks": blocks,
         "torch_version": str(torch.__version__),
         **{f"option {k}": str(v) for k, v in {**vars(settings), **vars(limits), **PETSc.Options().getAll()}.items()},
     }  # fmt: skip

@@ -136,7 +136,7 @@ class SelfScaled(Solver):
         g, direction = self.g, self.vectors["direction"]
         slope = g.dot(direction)
         if self.matrix.values.dtype == np.float32:
-            quotient = -slope / g.dot(g)
+            quotient = -slope / max(g.dot(g), _TINY)
             self.quotients = min(self.quotients[0], quotient), max(self.quotients[1], quotient)
             if not self.quotients[0] > SPREAD * self.quotients[1]:
                 self.matrix.double()
@@ -160,7 +160,7 @@ class SelfScaled(Solver):
         """Make p a descent direction by a multiple of the identity in H; the new slope."""
         self.wear += 1
         g, direction = self.g, self.vectors["direction"]
-        squares = g.dot(g)
+        squares = max(g.dot(g), _TINY)
         keep = 1.0 if self.pending is None else self.pending[0]
         amount = 2 * slope / squares
         self.matrix.shift(amount / keep)
@@ -169,7 +169,7 @@ class SelfScaled(Solver):
 
     def _first(self, g: PETSc.Vec) -> float:
         """The first trial step."""
-        return min(1.0, 1 / g.norm()) if self.fresh else self.trial
+        return 1 / max(g.norm(), 1.0) if self.fresh else self.trial
 
     def _learn(self, step: float, slope: float, end: float) -> None:
         """Follow where the slope along the direction vanishes, by its secant through both ends of the step."""
@@ -238,6 +238,6 @@ class SSBroyden(SelfScaled):
         c = max(min(1.0, h * (1 - math.sqrt(a / (1 + a)))), _TINY)
         theta = max((c - 1) / a, min(1 / c, (1 - b) / b))
         sigma = 1 + theta * a
-        root, r = sigma ** (1 / (1 - n)), min(1.0, 1 / b)
+        root, r = sigma ** (1 / (1 - max(n, 2))), min(1.0, 1 / b)  # n = 1 has no such power
         tau = min(r * root, sigma) if theta <= 0 else r * min(root, 1 / theta)
         return Scaling(tau, (1 - theta) / (1 + a * theta))

@@ -195,7 +195,7 @@ INLINE void NAME(jets_of_tanh)(const long firsts, const long seconds, const long
     }
 }
 
-/* The adjoint of z from that of y; see FusedJets in ddml/networks/jets.py for the formulas. */
+/* The adjoint of z from that of y; see FusedJets in ddml/networks/fused.py for the formulas. */
 INLINE void NAME(adjoint_of_tanh)(const long firsts, const long seconds, const long *at, long neurons, const vec *z,
                                   const vec *ybar, vec *zbar)
 {

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from .jets import Evaluator, FusedJets, Index, NestedJets, TaylorJets, second_order
+from .fused import FusedJets, second_order
+from .jets import Evaluator, Index, NestedJets, TaylorJets
 from .tanh import TanhNetwork
 
 
@@ -67,7 +68,7 @@ SUFFIXES = {torch.float64: "double", torch.float32: "float"}
 
 
 class CompiledJets(TaylorJets):
-    """The evaluator of :class:`ddml.networks.jets.FusedJets` in C: about four times as fast.
+    """The evaluator of :class:`ddml.networks.fused.FusedJets` in C: about four times as fast.
 
     Nothing but the points' jets is kept between forward and backward pass; the backward pass
     repeats the forward one on 64 points at a time (128 in single precision), which stay in the cache.
@@ -98,23 +99,21 @@ class CompiledJets(TaylorJets):
             made.weight, made.bias = weight, offsets[stage.bias][0]
             made.slope = -1 if stage.slope is None else offsets[stage.slope][0]
         self._network = _Network(len(self.indices), len(pairs) // 2, self._second, len(self.stages), self._stages)
-        self._space = torch.empty(0, dtype=torch.uint8)
+        needed = []
+        for suffix in SUFFIXES.values():
+            getattr(self.library, f"squares_{suffix}").restype = ctypes.c_double
+            size = getattr(self.library, f"workspace_{suffix}")
+            size.restype = ctypes.c_long
+            needed.append(size(ctypes.byref(self._network)))
+        self._space = torch.empty(max(needed), dtype=torch.uint8)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} ({self.name})"
 
     def _call(self, function: str, dtype: torch.dtype, *arguments: object) -> float:
         """Call a function of the kernels."""
-        suffix = SUFFIXES[dtype]
-        size = getattr(self.library, f"workspace_{suffix}")
-        size.restype = ctypes.c_long
-        needed = size(ctypes.byref(self._network))
-        if len(self._space) < needed:
-            self._space = torch.empty(needed, dtype=torch.uint8)
         converted = [_argument(a) for a in (self._network, *arguments, self._space)]
-        called = getattr(self.library, f"{function}_{suffix}")
-        called.restype = ctypes.c_double if function == "squares" else ctypes.c_long
-        return float(called(*converted))
+        return float(getattr(self.library, f"{function}_{SUFFIXES[dtype]}")(*converted))
 
     def bind(self, theta: Tensor, gradient: Tensor | None = None, active: Sequence[int] | None = None) -> None:
         """See :class:`ddml.networks.jets.Evaluator`."""

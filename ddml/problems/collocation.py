@@ -81,8 +81,9 @@ class MovingPoints:
         size = np.concatenate(comm.allgather(self.loss.residual_size(term, mine, theta)))
         size **= self.settings.resample_power
         density = size / max(size.mean(), np.finfo(float).tiny) + self.settings.resample_constant
-        # where residuals are not finite, and with them the whole density, all candidates are alike
-        density = np.where(np.isfinite(density), density, 1.0)
+        # where residuals are not finite, and with them the whole density, all candidates are alike; and with c = 0
+        # there may be fewer than enough where the residual is not zero
+        density = np.maximum(np.where(np.isfinite(density), density, 1.0), 1e-9)
         chosen = None
         if comm.rank == 0:
             rng = np.random.default_rng(seed)

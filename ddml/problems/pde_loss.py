@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -16,46 +14,13 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..loss import parameter_table
 from ..networks.compiled import CompiledJets, evaluator
-from ..networks.jets import Index, closure, nested_jets
+from ..networks.jets import Index, closure
 from ..networks.tanh import TanhNetwork
 from ..residual import ResidualLoss
 from .fields import Field
 from .pde import PDE, Array, Term
-from .program import NotElementwise, Program
-
-
-@dataclass(frozen=True)
-class _Points:
-    """Some points of one term and what does not change at them."""
-
-    term: int
-    scale: float  # of the squared residual
-    inputs: Tensor  # (K, N, G, embedded) jets of what the network is given
-    coordinates: Tensor  # (d, N)
-    data: dict[str, Tensor]  # (N,) each
-    lift: Tensor | None  # (K, N, G, F)
-    mix: Tensor | None  # (K, K, N, G, F): jets of factor * network from jets of the network
-
-    def __len__(self) -> int:
-        return self.inputs.shape[1]
-
-    def rows(self, index: slice | Tensor) -> _Points:
-        """Some of these points, as contiguous arrays."""
-        return replace(
-            self,
-            inputs=self.inputs[:, index].contiguous(),
-            coordinates=self.coordinates[:, index].contiguous(),
-            data={name: values[index].contiguous() for name, values in self.data.items()},
-            lift=None if self.lift is None else self.lift[:, index].contiguous(),
-            mix=None if self.mix is None else self.mix[:, :, index].contiguous(),
-        )
-
-    def chunks(self, size: int) -> list[_Points]:
-        """These points in pieces of nearly equal length of at most ``size`` network evaluations."""
-        pieces = max(-(-len(self) * self.inputs.shape[2] // size), 1)
-        edges = [len(self) * i // pieces for i in range(pieces + 1)]
-        return [self.rows(slice(a, b)) for a, b in pairwise(edges) if b > a]
-
+from .points import TermPoints, product_rule, term_points
+from .program import NotElementwise, Prepared, Program
 
 _Leaves = dict[tuple[int, int, int], Tensor]  # by position of the derivative, side and field
 
@@ -114,6 +79,7 @@ class PDELoss(ResidualLoss):
         )
         self.indices = closure(asked)
         self.position = {index: k for k, index in enumerate(self.indices)}
+        self.rule = product_rule(self.indices, len(problem.fields))
         self.evaluator = evaluator(network, self.offsets, self.indices)
         self.plain = evaluator(network, self.offsets, ((),))
         self.chunk = chunk or self.evaluator.chunk
@@ -122,7 +88,6 @@ class PDELoss(ResidualLoss):
             for i, (term, (x, data)) in enumerate(zip(self.problem_terms, sets, strict=True))
         ]
         self.programs: dict[int, Program] = {}
-        self._finish()
         for number, made in enumerate(self.sets):
             self._compile(number, made)
         self._finish()
@@ -131,27 +96,15 @@ class PDELoss(ResidualLoss):
         self.count = sum(len(s) for s in self.sets)
         self.chunks = [c for s in self.sets for c in s.chunks(self.chunk)]
         self.inputs = [c.inputs.flatten(1, 2) for c in self.chunks]
-        self.compiled = [
-            self.programs[c.term].at(self._fixed(c)) if c.term in self.programs else None for c in self.chunks
-        ]
+        self._prepared: dict[int, Prepared] = {}  # by chunk, once it is evaluated
 
-    def _fixed(self, points: _Points) -> list[Tensor]:
+    def _fixed(self, points: TermPoints) -> list[Tensor]:
         """What a residual may depend on besides fields and coefficients: coordinates, data, lift, product rule."""
         lift = [] if points.lift is None else list(points.lift[:, :, 0].permute(0, 2, 1).flatten(0, 1))
-        mix = [] if points.mix is None else [points.mix[k, j, :, 0, f] for k, j, f in self._product_rule()]
+        mix = [] if points.mix is None else [points.mix[k, j, :, 0, f] for k, j, f in self.rule]
         return [*points.coordinates, *points.data.values(), *lift, *mix]
 
-    def _product_rule(self) -> list[tuple[int, int, int]]:
-        """Entries (k, j, f) of the product rule that are not zero everywhere."""
-        return [
-            (k, j, f)
-            for k, index in enumerate(self.indices)
-            for j, inner in enumerate(self.indices)
-            if not Counter(inner) - Counter(index)
-            for f in range(len(self.problem.fields))
-        ]
-
-    def _compile(self, number: int, points: _Points) -> None:
+    def _compile(self, number: int, points: TermPoints) -> None:
         """Have the kernels evaluate a term, if they know the network and all that its residual does."""
         if (
             not self.problem.compiled
@@ -162,13 +115,13 @@ class PDELoss(ResidualLoss):
             return
         few = points.rows(slice(0, 16))
         places = [(k, f) for k in range(len(self.indices)) for f in range(len(self.problem.fields))]
-        rule, names = self._product_rule(), list(points.data)
+        names = list(points.data)
 
         def residual(fixed: list[Tensor], jets: list[Tensor], coefficients: list[Tensor]) -> list[Tensor]:
             coordinates, fixed = fixed[: len(self.problem.domain)], fixed[len(self.problem.domain) :]
             data, fixed = dict(zip(names, fixed, strict=False)), fixed[len(names) :]
             lift = dict(zip(places, fixed, strict=False)) if few.lift is not None else {}
-            mix = dict(zip(rule, fixed[len(lift) :], strict=True)) if few.mix is not None else {}
+            mix = dict(zip(self.rule, fixed[len(lift) :], strict=True)) if few.mix is not None else {}
             network = dict(zip(places, jets, strict=True))
 
             def get(index: Index, f: int, side: int) -> Tensor:
@@ -185,7 +138,6 @@ class PDELoss(ResidualLoss):
             program = Program(residual, self._fixed(few), places, len(self.coefficients))
             alone, compiled = self._with([few]), self._with([few])
             compiled.programs = {number: program}
-            compiled._finish()
             found = []
             for loss in (alone, compiled):
                 gradient = torch.zeros(self.size, dtype=self.dtype)
@@ -265,52 +217,12 @@ class PDELoss(ResidualLoss):
                 raise InputError(f"term {term.label} must give one number a point, shape ({count},), got {got}")
         return pieces
 
-    def _points(self, term: int, scale: float, x: Array, data: dict[str, Array]) -> _Points:
-        count, sides, dimension = x.shape
-        points = torch.as_tensor(x.reshape(-1, dimension), dtype=self.dtype, device=self.device)
-        fields = len(self.problem.fields)
+    def _points(self, term: int, scale: float, x: Array, data: dict[str, Array]) -> TermPoints:
+        tensor = partial(torch.as_tensor, dtype=self.dtype, device=self.device)
+        values = {name: tensor(v) for name, v in data.items()}
+        return term_points(self.problem, self.indices, term, scale, tensor(x), values)
 
-        def of(function: Callable[..., Any], width: int | None) -> Callable[[Tensor], Tensor]:
-            def columns(p: Tensor) -> Tensor:
-                value = function(*p.T)
-                parts = list(value) if isinstance(value, tuple | list) else [value]
-                parts = parts * width if width and len(parts) == 1 else parts
-                if any(not isinstance(v, Tensor) or v.shape != p.shape[:1] for v in parts) or width not in (
-                    None,
-                    len(parts),
-                ):
-                    raise InputError(
-                        f"{function.__name__} must give tensors ({len(p)},), one for all fields or one each"
-                    )
-                return torch.stack(parts, dim=1)
-
-            return columns
-
-        shape = (len(self.indices), count, sides, -1)
-        inputs = nested_jets(of(self.problem.embed, None), points, self.indices).detach().reshape(shape)
-        lift = mix = None
-        if type(self.problem).lift is not PDE.lift:
-            lift = nested_jets(of(self.problem.lift, fields), points, self.indices).detach().reshape(shape)
-        if type(self.problem).factor is not PDE.factor:
-            factor = nested_jets(of(self.problem.factor, fields), points, self.indices).detach().reshape(shape)
-            mix = self._leibniz(factor)
-        values = {n: torch.as_tensor(v, dtype=self.dtype, device=self.device) for n, v in data.items()}
-        coordinates = points.reshape(count, sides, dimension)[:, 0].T.contiguous()
-        return _Points(term, scale, inputs, coordinates, values, lift, mix)
-
-    def _leibniz(self, factor: Tensor) -> Tensor:
-        """The product rule: d_i (l N) = sum over parts j of i of d_(i without j) l d_j N."""
-        mix = torch.zeros((len(self.indices), *factor.shape), dtype=self.dtype, device=self.device)
-        for k, index in enumerate(self.indices):
-            places = range(len(index))
-            for order in range(len(index) + 1):
-                for chosen in combinations(places, order):
-                    inner = tuple(index[i] for i in chosen)
-                    outer = tuple(index[i] for i in places if i not in chosen)
-                    mix[k, self.position[inner]] += factor[self.position[outer]]
-        return mix
-
-    def _with(self, sets: list[_Points]) -> PDELoss:
+    def _with(self, sets: list[TermPoints]) -> PDELoss:
         other = object.__new__(PDELoss)
         other.__dict__.update(self.__dict__, sets=sets)  # the evaluator, too: its buffers serve all parts in turn
         other._finish()
@@ -348,9 +260,9 @@ class PDELoss(ResidualLoss):
     @torch.no_grad()
     def residual_size(self, term: int, points: Array, theta: Tensor) -> Array:
         """The residual's absolute value at points (N, d) of one term, the 2-norm of its pieces if there are several."""
-        moved = self._with([self._points(term, 1.0, points[:, None], {})] if len(points) else [])
         if not len(points):
             return np.zeros(0)
+        moved = self._with([self._points(term, 1.0, points[:, None], {})])
         theta = theta.to(device=self.device, dtype=self.dtype)
         squares = torch.cat([sum(r * r for r in pieces) for pieces in moved._pieces(theta)])  # type: ignore[misc]
         return np.asarray(squares.sqrt().to(torch.float64).cpu().numpy())
@@ -398,25 +310,28 @@ class PDELoss(ResidualLoss):
         self, theta: Tensor, first: int, number: int, inputs: Tensor, gradient: Tensor | None = None
     ) -> float | None:
         """The loss of a chunk if its term is compiled; its gradient by the coefficients is added to ``gradient``."""
-        program = self.compiled[number]
-        if program is None:
+        chunk = self.chunks[number]
+        if chunk.term not in self.programs:
             return None
         assert isinstance(self.evaluator, CompiledJets)
+        program = self._prepared.get(number)
+        if program is None:
+            program = self._prepared[number] = self.programs[chunk.term].at(self._fixed(chunk))
         count = len(self.coefficients)
         if count:
             program.scalars[:count] = theta[self.tail]
             program.by_scalars.zero_()
-        value = self.evaluator.squares(inputs, first, program, self.chunks[number].scale)
+        value = self.evaluator.squares(inputs, first, program, chunk.scale)
         if gradient is not None and count:
             gradient[self.tail] += program.by_scalars[:count]
         return value
 
-    def _inputs(self, kept: Any) -> Iterator[tuple[_Points, Tensor]]:
+    def _inputs(self, kept: Any) -> Iterator[tuple[TermPoints, Tensor]]:
         if kept is None:
             return zip(self.chunks, self.inputs, strict=True)
         return zip(self.chunks, kept[1], strict=True)
 
-    def _transformed(self, chunk: _Points, jets: Tensor) -> Tensor:
+    def _transformed(self, chunk: TermPoints, jets: Tensor) -> Tensor:
         """Jets (K, N, G, F) of the fields from those of the network (K, N * G, F)."""
         jets = jets.view(len(self.indices), *chunk.inputs.shape[1:3], -1)
         if chunk.mix is not None:
@@ -432,7 +347,7 @@ class PDELoss(ResidualLoss):
             for r in self._chunk_residual(chunk, fields, coefficients):
                 yield chunk.scale**0.5 * r
 
-    def _chunk_residual(self, chunk: _Points, fields: Tensor, coefficients: Sequence[Tensor]) -> list[Tensor]:
+    def _chunk_residual(self, chunk: TermPoints, fields: Tensor, coefficients: Sequence[Tensor]) -> list[Tensor]:
         def get(index: Index, f: int, side: int) -> Tensor:
             return fields[self.position[index], :, side, f]
 
@@ -444,10 +359,8 @@ class PDELoss(ResidualLoss):
     @torch.no_grad()
     def explain(self, theta: Tensor) -> str:
         """See :meth:`ddml.loss.Loss.explain`: the first term and point."""
-        self.evaluator.bind(theta)
-        for chunk, inputs in self._inputs(None):
-            fields = self._transformed(chunk, self.evaluator.forward(inputs))
-            for r in self._chunk_residual(chunk, fields, list(theta[self.tail])):
+        for chunk, pieces in zip(self.chunks, self._pieces(theta), strict=True):
+            for r in pieces:
                 bad = torch.nonzero(~torch.isfinite(r))
                 if len(bad):
                     where = [
@@ -472,7 +385,9 @@ class PDELoss(ResidualLoss):
             total += chunk.scale * sum(float((r * r).sum()) for r in self._chunk_residual(chunk, fields, coefficients))
         return total
 
-    def _leaves(self, chunk: _Points, fields: Tensor, coefficients: Sequence[Tensor]) -> tuple[list[Tensor], _Leaves]:
+    def _leaves(
+        self, chunk: TermPoints, fields: Tensor, coefficients: Sequence[Tensor]
+    ) -> tuple[list[Tensor], _Leaves]:
         """The residuals of a chunk and what they are made of, for torch to differentiate."""
         leaves: _Leaves = {}
 
@@ -487,7 +402,7 @@ class PDELoss(ResidualLoss):
             len(chunk), chunk.inputs.shape[2] == 2,
         ), leaves  # fmt: skip
 
-    def _adjoint(self, chunk: _Points, leaves: Iterable[tuple[int, int, int]], gradients: Sequence[Any]) -> Tensor:
+    def _adjoint(self, chunk: TermPoints, leaves: Iterable[tuple[int, int, int]], gradients: Sequence[Any]) -> Tensor:
         """The adjoint (K, N * G, F) of the network's jets from that of the residual's arguments."""
         adjoint = torch.zeros(
             (len(self.indices), *chunk.inputs.shape[1:3], len(self.problem.fields)),
@@ -506,7 +421,7 @@ class PDELoss(ResidualLoss):
         """See :meth:`ddml.loss.Loss.value_gradient`: only the residuals go through autograd."""
         total, first = 0.0, self._first_stage(kept)
         stages = None if active is None or not self.layer_stages else [s for i in active for s in self.layer_stages[i]]
-        coefficients = [c.detach().requires_grad_() for c in theta[self.tail]]
+        coefficients = [c.detach().requires_grad_() for c in theta[self.tail]] if self.coefficients else []
         self.evaluator.bind(theta, gradient, stages)
         for number, (chunk, inputs) in enumerate(self._inputs(kept)):
             value = self._squares(theta, first, number, inputs, gradient)
@@ -527,7 +442,7 @@ class PDELoss(ResidualLoss):
         self.evaluator.finish()
         return total
 
-    def _linearised(self, theta: Tensor) -> Iterator[tuple[_Points, Tensor, Tensor, Tensor]]:
+    def _linearised(self, theta: Tensor) -> Iterator[tuple[TermPoints, Tensor, Tensor, Tensor]]:
         """For each piece of r: chunk, network inputs, adjoint of the jets, derivatives (c, N) by the coefficients.
 
         The residual at a point depends on the fields at that point only; the evaluator is bound and

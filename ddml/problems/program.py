@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 # in the order of `enum code`
 _CODES = ("ADD", "SUB", "MUL", "DIV", "NEG", "WHERE", "GT", "GE", "LT", "LE", "EQ", "POW", "SQRT", "ABS", "SGN", "TANH",
@@ -46,7 +47,7 @@ class _Node:
 
     def __init__(self, result: Tensor, function: Any = None, arguments: Any = (), keywords: Any = None) -> None:
         self.result, self.function, self.arguments, self.keywords = result, function, arguments, keywords or {}
-        parents = [a for a in arguments if isinstance(a, _Node)]
+        parents = [a for a in tree_leaves((arguments, self.keywords)) if isinstance(a, _Node)]
         self.moving: bool = any(n.moving for n in parents)  # depends on what the optimiser changes
         self.fixed: bool = any(n.fixed for n in parents)  # depends on the points
 
@@ -81,10 +82,10 @@ class _Trace(TorchDispatchMode):  # type: ignore[misc]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        arguments = [self.node(a) for a in args]
+        arguments, keywords = tree_map(self.node, (list(args), kwargs or {}))
         if function._schema.is_mutable or not isinstance(result, Tensor):
             raise NotElementwise(f"operation {function}")
-        self.nodes[id(result)] = _Node(result, function, arguments, kwargs)
+        self.nodes[id(result)] = _Node(result, function, arguments, keywords)
         return result
 
 
@@ -265,7 +266,8 @@ class Program:
                 elif not value.fixed:
                     known[value] = value.result.flatten()[0]
                 else:
-                    known[value] = value.function(*map(find, value.arguments), **value.keywords)
+                    arguments, keywords = tree_map(find, (value.arguments, value.keywords))
+                    known[value] = value.function(*arguments, **keywords)
             return known[value]
 
         like = fixed[0]

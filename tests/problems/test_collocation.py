@@ -103,6 +103,17 @@ def test_residuals_that_are_not_finite_do_not_stop_the_draw(comm: MPI.Comm) -> N
     assert np.isfinite(moving.points[0]).all()
 
 
+def test_residuals_of_zero_do_not_stop_the_draw(comm: MPI.Comm) -> None:
+    class Corner(Burgers):
+        def residual(self, u: Any, t: Any, x: Any) -> Any:
+            return 0 * u + torch.where((t > 0.9) & (x > 0.5), 1.0, 0.0)
+
+    moving = made(comm, problem=Corner, resample_constant=0.0)
+    moving.move(moving.objective.loss.initial())
+    assert moving.points[0].shape == (120, 2)
+    assert np.mean((moving.points[0] > [0.9, 0.5]).all(axis=1)) > 0.05  # all candidates there
+
+
 def test_the_residual_without_gradients_is_that_of_the_differentiable_path(comm: MPI.Comm) -> None:
     loss = made(comm, problem=BurgersWithData).objective.loss
     theta = loss.initial()

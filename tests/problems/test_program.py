@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddml.networks.jets import FusedJets
+from ddml.networks.fused import FusedJets
 from ddml.networks.tanh import TanhNetwork
 from ddml.problems import PDE, PROBLEMS, Interior, PDELoss, Points, Term
 from ddml.problems.program import NotElementwise, Program
@@ -22,6 +22,7 @@ PARTS = {
     "choices": lambda u, t, x: torch.where(x > 0, u.x, u.t) + (t > 0.5) * u + torch.sign(u) * u.xx + torch.relu(u.x),
     "of points": lambda u, t, x: u.xx + torch.sin(math.pi * x) * torch.exp(-t) * u - torch.tensor(0.5) * x.abs(),
     "reciprocal": lambda u, t, x: 1 / (2 + u**2) - u.t.reciprocal() * 1e-3 + torch.square(u),
+    "lists of points": lambda u, t, x: u.t - torch.stack((t, x)).square().sum(0) * u + torch.stack([x, x * t])[1],
     "a constant": lambda u, t, x: u.t + torch.ones_like(x) - torch.full_like(t, 0.25),
 }
 
@@ -82,7 +83,6 @@ def both(problem: PDE, points: int = 137, dtype: torch.dtype = torch.float64, **
     plain = compiled._with(compiled.sets)
     plain.programs = {}
     plain.evaluator = FusedJets(plain.network, plain.offsets, plain.indices)
-    plain._finish()
     return compiled, plain
 
 
@@ -137,7 +137,13 @@ def looks_at_values(u: Any, t: Tensor, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "function",
-    [looks_at_values, lambda u, t, x: u.t - u.value.mean(), lambda u, t, x: u.t * torch.linspace(0, 1, len(t))],
+    [
+        looks_at_values,
+        lambda u, t, x: u.t - u.value.mean(),
+        lambda u, t, x: u.t * torch.linspace(0, 1, len(t)),
+        lambda u, t, x: torch.stack((u.x, u.t)).sum(0),
+        lambda u, t, x: torch.clamp(u.x, min=u.t),
+    ],
 )
 def test_what_is_not_elementwise_stays_in_torch(function: Callable[..., Any]) -> None:
     compiled, plain = both(Problem(function), 10)

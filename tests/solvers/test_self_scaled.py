@@ -124,6 +124,15 @@ def test_a_resumed_run_goes_on_to_the_last_bit_if_it_kept_the_matrix(
     assert (np.diff(rest.losses) < 0).all()
 
 
+@BOTH
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_one_parameter_whose_gradient_vanishes(train: Train, sum_over_rows: Any, solver: str, dtype: str) -> None:
+    loss = sum_over_rows(lambda theta, rows: rows[:, 0] * (theta[0] - 2) ** 2, np.ones((4, 1)), [1], np.array([1.0]))
+    run = train(loss, solver, 20, matrix_dtype=dtype)
+    assert run.theta[-1] == pytest.approx([2.0], abs=1e-8)
+    assert np.isfinite(run.losses).all()
+
+
 def test_a_state_of_another_version_is_refused(train: Train) -> None:
     with pytest.raises(InputError, match="older ddml"):
         train(burgers(), "lbfgs", 2, state={"iteration": 1, "f": 1.0})

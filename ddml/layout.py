@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -88,22 +89,26 @@ class ParameterLayout:
                 self.comm.Reduce_scatter(contributions.numpy(), [array, MPI.DOUBLE], list(self.counts), MPI.SUM)
 
     def reduce_rows(self, rows: NDArray[np.float64], counts: Sequence[int], g: PETSc.Vec) -> None:
-        """Sum vectors (rows, n), ``counts`` of them on each rank, into the distributed vector g. Collective.
+        """Sum vectors (rows, n), ``counts`` of them on each rank, into the distributed vector g (:meth:`sum_rows`)."""
+        with g as array:
+            array[:] = self.sum_rows(rows, counts)
+
+    def sum_rows(self, rows: NDArray[np.float64], counts: Sequence[int]) -> NDArray[np.float64]:
+        """Sum vectors or matrices (rows, n, ...), ``counts`` of them on each rank: this rank's share of n. Collective.
 
         They are summed in their order over all ranks, so that the sum does not depend on who has them.
         """
-        with g as array:
-            if self.comm.size == 1:
-                rows.sum(axis=0, out=array)
-                return
-            # every rank sends every other the columns that it owns, and gets its own of all rows
-            mine = int(self.counts[self.comm.rank])
-            columns = np.concatenate([c.ravel() for c in np.split(rows, self.ranges[1:-1], axis=1)])
-            received = np.empty((sum(counts), mine))
-            self.comm.Alltoallv(
-                [columns, len(rows) * self.counts, MPI.DOUBLE], [received, mine * np.array(counts), MPI.DOUBLE]
-            )
-            received.sum(axis=0, out=array)
+        if self.comm.size == 1:
+            return np.asarray(rows.sum(axis=0))
+        # every rank sends every other the entries that it owns, and gets its own of all rows
+        shape = int(self.counts[self.comm.rank]), *rows.shape[2:]
+        each = self.counts * math.prod(rows.shape[2:])
+        entries = np.concatenate([c.ravel() for c in np.split(rows, self.ranges[1:-1], axis=1)])
+        received = np.empty((sum(counts), *shape))
+        self.comm.Alltoallv(
+            [entries, len(rows) * each, MPI.DOUBLE], [received, math.prod(shape) * np.array(counts), MPI.DOUBLE]
+        )
+        return np.asarray(received.sum(axis=0))
 
     def _buffer(self, dtype: torch.dtype) -> Tensor:
         if dtype not in self._full:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from mpi4py import MPI
+from numpy.typing import NDArray
 from petsc4py import PETSc
 from torch import Tensor
 
@@ -91,7 +92,7 @@ class Objective:
         with self._events["loss"]:
             theta = self.parameters(x)
             self.work.add(self.fraction * self.loss.charge(gradient=False), losses=1)
-            return self._sum([part.value(theta) for part in self.parts])
+            return self.sum_parts([part.value(theta) for part in self.parts])
 
     def value_gradient(self, x: PETSc.Vec, g: PETSc.Vec) -> float:
         """The loss at x; its gradient is written to g."""
@@ -100,8 +101,8 @@ class Objective:
             self.work.add(self.fraction * self.loss.charge(), gradients=1)
             self._gradient.zero_()
             values = [p.value_gradient(theta, row) for p, row in zip(self.parts, self._gradient, strict=False)]
-            value = self._sum(values)
-            self._reduce(g)
+            value = self.sum_parts(values)
+            self.reduce_parts(self._gradient[: len(self.parts)], g)
             return value
 
     def gradient(self, x: PETSc.Vec, g: PETSc.Vec) -> None:
@@ -117,7 +118,7 @@ class Objective:
             self._gradient.zero_()
             for part, row in zip(self.parts, self._gradient, strict=False):
                 part.hessian_product(theta, v, row)
-            self._reduce(product)
+            self.reduce_parts(self._gradient[: len(self.parts)], product)
 
     def initial(self, x: PETSc.Vec) -> None:
         """Write the initial parameters to x."""
@@ -125,8 +126,8 @@ class Objective:
         with x as array:
             array[:] = self.loss.initial()[begin:end].to(torch.float64).cpu().numpy()
 
-    def _sum(self, values: list[float]) -> float:
-        """The sum over all parts of all ranks; also where a request to stop is noticed."""
+    def sum_parts(self, values: list[float]) -> float:
+        """The sum of one number for each part over all ranks; also where a request to stop is noticed."""
         stopped = self.stop is not None and self.stop.requested
         if self.comm.size == 1:
             if stopped:
@@ -143,13 +144,22 @@ class Objective:
             raise Interrupted
         return total
 
-    def _reduce(self, g: PETSc.Vec) -> None:
-        """Sum the parts' gradients over all ranks into g."""
-        rows = self._gradient[: len(self.parts)].to(dtype=torch.float64, device="cpu")
+    def reduce_parts(self, rows: Tensor, g: PETSc.Vec) -> None:
+        """Sum vectors (parts, n), one for each part of this rank, over all ranks into g."""
+        rows = rows.to(dtype=torch.float64, device="cpu")
         if not self.blocks:
             self.layout.reduce(rows[0], g)
             return
-        self.layout.reduce_rows(rows.numpy(), np.diff(split(self.blocks, self.comm.size)).tolist(), g)
+        self.layout.reduce_rows(rows.numpy(), self._counts, g)
+
+    def sum_matrices(self, matrices: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Sum matrices (parts, n, k), one for each part of this rank, over all ranks: this rank's rows (n_local, k)."""
+        return self.layout.sum_rows(matrices, self._counts)
+
+    @property
+    def _counts(self) -> list[int]:
+        """The number of parts of each rank."""
+        return [int(c) for c in np.diff(split(self.blocks or self.comm.size, self.comm.size))]
 
     def attach(self, tao: PETSc.TAO) -> None:
         """Give this objective to a TAO solver: value, gradient, Hessian products, and itself as context."""

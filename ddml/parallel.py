@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import numpy as np
 from mpi4py import MPI
+from numpy.typing import NDArray
+from petsc4py import PETSc
 
 from .errors import InputError
 
@@ -39,6 +43,30 @@ def agreed(comm: MPI.Comm) -> Iterator[None]:
     if ours:
         raise InputError(text) from error
     raise RuntimeError(f"{kind} on rank {failed}: {text}") from error
+
+
+def check_memory(comm: MPI.Comm, needed: int, what: str, remedy: str) -> None:
+    """Raise an InputError on all ranks if those of a node need more bytes than it has memory. Collective.
+
+    ``what`` and ``remedy`` are parts of its text.
+    """
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    here = node.allreduce(needed)
+    node.Free()
+    worst = comm.allreduce(here / (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")), MPI.MAX)
+    if worst > 1:
+        raise InputError(f"{what} takes {worst:.1f} times the memory of a node: {remedy}")
+
+
+def redistributed(comm: MPI.Comm, vec: PETSc.Vec, begin: int, end: int) -> NDArray[np.float64]:
+    """The entries from ``begin`` to ``end`` of a distributed vector, other ones on every rank. Collective."""
+    ranges = comm.allgather((*vec.getOwnershipRange(), begin, end))
+    mine = vec.getOwnershipRange()
+    send = [max(min(mine[1], stop) - max(mine[0], start), 0) for _, _, start, stop in ranges]
+    receive = [max(min(b, end) - max(a, begin), 0) for a, b, _, _ in ranges]
+    buffer = np.empty(end - begin)
+    comm.Alltoallv([vec.array_r, send, MPI.DOUBLE], [buffer, receive, MPI.DOUBLE])
+    return buffer
 
 
 class Interrupted(Exception):

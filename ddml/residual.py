@@ -73,12 +73,13 @@ class ResidualObjective(Objective):
 
     def residual_vector(self) -> PETSc.Vec:
         """A new zero vector for residuals; the caller destroys it."""
-        local = sum(self._part(i).residual_count() for i in range(len(self.parts)))
+        local = sum(self.part(i).residual_count() for i in range(len(self.parts)))
         vec = PETSc.Vec().createMPI((local, PETSc.DETERMINE), comm=self.comm)
         vec.set(0.0)
         return vec
 
-    def _part(self, number: int) -> ResidualLoss:
+    def part(self, number: int) -> ResidualLoss:
+        """The loss on a part of this rank's samples."""
         part = self.parts[number]
         assert isinstance(part, ResidualLoss)
         return part
@@ -87,14 +88,14 @@ class ResidualObjective(Objective):
         """Write r at x; charged as a loss."""
         theta = self.parameters(x)
         self.work.add(self.fraction * self.loss.charge(gradient=False), losses=1)
-        self._write(r, [self._part(i).residual(theta) for i in range(len(self.parts))])
+        self._write(r, [self.part(i).residual(theta) for i in range(len(self.parts))])
 
     def jacobian_product(self, x: PETSc.Vec, direction: PETSc.Vec, product: PETSc.Vec) -> None:
         """Write J(x) v to ``product``; charged as a gradient."""
         theta = self.parameters(x).clone()
         v = self.parameters(direction)
         self.work.add(self.fraction * self.loss.charge(), products=1)
-        self._write(product, [self._part(i).jacobian_product(theta, v) for i in range(len(self.parts))])
+        self._write(product, [self.part(i).jacobian_product(theta, v) for i in range(len(self.parts))])
 
     def jacobian_transpose_product(self, x: PETSc.Vec, weights: PETSc.Vec, product: PETSc.Vec) -> None:
         """Write J(x)^T w to ``product``; charged as a gradient."""
@@ -104,10 +105,10 @@ class ResidualObjective(Objective):
         self._gradient.zero_()
         begin = 0
         for i, row in zip(range(len(self.parts)), self._gradient, strict=False):
-            end = begin + self._part(i).residual_count()
-            self._part(i).jacobian_transpose_product(theta, w[begin:end], row)
+            end = begin + self.part(i).residual_count()
+            self.part(i).jacobian_transpose_product(theta, w[begin:end], row)
             begin = end
-        self._reduce(product)
+        self.reduce_parts(self._gradient[: len(self.parts)], product)
 
     @staticmethod
     def _write(vec: PETSc.Vec, pieces: list[Tensor]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +12,7 @@ from numpy.typing import NDArray
 from petsc4py import PETSc
 
 from . import kernels
-from .errors import InputError
-from .parallel import split
+from .parallel import check_memory, redistributed, split
 
 Array = NDArray[np.float64]
 
@@ -59,21 +57,13 @@ class SymmetricMatrix:
         self.units = range(self.shares[comm.rank], self.shares[comm.rank + 1])
         begin, end = (self.edges[self.shares[r]] for r in (comm.rank, comm.rank + 1))
         self.rows = range(begin, end)
-        self._check_memory((self._place(end) - self._place(begin)) * np.dtype(dtype).itemsize)
+        check_memory(
+            comm, (self._place(end) - self._place(begin)) * np.dtype(dtype).itemsize,
+            f"a symmetric matrix for {size} parameters",
+            "use more nodes, matrix_dtype float32, or -solver lbfgs -memory 50",
+        )  # fmt: skip
         self.values = np.zeros(self._place(end) - self._place(begin), dtype)
         self.products = np.zeros((len(self.units), size))
-
-    def _check_memory(self, needed: int) -> None:
-        node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
-        here = node.allreduce(needed)
-        node.Free()
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        worst = self.comm.allreduce(here / there, MPI.MAX)
-        if worst > 1:
-            raise InputError(
-                f"a symmetric matrix for {self.size} parameters takes {worst:.1f} times the memory of a node: "
-                "use more nodes, matrix_dtype float32, or -solver lbfgs -memory 50"
-            )
 
     @staticmethod
     def _place(row: int) -> int:
@@ -143,14 +133,8 @@ class SymmetricMatrix:
 
     def load(self, vec: PETSc.Vec) -> None:
         """Take over what :meth:`save` gave, from a vector of any distribution. Collective."""
-        begin, end = vec.getOwnershipRange()
-        mine = self._place(self.rows.start), self._place(self.rows.stop)
-        theirs = self.comm.allgather((begin, end, *mine))
-        send = [max(min(end, stop) - max(begin, start), 0) for _, _, start, stop in theirs]
-        receive = [max(min(b, mine[1]) - max(a, mine[0]), 0) for a, b, _, _ in theirs]
-        buffer = np.empty(len(self.values))
-        self.comm.Alltoallv([vec.array_r, send, MPI.DOUBLE], [buffer, receive, MPI.DOUBLE])
-        self.values[:] = buffer
+        edges = self._place(self.rows.start), self._place(self.rows.stop)
+        self.values[:] = redistributed(self.comm, vec, *edges)
 
 
 _SUFFIXES = {"f8": "double", "f4": "float"}

@@ -6,6 +6,8 @@ from ddml.errors import InputError
 from ddml.plugins import load
 
 from .base import Solver
+from .gauss_newton import GaussNewton
+from .preconditioners import NystromPC, SchwarzPC
 from .quasi_newton import LBFGS
 from .self_scaled import SSBFGS, SSBroyden
 from .spqn import ASPQN, MSPQN
@@ -13,6 +15,7 @@ from .spqn import ASPQN, MSPQN
 SOLVERS: dict[str, type[Solver]] = {
     "ssbroyden": SSBroyden,
     "ssbfgs": SSBFGS,
+    "gauss_newton": GaussNewton,
     "lbfgs": LBFGS,
     "aspqn": ASPQN,
     "mspqn": MSPQN,
@@ -47,4 +50,17 @@ def configure(tao: PETSc.TAO, name: str) -> None:
         )
 
 
-__all__ = ["ASPQN", "LBFGS", "MSPQN", "PETSC_TYPES", "SOLVERS", "SSBFGS", "SSBroyden", "Solver", "configure"]
+__all__ = [
+    "ASPQN",
+    "LBFGS",
+    "MSPQN",
+    "PETSC_TYPES",
+    "SOLVERS",
+    "SSBFGS",
+    "GaussNewton",
+    "NystromPC",
+    "SSBroyden",
+    "SchwarzPC",
+    "Solver",
+    "configure",
+]

@@ -17,6 +17,7 @@ from torch import Tensor
 from ddml.layout import ParameterLayout
 from ddml.loss import Loss, parameter_table
 from ddml.objective import Objective
+from ddml.residual import ResidualLoss, ResidualObjective
 from solvers import configure
 
 torch.set_num_threads(1)
@@ -138,7 +139,8 @@ def train() -> Callable[..., SimpleNamespace]:
     ) -> SimpleNamespace:
         name, database = next(_prefixes), PETSc.Options()
         layout = ParameterLayout(loss.parameters, comm, [0] + [loss.size] * comm.size if gathered else None)
-        objective = Objective(loss, layout, blocks=blocks)
+        kind = ResidualObjective if isinstance(loss, ResidualLoss) else Objective
+        objective = kind(loss, layout, blocks=blocks)
         x, tao = layout.vector(), PETSc.TAO().create(comm)
         objective.initial(x)
         begin, end = x.getOwnershipRange()

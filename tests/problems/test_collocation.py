@@ -165,7 +165,7 @@ class Training:
         return values.tobytes(), full.tobytes()
 
 
-SOLVERS = ["ssbroyden", "lbfgs", "aspqn", "mspqn"]
+SOLVERS = ["ssbroyden", "gauss_newton", "lbfgs", "aspqn", "mspqn"]
 
 
 @pytest.fixture

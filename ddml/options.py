@@ -144,6 +144,9 @@ def understood() -> Iterator[None]:
         inner = error
         while isinstance(inner.__cause__, PETSc.Error):
             inner = inner.__cause__
+        missing = cause(error, ImportError) or cause(error, AttributeError)
+        if missing is not None and any(str(v) in str(missing) for v in PETSc.Options().getAll().values() if v):
+            raise InputError(f"there is no such Python type: {missing}") from error
         if inner.__cause__ is not None or inner.ierr not in _REFUSALS:
             raise
         text = str(inner).splitlines()[-1].partition("] ")[2]

@@ -280,16 +280,17 @@ class Run:
         Raises
         ------
         InputError
-            If the loss is not finite where the run starts.
+            If the loss is not finite where the run starts, or the solver refuses what it is given.
         """
         self.started = time.perf_counter()
         self._open_bar()
         try:
             self._solve()
         except Exception as error:
-            not_finite = cause(error, NonFiniteError)
-            if not_finite is not None:
-                raise InputError(str(not_finite)) from error
+            for kind in (NonFiniteError, InputError):  # the same on every rank
+                ours = cause(error, kind)
+                if ours is not None:
+                    raise InputError(str(ours)) from error
             if cause(error, Interrupted) is None:
                 raise
             self.reason = "a signal asked to stop"

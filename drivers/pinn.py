@@ -26,9 +26,13 @@ from ddml.parallel import StopRequest, agreed
 from ddml.problems import PDE, PROBLEMS, PDELoss, collocation
 from ddml.problems.accuracy import SolutionError
 from ddml.residual import ResidualObjective
-from solvers import PETSC_TYPES, SOLVERS, configure
+from solvers import PETSC_TYPES, SOLVERS, NystromPC, SchwarzPC, configure
 from solvers.spqn import subdomains
 
+PREFIXES = {
+    **dict.fromkeys(("aspqn", "mspqn"), " (of a local solver with sub_ before them, of the coarse one coarse_)"),
+    "gauss_newton": " (and PETSc's -gn_ksp_type, -gn_ksp_rtol, -gn_pc_type, ...)",
+}
 LARGE = 20_000  # parameters for which a dense inverse Hessian takes 1.6 GB in all
 
 OPTIONS = (
@@ -58,9 +62,12 @@ def help_text() -> str:
     for name, solver in SOLVERS.items():
         lines += [
             "",
-            f"Options of -solver {name} (of a local solver with sub_ before them, of the coarse one coarse_):",
+            f"Options of -solver {name}{PREFIXES.get(name, '')}:",
         ]
         lines += map(str, solver.options)
+    for pc in (NystromPC, SchwarzPC):
+        lines += ["", f"Options of -gn_pc_type python -gn_pc_python_type solvers.{pc.__name__}, with gn_ before them:"]
+        lines += map(str, pc.options)
     lines += [
         "",
         "All of PETSc's options apply, such as -tao_fmin, -tao_ls_gtol, -sub_tao_type, -log_view, -options_file.",
@@ -171,8 +178,10 @@ def choose(settings: Any, size: int) -> None:
         settings.solver = "ssbroyden" if size <= LARGE else "lbfgs"
         if size > LARGE and not PETSc.Options().hasName("memory"):
             PETSc.Options().setValue("memory", 50)
+    interval = getattr(SOLVERS.get(settings.solver), "moves_points", 0)
     if settings.resample == "auto":
-        settings.resample = "residual" if getattr(SOLVERS.get(settings.solver), "moves_points", False) else "never"
+        settings.resample = "residual" if interval else "never"
+    settings.resample_interval = settings.resample_interval or interval or 250
     settings.points = settings.points or (10_000 if settings.resample == "never" else 5000)
 
 

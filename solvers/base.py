@@ -35,14 +35,14 @@ class Solver(ABC):
         The values in force.
     work_vectors, saved : tuple of str
         Names of the vectors that an iteration needs, and which of them are part of :meth:`state`.
-    moves_points : bool
-        Whether collocation points move by default.
+    moves_points : int
+        Iterations between new collocation points by default; 0: they stay.
     """
 
     options: ClassVar[Sequence[Option]] = ()
     work_vectors: ClassVar[Sequence[str]] = ()
     saved: ClassVar[Sequence[str]] = ()
-    moves_points: ClassVar[bool] = False
+    moves_points: ClassVar[int] = 0
 
     def __init__(self) -> None:
         self.settings = SimpleNamespace(**{o.name: o.default for o in self.options})

@@ -25,7 +25,7 @@ from .preconditioners import Array, NormalEquations, Preconditioner, cholesky
 # decreases below which a step is refused
 DIFFERENCE, TRIES, ACCEPTED = 0.1, 30, 1e-4
 
-PRECONDITIONERS = {
+PRECONDITIONERS: dict[str, dict[str, Any]] = {
     "nystrom": {"pc_type": "python", "pc_python_type": "solvers.NystromPC"},
     "schwarz": {"pc_type": "python", "pc_python_type": "solvers.SchwarzPC"},
     "multiplicative": {"pc_type": "python", "pc_python_type": "solvers.SchwarzPC", "sweep": "multiplicative"},
@@ -59,7 +59,8 @@ class GaussNewton(Solver):
                choices=("auto", "primal", "dual")),
         Option("preconditioner", "nystrom", "Short for PETSc's options -gn_pc_type ..., which come first.",
                choices=tuple(PRECONDITIONERS)),
-        Option("jacobian", "assembled", "Whether the rows of J are stored, or every product is one pass through the network.",
+        Option("jacobian", "assembled", "Whether the rows of J are stored; without, a product is a pass through the "
+               "network.",
                choices=("assembled", "free")),
         Option("damping", 1e-3, "First lambda over the largest diagonal entry of J^T J.", above=0.0),
         Option("acceleration", True, "Whether the step is corrected to second order."),
@@ -67,7 +68,7 @@ class GaussNewton(Solver):
     )  # fmt: skip
 
     work_vectors = ("v", "a", "trial", "trial_g", "rhs")
-    moves_points = True
+    moves_points = 5
 
     def setFromOptions(self, tao: PETSc.TAO) -> None:
         """Read the options and those of the KSP. Collective."""
@@ -188,7 +189,13 @@ class GaussNewton(Solver):
         self.ksp.pc.setReusePreconditioner(self.limit >= 0)
         if self.limit < 0:
             self.matrix.assemble()  # lest PETSc takes the preconditioner for one of this matrix
-        self.ksp.solve(rhs, solution)
+        try:
+            self.ksp.solve(rhs, solution)
+        except PETSc.Error as error:
+            if error.__cause__ is not None:
+                raise
+            reason = str(error).splitlines()[-1].partition("] ")[2]
+            raise InputError(f"PETSc cannot solve with these -{self.prefix}gn_ options: {reason}") from error
         iterations = self.ksp.getIterationNumber()
         if self.limit < 0 and self.preconditioner is not None and self.preconditioner.keeps:
             self.limit = 2 * iterations + 5

@@ -140,6 +140,6 @@ def test_work_is_charged(comm: MPI.Comm) -> None:
 
 def test_a_jacobian_that_does_not_fit_is_refused(comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sysconf", lambda name: 1000 if "PAGES" in name else 4)
-    with pytest.raises(InputError, match="Jacobian of .* by .* parameters takes .* times the memory of a node"):
+    with pytest.raises(InputError, match=r"Jacobian of .* by .* parameters takes .* times the memory of a node"):
         Case(comm, 0)
     Case(comm, 0, assembled=False)

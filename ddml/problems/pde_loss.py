@@ -498,7 +498,9 @@ class PDELoss(ResidualLoss):
                 rows = rows.reshape(len(chunk), -1, rows.shape[1]).sum(1)
             rows[:, self.tail] = by_coefficient.T
             pieces.append(rows.T)
-        return torch.cat(pieces, dim=1).T if pieces else super().jacobian(theta)
+        if not pieces:
+            return super().jacobian(theta)
+        return (torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]).T
 
     @torch.no_grad()
     def fields(self, theta: Tensor, points: Array) -> Array:

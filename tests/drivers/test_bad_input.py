@@ -12,6 +12,7 @@ import pytest
 from launch import HERE, SMALL, launch
 
 PROBLEMS = HERE / "bad_problems.py"
+GAUSS_NEWTON = "-solver gauss_newton -form primal"
 
 # what is wrong: (the options, a text that the error line must contain)
 OPTIONS = {
@@ -34,6 +35,11 @@ OPTIONS = {
     "checkpoint_interval is no interval": ("-checkpoint_interval soon", "-checkpoint_interval"),
     "additive_step is no number": ("-additive_step often", "-additive_step"),
     "negative memory": ("-memory -1", "-memory"),
+    "unknown preconditioner": (f"{GAUSS_NEWTON} -preconditioner amg", "'amg'"),
+    "PETSc's preconditioner that needs a matrix": (f"{GAUSS_NEWTON} -gn_pc_type lu", "-gn_ options"),
+    "preconditioner of no module": (f"{GAUSS_NEWTON} -gn_pc_type python -gn_pc_python_type solvers.Foo", "solvers.Foo"),
+    "window of too many layers": (f"{GAUSS_NEWTON} -preconditioner schwarz -gn_window 9", "a window must hold"),
+    "option of another preconditioner": (f"{GAUSS_NEWTON} -gn_sweep additive", "-gn_sweep"),
     "text for one of PETSc's numbers": ("-tao_fmin small", "-tao_fmin"),
 }
 

@@ -77,6 +77,25 @@ class Subdomains:
         return cls.of_layers(loss, groups, [range(a, b) for a, b in pairwise(edges)])
 
     @classmethod
+    def windows(cls, loss: Loss, width: int = 2) -> Subdomains:
+        """Every ``width`` neighbouring layers, each group shifted by one layer against the one before it.
+
+        L - width + 1 subdomains; the cores are the middle layers, the first and last ones take those at the ends.
+
+        Raises
+        ------
+        InputError
+            A width below one, or above the number L of layers.
+        """
+        depth = len(loss.layers)
+        if not 1 <= width <= depth:
+            raise InputError(f"the network has {depth} layers: a window must hold 1 to {depth} of them, got {width}")
+        count, middle = depth - width + 1, (width - 1) // 2
+        edges = [0, *range(middle + 1, middle + count), depth]
+        groups = [range(s, s + width) for s in range(count)]
+        return cls.of_layers(loss, groups, [range(a, b) for a, b in pairwise(edges)])
+
+    @classmethod
     def of_layers(
         cls, loss: Loss, groups: Sequence[Sequence[int]], cores: Sequence[Sequence[int]] | None = None
     ) -> Subdomains:

@@ -19,8 +19,9 @@ from .schwarz import Schwarz
 
 DECOMPOSITION = (
     Option("subdomains", None, "Number of subdomains (default: one a layer).", kind=int, minimum=1),
-    Option("decomposition", "layers", "Subdomains are groups of layers, of parameter tensors, or of tensors at random.",
-           choices=("layers", "tensors", "random")),
+    Option("decomposition", "layers", "Subdomains are groups of layers, of parameter tensors, of tensors at random, or "
+           "all windows of neighbouring layers.", choices=("layers", "tensors", "random", "windows")),
+    Option("window", 2, "Layers in each window.", minimum=1),
     Option("overlap", 0, "Layers (or tensors) that neighbouring subdomains share on each side.", minimum=0),
     Option("balance", "layers", "Groups of equally many layers, or of equal cost of a local gradient.",
            choices=("layers", "cost")),
@@ -34,9 +35,14 @@ def subdomains(loss: Loss, prefix: str = "") -> Subdomains:
     Raises
     ------
     InputError
-        More subdomains than layers or tensors.
+        More subdomains than layers or tensors, a window of more layers than there are, options that do not go together.
     """
     chosen = read(DECOMPOSITION, prefix)
+    if chosen.decomposition == "windows":
+        for name in ("subdomains", "overlap", "balance"):
+            if getattr(chosen, name) != next(o.default for o in DECOMPOSITION if o.name == name):
+                raise InputError(f"option -{prefix}{name} does not go with -{prefix}decomposition windows: use -window")
+        return Subdomains.windows(loss, chosen.window)
     if chosen.decomposition == "layers":
         return Subdomains.by_layers(loss, chosen.subdomains or len(loss.layers), chosen.overlap, chosen.balance)
     if chosen.balance != "layers":

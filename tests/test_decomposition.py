@@ -38,6 +38,8 @@ SUBDOMAINS = {
     "tensors with overlap": Subdomains.by_tensors(LOSS, 5, overlap=2),
     "random": Subdomains.by_tensors(LOSS, 4, seed=3),
     "random with overlap": Subdomains.by_tensors(LOSS, 4, overlap=1, seed=3),
+    "windows of two": Subdomains.windows(LOSS),
+    "windows of three": Subdomains.windows(LOSS, 3),
     "chosen layers": Subdomains.of_layers(LOSS, [[0, 3], [1, 5], [2, 4]]),
     "chosen layers with overlap": Subdomains.of_layers(LOSS, [[0, 1, 3], [1, 4, 5], [2, 4]], [[0, 3], [1, 5], [2, 4]]),
 }
@@ -116,6 +118,20 @@ def test_layers_are_widened_by_the_overlap_on_both_sides(count: int, overlap: in
         assert length(subdomains.ranges[s]) == held
 
 
+@pytest.mark.parametrize("width", range(1, 7))
+def test_windows_are_all_groups_of_neighbouring_layers(width: int) -> None:
+    subdomains = Subdomains.windows(LOSS, width)
+    assert len(subdomains) == 7 - width
+    held: list[int] = []
+    for s, (ranges, core) in enumerate(zip(subdomains.ranges, subdomains.cores, strict=True)):
+        assert LOSS.layer_numbers(ranges) == frozenset(range(s, s + width))
+        assert LOSS.layer_numbers(core) <= LOSS.layer_numbers(ranges)
+        held += sorted(LOSS.layer_numbers(core))
+    assert held == list(range(6))
+    if width == 1:
+        assert subdomains == Subdomains.by_layers(LOSS, 6)
+
+
 def test_random_tensors_depend_on_the_seed_only() -> None:
     first, again, other = (Subdomains.by_tensors(LOSS, 4, seed=seed) for seed in (3, 3, 4))
     assert first.ranges == again.ranges
@@ -157,6 +173,8 @@ def test_balancing_by_cost_is_optimal(depth: int, overlap: int) -> None:
         (Subdomains.by_layers, {"count": -1}, "got -1"),
         (Subdomains.by_layers, {"count": 2, "overlap": -1}, "overlap must be 0 or more layers, got -1"),
         (Subdomains.by_layers, {"count": 2, "balance": "size"}, "balance must be .* got 'size'"),
+        (Subdomains.windows, {"width": 0}, "6 layers.* 1 to 6 .*got 0"),
+        (Subdomains.windows, {"width": 7}, "got 7"),
         (Subdomains.by_tensors, {"count": len(LOSS.parameters) + 1}, "parameter tensors"),
         (Subdomains.by_tensors, {"count": 0}, "got 0"),
         (Subdomains.by_tensors, {"count": 2, "overlap": -3}, "overlap must be 0 or more parameter tensors"),

@@ -13,6 +13,7 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 from ddml.decomposition import Subdomains
+from ddml.errors import InputError
 from ddml.layout import ParameterLayout
 from ddml.loss import Loss
 from ddml.networks.tanh import TanhNetwork
@@ -81,6 +82,7 @@ SPLITS = {
     "one layer each": {"subdomains": 5},
     "all in one": {"subdomains": 1},
     "overlap of one layer": {"subdomains": 3, "overlap": 1},
+    "windows": {"decomposition": "windows"},
     "overlap of all layers": {"subdomains": 2, "overlap": 5},
     "tensors at random": {"subdomains": 3, "decomposition": "random", "decomposition_seed": 4},
     "tensors with overlap": {"subdomains": 2, "decomposition": "random", "overlap": 1},
@@ -327,3 +329,19 @@ def test_variants_decrease_the_loss_in_every_iteration(train: Train, solver: str
     assert len(run.losses) == 4
     assert (np.diff(run.losses) < 0).all()
     assert run.losses[-1] < 0.8 * run.losses[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"decomposition": "windows", "window": 5}, "4 layers: a window must hold 1 to 4 of them, got 5"),
+        ({"decomposition": "windows", "subdomains": 2}, "subdomains does not go with .*windows: use -window"),
+        ({"decomposition": "windows", "overlap": 1}, "overlap does not go with"),
+        ({"decomposition": "windows", "balance": "cost"}, "balance does not go with"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(prefix: str, settings: dict[str, Any], words: str) -> None:
+    for name, value in settings.items():
+        PETSc.Options().setValue(prefix + name, value)
+    with pytest.raises(InputError, match=words):
+        subdomains(burgers(), prefix)

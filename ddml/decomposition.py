@@ -140,6 +140,28 @@ class Subdomains:
                 held[r] += 1
         return 1 / np.maximum(held, 1)
 
+    def colours(self, limit: int) -> list[list[int]]:
+        """Groups of at most ``limit`` subdomains that share no entries, each in the first group that takes it."""
+        groups: list[list[int]] = []
+        held: list[NDArray[np.bool_]] = []
+        for s, ranges in enumerate(self.ranges):
+            mine = np.zeros(self.size, dtype=bool)
+            for r in ranges:
+                mine[r] = True
+            found = next((k for k, h in enumerate(held) if len(groups[k]) < limit and not (h & mine).any()), None)
+            if found is None:
+                groups.append([s])
+                held.append(mine)
+            else:
+                groups[found].append(s)
+                held[found] |= mine
+        return groups
+
+    def subset(self, numbers: Sequence[int]) -> Subdomains:
+        """Some of the subdomains."""
+        ranges, cores = (tuple(values[s] for s in numbers) for values in (self.ranges, self.cores))
+        return Subdomains(self.size, ranges, cores, tuple(self.costs[s] for s in numbers))
+
     def assignment(self, ranks: int) -> list[list[int]]:
         """Subdomains of each of ``ranks`` ranks, consecutive, the largest sum of costs as small as possible.
 

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import numpy as np
 from mpi4py import MPI
+from numpy.typing import NDArray
+from petsc4py import PETSc
 
 from .errors import InputError
 
@@ -39,6 +42,17 @@ def agreed(comm: MPI.Comm) -> Iterator[None]:
     if ours:
         raise InputError(text) from error
     raise RuntimeError(f"{kind} on rank {failed}: {text}") from error
+
+
+def redistributed(comm: MPI.Comm, vec: PETSc.Vec, begin: int, end: int) -> NDArray[np.float64]:
+    """The entries from ``begin`` to ``end`` of a distributed vector, other ones on every rank. Collective."""
+    ranges = comm.allgather((*vec.getOwnershipRange(), begin, end))
+    mine = vec.getOwnershipRange()
+    send = [max(min(mine[1], stop) - max(mine[0], start), 0) for _, _, start, stop in ranges]
+    receive = [max(min(b, end) - max(a, begin), 0) for a, b, _, _ in ranges]
+    buffer = np.empty(end - begin)
+    comm.Alltoallv([vec.array_r, send, MPI.DOUBLE], [buffer, receive, MPI.DOUBLE])
+    return buffer
 
 
 class Interrupted(Exception):

@@ -14,7 +14,7 @@ from petsc4py import PETSc
 
 from . import kernels
 from .errors import InputError
-from .parallel import split
+from .parallel import redistributed, split
 
 Array = NDArray[np.float64]
 
@@ -143,14 +143,8 @@ class SymmetricMatrix:
 
     def load(self, vec: PETSc.Vec) -> None:
         """Take over what :meth:`save` gave, from a vector of any distribution. Collective."""
-        begin, end = vec.getOwnershipRange()
-        mine = self._place(self.rows.start), self._place(self.rows.stop)
-        theirs = self.comm.allgather((begin, end, *mine))
-        send = [max(min(end, stop) - max(begin, start), 0) for _, _, start, stop in theirs]
-        receive = [max(min(b, mine[1]) - max(a, mine[0]), 0) for a, b, _, _ in theirs]
-        buffer = np.empty(len(self.values))
-        self.comm.Alltoallv([vec.array_r, send, MPI.DOUBLE], [buffer, receive, MPI.DOUBLE])
-        self.values[:] = buffer
+        edges = self._place(self.rows.start), self._place(self.rows.stop)
+        self.values[:] = redistributed(self.comm, vec, *edges)
 
 
 _SUFFIXES = {"f8": "double", "f4": "float"}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from itertools import islice
+from typing import Any, ClassVar
 
 from petsc4py import PETSc
 
@@ -13,7 +14,9 @@ from ddml.decomposition import Subdomains
 from ddml.errors import InputError
 from ddml.loss import Loss
 from ddml.options import Option, number_or_word, read
+from ddml.state import vectors_in
 
+from .line_search import SearchResult
 from .quasi_newton import LBFGS
 from .schwarz import Schwarz
 
@@ -59,40 +62,107 @@ class _SPQN(LBFGS):
         *LBFGS.options,
         *DECOMPOSITION,
         Option("local_steps", 50, "Iterations k_s of each local solver; 0 is plain L-BFGS.", minimum=0),
+        Option("local_solver", "lbfgs", "The local solver, named as for -solver."),
+        Option("local_memory", "fresh", "Local solvers begin afresh in every iteration (paper), or keep the curvature "
+               "that they have learnt.", choices=("fresh", "keep")),
         Option("coarse_step", False, "Minimise over the first layer of each subdomain before the local solves."),
         Option("coarse_steps", 10, "Iterations of the coarse solver (our choice).", minimum=1),
-    )
+    )  # fmt: skip
 
     def setUp(self, tao: PETSc.TAO) -> None:
         """Build the decomposition and the local solvers. Collective."""
         super().setUp(tao)
-        self.local: Schwarz | None = None
+        self.local: list[Schwarz] = []
         self.coarse: Schwarz | None = None
-        loss, steps = self.objective.loss, self.settings.local_steps
-        chosen = subdomains(loss, self.prefix)
-        if steps > 0:
-            self.local = Schwarz(self.objective, chosen, self.parallel, f"{self.prefix}sub_", steps)
+        self._written: list[PETSc.Vec] = []  # what the last call of kept gave
+        self.keeps = self.settings.local_memory == "keep"
+        loss = self.objective.loss
+        self.subdomains = subdomains(loss, self.prefix)
+        if self.settings.local_steps > 0:
+            self.local = [self._schwarz(chosen) for chosen in self._colours()]
             self._half = tao.getSolution().duplicate()
         if self.settings.coarse_step:
-            first = {min(loss.layer_numbers(core)) for core in chosen.cores}
+            first = {min(loss.layer_numbers(core)) for core in self.subdomains.cores}
             coarse = Subdomains.of_layers(loss, [sorted(first)])
             self.coarse = Schwarz(self.objective, coarse, False, f"{self.prefix}coarse_", self.settings.coarse_steps)
+
+    def _colours(self) -> list[Subdomains]:
+        """Subdomains that are corrected together."""
+        return [self.subdomains]
+
+    def _schwarz(self, chosen: Subdomains) -> Schwarz:
+        settings, prefix = self.settings, f"{self.prefix}sub_"
+        return Schwarz(
+            self.objective, chosen, self.parallel, prefix, settings.local_steps, settings.local_solver, self.keeps
+        )
 
     def destroy(self, tao: PETSc.TAO) -> None:
         """Destroy what :meth:`setUp` made."""
         super().destroy(tao)
-        for schwarz in (getattr(self, "local", None), getattr(self, "coarse", None)):
+        self._forget_written()
+        for schwarz in (*getattr(self, "local", ()), getattr(self, "coarse", None)):
             if schwarz is not None:
                 schwarz.destroy()
         if hasattr(self, "_half"):
             self._half.destroy()
 
+    def _forget_written(self) -> None:
+        for vec in getattr(self, "_written", ()):
+            vec.destroy()
+        self._written = []
+
     def view(self, tao: PETSc.TAO, viewer: PETSc.Viewer) -> None:
         """See :meth:`ddml.solvers.base.Solver.view`."""
         super().view(tao, viewer)
-        if getattr(self, "local", None) is not None:
-            for line in repr(self.local.decomposition.subdomains).splitlines():  # type: ignore[union-attr]
+        for schwarz in getattr(self, "local", ()):
+            for line in repr(schwarz.decomposition.subdomains).splitlines():
                 viewer.printfASCII(f"    {line}\n")
+
+    def kept(self) -> dict[str, Any]:
+        """See :meth:`LBFGS.kept`; also what the local solvers keep."""
+        kept = super().kept()
+        if self.keeps:
+            self._forget_written()
+            kept["local"] = [state for schwarz in self.local for state in schwarz.memory(self.g)]
+            self._written = list(vectors_in(kept["local"], "local", self.g).values())
+        return kept
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """See :meth:`LBFGS.restore`."""
+        super().restore(state)
+        states = iter(state.get("local", ()))
+        for schwarz in self.local:
+            schwarz.recall(list(islice(states, len(schwarz.x))))
+
+    def _local_kinds(self) -> list[tuple[str, int]]:
+        return [kind for schwarz in self.local for kind in schwarz.kinds()]
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """See :meth:`ddml.solvers.base.Solver.resume`.
+
+        Raises
+        ------
+        InputError
+            Also if it has what other local solvers, or those of other subdomains, keep.
+        """
+        super().resume(state)
+        if self.keeps and "local" in state:
+            then = [(item["solver"], item["size"]) for item in state["local"]]
+            if then != self._local_kinds():
+                raise InputError(
+                    "the run file keeps the memory of other local solvers or subdomains: the same -decomposition and "
+                    "-local_solver go on from it, -local_memory fresh begins afresh"
+                )
+
+    def iterate(self, x: PETSc.Vec) -> SearchResult:
+        """See :meth:`LBFGS.iterate`; where local solvers keep their memory, an iteration is not interrupted."""
+        if not self.keeps:
+            return super().iterate(x)
+        stop, self.objective.stop = self.objective.stop, None
+        try:
+            return super().iterate(x)
+        finally:
+            self.objective.stop = stop
 
     def precondition(self, x: PETSc.Vec) -> float:
         """See :meth:`LBFGS.precondition`."""
@@ -102,13 +172,21 @@ class _SPQN(LBFGS):
         if self.coarse is not None:
             self.coarse.multiplicative(x, f, self.g)
             f = self.objective.value_gradient(x, self.g)
-        if self.local is not None:
-            f = self._correct(x, f, self.local)
+        if self.local:
+            f = self._correct(x, f)
         return f
 
     @abstractmethod
-    def _correct(self, x: PETSc.Vec, f: float, local: Schwarz) -> float:
+    def _correct(self, x: PETSc.Vec, f: float) -> float:
         """Improve x and ``self.g`` by local solves; the loss there."""
+
+    def _search_correction(self, x: PETSc.Vec, f: float, local: Schwarz) -> float:
+        """Search along the sum of corrections, if it is a descent direction; the loss."""
+        correction = self._half
+        local.additive(x, f, self.g, correction)
+        if not self.g.dot(correction) < 0:
+            return f
+        return self.search(x, f, self.g, correction).value
 
 
 class ASPQN(_SPQN):
@@ -134,13 +212,11 @@ class ASPQN(_SPQN):
         Option("additive_step", "search", "alpha: a strong-Wolfe search, or a number."),
     )
 
-    def _correct(self, x: PETSc.Vec, f: float, local: Schwarz) -> float:
-        correction = self._half
-        local.additive(x, f, self.g, correction)
+    def _correct(self, x: PETSc.Vec, f: float) -> float:
         if self.alpha is None:
-            if not self.g.dot(correction) < 0:
-                return f
-            return self.search(x, f, self.g, correction).value
+            return self._search_correction(x, f, self.local[0])
+        correction = self._half
+        self.local[0].additive(x, f, self.g, correction)
         x.axpy(self.alpha, correction)
         value = self.objective.value_gradient(x, self.g)
         if math.isfinite(value):
@@ -160,14 +236,39 @@ class MSPQN(_SPQN):
     As :class:`ASPQN`, but each subdomain starts from what the ones before it reached, and
     theta_{k+1/2} is what the last one left: alpha = 1, since every local solve was searched.
     All ranks work on one subdomain at a time. An iteration takes 2 + S k_s evaluations.
+
+    With ``side_by_side`` above one (our choice) subdomains that share no parameters are treated together
+    (:meth:`ddml.decomposition.Subdomains.colours`): all from the same point, on groups of ranks as in the additive
+    method, which exchange nothing meanwhile, and followed by a strong-Wolfe search along the sum of the
+    corrections that first tries 1. An iteration with C colours takes 1 + C (1 + k_s) evaluations on the critical
+    path, extra ones of searches apart.
     """
 
-    parallel = False
+    options: ClassVar[Sequence[Option]] = (
+        *_SPQN.options,
+        Option("side_by_side", 1, "Subdomains without common parameters that are treated together, at most; "
+               "0 is as many as there are.", minimum=0),
+    )  # fmt: skip
 
-    def _correct(self, x: PETSc.Vec, f: float, local: Schwarz) -> float:
+    @property
+    def parallel(self) -> bool:  # type: ignore[override]
+        """Whether groups of ranks treat subdomains side by side."""
+        return self.settings.side_by_side != 1
+
+    def _colours(self) -> list[Subdomains]:
+        if not self.parallel:
+            return [self.subdomains]
+        limit = self.settings.side_by_side or len(self.subdomains)
+        return [self.subdomains.subset(colour) for colour in self.subdomains.colours(limit)]
+
+    def _correct(self, x: PETSc.Vec, f: float) -> float:
+        if self.parallel:
+            for colour in self.local:
+                f = self._search_correction(x, f, colour)
+            return f
         x.copy(self._half)
         start_g = self.g.copy()
-        local.multiplicative(x, f, self.g)
+        self.local[0].multiplicative(x, f, self.g)
         value = self.objective.value_gradient(x, self.g)
         if not math.isfinite(value):
             self._half.copy(x)

@@ -95,22 +95,23 @@ def read(table: Iterable[Option], prefix: str | None = "") -> SimpleNamespace:
     )
 
 
-def number_or_word(prefix: str, name: str, text: str, word: str) -> float | None:
-    """The positive number that an option's text is, or None if it is ``word``.
+def number_or_word(prefix: str, name: str, text: str, *words: str) -> float | None:
+    """The positive number that an option's text is, or None if it is one of ``words``.
 
     Raises
     ------
     InputError
         If it is neither.
     """
-    if text == word:
+    if text in words:
         return None
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 < value < math.inf:
-        raise InputError(f"option -{prefix}{name} must be '{word}' or a number above 0, got '{text}'")
+        named = ", ".join(f"'{word}'" for word in words)
+        raise InputError(f"option -{prefix}{name} must be {named} or a number above 0, got '{text}'")
     return value
 
 

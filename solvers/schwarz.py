@@ -148,6 +148,21 @@ class Schwarz:
 
     def additive(self, x: PETSc.Vec, f: float, g: PETSc.Vec, correction: PETSc.Vec) -> None:
         """Write sum_s E_s (theta_s* - R_s x) to ``correction``; f, g are the loss and gradient at x. Collective."""
+        self._side_by_side(x, f, g)
+        with self._exchange_event:
+            correction.set(0.0)
+            for s, difference in enumerate(self.x):
+                self.decomposition.E[s].multAdd(difference, correction, correction)
+
+    def separate(self, x: PETSc.Vec, f: float, g: PETSc.Vec, corrections: Sequence[PETSc.Vec]) -> None:
+        """As :meth:`additive`, but write R_s^T (theta_s* - R_s x) of each subdomain to a vector of its own."""
+        self._side_by_side(x, f, g)
+        with self._exchange_event:
+            for s, (difference, correction) in enumerate(zip(self.x, corrections, strict=True)):
+                self.decomposition.R[s].multTranspose(difference, correction)
+
+    def _side_by_side(self, x: PETSc.Vec, f: float, g: PETSc.Vec) -> None:
+        """Solve in all subdomains from x, and leave theta_s* - R_s x in their vectors."""
         self._follow()
         with self._exchange_event:
             theta = self.objective.parameters(x)
@@ -168,10 +183,8 @@ class Schwarz:
                 interrupted = True
         with self._exchange_event:
             self._count(list(self.local), interrupted)
-            correction.set(0.0)
             for s, difference in enumerate(self.x):
                 self._subtract(s, difference)
-                self.decomposition.E[s].multAdd(difference, correction, correction)
 
     def multiplicative(self, x: PETSc.Vec, f: float, g: PETSc.Vec) -> None:
         """Let each subdomain in turn minimise from the x that the ones before it left; f, g as at x. Collective.

@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
 from petsc4py import PETSc
 
 from ddml.decomposition import Subdomains
 from ddml.errors import InputError
 from ddml.loss import Loss
 from ddml.options import Option, number_or_word, read
+from ddml.residual import ResidualObjective
 from ddml.state import vectors_in
 
 from .line_search import SearchResult
@@ -204,15 +207,52 @@ class ASPQN(_SPQN):
 
     An iteration takes 2 + k_s evaluations on the critical path, extra ones of line searches apart:
     the loss and gradient at theta_k are known, local ones there are restrictions.
+
+    With ``additive_step subspace`` (our choice) every subdomain has a step length of its own: with
+    :math:`d_s = R_s^T (\theta_s^* - R_s \theta_k)` the columns of D, a in R^S minimises |r + J D a|^2, and the
+    search goes along D a. That takes S Jacobian products more, and an objective that has residuals.
     """
 
     parallel = True
     options: ClassVar[Sequence[Option]] = (
         *_SPQN.options,
-        Option("additive_step", "search", "alpha: a strong-Wolfe search, or a number."),
-    )
+        Option("additive_step", "search", "alpha: a strong-Wolfe search, a number, or 'subspace', one for each "
+               "subdomain from a small least-squares problem."),
+    )  # fmt: skip
+
+    def setFromOptions(self, tao: PETSc.TAO) -> None:
+        """Read the options. Collective."""
+        super().setFromOptions(tao)
+        text = self.settings.additive_step
+        self.subspace = text == "subspace"
+        self.alpha = number_or_word(self.prefix, "additive_step", text, "search", "subspace")
+
+    def setUp(self, tao: PETSc.TAO) -> None:
+        """Build the decomposition and the local solvers. Collective.
+
+        Raises
+        ------
+        InputError
+            If step lengths shall come from residuals and the objective has none.
+        """
+        super().setUp(tao)
+        self._separate: list[PETSc.Vec] = []
+        if self.subspace and not isinstance(self.objective, ResidualObjective):
+            raise InputError(
+                f"option -{self.prefix}additive_step subspace needs a loss that is a sum of squares of residuals"
+            )
+        if self.subspace and self.local:
+            self._separate = [tao.getSolution().duplicate() for _ in range(len(self.subdomains))]
+
+    def destroy(self, tao: PETSc.TAO) -> None:
+        """Destroy what :meth:`setUp` made."""
+        super().destroy(tao)
+        for vec in getattr(self, "_separate", ()):
+            vec.destroy()
 
     def _correct(self, x: PETSc.Vec, f: float) -> float:
+        if self.subspace:
+            return self._search_subspace(x, f)
         if self.alpha is None:
             return self._search_correction(x, f, self.local[0])
         correction = self._half
@@ -224,10 +264,32 @@ class ASPQN(_SPQN):
         x.axpy(-self.alpha, correction)
         return self.objective.value_gradient(x, self.g)
 
-    def setFromOptions(self, tao: PETSc.TAO) -> None:
-        """Read the options. Collective."""
-        super().setFromOptions(tao)
-        self.alpha = number_or_word(self.prefix, "additive_step", self.settings.additive_step, "search")
+    def _search_subspace(self, x: PETSc.Vec, f: float) -> float:
+        """Search along the best combination of the corrections for linear residuals; the loss."""
+        assert isinstance(self.objective, ResidualObjective)
+        self.local[0].separate(x, f, self.g, self._separate)
+        lengths = best_lengths(self.objective.linear_model(x, self._separate))
+        self._half.set(0.0)
+        self._half.maxpy(lengths, self._separate)
+        if not self.g.dot(self._half) < 0:
+            return f
+        return self.search(x, f, self.g, self._half).value
+
+
+def best_lengths(products: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The a (k,) of least norm, in units of the columns' lengths, that minimises |r + W a|.
+
+    ``products`` is [W, r]^T [W, r] (k + 1, k + 1). Combinations of columns of unit length whose squared norm is below
+    1e-12 of the largest count as zero (our choice).
+    """
+    size = np.sqrt(np.diag(products)[:-1])
+    scale = np.divide(1.0, size, out=np.zeros_like(size), where=size > 0)
+    if not np.isfinite(products).all():
+        return np.zeros_like(size)
+    values, vectors = np.linalg.eigh(products[:-1, :-1] * np.outer(scale, scale))
+    kept = values > 1e-12 * max(values[-1], 0.0)
+    basis = vectors[:, kept]
+    return np.asarray(-scale * (basis @ ((basis.T @ (scale * products[:-1, -1])) / values[kept])))
 
 
 class MSPQN(_SPQN):

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -80,6 +80,11 @@ class Option:
         )
         choices = f" One of {', '.join(self.choices)}." if self.choices else ""
         return f"  -{self.name:<20} {self.help}{choices}{default}"
+
+
+def with_defaults(table: Iterable[Option], **defaults: Any) -> tuple[Option, ...]:
+    """The same options with other defaults."""
+    return tuple(replace(o, default=defaults.get(o.name, o.default)) for o in table)
 
 
 def read(table: Iterable[Option], prefix: str | None = "") -> SimpleNamespace:

@@ -8,7 +8,7 @@ from ddml.plugins import load
 from .base import Solver
 from .quasi_newton import LBFGS
 from .self_scaled import SSBFGS, SSBroyden
-from .spqn import ASPQN, MSPQN
+from .spqn import ASPQN, MSPQN, DenseMSPQN
 
 SOLVERS: dict[str, type[Solver]] = {
     "ssbroyden": SSBroyden,
@@ -16,6 +16,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "lbfgs": LBFGS,
     "aspqn": ASPQN,
     "mspqn": MSPQN,
+    "mspqn_dense": DenseMSPQN,
 }
 
 # PETSc's types for unconstrained minimisation, which take our objectives as they are
@@ -47,4 +48,7 @@ def configure(tao: PETSc.TAO, name: str) -> None:
         )
 
 
-__all__ = ["ASPQN", "LBFGS", "MSPQN", "PETSC_TYPES", "SOLVERS", "SSBFGS", "SSBroyden", "Solver", "configure"]
+__all__ = [
+    *("ASPQN", "LBFGS", "MSPQN", "DenseMSPQN", "SSBFGS", "SSBroyden", "Solver"),
+    *("PETSC_TYPES", "SOLVERS", "configure"),
+]

@@ -37,6 +37,8 @@ class Solver(ABC):
         Names of the vectors that an iteration needs, and which of them are part of :meth:`state`.
     moves_points : bool
         Whether collocation points move by default.
+    points_interval : int
+        Iterations between their moves by default.
     remembers : bool
         Whether :meth:`solve` begins with what the last one, of an objective that may have changed since, has
         learnt of curvature, instead of afresh.
@@ -46,6 +48,7 @@ class Solver(ABC):
     work_vectors: ClassVar[Sequence[str]] = ()
     saved: ClassVar[Sequence[str]] = ()
     moves_points: ClassVar[bool] = False
+    points_interval: ClassVar[int] = 250
 
     def __init__(self) -> None:
         self.settings = SimpleNamespace(**{o.name: o.default for o in self.options})

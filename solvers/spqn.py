@@ -15,7 +15,7 @@ from petsc4py import PETSc
 from ddml.decomposition import Subdomains
 from ddml.errors import InputError
 from ddml.loss import Loss
-from ddml.options import Option, number_or_word, read
+from ddml.options import Option, number_or_word, read, with_defaults
 from ddml.residual import ResidualObjective
 from ddml.state import vectors_in
 
@@ -35,15 +35,15 @@ DECOMPOSITION = (
 )  # fmt: skip
 
 
-def subdomains(loss: Loss, prefix: str = "") -> Subdomains:
-    """The subdomains that the options under a prefix ask for.
+def subdomains(loss: Loss, prefix: str = "", table: Sequence[Option] = DECOMPOSITION) -> Subdomains:
+    """The subdomains that the options of a table under a prefix ask for.
 
     Raises
     ------
     InputError
         More subdomains than layers or tensors, a window of more layers than there are, options that do not go together.
     """
-    chosen = read(DECOMPOSITION, prefix)
+    chosen = read(table, prefix)
     if chosen.decomposition == "windows":
         for name in ("subdomains", "overlap", "balance"):
             if getattr(chosen, name) != next(o.default for o in DECOMPOSITION if o.name == name):
@@ -72,6 +72,11 @@ class _SPQN(LBFGS):
         Option("coarse_steps", 10, "Iterations of the coarse solver (our choice).", minimum=1),
     )  # fmt: skip
 
+    @classmethod
+    def decompose(cls, loss: Loss, prefix: str = "") -> Subdomains:
+        """What :func:`subdomains` makes of the options and of this solver's defaults."""
+        return subdomains(loss, prefix, cls.options)
+
     def setUp(self, tao: PETSc.TAO) -> None:
         """Build the decomposition and the local solvers. Collective."""
         super().setUp(tao)
@@ -80,7 +85,7 @@ class _SPQN(LBFGS):
         self._written: list[PETSc.Vec] = []  # what the last call of kept gave
         self.keeps = self.settings.local_memory == "keep"
         loss = self.objective.loss
-        self.subdomains = subdomains(loss, self.prefix)
+        self.subdomains = self.decompose(loss, self.prefix)
         if self.settings.local_steps > 0:
             self.local = [self._schwarz(chosen) for chosen in self._colours()]
             self._half = tao.getSolution().duplicate()
@@ -338,3 +343,17 @@ class MSPQN(_SPQN):
             value = f
         start_g.destroy()
         return value
+
+
+class DenseMSPQN(MSPQN):
+    """:class:`MSPQN` with other defaults: overlapping windows of two layers, whose dense self-scaled matrices are kept.
+
+    The matrices of L layers of n / L parameters take about 4 / L of the memory of :class:`SSBroyden`'s. Windows, kept
+    matrices and the number of local steps are our choices. As an iteration takes many evaluations, points move often.
+    """
+
+    options: ClassVar[Sequence[Option]] = with_defaults(
+        MSPQN.options, decomposition="windows", local_solver="ssbroyden", local_memory="keep", local_steps=20
+    )
+    moves_points = True
+    points_interval = 1

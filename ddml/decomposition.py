@@ -77,22 +77,25 @@ class Subdomains:
         return cls.of_layers(loss, groups, [range(a, b) for a, b in pairwise(edges)])
 
     @classmethod
-    def windows(cls, loss: Loss, width: int = 2) -> Subdomains:
-        """Every ``width`` neighbouring layers, each group shifted by one layer against the one before it.
+    def windows(cls, loss: Loss, width: int = 2, shift: int = 1) -> Subdomains:
+        """Groups of ``width`` neighbouring layers, each shifted by at most ``shift`` layers against the one before it.
 
-        L - width + 1 subdomains; the cores are the middle layers, the first and last ones take those at the ends.
+        1 + (L - width) / shift of them, rounded up, the shifts as equal as can be. The cores divide what neighbours
+        share in the middle.
 
         Raises
         ------
         InputError
-            A width below one, or above the number L of layers.
+            A width below one, or above the number L of layers; a shift below one, or above the width.
         """
         depth = len(loss.layers)
         if not 1 <= width <= depth:
             raise InputError(f"the network has {depth} layers: a window must hold 1 to {depth} of them, got {width}")
-        count, middle = depth - width + 1, (width - 1) // 2
-        edges = [0, *range(middle + 1, middle + count), depth]
-        groups = [range(s, s + width) for s in range(count)]
+        if not 1 <= shift <= width:
+            raise InputError(f"windows of {width} layers must be shifted by 1 to {width} layers, got {shift}")
+        starts = split(depth - width, -(-(depth - width) // shift)) if depth > width else [0]
+        edges = [0, *((a + width + b) // 2 for a, b in pairwise(starts)), depth]
+        groups = [range(s, s + width) for s in starts]
         return cls.of_layers(loss, groups, [range(a, b) for a, b in pairwise(edges)])
 
     @classmethod

@@ -28,6 +28,7 @@ DECOMPOSITION = (
     Option("decomposition", "layers", "Subdomains are groups of layers, of parameter tensors, of tensors at random, or "
            "all windows of neighbouring layers.", choices=("layers", "tensors", "random", "windows")),
     Option("window", 2, "Layers in each window.", minimum=1),
+    Option("window_shift", 1, "Layers by which each window is shifted against the one before.", minimum=1),
     Option("overlap", 0, "Layers (or tensors) that neighbouring subdomains share on each side.", minimum=0),
     Option("balance", "layers", "Groups of equally many layers, or of equal cost of a local gradient.",
            choices=("layers", "cost")),
@@ -48,7 +49,7 @@ def subdomains(loss: Loss, prefix: str = "", table: Sequence[Option] = DECOMPOSI
         for name in ("subdomains", "overlap", "balance"):
             if getattr(chosen, name) != next(o.default for o in DECOMPOSITION if o.name == name):
                 raise InputError(f"option -{prefix}{name} does not go with -{prefix}decomposition windows: use -window")
-        return Subdomains.windows(loss, chosen.window)
+        return Subdomains.windows(loss, chosen.window, chosen.window_shift)
     if chosen.decomposition == "layers":
         return Subdomains.by_layers(loss, chosen.subdomains or len(loss.layers), chosen.overlap, chosen.balance)
     if chosen.balance != "layers":

@@ -119,7 +119,9 @@ class Schwarz:
         :meth:`multiplicative`: all ranks treat one subdomain after another.
     prefix
         Of the local solvers' options.
-    steps, solver, remembers
+    steps
+        Iterations of each local solver.
+    solver, remembers
         Of each :class:`LocalSolver`; those that remember finish what they have begun when a run is to stop.
     """
 
@@ -129,14 +131,14 @@ class Schwarz:
         subdomains: Subdomains,
         parallel: bool,
         prefix: str,
-        steps: int,
+        steps: Sequence[int],
         solver: str = "lbfgs",
         remembers: bool = False,
     ) -> None:
         self.objective = objective
         self.decomposition = Decomposition(subdomains, objective.layout, parallel, objective.blocks > 0)
         self.restricted = restricted(objective, self.decomposition)
-        self.local = {s: LocalSolver(o, prefix, steps, solver, remembers) for s, o in self.restricted.items()}
+        self.local = {s: LocalSolver(o, prefix, steps[s], solver, remembers) for s, o in self.restricted.items()}
         if remembers:
             for restricted_objective in self.restricted.values():
                 restricted_objective.stop = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -69,6 +70,8 @@ class _SPQN(LBFGS):
         Option("local_solver", "lbfgs", "The local solver, named as for -solver."),
         Option("local_memory", "fresh", "Local solvers begin afresh in every iteration (paper), or keep the curvature "
                "that they have learnt.", choices=("fresh", "keep")),
+        Option("balance_steps", False, "Where subdomains are treated side by side, give those with cheaper evaluations "
+               "more local iterations, for the time that the dearest takes."),
         Option("coarse_step", False, "Minimise over the first layer of each subdomain before the local solves."),
         Option("coarse_steps", 10, "Iterations of the coarse solver (our choice).", minimum=1),
     )  # fmt: skip
@@ -93,16 +96,21 @@ class _SPQN(LBFGS):
         if self.settings.coarse_step:
             first = {min(loss.layer_numbers(core)) for core in self.subdomains.cores}
             coarse = Subdomains.of_layers(loss, [sorted(first)])
-            self.coarse = Schwarz(self.objective, coarse, False, f"{self.prefix}coarse_", self.settings.coarse_steps)
+            self.coarse = Schwarz(self.objective, coarse, False, f"{self.prefix}coarse_", [self.settings.coarse_steps])
 
     def _colours(self) -> list[Subdomains]:
         """Subdomains that are corrected together."""
         return [self.subdomains]
 
     def _schwarz(self, chosen: Subdomains) -> Schwarz:
-        settings, prefix = self.settings, f"{self.prefix}sub_"
+        settings = self.settings
+        steps = [settings.local_steps] * len(chosen)
+        if settings.balance_steps and self.parallel:
+            steps = [round(settings.local_steps * max(chosen.costs) / cost) for cost in chosen.costs]
+            costs = tuple(cost * count for cost, count in zip(chosen.costs, steps, strict=True))
+            chosen = replace(chosen, costs=costs)  # of all local iterations: who works on what follows from them
         return Schwarz(
-            self.objective, chosen, self.parallel, prefix, settings.local_steps, settings.local_solver, self.keeps
+            self.objective, chosen, self.parallel, f"{self.prefix}sub_", steps, settings.local_solver, self.keeps
         )
 
     def destroy(self, tao: PETSc.TAO) -> None:
@@ -123,8 +131,8 @@ class _SPQN(LBFGS):
     def view(self, tao: PETSc.TAO, viewer: PETSc.Viewer) -> None:
         """See :meth:`ddml.solvers.base.Solver.view`."""
         super().view(tao, viewer)
-        for schwarz in getattr(self, "local", ()):
-            for line in repr(schwarz.decomposition.subdomains).splitlines():
+        if getattr(self, "local", ()):
+            for line in repr(self.subdomains).splitlines():
                 viewer.printfASCII(f"    {line}\n")
 
     def kept(self) -> dict[str, Any]:
@@ -350,11 +358,12 @@ class DenseMSPQN(MSPQN):
     """:class:`MSPQN` with other defaults: overlapping windows of two layers, whose dense self-scaled matrices are kept.
 
     The matrices of L layers of n / L parameters take about 4 / L of the memory of :class:`SSBroyden`'s. Windows, kept
-    matrices and the number of local steps are our choices. As an iteration takes many evaluations, points move often.
+    matrices and the numbers of local steps are our choices. As an iteration takes many evaluations, points move often.
     """
 
     options: ClassVar[Sequence[Option]] = with_defaults(
-        MSPQN.options, decomposition="windows", local_solver="ssbroyden", local_memory="keep", local_steps=20
-    )
+        MSPQN.options, decomposition="windows", local_solver="ssbroyden", local_memory="keep", local_steps=20,
+        balance_steps=True,
+    )  # fmt: skip
     moves_points = True
     points_interval = 1

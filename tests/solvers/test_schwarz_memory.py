@@ -99,7 +99,7 @@ def test_kept_matrices_are_those_of_a_dense_implementation(
     objective = Objective(loss, layout)
     colours = [windows] if limit == 1 else [windows.subset(c) for c in windows.colours(limit)]
     parallel = limit > 1
-    schwarz = [Schwarz(objective, c, parallel, prefix + "sub_", 4, "ssbroyden", True) for c in colours]
+    schwarz = [Schwarz(objective, c, parallel, prefix + "sub_", [4] * len(c), "ssbroyden", True) for c in colours]
     first = {
         local.context: s.decomposition.subdomains.ranges[i][0].start for s in schwarz for i, local in s.local.items()
     }
@@ -191,7 +191,7 @@ def test_a_colour_each_is_one_after_another(comm: MPI.Comm, prefix: str, least_s
         x, g, correction = (layout.vector() for _ in range(3))
         objective.initial(x)
         f = objective.value_gradient(x, g)
-        schwarz = [Schwarz(objective, c, len(colours) > 1, prefix + "sub_", 4) for c in colours]
+        schwarz = [Schwarz(objective, c, len(colours) > 1, prefix + "sub_", [4] * len(c)) for c in colours]
         for one in schwarz:
             if len(colours) == 1:
                 one.multiplicative(x, f, g)
@@ -214,6 +214,30 @@ def test_colours_descend_and_count_their_longest_solve(train: Train, side_by_sid
     assert run.critical[-1] < run.total[-1]
     sequential = train(burgers(), "mspqn", 4, local_steps=3, **DENSE)
     assert sequential.critical[-1] == pytest.approx(sequential.total[-1], rel=1e-12)
+
+
+def test_balanced_steps_fill_the_time_of_the_dearest_subdomain(train: Train) -> None:
+    """Every subdomain of a colour takes about as many work units; on one rank after another nothing is balanced."""
+    seen: dict[str, list[int]] = {}
+
+    def watch(context: Any, iteration: int) -> None:
+        if iteration == 2:
+            here = {s: local.steps for one in context.local for s, local in one.local.items()}
+            seen.setdefault("steps", list(here.values()))
+            for one in context.local:
+                chosen = one.decomposition.subdomains
+                seen.setdefault("costs", list(chosen.costs))
+
+    loss = burgers()
+    costs = Subdomains.by_layers(loss, 4).costs
+    plain = train(loss, "aspqn", 3, local_steps=6, comm=MPI.COMM_SELF)
+    run = train(loss, "aspqn", 3, local_steps=6, balance_steps="true", comm=MPI.COMM_SELF, watch=watch)
+    assert seen["steps"] == [round(6 * max(costs) / cost) for cost in costs]
+    assert seen["steps"][-1] > seen["steps"][0] == 6
+    assert max(seen["costs"]) < 1.2 * min(seen["costs"])
+    assert run.total[-1] / run.critical[-1] > 1.2 * plain.total[-1] / plain.critical[-1]
+    sequential = [train(loss, "mspqn", 3, local_steps=3, balance_steps=b).theta for b in ("true", "false")]
+    assert np.array_equal(*sequential)
 
 
 # A step length for every subdomain ----------------------------------------------------------------------------------

@@ -298,16 +298,13 @@ def print_row(settings: Any, ranks: int, case: str, name: str, delay: float, giv
             for each in (vec, *vectors_in(state, "state", vec).values()):
                 each.destroy()
         hit = [np.flatnonzero(history["error"] <= level) for level in LEVELS]
-        reached = [history[name][h[0]] if len(h) else np.inf for name in ("time", "work_critical") for h in hit]
+        first = [history[name][h[0]] if len(h) else np.inf for name in ("time", "work_critical") for h in hit]
         synchronisations = float(done.stdout.rsplit("synchronisations: ", 1)[1].split()[0])
-        columns.append([*reached, float(np.nanmin(history["error"])), synchronisations / history.last("time")])
-    rows = np.median(np.array(columns), axis=0)
-    count = len(LEVELS)
-    cells = [f"{t:.1f} ({w:.0f})" if np.isfinite(t) else "-" for t, w in zip(rows, rows[count:-2], strict=False)]
-    print(
-        f"| {case} | {size} | {ranks} | {delay:g} | {name} | {' | '.join(cells[:count])} | {rows[-2]:.1e} | {rows[-1]:.0f} |",
-        flush=True,
-    )
+        columns.append([*first, float(np.nanmin(history["error"])), synchronisations / history.last("time")])
+    *first, end, rate = np.median(np.array(columns), axis=0)
+    pairs = zip(first[: len(LEVELS)], first[len(LEVELS) :], strict=True)
+    levels = " | ".join(f"{t:.1f} ({w:.0f})" if np.isfinite(t) else "-" for t, w in pairs)
+    print(f"| {case} | {size} | {ranks} | {delay:g} | {name} | {levels} | {end:.1e} | {rate:.0f} |", flush=True)
 
 
 def map_worker(settings: Any) -> None:

@@ -148,8 +148,10 @@ class _SPQN(LBFGS):
         """See :meth:`LBFGS.restore`."""
         super().restore(state)
         states = iter(state.get("local", ()))
-        for schwarz in self.local:
+        for schwarz in self.local if self.keeps else ():
             schwarz.recall(list(islice(states, len(schwarz.x))))
+        for vec in vectors_in(list(states), "local", self.g).values():  # of a run that kept more than this one
+            vec.destroy()
 
     def _local_kinds(self) -> list[tuple[str, int]]:
         return [kind for schwarz in self.local for kind in schwarz.kinds()]

@@ -378,6 +378,21 @@ def test_a_state_of_other_subdomains_is_refused(train: Train, copied: Callable[[
             train(burgers(), "mspqn", 3, state=kept, local_steps=2, **DENSE | other)
 
 
+def test_memory_may_be_left_behind(train: Train, copied: Callable[[Any], Any]) -> None:
+    """A run with fresh local solvers goes on from the state of one that kept them."""
+    kept: dict[str, Any] = {}
+
+    def keep(context: Any, iteration: int) -> None:
+        if iteration == 3:
+            kept.update(copied(context.state()))
+
+    whole = train(burgers(), "mspqn", 4, watch=keep, local_steps=3, **DENSE)
+    fresh = DENSE | {"local_memory": "fresh"}
+    rest = train(burgers(), "mspqn", 4, start=whole.theta[3], state=kept, local_steps=3, **fresh)
+    assert rest.losses[-1] < whole.losses[3]
+    assert abs(rest.losses[-1] - whole.losses[4]) > 1e-6 * whole.losses[4]
+
+
 def test_an_iteration_that_teaches_local_solvers_is_not_interrupted(comm: MPI.Comm, prefix: str) -> None:
     """A request to stop is seen between iterations only: the matrices always belong to a whole one."""
     loss = burgers()

@@ -77,22 +77,25 @@ class Subdomains:
         return cls.of_layers(loss, groups, [range(a, b) for a, b in pairwise(edges)])
 
     @classmethod
-    def windows(cls, loss: Loss, width: int = 2) -> Subdomains:
-        """Every ``width`` neighbouring layers, each group shifted by one layer against the one before it.
+    def windows(cls, loss: Loss, width: int = 2, shift: int = 1) -> Subdomains:
+        """Groups of ``width`` neighbouring layers, each shifted by at most ``shift`` layers against the one before it.
 
-        L - width + 1 subdomains; the cores are the middle layers, the first and last ones take those at the ends.
+        1 + (L - width) / shift of them, rounded up, the shifts as equal as can be. The cores divide what neighbours
+        share in the middle.
 
         Raises
         ------
         InputError
-            A width below one, or above the number L of layers.
+            A width below one, or above the number L of layers; a shift below one, or above the width.
         """
         depth = len(loss.layers)
         if not 1 <= width <= depth:
             raise InputError(f"the network has {depth} layers: a window must hold 1 to {depth} of them, got {width}")
-        count, middle = depth - width + 1, (width - 1) // 2
-        edges = [0, *range(middle + 1, middle + count), depth]
-        groups = [range(s, s + width) for s in range(count)]
+        if not 1 <= shift <= width:
+            raise InputError(f"windows of {width} layers must be shifted by 1 to {width} layers, got {shift}")
+        starts = split(depth - width, -(-(depth - width) // shift)) if depth > width else [0]
+        edges = [0, *((a + width + b) // 2 for a, b in pairwise(starts)), depth]
+        groups = [range(s, s + width) for s in starts]
         return cls.of_layers(loss, groups, [range(a, b) for a, b in pairwise(edges)])
 
     @classmethod
@@ -139,6 +142,28 @@ class Subdomains:
             for r in ranges:
                 held[r] += 1
         return 1 / np.maximum(held, 1)
+
+    def colours(self, limit: int) -> list[list[int]]:
+        """Groups of at most ``limit`` subdomains that share no entries, each in the first group that takes it."""
+        groups: list[list[int]] = []
+        held: list[NDArray[np.bool_]] = []
+        for s, ranges in enumerate(self.ranges):
+            mine = np.zeros(self.size, dtype=bool)
+            for r in ranges:
+                mine[r] = True
+            found = next((k for k, h in enumerate(held) if len(groups[k]) < limit and not (h & mine).any()), None)
+            if found is None:
+                groups.append([s])
+                held.append(mine)
+            else:
+                groups[found].append(s)
+                held[found] |= mine
+        return groups
+
+    def subset(self, numbers: Sequence[int]) -> Subdomains:
+        """Some of the subdomains."""
+        ranges, cores = (tuple(values[s] for s in numbers) for values in (self.ranges, self.cores))
+        return Subdomains(self.size, ranges, cores, tuple(self.costs[s] for s in numbers))
 
     def assignment(self, ranks: int) -> list[list[int]]:
         """Subdomains of each of ``ranks`` ranks, consecutive, the largest sum of costs as small as possible.

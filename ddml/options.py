@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +82,11 @@ class Option:
         return f"  -{self.name:<20} {self.help}{choices}{default}"
 
 
+def with_defaults(table: Iterable[Option], **defaults: Any) -> tuple[Option, ...]:
+    """The same options with other defaults."""
+    return tuple(replace(o, default=defaults.get(o.name, o.default)) for o in table)
+
+
 def read(table: Iterable[Option], prefix: str | None = "") -> SimpleNamespace:
     """The values of some options under a prefix, defaults where they are not given."""
     database, prefix = PETSc.Options(), prefix or ""
@@ -95,22 +100,23 @@ def read(table: Iterable[Option], prefix: str | None = "") -> SimpleNamespace:
     )
 
 
-def number_or_word(prefix: str, name: str, text: str, word: str) -> float | None:
-    """The positive number that an option's text is, or None if it is ``word``.
+def number_or_word(prefix: str, name: str, text: str, *words: str) -> float | None:
+    """The positive number that an option's text is, or None if it is one of ``words``.
 
     Raises
     ------
     InputError
         If it is neither.
     """
-    if text == word:
+    if text in words:
         return None
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 < value < math.inf:
-        raise InputError(f"option -{prefix}{name} must be '{word}' or a number above 0, got '{text}'")
+        named = ", ".join(f"'{word}'" for word in words)
+        raise InputError(f"option -{prefix}{name} must be {named} or a number above 0, got '{text}'")
     return value
 
 

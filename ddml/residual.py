@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from petsc4py import PETSc
 from torch import Tensor
 
@@ -109,6 +110,24 @@ class ResidualObjective(Objective):
             self.part(i).jacobian_transpose_product(theta, w[begin:end], row)
             begin = end
         self.reduce_parts(self._gradient[: len(self.parts)], product)
+
+    def linear_model(self, x: PETSc.Vec, directions: Sequence[PETSc.Vec]) -> NDArray[np.float64]:
+        """W^T W (k + 1, k + 1) for W = [J(x) d_1, ..., J(x) d_k, r(x)]; charged as k gradients and a loss.
+
+        |r + J D a|^2 is then a quadratic function of a (k,). The sum over the samples is the same to the last bit
+        where the objective's are.
+        """
+        theta = self.parameters(x).clone()
+        columns = [self.parameters(d).clone() for d in directions]
+        count = len(columns)
+        self.work.add(self.fraction * count * self.loss.charge(), products=count)
+        self.work.add(self.fraction * self.loss.charge(gradient=False), losses=1)
+        products = []
+        for i in range(len(self.parts)):
+            part = self.part(i)
+            W = torch.stack([*(part.jacobian_product(theta, d) for d in columns), part.residual(theta)])
+            products.append((W @ W.T).to(dtype=torch.float64, device="cpu").numpy())
+        return np.sum([p for here in self.comm.allgather(products) for p in here], axis=0)
 
     @staticmethod
     def _write(vec: PETSc.Vec, pieces: list[Tensor]) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 
 import h5py
 import numpy as np
+from mpi4py import MPI
 from petsc4py import PETSc
 
+from .parallel import redistributed
 from .sealed import RunFileError
 
 
@@ -130,3 +132,60 @@ def with_vectors(value: Any, theta: PETSc.Vec, made: list[tuple[int, PETSc.Vec]]
     if isinstance(value, list):
         return [with_vectors(child, theta, made) for child in value]
     return value
+
+
+def widened(state: Any, comm: MPI.Comm, theta: PETSc.Vec, root: int) -> Any:
+    """A state that some consecutive ranks hold, its vectors on theirs, as a state of all ranks. Collective on ``comm``.
+
+    The other ranks pass None; ``root`` is one of those that have it. Vectors that are not as long as theta share the
+    memory of the given ones. The caller destroys the vectors that are returned.
+    """
+
+    def outline(value: Any) -> Any:
+        if isinstance(value, PETSc.Vec):
+            return Place(0, value.getSize())
+        if isinstance(value, dict):
+            return {name: outline(child) for name, child in value.items()}
+        return [outline(child) for child in value] if isinstance(value, list) else value
+
+    def fill(form: Any, value: Any) -> Any:
+        if isinstance(form, dict):
+            return {name: fill(child, None if value is None else value[name]) for name, child in form.items()}
+        if isinstance(form, list):
+            return [fill(child, None if value is None else value[i]) for i, child in enumerate(form)]
+        if not isinstance(form, Place):
+            return form
+        here = np.empty(0) if value is None else value.array
+        vec = PETSc.Vec().createWithArray(here, (len(here), form.size), comm=comm)
+        if form.size != theta.getSize():
+            return vec
+        like = theta.duplicate()
+        like.array[:] = redistributed(comm, vec, *like.getOwnershipRange())
+        vec.destroy()
+        return like
+
+    return fill(comm.bcast(outline(state) if comm.rank == root else None, root), state)
+
+
+def narrowed(state: Any, comm: MPI.Comm, like: PETSc.Vec | None) -> Any:
+    """A state of all ranks as one of those that pass a vector ``like`` of theirs; its vectors are destroyed.
+
+    Vectors as long as ``like`` get its layout, others any. The other ranks pass None and get a state without
+    vectors. Collective on ``comm``.
+    """
+    if isinstance(state, dict):
+        return {name: narrowed(child, comm, like) for name, child in state.items()}
+    if isinstance(state, list):
+        return [narrowed(child, comm, like) for child in state]
+    if not isinstance(state, PETSc.Vec):
+        return state
+    vec, begin, end = None, 0, 0
+    if like is not None:
+        same = state.getSize() == like.getSize()
+        vec = like.duplicate() if same else PETSc.Vec().createMPI(state.getSize(), comm=like.comm)
+        begin, end = vec.getOwnershipRange()
+    values = redistributed(comm, state, begin, end)
+    if vec is not None:
+        vec.array[:] = values
+    state.destroy()
+    return vec

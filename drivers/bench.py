@@ -1,8 +1,8 @@
-"""Measure: python drivers/bench.py [-seconds 60] [-only evaluation,ranks,...].
+"""Measure: python drivers/bench.py [-seconds 60] [-only evaluation,ranks,...] [-delays 0,3,10].
 
 Prints tables with medians and ratios; what is compared is measured side by side in the same
 process, alternately where it is short. Sections: evaluation, restricted, ranks, overhead, balance,
-rounding, solvers.
+rounding, solvers, and map, which is run only where -only names it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from mpi4py import MPI
 from petsc4py import PETSc
 from torch import Tensor
 
-from ddml import kernels, options
+from ddml import checkpoint, kernels, options
 from ddml.decomposition import Subdomains
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout, owned
@@ -36,12 +39,18 @@ from ddml.objective import Objective
 from ddml.options import Option
 from ddml.problems import PROBLEMS, PDELoss
 from ddml.problems.accuracy import SolutionError
+from ddml.state import vectors_in
 from solvers import configure
+from solvers.schwarz import Schwarz
 
 SECTIONS = ("evaluation", "restricted", "ranks", "overhead", "balance", "rounding", "solvers")
 OPTIONS = (
     Option("seconds", 60.0, "Budget of each solver in the section solvers.", above=0.0),
     Option("only", ",".join(SECTIONS), "Sections to run."),
+    Option("delays", "0,3,10", "What a synchronisation costs more than it does here, in the section map (ms)."),
+    Option("map_cases", "burgers-20x8,klein_gordon-20x4,klein_gordon-50x6", "Problems and networks of the map."),
+    Option("map_seeds", "0", "Seeds of the map: medians are printed."),
+    Option("delay", 0.0, "Of map_worker (ms).", minimum=0.0),
     Option("repeats", 7, "Timings of each short measurement.", minimum=1),
 )
 CASES = (("burgers", 20, 8), ("klein_gordon", 50, 6))
@@ -146,15 +155,21 @@ def restricted(settings: Any) -> None:
             print(f"- {problem} {width}x{depth} {kind}: {row}", flush=True)
 
 
+LAUNCH = ("mpiexec", "--oversubscribe", *(("--allow-run-as-root",) if os.geteuid() == 0 else ()))
+
+
+def without_mpi() -> dict[str, str]:
+    """The environment without what says that this process is a rank."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_"))}
+
+
 def ranks(settings: Any) -> None:
     """Two ranks against one, and the price of sums in a fixed order."""
     print("\n## Two ranks against one, and sums in a fixed order over 12 blocks, 10,000 points (ms)\n", flush=True)
     print("| problem | network | 1 rank | 2 ranks | speed-up | fixed order, 1 | 2 | price, 1 | 2 |", flush=True)
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
-    command = ["mpiexec", "--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_"))}
-    command += ["-n", "2", sys.executable, "-m", "mpi4py", str(Path(__file__)), "-only", "ranks_worker"]
-    subprocess.run([*command, "-repeats", str(settings.repeats)], check=True, env=environment)
+    command = [*LAUNCH, "-n", "2", sys.executable, "-m", "mpi4py", str(Path(__file__)), "-only", "ranks_worker"]
+    subprocess.run([*command, "-repeats", str(settings.repeats)], check=True, env=without_mpi())
 
 
 def alone(comm: MPI.Comm, work: Callable[[], object]) -> object:
@@ -207,6 +222,100 @@ def ranks_worker(settings: Any) -> None:
         if comm.rank == 0:
             print(f"\n50 iterations of ssbroyden, {problem}: {spent[0]:.1f} s and {spent[1]:.1f} s, "
                   f"{spent[0] / spent[1]:.2f} times as fast", flush=True)  # fmt: skip
+
+
+@contextmanager
+def delayed(seconds: float) -> Iterator[Counter[str]]:
+    """Let every synchronisation of several ranks take so much longer; the number of them.
+
+    Those are the gathering and the summing of vectors, and the two exchanges with subdomains that are treated side
+    by side. Sums of single numbers are not delayed.
+    """
+    count: Counter[str] = Counter()
+
+    def slow(function: Callable[..., Any], ranks: Callable[[Any], int], times: int = 1) -> Callable[..., Any]:
+        def wrapper(this: Any, *args: Any) -> Any:
+            if ranks(this) > 1:
+                count["synchronisations"] += times
+                time.sleep(times * seconds)
+            return function(this, *args)
+
+        return wrapper
+
+    with ExitStack() as stack:
+        for name in ("gather", "reduce", "reduce_rows"):
+            changed = slow(getattr(ParameterLayout, name), lambda layout: layout.comm.size)
+            stack.enter_context(mock.patch.object(ParameterLayout, name, changed))
+        changed = slow(Schwarz._side_by_side, lambda schwarz: schwarz.objective.comm.size, 2)
+        stack.enter_context(mock.patch.object(Schwarz, "_side_by_side", changed))
+        yield count
+
+
+# solvers of the map, by the number of ranks
+MAPPED: dict[int, dict[str, Sequence[str]]] = {
+    1: {"ssbroyden": ("-solver", "ssbroyden"), "mspqn_dense": ("-solver", "mspqn_dense")},
+    2: {"ssbroyden": ("-solver", "ssbroyden"), "in colours": ("-solver", "mspqn_dense", "-side_by_side", "0")},
+}
+LEVELS = (1e-2, 1e-3, 1e-4)
+
+
+def map(settings: Any) -> None:
+    """Which solver is first at an error, by network, ranks and what a synchronisation costs."""
+    print(
+        f"\n## Seconds to a relative error of {', '.join(f'{e:g}' for e in LEVELS)}; at most {settings.seconds:.0f} s\n"
+    )
+    print("Seconds (work on the critical path of as many ranks as subdomains).\n")
+    print("| problem | parameters | ranks | delay (ms) | solver |", " | ".join(f"{e:g}" for e in LEVELS), end="")
+    print(" | end | synchronisations a second |")
+    print("|---|---|---|---|---|" + "---|" * (len(LEVELS) + 2), flush=True)
+    for case in settings.map_cases.split(","):
+        problem, _, shape = case.partition("-")
+        width, _, depth = shape.partition("x")
+        for ranks, named in MAPPED.items():
+            for delay in [float(d) for d in settings.delays.split(",")] if ranks > 1 else [0.0]:
+                for name, given in named.items():
+                    network = ("-problem", problem, "-width", width, "-depth", depth, "-delay", str(delay))
+                    print_row(settings, ranks, case, name, delay, (*network, *given))
+
+
+def print_row(settings: Any, ranks: int, case: str, name: str, delay: float, given: Sequence[str]) -> None:
+    """Run one case for each seed; print the medians."""
+    seeds = settings.map_seeds.split(",")
+    columns: list[list[float]] = []
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            file = f"{folder}/run.h5"
+            command = [*LAUNCH, "-n", str(ranks), sys.executable, "-m", "mpi4py", str(Path(__file__))]
+            limits = ("-max_time", str(settings.seconds), "-target_error", str(LEVELS[-1]), "-max_it", "10000000")
+            quiet = ("-progress", "none", "-checkpoint_interval", "0", "-output", file, "-seed", seed)
+            done = subprocess.run(
+                [*command, "-only", "map_worker", *given, *limits, *quiet],
+                check=True, env=without_mpi(), capture_output=True, text=True,
+            )  # fmt: skip
+            size = checkpoint.inspect(file, MPI.COMM_SELF).size
+            vec = PETSc.Vec().createSeq(size, comm=MPI.COMM_SELF)
+            state, history = checkpoint.read(file, vec)
+            for each in (vec, *vectors_in(state, "state", vec).values()):
+                each.destroy()
+        hit = [np.flatnonzero(history["error"] <= level) for level in LEVELS]
+        first = [history[name][h[0]] if len(h) else np.inf for name in ("time", "work_critical") for h in hit]
+        synchronisations = float(done.stdout.rsplit("synchronisations: ", 1)[1].split()[0])
+        columns.append([*first, float(np.nanmin(history["error"])), synchronisations / history.last("time")])
+    *first, end, rate = np.median(np.array(columns), axis=0)
+    pairs = zip(first[: len(LEVELS)], first[len(LEVELS) :], strict=True)
+    levels = " | ".join(f"{t:.1f} ({w:.0f})" if np.isfinite(t) else "-" for t, w in pairs)
+    print(f"| {case} | {size} | {ranks} | {delay:g} | {name} | {levels} | {end:.1e} | {rate:.0f} |", flush=True)
+
+
+def map_worker(settings: Any) -> None:
+    """A run of drivers/pinn.py with slower synchronisations."""
+    import pinn
+
+    comm = MPI.COMM_WORLD
+    with delayed(settings.delay / 1e3) as count:
+        pinn.main(comm)
+    if comm.rank == 0:
+        print(f"synchronisations: {count['synchronisations']}")
 
 
 def minimise(
@@ -411,8 +520,8 @@ def main(comm: MPI.Comm) -> int:
     settings = options.read(OPTIONS)
     torch.set_num_threads(1)
     for name in settings.only.split(","):
-        if name not in (*SECTIONS, "ranks_worker"):
-            raise InputError(f"option -only must name some of {', '.join(SECTIONS)}; got '{name}'")
+        if name not in (*SECTIONS, "map", "ranks_worker", "map_worker"):
+            raise InputError(f"option -only must name some of {', '.join(SECTIONS)}, map; got '{name}'")
         globals()[name](settings)
     return 0
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import ddml.run
 from ddml import kernels, options, plugins
+from ddml.decomposition import Subdomains
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout
 from ddml.networks.build import OPTIONS as NETWORK_OPTIONS
@@ -30,7 +31,9 @@ from solvers import PETSC_TYPES, SOLVERS, NystromPC, SchwarzPC, configure
 from solvers.spqn import subdomains
 
 PREFIXES = {
-    **dict.fromkeys(("aspqn", "mspqn"), " (of a local solver with sub_ before them, of the coarse one coarse_)"),
+    **dict.fromkeys(
+        ("aspqn", "mspqn", "mspqn_dense"), " (of a local solver with sub_ before them, of the coarse one coarse_)"
+    ),
     "gauss_newton": " (and PETSc's -gn_ksp_type, -gn_ksp_rtol, -gn_pc_type, ...)",
 }
 LARGE = 20_000  # parameters for which a dense inverse Hessian takes 1.6 GB in all
@@ -89,7 +92,7 @@ def main(comm: MPI.Comm) -> int:
     stop = StopRequest()
     with agreed(comm), plugins.blamed(settings.problem, PROBLEMS, "problem"):
         loss, network = build(settings)
-        chosen = subdomains(loss)
+        chosen = decompose(settings, loss)
     blocks = settings.summation_blocks
     if blocks:
         blocks *= -(-comm.size // blocks)  # on more ranks than blocks, every rank needs some
@@ -172,6 +175,11 @@ def build(settings: Any) -> tuple[PDELoss, str]:
     return loss, words
 
 
+def decompose(settings: Any, loss: PDELoss) -> Subdomains:
+    """The subdomains of the solver, or those that the options ask for if it has none."""
+    return getattr(SOLVERS.get(settings.solver), "decompose", subdomains)(loss)
+
+
 def choose(settings: Any, size: int) -> None:
     """Set what was left open: solver, moving points and their number, for a network of so many parameters."""
     if settings.solver == "auto":
@@ -208,7 +216,7 @@ def header(settings: Any, loss: PDELoss, network: str, ranks: int, blocks: int) 
         f"network {network}, {loss.size} parameters, {settings.dtype} on {settings.device},"
         f" {loss.evaluator!r} with derivatives up to order {max(len(i) for i in loss.indices)}{compiled}\n"
         f"solver {settings.solver} on {ranks} rank{'s' * (ranks > 1)}, sums {summation}\n"
-        + (f"{subdomains(loss)!r}" if settings.solver in ("aspqn", "mspqn") else "")
+        + (f"{decompose(settings, loss)!r}" if hasattr(SOLVERS.get(settings.solver), "decompose") else "")
     ).rstrip()
 
 

@@ -10,7 +10,7 @@ from .gauss_newton import GaussNewton
 from .preconditioners import NystromPC, SchwarzPC
 from .quasi_newton import LBFGS
 from .self_scaled import SSBFGS, SSBroyden
-from .spqn import ASPQN, MSPQN
+from .spqn import ASPQN, MSPQN, DenseMSPQN
 
 SOLVERS: dict[str, type[Solver]] = {
     "ssbroyden": SSBroyden,
@@ -19,6 +19,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "lbfgs": LBFGS,
     "aspqn": ASPQN,
     "mspqn": MSPQN,
+    "mspqn_dense": DenseMSPQN,
 }
 
 # PETSc's types for unconstrained minimisation, which take our objectives as they are
@@ -51,16 +52,8 @@ def configure(tao: PETSc.TAO, name: str) -> None:
 
 
 __all__ = [
-    "ASPQN",
-    "LBFGS",
-    "MSPQN",
-    "PETSC_TYPES",
-    "SOLVERS",
-    "SSBFGS",
-    "GaussNewton",
+    *("ASPQN", "LBFGS", "MSPQN", "DenseMSPQN", "GaussNewton", "SSBFGS", "SSBroyden", "Solver"),
     "NystromPC",
-    "SSBroyden",
     "SchwarzPC",
-    "Solver",
-    "configure",
+    *("PETSC_TYPES", "SOLVERS", "configure"),
 ]

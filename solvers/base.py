@@ -37,6 +37,9 @@ class Solver(ABC):
         Names of the vectors that an iteration needs, and which of them are part of :meth:`state`.
     moves_points : int
         Iterations between new collocation points by default; 0: they stay.
+    remembers : bool
+        Whether :meth:`solve` begins with what the last one, of an objective that may have changed since, has
+        learnt of curvature, instead of afresh.
     """
 
     options: ClassVar[Sequence[Option]] = ()
@@ -51,6 +54,7 @@ class Solver(ABC):
         self.vectors: dict[str, PETSc.Vec] = {}
         self.f, self.iteration, self._version = 0.0, 0, 0
         self._resume: dict[str, Any] | None = None
+        self.remembers = False
 
     def setFromOptions(self, tao: PETSc.TAO) -> None:
         """Read the options. Collective."""
@@ -106,19 +110,19 @@ class Solver(ABC):
         self._version = self.objective.version
         if self._resume is None:
             self.iteration = 0
-            self.f = self.objective.value_gradient(x, self.g)
-            self.g.copy(accepted)
-            self.begin()
+            if self.remembers:
+                self.renew(x)
+            else:
+                self.f = self.objective.value_gradient(x, self.g)
+                self.g.copy(accepted)
+                self.begin()
             return self.report(tao, 0, self.f, self.g.norm(), 0.0)
         state, self._resume = self._resume, None
         self.iteration, self.f = state["iteration"], state["f"]
         if state["outdated"]:
             self._version = -1
-        for name, vec in state["vectors"].items():
-            vec.copy(self.vectors[name])
-            vec.destroy()
+        self._take(state)
         accepted.copy(self.g)
-        self.restore(state)
         tao.setIterationNumber(self.iteration)
         return tao.getMaximumIterations() > self.iteration
 
@@ -143,8 +147,23 @@ class Solver(ABC):
         """Take over what :meth:`kept` gave; the vectors have been. Collective."""
         return
 
+    def _take(self, state: dict[str, Any]) -> None:
+        for name, vec in state["vectors"].items():
+            vec.copy(self.vectors[name])
+            vec.destroy()
+        self.restore(state)
+
+    def memory(self) -> dict[str, Any]:
+        """What a solve that :attr:`remembers` begins with; the vectors are this object's. Collective."""
+        return {"vectors": {name: self.vectors[name] for name in self.saved}, **self.kept()}
+
+    def recall(self, memory: dict[str, Any]) -> None:
+        """Take over a :meth:`memory`, and its vectors, for the next solve. Collective."""
+        self._take(memory)
+        self.remembers = True
+
     def state(self) -> dict[str, Any]:
-        """What the next iteration needs besides the parameters, as it was after the last complete one."""
+        """What the next iteration needs besides the parameters, as it was after the last complete one. Collective."""
         return {
             "iteration": self.iteration,
             "f": self.f,

@@ -23,7 +23,7 @@ from ddml.errors import InputError
 from ddml.jacobian import Linearisation
 from ddml.loss import Loss
 from ddml.objective import Objective
-from ddml.options import Option, preset, read
+from ddml.options import Option, read, with_defaults
 from ddml.parallel import redistributed
 from ddml.residual import ResidualObjective
 
@@ -209,9 +209,7 @@ class SchwarzPC(Preconditioner):
     """
 
     options: ClassVar[Sequence[Option]] = (
-        *(o for o in DECOMPOSITION if o.name != "decomposition"),
-        Option("decomposition", "windows", "See -decomposition; by default windows of two layers.",
-               choices=("layers", "tensors", "random", "windows")),
+        *with_defaults(DECOMPOSITION, decomposition="windows"),
         Option("sweep", "additive", "Subdomains side by side, or one after another and back.",
                choices=("additive", "multiplicative")),
         Option("coarse", "neurons", "Coarse space.", choices=("neurons", "none")),
@@ -230,10 +228,7 @@ class SchwarzPC(Preconditioner):
     def setFromOptions(self, pc: PETSc.PC) -> None:
         """See :meth:`Preconditioner.setFromOptions`."""
         super().setFromOptions(pc)
-        if any(PETSc.Options().hasName(self.prefix + o.name) for o in DECOMPOSITION):
-            loss = self.equations(pc).objective.loss
-            with preset(**{f"{self.prefix}decomposition": "windows"}):
-                self.subdomains = subdomains(loss, self.prefix)
+        self.subdomains = subdomains(self.equations(pc).objective.loss, self.prefix, self.options)
 
     @property
     def keeps(self) -> bool:  # type: ignore[override]

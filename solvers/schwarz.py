@@ -2,46 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from petsc4py import PETSc
 
 from ddml.decomposition import Decomposition, Subdomains
+from ddml.errors import InputError
 from ddml.objective import Objective
 from ddml.options import preset
 from ddml.parallel import Interrupted, cause
 from ddml.restricted import RestrictedObjective, restricted
+from ddml.state import narrowed, widened
 from ddml.work import WorkCounter
+
+from .base import Solver
 
 
 class LocalSolver:
     """A TAO solver of one restricted objective, any type, with its own options prefix.
 
-    Takes a fixed number of iterations (less if it cannot go on) and starts afresh at every call.
+    Takes a fixed number of iterations (less if it cannot go on) and starts afresh at every call, or with
+    ``remembers``, from the curvature that the calls before have learnt: the parameters that are frozen
+    have moved since, which quasi-Newton matrices bear as they bear other nonlinearity.
+
+    Parameters
+    ----------
+    objective
+        What is minimised.
+    prefix
+        Of the options.
+    steps
+        Iterations.
+    solver
+        Name, see :func:`solvers.configure`; ``-<prefix>tao_type`` wins.
+    remembers
+        See above.
+
+    Raises
+    ------
+    InputError
+        If a solver of PETSc is to remember.
     """
 
-    def __init__(self, objective: RestrictedObjective, prefix: str, steps: int) -> None:
+    def __init__(
+        self, objective: RestrictedObjective, prefix: str, steps: int, solver: str = "lbfgs", remembers: bool = False
+    ) -> None:
         self.objective, self.prefix, self.given_steps = objective, prefix, steps
+        self.solver, self.remembers = solver, remembers
         self.x = objective.layout.vector()
         self.g = objective.layout.vector()
         self.layers: frozenset[int] = frozenset()
         self._create()
 
     def _create(self) -> None:
+        from . import configure  # which knows all solvers, also those that are made of local ones
+
         prefix, steps = self.prefix, self.given_steps
         self.tao = PETSc.TAO().create(self.objective.comm)
         self.tao.setOptionsPrefix(prefix)
         self.tao.setSolution(self.x)
+        configure(self.tao, self.solver)
         self.objective.attach(self.tao)
-        defaults = {"tao_type": "python", "tao_python_type": "solvers.LBFGS", "momentum": 1.0, "first_step": "scaled"}
+        defaults = {"momentum": 1.0, "first_step": "scaled"}
         stop = {"tao_max_it": steps, "tao_gatol": 0.0, "tao_grtol": 0.0, "tao_gttol": 0.0}
         with preset(**{prefix + name: value for name, value in {**defaults, **stop}.items()}):
             self.tao.setFromOptions()
             self.tao.setUp()
         self.steps = self.tao.getMaximumIterations()
         self.tao.setMonitor(self._before_last)
+        if self.remembers and not isinstance(self.context, Solver):
+            raise InputError(f"a local solver that keeps its memory must be one of ours, not '{self.tao.getType()}'")
+
+    @property
+    def context(self) -> Solver | None:
+        """The solver itself, if it is one of ours."""
+        return self.tao.getPythonContext() if self.tao.getType() == "python" else None
 
     def _before_last(self, tao: PETSc.TAO) -> None:
         if tao.getIterationNumber() == self.steps - 1:
@@ -55,7 +93,9 @@ class LocalSolver:
             self.tao.solve()
         finally:
             self.objective.also(frozenset())
-        if self.tao.getType() != "python":  # PETSc's lmvm, for one, remembers scales from solve to solve
+        if self.context is not None:
+            self.context.remembers = self.remembers
+        else:  # PETSc's lmvm, for one, remembers scales from solve to solve
             self.tao.destroy()
             self._create()
 
@@ -80,14 +120,28 @@ class Schwarz:
     prefix
         Of the local solvers' options.
     steps
-        Local iterations.
+        Iterations of each local solver.
+    solver, remembers
+        Of each :class:`LocalSolver`; those that remember finish what they have begun when a run is to stop.
     """
 
-    def __init__(self, objective: Objective, subdomains: Subdomains, parallel: bool, prefix: str, steps: int) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        subdomains: Subdomains,
+        parallel: bool,
+        prefix: str,
+        steps: Sequence[int],
+        solver: str = "lbfgs",
+        remembers: bool = False,
+    ) -> None:
         self.objective = objective
         self.decomposition = Decomposition(subdomains, objective.layout, parallel, objective.blocks > 0)
         self.restricted = restricted(objective, self.decomposition)
-        self.local = {s: LocalSolver(o, prefix, steps) for s, o in self.restricted.items()}
+        self.local = {s: LocalSolver(o, prefix, steps[s], solver, remembers) for s, o in self.restricted.items()}
+        if remembers:
+            for restricted_objective in self.restricted.values():
+                restricted_objective.stop = None
         self.x = [self.decomposition.vector(s) for s in range(len(subdomains))]
         self.version = objective.version
         self.layers = [objective.loss.layer_numbers(ranges) for ranges in subdomains.ranges]
@@ -96,6 +150,21 @@ class Schwarz:
 
     def additive(self, x: PETSc.Vec, f: float, g: PETSc.Vec, correction: PETSc.Vec) -> None:
         """Write sum_s E_s (theta_s* - R_s x) to ``correction``; f, g are the loss and gradient at x. Collective."""
+        self._side_by_side(x, f, g)
+        with self._exchange_event:
+            correction.set(0.0)
+            for s, difference in enumerate(self.x):
+                self.decomposition.E[s].multAdd(difference, correction, correction)
+
+    def separate(self, x: PETSc.Vec, f: float, g: PETSc.Vec, corrections: Sequence[PETSc.Vec]) -> None:
+        """As :meth:`additive`, but write R_s^T (theta_s* - R_s x) of each subdomain to a vector of its own."""
+        self._side_by_side(x, f, g)
+        with self._exchange_event:
+            for s, (difference, correction) in enumerate(zip(self.x, corrections, strict=True)):
+                self.decomposition.R[s].multTranspose(difference, correction)
+
+    def _side_by_side(self, x: PETSc.Vec, f: float, g: PETSc.Vec) -> None:
+        """Solve in all subdomains from x, and leave theta_s* - R_s x in their vectors."""
         self._follow()
         with self._exchange_event:
             theta = self.objective.parameters(x)
@@ -116,10 +185,8 @@ class Schwarz:
                 interrupted = True
         with self._exchange_event:
             self._count(list(self.local), interrupted)
-            correction.set(0.0)
             for s, difference in enumerate(self.x):
                 self._subtract(s, difference)
-                self.decomposition.E[s].multAdd(difference, correction, correction)
 
     def multiplicative(self, x: PETSc.Vec, f: float, g: PETSc.Vec) -> None:
         """Let each subdomain in turn minimise from the x that the ones before it left; f, g as at x. Collective.
@@ -181,6 +248,36 @@ class Schwarz:
             self.restricted[s].work = WorkCounter()
         if any(flag for _, flag in gathered):
             raise Interrupted
+
+    def kinds(self) -> list[tuple[str, int]]:
+        """Class of the local solver, and size, of each subdomain. Collective."""
+        mine = {s: type(local.context).__name__ for s, local in self.local.items()}
+        names = {s: name for found in self.objective.comm.allgather(mine) for s, name in found.items()}
+        return [(names[s], vec.getSize()) for s, vec in enumerate(self.x)]
+
+    def memory(self, theta: PETSc.Vec) -> list[dict[str, Any]]:
+        """What the local solvers remember, subdomain by subdomain, as a state of all ranks. Collective.
+
+        theta is any vector in the objective's layout. The caller destroys the vectors.
+        """
+        states = []
+        for s, (name, size) in enumerate(self.kinds()):
+            context = self.local[s].context if s in self.local else None
+            mine = context.memory() if context is not None and context.remembers else None
+            memory = widened(mine, self.objective.comm, theta, self.decomposition.workers[s][0])
+            states.append({"solver": name, "size": size, "memory": memory})
+        return states
+
+    def recall(self, states: Sequence[dict[str, Any]]) -> None:
+        """Make the local solvers remember what :meth:`memory` gave, on any number of ranks. Collective.
+
+        It must be of as many subdomains of the same sizes. Its vectors are destroyed.
+        """
+        for s, state in enumerate(states):
+            local = self.local.get(s)
+            mine = narrowed(state["memory"], self.objective.comm, local.x if local else None)
+            if local is not None and local.context is not None and mine is not None:
+                local.context.recall(mine)
 
     def destroy(self) -> None:
         """Destroy the PETSc objects. Collective."""

@@ -40,6 +40,7 @@ SUBDOMAINS = {
     "random with overlap": Subdomains.by_tensors(LOSS, 4, overlap=1, seed=3),
     "windows of two": Subdomains.windows(LOSS),
     "windows of three": Subdomains.windows(LOSS, 3),
+    "windows of three, shifted by two": Subdomains.windows(LOSS, 3, 2),
     "chosen layers": Subdomains.of_layers(LOSS, [[0, 3], [1, 5], [2, 4]]),
     "chosen layers with overlap": Subdomains.of_layers(LOSS, [[0, 1, 3], [1, 4, 5], [2, 4]], [[0, 3], [1, 5], [2, 4]]),
 }
@@ -118,6 +119,16 @@ def test_layers_are_widened_by_the_overlap_on_both_sides(count: int, overlap: in
         assert length(subdomains.ranges[s]) == held
 
 
+@pytest.mark.parametrize(
+    ("width", "shift", "starts"),
+    [(1, 1, [0, 1, 2, 3, 4, 5]), (2, 2, [0, 2, 4]), (3, 2, [0, 1, 3]), (3, 3, [0, 3]), (4, 4, [0, 2]), (6, 1, [0])],
+)
+def test_windows_may_be_shifted_further(width: int, shift: int, starts: list[int]) -> None:
+    subdomains = Subdomains.windows(LOSS, width, shift)
+    layers = [LOSS.layer_numbers(ranges) for ranges in subdomains.ranges]
+    assert layers == [frozenset(range(s, s + width)) for s in starts]
+
+
 @pytest.mark.parametrize("width", range(1, 7))
 def test_windows_are_all_groups_of_neighbouring_layers(width: int) -> None:
     subdomains = Subdomains.windows(LOSS, width)
@@ -175,6 +186,8 @@ def test_balancing_by_cost_is_optimal(depth: int, overlap: int) -> None:
         (Subdomains.by_layers, {"count": 2, "balance": "size"}, "balance must be .* got 'size'"),
         (Subdomains.windows, {"width": 0}, "6 layers.* 1 to 6 .*got 0"),
         (Subdomains.windows, {"width": 7}, "got 7"),
+        (Subdomains.windows, {"width": 3, "shift": 4}, "shifted by 1 to 3 layers, got 4"),
+        (Subdomains.windows, {"width": 3, "shift": 0}, "got 0"),
         (Subdomains.by_tensors, {"count": len(LOSS.parameters) + 1}, "parameter tensors"),
         (Subdomains.by_tensors, {"count": 0}, "got 0"),
         (Subdomains.by_tensors, {"count": 2, "overlap": -3}, "overlap must be 0 or more parameter tensors"),

@@ -19,8 +19,8 @@ OPTIONS = (
     Option("resample", "auto", "New interior points: never; 'sobol', scrambled anew; 'residual', where residuals are "
            "large; auto is residual for gauss_newton and the self-scaled solvers, and never for the others.",
            choices=("auto", "never", "sobol", "residual")),
-    Option("resample_interval", None, "Iterations between new points (default 250; 5 for gauss_newton).", kind=int,
-           minimum=1),
+    Option("resample_interval", None, "Iterations between new points (default 250; gauss_newton 5, mspqn_dense 1).",
+           kind=int, minimum=1),
     Option("resample_candidates", 5, "Sobol points to choose from, for each point.", minimum=2),
     Option("resample_power", 1.0, "k in the density |r|^k / mean |r|^k + c.", minimum=0.0),
     Option("resample_constant", 1.0, "c in that density.", minimum=0.0),

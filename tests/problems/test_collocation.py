@@ -144,7 +144,7 @@ class Training:
         self.objective.initial(self.x)
         self.tao = PETSc.TAO().create(comm)
         self.tao.setOptionsPrefix(prefix)
-        configure(self.tao, solver)
+        configure(self.tao, solver.split()[0])
         self.objective.attach(self.tao)
         self.tao.setSolution(self.x)
         self.tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
@@ -165,13 +165,15 @@ class Training:
         return values.tobytes(), full.tobytes()
 
 
-SOLVERS = ["ssbroyden", "gauss_newton", "lbfgs", "aspqn", "mspqn"]
+SOLVERS = ["ssbroyden", "gauss_newton", "lbfgs", "aspqn", "mspqn", "mspqn_dense", "mspqn_dense in colours"]
 
 
 @pytest.fixture
 def local_steps(prefix: str) -> Callable[[str], None]:
     def choose(solver: str) -> None:
-        if solver.endswith("spqn"):
+        if solver.endswith("colours"):
+            PETSc.Options().setValue(prefix + "side_by_side", 0)
+        if "spqn" in solver:
             PETSc.Options().setValue(prefix + "local_steps", 2)
             PETSc.Options().setValue(prefix + "secant", "half")
 
@@ -197,6 +199,22 @@ def test_every_solver_follows_the_points_and_restarts_exactly(
         assert Training(comm, prefix, solver, max_it=9, restart=file).result() == expected
     alone = Training(MPI.COMM_SELF, prefix, solver, max_it=9).result()
     assert alone == expected
+
+
+@pytest.mark.parametrize("solver", ["ssbroyden", "mspqn_dense", "mspqn_dense in colours"])
+def test_matrices_restart_on_another_number_of_ranks(
+    comm: MPI.Comm, prefix: str, shared_tmp: Path, solver: str, local_steps: Callable[[str], None]
+) -> None:
+    local_steps(solver)
+    expected = Training(MPI.COMM_SELF, prefix, solver, max_it=7).result()
+    mine, ours = str(shared_tmp / f"{comm.rank}.h5"), str(shared_tmp / "run.h5")
+    Training(MPI.COMM_SELF, prefix, solver, max_it=5, output=mine).result()
+    Training(comm, prefix, solver, max_it=5, output=ours).result()
+    from_one = Training(comm, prefix, solver, max_it=7, restart=str(shared_tmp / "0.h5"), output=ours, overwrite=True)
+    assert from_one.result() == expected
+    Training(comm, prefix, solver, max_it=5, output=ours, overwrite=True).result()
+    from_many = Training(MPI.COMM_SELF, prefix, solver, max_it=7, restart=ours, output=mine, overwrite=True)
+    assert from_many.result() == expected
 
 
 @pytest.mark.parametrize("solver", ["lmvm", "bntr"])

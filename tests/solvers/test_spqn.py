@@ -26,6 +26,7 @@ from solvers.spqn import subdomains
 
 Train = Callable[..., SimpleNamespace]
 Make = Callable[..., Loss]
+DENSE = {"decomposition": "windows", "local_solver": "ssbroyden", "local_memory": "keep"}
 FIELDS = ("losses", "norms", "steps", "theta")
 BOTH = pytest.mark.parametrize("solver", ["aspqn", "mspqn"])
 
@@ -105,7 +106,7 @@ def half_step(
     objective.initial(x)
     x.copy(change)
     f = objective.value_gradient(x, g)
-    schwarz = Schwarz(objective, chosen, parallel, f"{prefix}sub_", 25)
+    schwarz = Schwarz(objective, chosen, parallel, f"{prefix}sub_", [25] * len(chosen))
     if parallel:
         schwarz.additive(x, f, g, change)
     else:
@@ -263,6 +264,10 @@ RUNS = {
     "aspqn, random": ("aspqn", {"subdomains": 5, "decomposition": "random"}),
     "aspqn, petsc": ("aspqn", {"subdomains": 2, "sub_tao_type": "lmvm"}),
     "mspqn, 2": ("mspqn", {"subdomains": 2, "secant": "half"}),
+    "mspqn, kept matrices": ("mspqn", {**DENSE, "sub_matrix_dtype": "float32"}),
+    "mspqn, colours": ("mspqn_dense", {"side_by_side": 0}),
+    "mspqn, colours, pairs": ("mspqn", {**DENSE, "local_solver": "lbfgs", "side_by_side": 2}),
+    "aspqn, kept matrices": ("aspqn", {**DENSE, "secant": "half"}),
     "mspqn, overlap": ("mspqn", {"subdomains": 3, "overlap": 1, "coarse_step": True, "coarse_steps": 2}),
 }
 

@@ -17,6 +17,10 @@ from .loss import Parameter
 from .options import preset
 from .parallel import split
 
+# PETSc computes several dot products as one matrix product if the vectors happen to lie evenly spaced in memory: then
+# the last bits of a run would depend on the allocator. Vectors take this over when they are made.
+ONE_BY_ONE = {"vec_mdot_use_gemv": False, "vec_maxpy_use_gemv": False}
+
 
 class ParameterLayout:
     """The global vector of some parameters and its distribution over the ranks of a communicator.
@@ -60,9 +64,7 @@ class ParameterLayout:
     def vector(self) -> PETSc.Vec:
         """A new zero vector in this layout; the caller destroys it. Collective."""
         local = int(self.counts[self.comm.rank])
-        # PETSc computes several dot products as one matrix product if the vectors happen to lie evenly
-        # spaced in memory: then the last bits of a run would depend on the allocator
-        with preset(vec_mdot_use_gemv=False, vec_maxpy_use_gemv=False):
+        with preset(**ONE_BY_ONE):
             vec = PETSc.Vec().createMPI((local, self.size), comm=self.comm)
         vec.set(0.0)
         return vec

@@ -11,6 +11,7 @@ from petsc4py import PETSc
 
 from ddml.decomposition import Decomposition, Subdomains
 from ddml.errors import InputError
+from ddml.layout import ONE_BY_ONE
 from ddml.objective import Objective
 from ddml.options import preset
 from ddml.parallel import Interrupted, cause
@@ -68,7 +69,8 @@ class LocalSolver:
         self.objective.attach(self.tao)
         defaults = {"momentum": 1.0, "first_step": "scaled"}
         stop = {"tao_max_it": steps, "tao_gatol": 0.0, "tao_grtol": 0.0, "tao_gttol": 0.0}
-        with preset(**{prefix + name: value for name, value in {**defaults, **stop}.items()}):
+        own = {prefix + name: value for name, value in {**defaults, **stop}.items()}
+        with preset(**own, **ONE_BY_ONE):
             self.tao.setFromOptions()
             self.tao.setUp()
         self.steps = self.tao.getMaximumIterations()
@@ -90,7 +92,8 @@ class LocalSolver:
         self.layers = also
         self.objective.also(frozenset())
         try:
-            self.tao.solve()
+            with preset(**ONE_BY_ONE):
+                self.tao.solve()
         finally:
             self.objective.also(frozenset())
         if self.context is not None:

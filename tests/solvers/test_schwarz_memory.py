@@ -17,6 +17,7 @@ from ddml.layout import ParameterLayout
 from ddml.loss import Loss
 from ddml.networks.tanh import TanhNetwork
 from ddml.objective import Objective
+from ddml.options import understood
 from ddml.parallel import StopRequest
 from ddml.problems import Burgers, PDELoss
 from ddml.residual import ResidualObjective
@@ -358,11 +359,11 @@ def test_the_search_begins_at_the_dense_minimiser_in_the_subspace(
         ("mspqn", {"side_by_side": -1}, "0 or more"),
     ],
 )
-def test_what_cannot_be_is_refused(train: Train, solver: str, settings: dict[str, Any], words: str) -> None:
-    from ddml.options import understood
-
+def test_what_cannot_be_is_refused(
+    train: Train, least_squares: Make, solver: str, settings: dict[str, Any], words: str
+) -> None:
     with pytest.raises(InputError, match=words), understood():
-        train(burgers(), solver, 1, **settings)
+        train(least_squares([4, 5, 3]), solver, 1, **settings)
 
 
 def test_a_state_of_other_subdomains_is_refused(train: Train, copied: Callable[[Any], Any]) -> None:

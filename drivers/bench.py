@@ -2,7 +2,7 @@
 
 Prints tables with medians and ratios; what is compared is measured side by side in the same
 process, alternately where it is short. Sections: evaluation, restricted, ranks, overhead, balance,
-rounding, solvers, and map, which is run only where -only names it.
+rounding, solvers, preconditioners, and map, which is run only where -only names it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 from program import run_program
@@ -33,17 +33,20 @@ from ddml import checkpoint, kernels, options
 from ddml.decomposition import Subdomains
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout, owned
+from ddml.jacobian import Linearisation
 from ddml.loss import RestrictedLoss
 from ddml.networks.tanh import TanhNetwork
 from ddml.objective import Objective
 from ddml.options import Option
 from ddml.problems import PROBLEMS, PDELoss
 from ddml.problems.accuracy import SolutionError
+from ddml.residual import ResidualObjective
 from ddml.state import vectors_in
 from solvers import configure
+from solvers.preconditioners import NormalEquations
 from solvers.schwarz import Schwarz
 
-SECTIONS = ("evaluation", "restricted", "ranks", "overhead", "balance", "rounding", "solvers")
+SECTIONS = ("evaluation", "restricted", "ranks", "overhead", "balance", "rounding", "solvers", "preconditioners")
 OPTIONS = (
     Option("seconds", 60.0, "Budget of each solver in the section solvers.", above=0.0),
     Option("only", ",".join(SECTIONS), "Sections to run."),
@@ -217,8 +220,8 @@ def ranks_worker(settings: Any) -> None:
         for where in (MPI.COMM_SELF, comm):
             loss = loss_of(problem, "mlp", width, depth)
             run = partial(minimise, loss, "ssbroyden", 1e9, 50, {}, where)
-            rows, _ = alone(comm, run) if where.size == 1 else run()  # type: ignore[misc]
-            spent.append(rows[-1][2])
+            outcome = alone(comm, run) if where.size == 1 else run()
+            spent.append(outcome.rows[-1][2])  # type: ignore[attr-defined]
         if comm.rank == 0:
             print(f"\n50 iterations of ssbroyden, {problem}: {spent[0]:.1f} s and {spent[1]:.1f} s, "
                   f"{spent[0] / spent[1]:.2f} times as fast", flush=True)  # fmt: skip
@@ -318,10 +321,24 @@ def map_worker(settings: Any) -> None:
         print(f"synchronisations: {count['synchronisations']}")
 
 
+class Outcome(NamedTuple):
+    """Rows (work, critical, seconds but for errors, loss, error), the seconds in evaluations, the parameters (n,)."""
+
+    rows: list[tuple[float, ...]]
+    evaluating: float
+    theta: Tensor
+
+
 def minimise(
-    loss: PDELoss, solver: str, seconds: float, iterations: int, given: dict[str, Any], comm: MPI.Comm = MPI.COMM_SELF
-) -> tuple[list[tuple[float, ...]], float]:
-    """Run a solver; rows (work, critical, seconds but for errors, loss, error), and the seconds in evaluations."""
+    loss: PDELoss,
+    solver: str,
+    seconds: float,
+    iterations: int,
+    given: dict[str, Any],
+    comm: MPI.Comm = MPI.COMM_SELF,
+    target: float = 0.0,
+) -> Outcome:
+    """Run a solver, at most until its error is below a target."""
     objective = Objective(loss, ParameterLayout(loss.parameters, comm))
     measure = SolutionError(loss, comm, 5000)
     x = objective.layout.vector()
@@ -361,7 +378,7 @@ def minimise(
         error = measure(owned(x)).get("error", np.nan) if comm.size == 1 else np.nan
         rows.append((objective.work.total, objective.work.critical, now, tao.getObjectiveValue(), error))
         aside += time.perf_counter() - begin
-        if now > seconds:
+        if now > seconds or error < target:
             tao.setConvergedReason(PETSc.TAO.ConvergedReason.CONVERGED_USER)
 
     tao.setMonitor(monitor)
@@ -374,7 +391,7 @@ def minimise(
         for name in given:
             PETSc.Options().delValue(prefix + name)
     tao.destroy()
-    return rows, evaluating
+    return Outcome(rows, evaluating, objective.parameters(x).clone())
 
 
 def rival(loss: PDELoss, name: str, rate: float, seconds: float) -> list[tuple[float, ...]]:
@@ -418,9 +435,89 @@ def overhead(settings: Any) -> None:
         ("lbfgs", {}), ("aspqn", {"local_steps": 5}), ("mspqn", {"local_steps": 5}), ("ssbroyden", {}),
     ]  # fmt: skip
     for solver, given in given_options:
-        rows, evaluating = minimise(loss_of("burgers", "residual", 20, 8), solver, 15.0, 100, given)
+        rows, evaluating, _ = minimise(loss_of("burgers", "residual", 20, 8), solver, 15.0, 100, given)
         total = rows[-1][2]
         print(f"- {solver}: {100 * (1 - evaluating / total):.1f} % of {total:.1f} s", flush=True)
+
+
+# networks, errors down to which they are trained, and lambda of the systems there (our choice)
+STATES = (
+    ("klein_gordon", 20, 4, 8e-3, 3e-4),
+    ("klein_gordon", 20, 4, 9e-5, 3e-6),
+    ("burgers", 20, 8, 9e-4, 1e-5),
+)
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "none": {"pc_type": "none"},
+    "diagonal": {"pc_type": "jacobi"},
+    "additive Schwarz, single layers": {"pc_python_type": "solvers.SchwarzPC", "window": 1, "coarse": "none"},
+    "the same + neurons": {"pc_python_type": "solvers.SchwarzPC", "window": 1},
+    "additive Schwarz, pairs of layers": {"pc_python_type": "solvers.SchwarzPC", "coarse": "none"},
+    "the same + neurons ": {"pc_python_type": "solvers.SchwarzPC"},
+    "multiplicative, pairs of layers": {
+        "pc_python_type": "solvers.SchwarzPC", "sweep": "multiplicative", "coarse": "none",
+    },
+    "Nystrom, rank 300": {"pc_python_type": "solvers.NystromPC"},
+    "Cholesky": {"pc_python_type": "solvers.SchwarzPC", "window": 0, "coarse": "none"},
+}  # fmt: skip
+
+
+def preconditioners(settings: Any) -> None:
+    """Conjugate gradients on Gauss-Newton systems: iterations until the energy norm of the error has fallen."""
+    print("\n## Gauss-Newton systems, 4,032 points\n")
+    print("| system | preconditioner | iterations to 1e-1 | to 1e-2 | build (ms) | apply (ms) | product (ms) |")
+    print("|---|---|---|---|---|---|---|")
+    for problem, width, depth, error, damping in STATES:
+        loss = loss_of(problem, "mlp", width, depth, 4032)
+        theta = minimise(loss, "ssbroyden", 1e9, 10**6, {}, target=error).theta
+        objective = ResidualObjective(loss, ParameterLayout(loss.parameters, MPI.COMM_SELF))
+        x = objective.layout.vector()
+        x.array[:] = theta.numpy()
+        equations = NormalEquations(objective)
+        equations.at, equations.damping = Linearisation(objective, x, True), damping
+        J = np.concatenate([equations.at.transposed(i).numpy() for i in range(len(objective.parts))], axis=1).T
+        A = J.T @ J + damping * np.eye(len(theta))
+        right = -J.T @ np.concatenate([r.numpy() for r in equations.at.residual])
+        exact = np.linalg.solve(A, right)
+        for name, chosen in SYSTEMS.items():
+            if chosen.get("window") == 0:
+                chosen = {**chosen, "window": len(loss.layers)}
+            counts, times = conjugate_gradients(equations, chosen, right, exact, A)
+            found = " | ".join(str(c) if c is not None else f"> {LIMIT}" for c in counts)
+            label = f"{problem} {width}x{depth}, error {error:g}, lambda {damping:g}"
+            print(f"| {label} | {name} | {found} | " + " | ".join(f"{t:.1f}" for t in times) + " |", flush=True)
+
+
+LIMIT = 600  # iterations
+
+
+def conjugate_gradients(
+    equations: NormalEquations, chosen: dict[str, Any], right: Any, exact: Any, A: Any
+) -> tuple[list[int | None], list[float]]:
+    """Iterations to an energy error of 1e-1 and 1e-2; milliseconds to build, to apply, to multiply."""
+    matrix = equations.matrix()
+    b, y = matrix.createVecs()
+    b.array[:] = right
+    ksp, prefix = PETSc.KSP().create(MPI.COMM_SELF), f"bench{time.perf_counter_ns()}_"
+    ksp.setOptionsPrefix(prefix)
+    ksp.setOperators(matrix)
+    ksp.setType("cg")
+    with options.preset(**{prefix + k: v for k, v in {"pc_type": "python", **chosen}.items()}):
+        ksp.setFromOptions()
+    start = time.perf_counter()
+    ksp.setUp()
+    times = [1e3 * (time.perf_counter() - start)]
+    errors: list[float] = []
+
+    def enough(ksp: PETSc.KSP, iteration: int, norm: float) -> bool:
+        e = ksp.buildSolution().array_r - exact
+        errors.append(float(np.sqrt(max(e @ A @ e, 0) / (exact @ A @ exact))))
+        return errors[-1] < 1e-2 or iteration == LIMIT
+
+    ksp.setConvergenceTest(enough)
+    ksp.setTolerances(max_it=LIMIT + 1)
+    ksp.solve(b, y)
+    times += medians(3, lambda: ksp.pc.apply(b, y), lambda: matrix.mult(b, y))
+    return [next((i for i, e in enumerate(errors) if e < level), None) for level in (1e-1, 1e-2)], times
 
 
 def balance(settings: Any) -> None:
@@ -462,7 +559,7 @@ def rounding(settings: Any) -> None:
                 with torch.no_grad():
                     next(iter(loss.network.parameters())).mul_(1 + 2 * nudge)
                 given = {} if solver == "lbfgs" else {"local_steps": 5}
-                runs.append([row[3] for row in minimise(loss, solver, 1e9, 10, given)[0]])
+                runs.append([row[3] for row in minimise(loss, solver, 1e9, 10, given).rows])
             growth = [abs(a - b) / a for a, b in zip(*runs, strict=False)]
             print(f"- {solver} {kind}: " + ", ".join(f"{g:.0e}" for g in growth), flush=True)
 
@@ -498,7 +595,7 @@ def solvers(settings: Any) -> None:
                 if name in ("Adam", "torch L-BFGS"):
                     rows = rival(loss, name, rate, budget)
                 else:
-                    rows, _ = minimise(loss, name, budget, 10**6, {})
+                    rows = minimise(loss, name, budget, 10**6, {}).rows
                 base = base or rows
                 ratios = [["-", "-"], ["-", "-"], ["-", "-"]]
                 if rows is not base:

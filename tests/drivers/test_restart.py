@@ -21,11 +21,22 @@ def train(path: Path, ranks: int, iterations: int, *options: object) -> str:
     return result.out
 
 
-@pytest.mark.parametrize("solver", ["lbfgs", "aspqn", "mspqn", "ssbroyden", "mspqn_dense"])
+OWN: dict[str, tuple[str, ...]] = {
+    "lbfgs": (),
+    "ssbroyden": ("-resample_interval", "3"),
+    "gauss_newton": ("-form", "primal", "-gn_rank", "20"),
+    "gauss_newton with Schwarz": ("-form", "primal", "-preconditioner", "schwarz"),
+    "gauss_newton in dual form": ("-form", "dual"),
+    "mspqn_dense": ("-side_by_side", "0"),
+    "aspqn": ("-local_steps", "5"),
+    "mspqn": ("-local_steps", "5"),
+}
+
+
+@pytest.mark.parametrize("solver", list(OWN))
 def test_other_numbers_of_ranks_go_on_to_the_last_bit(solver: str, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole.h5", tmp_path / "parts.h5"
-    own = {"lbfgs": (), "ssbroyden": ("-resample_interval", "3"), "mspqn_dense": ("-side_by_side", "0")}
-    options = ("-solver", solver, *own.get(solver, ("-local_steps", "5")))
+    options = ("-solver", solver.split()[0], *OWN[solver])
     train(whole, 2, 10, *options)
     for ranks, iterations in ((1, 4), (2, 7), (3, 10)):
         train(parts, ranks, iterations, *options)

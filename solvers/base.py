@@ -37,6 +37,8 @@ class Solver(ABC):
         Names of the vectors that an iteration needs, and which of them are part of :meth:`state`.
     moves_points : int
         Iterations between new collocation points by default; 0: they stay.
+    whole_iterations : bool
+        Whether a request to stop waits for the end of an iteration, which changes what :meth:`kept` gives meanwhile.
     remembers : bool
         Whether :meth:`solve` begins with what the last one, of an objective that may have changed since, has
         learnt of curvature, instead of afresh.
@@ -54,7 +56,7 @@ class Solver(ABC):
         self.vectors: dict[str, PETSc.Vec] = {}
         self.f, self.iteration, self._version = 0.0, 0, 0
         self._resume: dict[str, Any] | None = None
-        self.remembers = False
+        self.remembers = self.whole_iterations = False
 
     def setFromOptions(self, tao: PETSc.TAO) -> None:
         """Read the options. Collective."""
@@ -88,7 +90,7 @@ class Solver(ABC):
             if self.outdated:
                 self.renew(x)
                 self._version = self.objective.version
-            result = self.iterate(x)
+            result = self._iterate(x)
             if not result.success:
                 tao.setConvergedReason(PETSc.TAO.ConvergedReason.DIVERGED_LS_FAILURE)
                 return
@@ -98,6 +100,15 @@ class Solver(ABC):
             going = self.report(tao, self.iteration, self.f, self.g.norm(), result.step)
         if tao.getConvergedReason() == PETSc.TAO.ConvergedReason.CONTINUE_ITERATING:
             tao.setConvergedReason(PETSc.TAO.ConvergedReason.DIVERGED_MAXITS)
+
+    def _iterate(self, x: PETSc.Vec) -> SearchResult:
+        if not self.whole_iterations:
+            return self.iterate(x)
+        stop, self.objective.stop = self.objective.stop, None
+        try:
+            return self.iterate(x)
+        finally:
+            self.objective.stop = stop
 
     @property
     def outdated(self) -> bool:

@@ -93,6 +93,7 @@ class GaussNewton(Solver):
         """Make the work vectors. Collective."""
         super().setUp(tao)
         self.objective: ResidualObjective
+        self.whole_iterations = True
         self.damping, self.growth = 0.0, 2.0
         self.dual = False
         self.gram: Array | None = None

@@ -72,6 +72,7 @@ class SelfScaled(Solver):
             self.objective.comm, self.objective.size, self.objective.blocks or self.objective.comm.size,
             self.settings.matrix_dtype,
         )  # fmt: skip
+        self.whole_iterations = True
         self.pending: tuple[float, ...] | None = None  # keep, and the factors of s s^T, s q^T, q q^T
         self.fresh, self.trial, self.wear = True, 1.0, 0.0  # wear: repairs of late
         self.quotients = math.inf, 0.0  # smallest and largest Rayleigh quotient of H since it was the identity

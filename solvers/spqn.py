@@ -20,7 +20,6 @@ from ddml.options import Option, number_or_word, read, with_defaults
 from ddml.residual import ResidualObjective
 from ddml.state import vectors_in
 
-from .line_search import SearchResult
 from .quasi_newton import LBFGS
 from .schwarz import Schwarz
 
@@ -87,7 +86,7 @@ class _SPQN(LBFGS):
         self.local: list[Schwarz] = []
         self.coarse: Schwarz | None = None
         self._written: list[PETSc.Vec] = []  # what the last call of kept gave
-        self.keeps = self.settings.local_memory == "keep"
+        self.keeps = self.whole_iterations = self.settings.local_memory == "keep"
         loss = self.objective.loss
         self.subdomains = self.decompose(loss, self.prefix)
         if self.settings.local_steps > 0:
@@ -172,16 +171,6 @@ class _SPQN(LBFGS):
                     "the run file keeps the memory of other local solvers or subdomains: the same -decomposition and "
                     "-local_solver go on from it, -local_memory fresh begins afresh"
                 )
-
-    def iterate(self, x: PETSc.Vec) -> SearchResult:
-        """See :meth:`LBFGS.iterate`; where local solvers keep their memory, an iteration is not interrupted."""
-        if not self.keeps:
-            return super().iterate(x)
-        stop, self.objective.stop = self.objective.stop, None
-        try:
-            return super().iterate(x)
-        finally:
-            self.objective.stop = stop
 
     def precondition(self, x: PETSc.Vec) -> float:
         """See :meth:`LBFGS.precondition`."""

@@ -18,7 +18,6 @@ from ddml.loss import Loss
 from ddml.networks.tanh import TanhNetwork
 from ddml.objective import Objective
 from ddml.options import understood
-from ddml.parallel import StopRequest
 from ddml.problems import Burgers, PDELoss
 from ddml.residual import ResidualObjective
 from solvers import configure
@@ -392,33 +391,3 @@ def test_memory_may_be_left_behind(train: Train, copied: Callable[[Any], Any]) -
     rest = train(burgers(), "mspqn", 4, start=whole.theta[3], state=kept, local_steps=3, **fresh)
     assert rest.losses[-1] < whole.losses[3]
     assert abs(rest.losses[-1] - whole.losses[4]) > 1e-6 * whole.losses[4]
-
-
-def test_an_iteration_that_teaches_local_solvers_is_not_interrupted(comm: MPI.Comm, prefix: str) -> None:
-    """A request to stop is seen between iterations only: the matrices always belong to a whole one."""
-    loss = burgers()
-    stop = StopRequest()
-    layout = ParameterLayout(loss.parameters, comm)
-    objective = Objective(loss, layout, stop)
-    for name, value in {**DENSE, "local_steps": 2}.items():
-        PETSc.Options().setValue(prefix + name, value)
-    x, tao, done = layout.vector(), PETSc.TAO().create(comm), []
-    objective.initial(x)
-    tao.setOptionsPrefix(prefix)
-    configure(tao, "mspqn")
-    objective.attach(tao)
-    tao.setSolution(x)
-    tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
-    tao.setMaximumIterations(3)
-    tao.setFromOptions()
-    tao.setUp()
-
-    def monitor(tao: PETSc.TAO) -> None:
-        done.append(tao.getIterationNumber())
-        stop.requested = True  # while the next iteration runs
-        assert objective.stop is stop
-
-    tao.setMonitor(monitor)
-    tao.solve()
-    assert done == [0, 1, 2, 3]
-    tao.destroy()

@@ -473,7 +473,8 @@ def preconditioners(settings: Any) -> None:
         x = objective.layout.vector()
         x.array[:] = theta.numpy()
         equations = NormalEquations(objective)
-        equations.at, equations.damping = Linearisation(objective, x, True), damping
+        equations.move(Linearisation(objective, x, True))
+        equations.damping = damping
         J = np.concatenate([equations.at.transposed(i).numpy() for i in range(len(objective.parts))], axis=1).T
         A = J.T @ J + damping * np.eye(len(theta))
         right = -J.T @ np.concatenate([r.numpy() for r in equations.at.residual])

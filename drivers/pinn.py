@@ -43,8 +43,8 @@ OPTIONS = (
     Option("solver", "auto", f"One of {', '.join(SOLVERS)}; or PETSc's {', '.join(PETSC_TYPES)}; or "
            f"path/to/file.py:Class; auto is ssbroyden up to {LARGE} parameters, lbfgs with memory 50 beyond."),
     *NETWORK_OPTIONS,
-    Option("points", None, "Collocation points in the interior (default 10,000; 5,000 where they move).", kind=int,
-           minimum=1),
+    Option("points", None, "Collocation points in the interior (default 10,000; where they move 5 for 3 parameters, at "
+           "least 1,000 and at most 5,000).", kind=int, minimum=1),
     *collocation.OPTIONS,
     Option("seed", 0, "Of the initial parameters.", minimum=0),
     Option("dtype", "float64", "Precision of the network; parameters are kept in float64.",
@@ -190,7 +190,8 @@ def choose(settings: Any, size: int) -> None:
     if settings.resample == "auto":
         settings.resample = "residual" if interval else "never"
     settings.resample_interval = settings.resample_interval or interval or 250
-    settings.points = settings.points or (10_000 if settings.resample == "never" else 5000)
+    few = min(max(5 * size // 3, 1000), 5000)
+    settings.points = settings.points or (10_000 if settings.resample == "never" else few)
 
 
 def check_device(name: str) -> torch.device:

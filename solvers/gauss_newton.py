@@ -21,8 +21,7 @@ from .base import Solver
 from .line_search import SearchResult
 from .preconditioners import Array, NormalEquations, Preconditioner, cholesky
 
-# our choices: step of the finite difference (of the paper's code), steps tried in one iteration, ratio of
-# decreases below which a step is refused
+# our choices: step of the finite difference, steps tried in an iteration, ratio of decreases that one must exceed
 DIFFERENCE, TRIES, ACCEPTED = 0.1, 30, 1e-4
 
 PRECONDITIONERS: dict[str, dict[str, Any]] = {
@@ -130,7 +129,9 @@ class GaussNewton(Solver):
     def iterate(self, x: PETSc.Vec) -> SearchResult:
         """See :meth:`solvers.base.Solver.iterate`."""
         v, a, trial, trial_g = (self.vectors[name] for name in ("v", "a", "trial", "trial_g"))
-        at = self.equations.at = Linearisation(self.objective, x, self.settings.jacobian == "assembled")
+        self.equations.move(None)  # gives the memory of the rows back before there are new ones
+        at = Linearisation(self.objective, x, self.settings.jacobian == "assembled")
+        self.equations.move(at)
         if self.damping == 0:
             at.diagonal(v)
             self.damping = self.settings.damping * v.max()[1]

@@ -37,8 +37,20 @@ class NormalEquations:
 
     def __init__(self, objective: ResidualObjective) -> None:
         self.objective = objective
-        self.at: Linearisation
         self.damping = 0.0
+        self.moves = 0  # number of points so far
+        self._at: Linearisation | None = None
+
+    def move(self, at: Linearisation | None) -> None:
+        """Make it the matrix at another point, or at none for now."""
+        self._at = at
+        self.moves += at is not None
+
+    @property
+    def at(self) -> Linearisation:
+        """The linearisation at the point."""
+        assert self._at is not None
+        return self._at
 
     def matrix(self) -> PETSc.Mat:
         """The matrix; the caller destroys it."""
@@ -68,7 +80,7 @@ class Preconditioner(ABC):
     def __init__(self) -> None:
         self.settings = SimpleNamespace(**{o.name: o.default for o in self.options})
         self.prefix, self.restored, self.damping = "", False, 0.0
-        self.built: Linearisation | None = None
+        self.built = 0  # for which of the matrix's points
 
     def setFromOptions(self, pc: PETSc.PC) -> None:
         """Read the options under the prefix of the KSP. Collective."""
@@ -80,9 +92,9 @@ class Preconditioner(ABC):
         system = self.system = self.equations(pc)
         self.objective = system.objective
         self.prepare()
-        if not self.restored and self.built is not system.at:
+        if not self.restored and self.built != system.moves:
             self.build(system.at)
-            self.built = system.at
+            self.built = system.moves
         self.restored = False
         self.damp(system.damping)
 
@@ -477,5 +489,5 @@ def cholesky(matrix: Array, damping: float) -> Array:
             return np.asarray(linalg.cholesky(moved, lower=True, overwrite_a=True, check_finite=False))
         except linalg.LinAlgError:
             if not np.isfinite(matrix).all():
-                raise
+                return np.full_like(matrix, np.nan)  # and what it solves is refused, on every rank
             shift = max(10 * shift, 10 * np.finfo(float).eps * float(np.abs(matrix.diagonal()).max()))

@@ -139,7 +139,8 @@ class Systems:
         self.x, self.y = layout.vector(), layout.vector()
         self.objective.initial(self.x)
         self.equations = NormalEquations(self.objective)
-        self.equations.at, self.equations.damping = Linearisation(self.objective, self.x, True), 1e-3
+        self.equations.move(Linearisation(self.objective, self.x, True))
+        self.equations.damping = 1e-3
         self.matrix = self.equations.matrix()
         self.ksp = PETSc.KSP().create(comm)
         self.ksp.setOptionsPrefix(prefix)

@@ -16,6 +16,7 @@ from ddml.errors import InputError
 from ddml.jacobian import Linearisation
 from ddml.options import Option, preset
 from ddml.residual import ResidualObjective
+from ddml.state import vectors_in
 
 from .base import Solver
 from .line_search import SearchResult
@@ -117,14 +118,21 @@ class GaussNewton(Solver):
             "damping": self.damping,
             "growth": self.growth,
             "limit": self.limit if lagged else -1,
+            "kind": self.preconditioner.kind() if lagged and self.preconditioner else None,
             "preconditioner": self.preconditioner.state() if lagged and self.preconditioner else None,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """See :meth:`solvers.base.Solver.restore`."""
         self.damping, self.growth, self.limit = state["damping"], state["growth"], state["limit"]
-        if self.preconditioner is not None and state["preconditioner"] is not None:
+        if state["preconditioner"] is None:
+            return
+        if self.preconditioner is not None and self.preconditioner.kind() == state["kind"]:
             self.preconditioner.restore(self.objective, state["preconditioner"])
+            return
+        self.limit = -1  # other options: it is built anew
+        for vec in vectors_in(state["preconditioner"], "preconditioner", self.g).values():
+            vec.destroy()
 
     def iterate(self, x: PETSc.Vec) -> SearchResult:
         """See :meth:`solvers.base.Solver.iterate`."""

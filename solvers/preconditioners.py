@@ -128,6 +128,10 @@ class Preconditioner(ABC):
     def apply(self, pc: PETSc.PC, x: PETSc.Vec, y: PETSc.Vec) -> None:
         """Write M^-1 x to y. Collective."""
 
+    def kind(self) -> str:
+        """What a :meth:`state` is of: one of another kind cannot be restored."""
+        return type(self).__name__
+
     @abstractmethod
     def state(self) -> dict[str, Any]:
         """What :meth:`restore` needs to go on without :meth:`build`. Collective."""
@@ -158,6 +162,10 @@ class NystromPC(Preconditioner):
         self.basis: Array | None = None
         self.values = np.zeros(0)
         self.matrix: PETSc.Mat | None = None
+
+    def kind(self) -> str:
+        """See :meth:`Preconditioner.kind`."""
+        return f"{super().kind()} of rank {self.settings.rank}"
 
     def build(self, at: Linearisation) -> None:
         """See :meth:`Preconditioner.build`; every rank does what is small for itself."""
@@ -241,6 +249,11 @@ class SchwarzPC(Preconditioner):
         """See :meth:`Preconditioner.setFromOptions`."""
         super().setFromOptions(pc)
         self.subdomains = subdomains(self.equations(pc).objective.loss, self.prefix, self.options)
+
+    def kind(self) -> str:
+        """See :meth:`Preconditioner.kind`."""
+        ranges = () if self.subdomains is None else self.subdomains.ranges
+        return f"{super().kind()} with coarse {self.settings.coarse} on {[length(r) for r in ranges]}"
 
     @property
     def keeps(self) -> bool:  # type: ignore[override]

@@ -129,6 +129,26 @@ def test_a_resumed_run_goes_on_to_the_last_bit(train: Train, copied: Callable[[A
     assert rest.losses.tobytes() == whole.losses[7:].tobytes()
 
 
+@pytest.mark.parametrize(
+    ("then", "now"), [("nystrom", "schwarz"), ("schwarz", "nystrom"), ("schwarz", "cholesky"), ("nystrom", "jacobi")]
+)
+def test_a_run_may_go_on_with_another_preconditioner(
+    train: Train, copied: Callable[[Any], Any], then: str, now: str
+) -> None:
+    kept: dict[str, Any] = {}
+
+    def watch(context: Any, iteration: int) -> None:
+        kept.update(copied(context.state()))
+
+    first = train(burgers(), "gauss_newton", 4, form="primal", preconditioner=then, watch=watch)
+    assert kept["preconditioner"] is not None
+    rest = train(
+        burgers(), "gauss_newton", 8, form="primal", preconditioner=now, start=first.theta[4], state=kept
+    )  # fmt: skip
+    assert len(rest.losses) == 4
+    assert rest.losses[-1] < first.losses[-1]
+
+
 class Systems:
     """A preconditioner of the Gauss-Newton matrix at the initial point, as a matrix."""
 

@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class NonFiniteError(ArithmeticError):
     """A loss, gradient or residual is NaN or infinite where the method cannot reject the point."""
+
+
+class CollectiveError(InputError):
+    """An InputError that all ranks raise together, also in the middle of a run."""

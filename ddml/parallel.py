@@ -13,7 +13,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 from petsc4py import PETSc
 
-from .errors import InputError
+from .errors import CollectiveError, InputError
 
 
 def split(count: int, parts: int) -> list[int]:
@@ -46,7 +46,7 @@ def agreed(comm: MPI.Comm) -> Iterator[None]:
 
 
 def check_memory(comm: MPI.Comm, needed: int, what: str, remedy: str) -> None:
-    """Raise an InputError on all ranks if those of a node need more bytes than it has memory. Collective.
+    """Raise a CollectiveError if those of a node need more bytes than it has memory. Collective.
 
     ``what`` and ``remedy`` are parts of its text.
     """
@@ -55,7 +55,7 @@ def check_memory(comm: MPI.Comm, needed: int, what: str, remedy: str) -> None:
     node.Free()
     worst = comm.allreduce(here / (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")), MPI.MAX)
     if worst > 1:
-        raise InputError(f"{what} takes {worst:.1f} times the memory of a node: {remedy}")
+        raise CollectiveError(f"{what} takes {worst:.1f} times the memory of a node: {remedy}")
 
 
 def redistributed(comm: MPI.Comm, vec: PETSc.Vec, begin: int, end: int) -> NDArray[np.float64]:

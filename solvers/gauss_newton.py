@@ -12,7 +12,7 @@ from petsc4py import PETSc
 from scipy import linalg
 from torch import Tensor
 
-from ddml.errors import InputError
+from ddml.errors import CollectiveError, InputError
 from ddml.jacobian import Linearisation
 from ddml.options import Option, preset
 from ddml.residual import ResidualObjective
@@ -205,7 +205,7 @@ class GaussNewton(Solver):
             if error.__cause__ is not None:
                 raise
             reason = str(error).splitlines()[-1].partition("] ")[2]
-            raise InputError(f"PETSc cannot solve with these -{self.prefix}gn_ options: {reason}") from error
+            raise CollectiveError(f"PETSc cannot solve with these -{self.prefix}gn_ options: {reason}") from error
         iterations = self.ksp.getIterationNumber()
         if self.limit < 0 and self.preconditioner is not None and self.preconditioner.keeps:
             self.limit = 2 * iterations + 5

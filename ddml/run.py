@@ -31,7 +31,8 @@ OPTIONS = (
     Option("output", None, "Run file to write (default: none, or the restart file)."),
     Option("overwrite", False, "Whether an existing run file may be replaced."),
     Option("restart", None, "Run file to go on from."),
-    Option("error_interval", 1, "Iterations between evaluations of the error.", minimum=1),
+    Option("error_interval", None, "Iterations between evaluations of the error (default 1; self-scaled solvers 10).",
+           kind=int, minimum=1),
     Option("progress", "auto", "A bar, a line per iteration, or a bar on a terminal and lines elsewhere.",
            choices=("auto", "bar", "lines", "none")),
 )  # fmt: skip
@@ -132,6 +133,7 @@ class Run:
         self.interval = Interval.parse(settings.checkpoint_interval)
         self.output: str | None = settings.output or settings.restart
         self.reason = ""
+        self.measured: dict[str, float] = {}  # at the end of the run, if not in the history
         self.notes: list[str] = []
         context = tao.getPythonContext() if tao.getType() == "python" else None
         self.context = context if hasattr(context, "state") else None
@@ -221,7 +223,7 @@ class Run:
         if len(self.history) and iteration == self.first_iteration:
             return  # where a solver that begins afresh begins
         columns = {}
-        if iteration % self.settings.error_interval == 0:
+        if iteration % (self.settings.error_interval or 1) == 0:
             columns = dict(self.measure(self.objective.parameters(self.x)))
         work = self.objective.work
         self.history.append(
@@ -300,6 +302,8 @@ class Run:
         reason = self.tao.getConvergedReason()
         self.reason = self.reason or _REASONS.get(reason, f"PETSc's reason {reason}")
         self.save()
+        if len(self.history) and self.history.last("iteration") % (self.settings.error_interval or 1):
+            self.measured = dict(self.measure(self.objective.parameters(self.last)))
         return bool(reason != PETSc.TAO.ConvergedReason.DIVERGED_NAN)
 
     def _solve(self) -> None:
@@ -323,10 +327,11 @@ class Run:
         if len(h) == 0:
             return f"stopped before the first iteration: {self.reason}; nothing was written"
         parts = [f"{int(h.last('iteration'))} iterations", f"loss {h.last('loss'):.6e}"]
-        if np.isfinite(h["test_loss"]).any():
-            parts[-1] += f" (on other points {h['test_loss'][np.isfinite(h['test_loss'])][-1]:.6e})"
-        if np.isfinite(h["error"]).any():
-            parts.append(f"relative error {h['error'][np.isfinite(h['error'])][-1]:.4e}")
+        found = {name: self.measured.get(name, h.last(name)) for name in ("test_loss", "error")}
+        if np.isfinite(found["test_loss"]):
+            parts[-1] += f" (on other points {found['test_loss']:.6e})"
+        if np.isfinite(found["error"]):
+            parts.append(f"relative error {found['error']:.4e}")
         parts += [f"work {h.last('work'):.1f} (critical {h.last('work_critical'):.1f})", f"{h.last('time'):.1f} s"]
         where = f"; run file {self.output}" if self.output else ""
         return f"stopped: {self.reason}. {', '.join(parts)}{where}"

@@ -93,6 +93,7 @@ def main(comm: MPI.Comm) -> int:
     with agreed(comm), plugins.blamed(settings.problem, PROBLEMS, "problem"):
         loss, network = build(settings)
         chosen = decompose(settings, loss)
+    limits.error_interval = limits.error_interval or getattr(SOLVERS.get(settings.solver), "measures_error", 1)
     blocks = settings.summation_blocks
     if blocks:
         blocks *= -(-comm.size // blocks)  # on more ranks than blocks, every rank needs some

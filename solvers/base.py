@@ -37,6 +37,8 @@ class Solver(ABC):
         Names of the vectors that an iteration needs, and which of them are part of :meth:`state`.
     moves_points : int
         Iterations between new collocation points by default; 0: they stay.
+    measures_error : int
+        Iterations between evaluations of the error by default.
     whole_iterations : bool
         Whether a request to stop waits for the end of an iteration, which changes what :meth:`kept` gives meanwhile.
     remembers : bool
@@ -48,6 +50,7 @@ class Solver(ABC):
     work_vectors: ClassVar[Sequence[str]] = ()
     saved: ClassVar[Sequence[str]] = ()
     moves_points: ClassVar[int] = 0
+    measures_error: ClassVar[int] = 1
 
     def __init__(self) -> None:
         self.settings = SimpleNamespace(**{o.name: o.default for o in self.options})

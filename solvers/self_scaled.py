@@ -64,6 +64,7 @@ class SelfScaled(Solver):
     work_vectors = ("direction", "s", "q", "y", "product")
     saved = ("direction", "s", "q")  # of the update that H still waits for
     moves_points = 250
+    measures_error = 10
 
     def setUp(self, tao: PETSc.TAO) -> None:
         """Make the matrix and the work vectors. Collective."""

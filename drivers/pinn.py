@@ -36,7 +36,7 @@ PREFIXES = {
     ),
     "gauss_newton": " (and PETSc's -gn_ksp_type, -gn_ksp_rtol, -gn_pc_type, ...)",
 }
-LARGE = 20_000  # parameters for which a dense inverse Hessian takes 1.6 GB in all
+LARGE = 25_000  # parameters for which a dense inverse Hessian takes 2.5 GB in all
 
 OPTIONS = (
     Option("problem", "burgers", f"One of {', '.join(PROBLEMS)}; or path/to/file.py:Class."),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .decomposition import Decomposition, length
 from .parallel import check_memory
-from .residual import ResidualObjective
+from .residual import ResidualLoss, ResidualObjective
 
 Array = NDArray[np.float64]
 
@@ -81,8 +81,8 @@ class Linearisation:
         """The sum of the parts' numbers over all ranks, in a fixed order if the objective sums so."""
         return self.objective.sum_parts(values)
 
-    def _columns(self, part: object) -> Tensor:
-        return _double(part.jacobian(self.theta).T).contiguous()  # type: ignore[attr-defined]
+    def _columns(self, part: ResidualLoss) -> Tensor:
+        return _double(part.jacobian(self.theta).T).contiguous()
 
     def transposed(self, number: int) -> Tensor:
         """J^T (n, m_p) of a part of this rank's samples, computed anew if it is not stored; not collective."""

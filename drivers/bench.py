@@ -43,6 +43,7 @@ from ddml.problems.accuracy import SolutionError
 from ddml.residual import ResidualObjective
 from ddml.state import vectors_in
 from solvers import configure
+from solvers.gauss_newton import PRECONDITIONERS
 from solvers.preconditioners import NormalEquations
 from solvers.schwarz import Schwarz
 
@@ -447,18 +448,16 @@ STATES = (
     ("burgers", 20, 8, 9e-4, 1e-5),
 )
 SYSTEMS: dict[str, dict[str, Any]] = {
-    "none": {"pc_type": "none"},
-    "diagonal": {"pc_type": "jacobi"},
-    "additive Schwarz, single layers": {"pc_python_type": "solvers.SchwarzPC", "window": 1, "coarse": "none"},
-    "the same + neurons": {"pc_python_type": "solvers.SchwarzPC", "window": 1},
-    "additive Schwarz, pairs of layers": {"pc_python_type": "solvers.SchwarzPC", "coarse": "none"},
-    "the same + neurons ": {"pc_python_type": "solvers.SchwarzPC"},
-    "multiplicative, pairs of layers": {
-        "pc_python_type": "solvers.SchwarzPC", "sweep": "multiplicative", "coarse": "none",
-    },
-    "Nystrom, rank 300": {"pc_python_type": "solvers.NystromPC"},
-    "Cholesky": {"pc_python_type": "solvers.SchwarzPC", "window": 0, "coarse": "none"},
-}  # fmt: skip
+    "none": PRECONDITIONERS["none"],
+    "diagonal": PRECONDITIONERS["jacobi"],
+    "additive, single layers": {**PRECONDITIONERS["schwarz"], "window": 1, "coarse": "none"},
+    "additive, single layers, neurons": {**PRECONDITIONERS["schwarz"], "window": 1},
+    "additive, pairs of layers": {**PRECONDITIONERS["schwarz"], "coarse": "none"},
+    "additive, pairs of layers, neurons": PRECONDITIONERS["schwarz"],
+    "multiplicative, pairs of layers": {**PRECONDITIONERS["multiplicative"], "coarse": "none"},
+    "Nystrom, rank 300": PRECONDITIONERS["nystrom"],
+    "Cholesky": PRECONDITIONERS["cholesky"],
+}
 
 
 def preconditioners(settings: Any) -> None:
@@ -480,8 +479,6 @@ def preconditioners(settings: Any) -> None:
         right = -J.T @ np.concatenate([r.numpy() for r in equations.at.residual])
         exact = np.linalg.solve(A, right)
         for name, chosen in SYSTEMS.items():
-            if chosen.get("window") == 0:
-                chosen = {**chosen, "window": len(loss.layers)}
             counts, times = conjugate_gradients(equations, chosen, right, exact, A)
             found = " | ".join(str(c) if c is not None else f"> {LIMIT}" for c in counts)
             label = f"{problem} {width}x{depth}, error {error:g}, lambda {damping:g}"
@@ -502,7 +499,7 @@ def conjugate_gradients(
     ksp.setOptionsPrefix(prefix)
     ksp.setOperators(matrix)
     ksp.setType("cg")
-    with options.preset(**{prefix + k: v for k, v in {"pc_type": "python", **chosen}.items()}):
+    with options.preset(**{prefix + k: v for k, v in chosen.items()}):
         ksp.setFromOptions()
     start = time.perf_counter()
     ksp.setUp()

@@ -136,6 +136,8 @@ class GaussNewton(Solver):
 
     def iterate(self, x: PETSc.Vec) -> SearchResult:
         """See :meth:`solvers.base.Solver.iterate`."""
+        if not math.isfinite(self.g.norm()):  # as it may be at new points
+            return SearchResult(self.f, 0.0, False)
         v, a, trial, trial_g = (self.vectors[name] for name in ("v", "a", "trial", "trial_g"))
         self.equations.move(None)  # gives the memory of the rows back before there are new ones
         at = Linearisation(self.objective, x, self.settings.jacobian == "assembled")
@@ -152,14 +154,14 @@ class GaussNewton(Solver):
             images = at.product(self.objective.layout.gather(v))
             pairs = zip(at.residual, images, strict=True)
             predicted = -at.total([float(2 * r @ w + w @ w) for r, w in pairs])
-            bent = self.settings.acceleration and self._accelerate(at, x, images)
+            bent = predicted > 0 and self.settings.acceleration and self._accelerate(at, x, images)
             if predicted > 0 and (not bent or 2 * a.norm() <= self.settings.acceleration_limit * v.norm()):
                 trial.waxpy(1.0, x, v)
                 if bent:
                     trial.axpy(0.5, a)
                 value = self.objective.value_gradient(trial, trial_g)
                 ratio = (self.f - value) / predicted
-                if math.isfinite(value) and ratio > ACCEPTED:
+                if math.isfinite(value) and ratio > ACCEPTED and math.isfinite(trial_g.norm()):
                     trial.copy(x)
                     trial_g.copy(self.g)
                     self.damping *= max(1 / 3, 1 - (2 * ratio - 1) ** 3)

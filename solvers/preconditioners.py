@@ -186,10 +186,19 @@ class NystromPC(Preconditioner):
     def _take(self, basis: Array, values: Array) -> None:
         # in one order: what a product rounds depends on it
         self.basis, self.values = np.ascontiguousarray(basis), values
-        if self.matrix is not None:
-            self.matrix.destroy()
+        self._release()
         self.matrix = tall(self.objective, basis[owned(self.objective)])
         self.small = self.matrix.createVecRight()
+
+    def _release(self) -> None:
+        if self.matrix is not None:
+            self.matrix.destroy()
+            self.small.destroy()
+            self.matrix = None
+
+    def destroy(self, pc: PETSc.PC) -> None:
+        """Destroy what was made. Collective."""
+        self._release()
 
     def apply(self, pc: PETSc.PC, x: PETSc.Vec, y: PETSc.Vec) -> None:
         """See :meth:`Preconditioner.apply`."""
@@ -397,9 +406,9 @@ class _Neurons:
     """The coarse space: Z (n, k) with orthonormal columns, J^T J Z, and what is made of them."""
 
     def __init__(self, objective: Objective, basis: sparse.csc_array, images: Array) -> None:
-        self.objective, self.basis, self.images = objective, basis, images
+        self.images = images
         mine = basis.tocsr()[owned(objective)]
-        self.Z, self.W = tall(objective, mine), tall(objective, images)  # W = J^T J Z + lambda Z
+        self.Z, self.W = tall(objective, mine), tall(objective, images)  # W = J^T J Z
         self.gram = objective.comm.allreduce(mine.T @ images)  # Z^T J^T J Z
         self.small, self.more, self.spare = (self.Z.createVecRight() for _ in range(3))
 

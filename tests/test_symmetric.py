@@ -65,3 +65,16 @@ def test_saved_matrices_go_to_other_ranks_and_precisions(comm: MPI.Comm) -> None
         assert comm.allreduce(other.multiply(g).sum(axis=0)) == pytest.approx(expected, rel=1e-12)
     vec.destroy()
     moved.destroy()
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_each_rank_holds_its_share(comm: MPI.Comm, dtype: str) -> None:
+    """N^2 / 2P numbers, and nothing else of that order."""
+    n, units = 600, 12 * -(-comm.size // 12)
+    matrix = SymmetricMatrix(comm, n, units, dtype)
+    share = n * (n + 1) / 2 / comm.size
+    assert comm.allreduce(len(matrix.values)) == n * (n + 1) // 2
+    assert abs(len(matrix.values) / share - 1) < 0.05
+    assert matrix.values.itemsize == np.dtype(dtype).itemsize
+    others = sum(v.nbytes for v in vars(matrix).values() if isinstance(v, np.ndarray)) - matrix.values.nbytes
+    assert others <= 8 * n * units

@@ -1,27 +1,16 @@
 /* The code of symmetric.c for one precision of the stored numbers, STORE; all sums are in double precision. */
 
-#define LANES ((long)(BYTES / sizeof(double)))
-#define ROWS 4 /* at a time: the vectors are read once for all of them */
-typedef double NAME(vec) __attribute__((vector_size(BYTES)));
-typedef double NAME(loose) __attribute__((vector_size(BYTES), aligned(sizeof(double)), may_alias));
-typedef STORE NAME(stored) __attribute__((vector_size(BYTES / sizeof(double) * sizeof(STORE)), aligned(sizeof(STORE)), may_alias));
-#define vec NAME(vec)
-#define loose NAME(loose)
-#define stored NAME(stored)
-
-INLINE vec NAME(all)(double x) { return x - (vec){0}; }
-
 /* `height` rows from `row` on, the first of them at h; see below. */
 INLINE void NAME(block)(const int height, const int change, STORE *h, long row, double keep, const double *s,
                         const double *q, const double *a, const double *b, const double *g, double *product)
 {
     STORE *line[ROWS];
     vec sum[ROWS], left_s[ROWS], left_q[ROWS], left_g[ROWS];
-    const vec kept = NAME(all)(keep);
+    const vec kept = all(keep);
     UNROLL for (int r = 0; r < height; r++) {
         line[r] = r ? line[r - 1] + row + r : h;
-        sum[r] = NAME(all)(0), left_g[r] = NAME(all)(g[row + r]);
-        if (change) left_s[r] = NAME(all)(s[row + r]), left_q[r] = NAME(all)(q[row + r]);
+        sum[r] = all(0), left_g[r] = all(g[row + r]);
+        if (change) left_s[r] = all(s[row + r]), left_q[r] = all(q[row + r]);
     }
     long c = 0;
     for (; c + LANES <= row; c += LANES) {
@@ -29,12 +18,11 @@ INLINE void NAME(block)(const int height, const int change, STORE *h, long row, 
         vec right_a, right_b, below = *(const loose *)(product + c);
         if (change) right_a = *(const loose *)(a + c), right_b = *(const loose *)(b + c);
         UNROLL for (int r = 0; r < height; r++) {
-            vec value = __builtin_convertvector(*(const stored *)(line[r] + c), vec);
+            __builtin_prefetch(line[r] + c + AHEAD, change);
+            vec value = NAME(read)(line[r] + c);
             if (change) {
                 value = kept * value + left_s[r] * right_a + left_q[r] * right_b;
-                const stored rounded = __builtin_convertvector(value, stored);
-                *(stored *)(line[r] + c) = rounded;
-                value = __builtin_convertvector(rounded, vec);
+                value = NAME(write)(line[r] + c, value);
             }
             sum[r] += value * right;
             below += value * left_g[r];
@@ -77,9 +65,3 @@ void NAME(multiply)(STORE *h, long begin, long end, double keep, const double *s
     else
         NAME(rows)(0, h, begin, end, keep, s, q, a, b, g, product);
 }
-
-#undef vec
-#undef loose
-#undef stored
-#undef LANES
-#undef ROWS

@@ -57,7 +57,7 @@ INLINE void NAME(rows)(const int change, STORE *h, long begin, long end, double 
 
 /* For rows begin to end of a symmetric H, which lie at h: H <- keep H + s a^T + q b^T, which must be symmetric, and
    their share of H g is added to `product`. Without s nothing changes. */
-void NAME(multiply)(STORE *h, long begin, long end, double keep, const double *s, const double *q, const double *a,
+void NAME(multiply_symmetric)(STORE *h, long begin, long end, double keep, const double *s, const double *q, const double *a,
                     const double *b, const double *g, double *product)
 {
     if (s)

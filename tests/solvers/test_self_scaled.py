@@ -18,6 +18,7 @@ from ddml.problems import Burgers, PDELoss
 Train = Callable[..., SimpleNamespace]
 Make = Callable[..., Loss]
 BOTH = pytest.mark.parametrize("solver", ["ssbroyden", "ssbfgs"])
+FORMS = pytest.mark.parametrize("form", ["symmetric", "factored"])
 
 
 def burgers() -> PDELoss:
@@ -66,9 +67,12 @@ def dense_run(loss: Loss, steps: np.ndarray, solver: str) -> np.ndarray:
 
 
 @BOTH
-def test_iterates_are_those_of_a_dense_implementation(train: Train, least_squares: Make, solver: str) -> None:
+@FORMS
+def test_iterates_are_those_of_a_dense_implementation(
+    train: Train, least_squares: Make, solver: str, form: str
+) -> None:
     loss = least_squares([10, 12, 15], rows=120, bend=1.0, seed=3)
-    run = train(loss, solver, 50)
+    run = train(loss, solver, 50, matrix_form=form)
     assert len(run.losses) == 51
     assert (run.steps[1:] > 0).all()
     assert (np.diff(run.losses) < 0).all()
@@ -77,8 +81,9 @@ def test_iterates_are_those_of_a_dense_implementation(train: Train, least_square
 
 
 @BOTH
-def test_iterates_on_a_network_are_those_of_a_dense_implementation(train: Train, solver: str) -> None:
-    run = train(burgers(), solver, 15)
+@FORMS
+def test_iterates_on_a_network_are_those_of_a_dense_implementation(train: Train, solver: str, form: str) -> None:
+    run = train(burgers(), solver, 15, matrix_form=form)
     expected = dense_run(burgers(), run.steps, solver)
     assert np.abs(run.theta - expected).max() <= 1e-8 * np.abs(expected).max()
     assert run.losses[-1] < 0.5 * run.losses[0]
@@ -90,24 +95,31 @@ def test_the_two_methods_differ(train: Train) -> None:
 
 
 @BOTH
+@FORMS
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_with_blocks_a_run_has_the_same_bits_on_any_number_of_ranks(train: Train, solver: str, dtype: str) -> None:
-    together = train(burgers(), solver, 30, blocks=12, gathered=True, matrix_dtype=dtype)
-    alone = train(burgers(), solver, 30, comm=MPI.COMM_SELF, blocks=12, gathered=True, matrix_dtype=dtype)
+def test_with_blocks_a_run_has_the_same_bits_on_any_number_of_ranks(
+    train: Train, solver: str, dtype: str, form: str
+) -> None:
+    settings = {"blocks": 12, "gathered": True, "matrix_dtype": dtype, "matrix_form": form}
+    together = train(burgers(), solver, 30, **settings)
+    alone = train(burgers(), solver, 30, comm=MPI.COMM_SELF, **settings)
     assert together.theta.tobytes() == alone.theta.tobytes()
     assert together.losses.tobytes() == alone.losses.tobytes()
     assert together.losses[-1] < 0.3 * together.losses[0]
 
 
-def test_without_blocks_a_run_is_the_same_to_rounding(train: Train) -> None:
-    together, alone = train(burgers(), "ssbroyden", 15), train(burgers(), "ssbroyden", 15, comm=MPI.COMM_SELF)
+@FORMS
+def test_without_blocks_a_run_is_the_same_to_rounding(train: Train, form: str) -> None:
+    together = train(burgers(), "ssbroyden", 15, matrix_form=form)
+    alone = train(burgers(), "ssbroyden", 15, comm=MPI.COMM_SELF, matrix_form=form)
     assert together.losses == pytest.approx(alone.losses, rel=1e-8)
 
 
+@FORMS
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_resumed_run_goes_on_to_the_last_bit_if_it_kept_the_matrix(
-    train: Train, copied: Callable[[Any], Any], dtype: str, keep: bool
+    train: Train, copied: Callable[[Any], Any], dtype: str, keep: bool, form: str
 ) -> None:
     kept: dict[str, Any] = {}
 
@@ -115,7 +127,7 @@ def test_a_resumed_run_goes_on_to_the_last_bit_if_it_kept_the_matrix(
         if iteration == 7:
             kept.update(copied(context.state()))
 
-    settings = {"matrix_dtype": dtype, "keep_matrix": keep}
+    settings = {"matrix_dtype": dtype, "keep_matrix": keep, "matrix_form": form}
     whole = train(burgers(), "ssbroyden", 20, watch=watch, **settings)
     assert (kept["matrix"] is not None) == keep
     rest = train(burgers(), "ssbroyden", 20, start=whole.theta[7], state=kept, **settings)
@@ -125,10 +137,13 @@ def test_a_resumed_run_goes_on_to_the_last_bit_if_it_kept_the_matrix(
 
 
 @BOTH
+@FORMS
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_one_parameter_whose_gradient_vanishes(train: Train, sum_over_rows: Any, solver: str, dtype: str) -> None:
+def test_one_parameter_whose_gradient_vanishes(
+    train: Train, sum_over_rows: Any, solver: str, dtype: str, form: str
+) -> None:
     loss = sum_over_rows(lambda theta, rows: rows[:, 0] * (theta[0] - 2) ** 2, np.ones((4, 1)), [1], np.array([1.0]))
-    run = train(loss, solver, 20, matrix_dtype=dtype)
+    run = train(loss, solver, 20, matrix_dtype=dtype, matrix_form=form)
     assert run.theta[-1] == pytest.approx([2.0], abs=1e-8)
     assert np.isfinite(run.losses).all()
 
@@ -138,20 +153,40 @@ def test_a_state_of_another_version_is_refused(train: Train) -> None:
         train(burgers(), "lbfgs", 2, state={"iteration": 1, "f": 1.0})
 
 
-def test_single_precision_gives_way_before_it_fails(train: Train, sum_over_rows: Any) -> None:
-    """A quadratic whose curvatures are 1e10 apart: H has to become as badly conditioned."""
-    n = 20
-    curvature = np.logspace(0, 10, n)
+def diagonal(sum_over_rows: Any, orders: float, n: int = 20) -> Loss:
+    """A quadratic whose curvatures are so many orders of magnitude apart: H has to become as badly conditioned."""
+    curvature = np.logspace(0, orders, n)
 
     def squares(theta: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return 0.5 * rows[:, 0] * (theta[rows[:, 1].long()] - 1) ** 2
 
-    loss = sum_over_rows(squares, np.column_stack([curvature, np.arange(n)]), [8, 12], np.zeros(n))
+    loss: Loss = sum_over_rows(squares, np.column_stack([curvature, np.arange(n)]), [8, n - 8], np.zeros(n))
+    return loss
+
+
+@pytest.mark.parametrize(("form", "orders"), [("symmetric", 10), ("factored", 14)])
+def test_single_precision_gives_way_before_it_fails(train: Train, sum_over_rows: Any, form: str, orders: float) -> None:
     seen: list[str] = []
     run = train(
-        loss, "ssbroyden", 200, matrix_dtype="float32", watch=lambda c, _: seen.append(str(c.matrix.values.dtype))
-    )
+        diagonal(sum_over_rows, orders), "ssbroyden", 300, matrix_dtype="float32", matrix_form=form,
+        watch=lambda c, _: seen.append(str(c.inverse.matrix.values.dtype)),
+    )  # fmt: skip
     assert seen[0] == "float32"
     assert seen[-1] == "float64"
     assert run.losses[-1] < 1e-8 * run.losses[0]
     assert (np.diff(run.losses) <= 0).all()
+
+
+def test_the_factor_holds_curvatures_that_the_matrix_does_not(train: Train, sum_over_rows: Any) -> None:
+    """A rotated quadratic whose curvatures are 1e20 apart and whose directions all have the same share of the loss."""
+    n = 20
+    turn = np.linalg.qr(np.random.default_rng(0).standard_normal((n, n)))[0]
+    rows = np.sqrt(np.logspace(0, 20, n))[:, None] * turn
+
+    def squares(theta: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return 0.5 * (rows @ theta) ** 2
+
+    loss = sum_over_rows(squares, rows, [8, 12], np.linalg.solve(rows, np.ones(n)))
+    last = {f: train(loss, "ssbroyden", 100, matrix_form=f).losses[-1] for f in ("symmetric", "factored")}
+    assert last["factored"] < 1e-10
+    assert last["symmetric"] > 1e-3

@@ -9,20 +9,11 @@ BENCH = Path(__file__).parents[2] / "drivers" / "bench.py"
 
 
 def test_the_map_has_a_row_for_every_solver_and_delay() -> None:
-    command = [
-        sys.executable,
-        str(BENCH),
-        "-only",
-        "map",
-        "-map_cases",
-        "burgers-5x3",
-        "-seconds",
-        "2",
-        "-delays",
-        "0,5",
-    ]
+    given = ["-only", "map", "-map_cases", "burgers-5x3", "-seconds", "2", "-delays", "0,5"]
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "ORTE_"))}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=clean)
+    done = subprocess.run(
+        [sys.executable, str(BENCH), *given], capture_output=True, text=True, timeout=240, check=False, env=clean
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "5x3" in line]
     expected = [("1", "0", "ssbroyden"), ("1", "0", "mspqn_dense")]
@@ -30,6 +21,6 @@ def test_the_map_has_a_row_for_every_solver_and_delay() -> None:
     assert [tuple(row[2:5]) for row in rows] == expected
     synchronisations = [float(row[-1]) for row in rows]
     assert synchronisations[:2] == [0, 0]
-    assert synchronisations[2] > synchronisations[3] > 0
-    assert synchronisations[4] < 1 / 0.005  # each of them takes that long
+    assert min(synchronisations[2:]) > 0
+    assert max(synchronisations[4:]) < 1 / 0.005  # each of them takes that long
     assert all(float(row[-2]) > 0 for row in rows)

@@ -1,0 +1,153 @@
+"""What the sections of the bench share: losses, timings, runs of a solver."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from petsc4py import PETSc
+from torch import Tensor
+
+from ddml import kernels
+from ddml.layout import ParameterLayout, owned
+from ddml.loss import RestrictedLoss
+from ddml.networks.tanh import TanhNetwork
+from ddml.objective import Objective
+from ddml.problems import PROBLEMS, PDELoss
+from ddml.problems.accuracy import SolutionError
+from solvers import configure
+
+CASES = (("burgers", 20, 8), ("klein_gordon", 50, 6))
+NETWORKS = ("mlp", "residual")
+LAUNCH = ("mpiexec", "--oversubscribe", *(("--allow-run-as-root",) if os.geteuid() == 0 else ()))
+BENCH = str(Path(__file__).parents[1] / "bench.py")
+
+
+def network(kind: str, width: int, depth: int, seed: int = 0) -> TanhNetwork:
+    """One of the two networks of the bench, float64."""
+    paper = kind == "residual"
+    made = TanhNetwork(2, width, depth, 1, residual=paper, adaptive=paper).double()
+    made.reset_parameters(torch.Generator().manual_seed(seed))
+    return made
+
+
+def loss_of(problem: str, kind: str, width: int, depth: int, points: int = 10_000, seed: int = 0) -> PDELoss:
+    """A problem's loss on one of the networks."""
+    return PDELoss(PROBLEMS[problem](), network(kind, width, depth, seed), points)
+
+
+def in_torch(loss: PDELoss) -> PDELoss:
+    """The same loss without compiled kernels."""
+    with mock.patch.object(kernels, "library", lambda: None):
+        return PDELoss(loss.problem, loss.network, loss.count)
+
+
+new = partial(torch.zeros, dtype=torch.float64)
+
+
+def medians(repeats: int, *functions: Callable[[], object]) -> list[float]:
+    """Median milliseconds of functions that are called in turn."""
+    times: list[list[float]] = [[] for _ in functions]
+    for repeat in range(repeats + 1):
+        for function, taken in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function()
+            if repeat:  # the first call warms up
+                taken.append(1e3 * (time.perf_counter() - start))
+    return [statistics.median(t) for t in times]
+
+
+def without_mpi() -> dict[str, str]:
+    """The environment without what says that this process is a rank."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_"))}
+
+
+def alone(comm: MPI.Comm, work: Callable[[], object]) -> object:
+    """Call a function on rank 0 while the others sleep."""
+    result = work() if comm.rank == 0 else None
+    request = comm.Ibarrier()
+    while not request.Test():
+        time.sleep(1e-3)
+    return comm.bcast(result)
+
+
+class Outcome(NamedTuple):
+    """Rows (work, critical, seconds but for errors, loss, error), the seconds in evaluations, the parameters (n,)."""
+
+    rows: list[tuple[float, ...]]
+    evaluating: float
+    theta: Tensor
+
+
+def minimise(
+    loss: PDELoss,
+    solver: str,
+    seconds: float,
+    iterations: int,
+    given: dict[str, Any],
+    comm: MPI.Comm = MPI.COMM_SELF,
+    target: float = 0.0,
+) -> Outcome:
+    """Run a solver, at most until its error is below a target."""
+    objective = Objective(loss, ParameterLayout(loss.parameters, comm))
+    measure = SolutionError(loss, comm, 5000)
+    x = objective.layout.vector()
+    objective.initial(x)
+    prefix = f"bench{time.perf_counter_ns()}_"
+    for name, value in given.items():
+        PETSc.Options().setValue(prefix + name, value)
+    tao = PETSc.TAO().create(comm)
+    tao.setOptionsPrefix(prefix)
+    configure(tao, solver)
+    objective.attach(tao)
+    tao.setSolution(x)
+    tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
+    tao.setMaximumIterations(iterations)
+    tao.setFromOptions()
+    tao.setUp()
+    rows: list[tuple[float, ...]] = []
+    evaluating = aside = 0.0
+    original = Objective.value_gradient  # with what it takes to gather parameters and to sum gradients
+    freeze = RestrictedLoss.freeze
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal evaluating
+            begin = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                evaluating += time.perf_counter() - begin
+
+        return wrapper
+
+    def monitor(tao: PETSc.TAO) -> None:
+        nonlocal aside
+        begin = time.perf_counter()
+        now = begin - start - aside
+        error = measure(owned(x)).get("error", np.nan) if comm.size == 1 else np.nan
+        rows.append((objective.work.total, objective.work.critical, now, tao.getObjectiveValue(), error))
+        aside += time.perf_counter() - begin
+        if now > seconds or error < target:
+            tao.setConvergedReason(PETSc.TAO.ConvergedReason.CONVERGED_USER)
+
+    tao.setMonitor(monitor)
+    Objective.value_gradient, RestrictedLoss.freeze = timed(original), timed(freeze)  # type: ignore[method-assign]
+    start = time.perf_counter()
+    try:
+        tao.solve()
+    finally:
+        Objective.value_gradient, RestrictedLoss.freeze = original, freeze  # type: ignore[method-assign]
+        for name in given:
+            PETSc.Options().delValue(prefix + name)
+    tao.destroy()
+    return Outcome(rows, evaluating, objective.parameters(x).clone())

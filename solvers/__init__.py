@@ -7,8 +7,9 @@ from ddml.plugins import load
 
 from .base import Solver
 from .gauss_newton import GaussNewton
-from .preconditioners import NystromPC, SchwarzPC
+from .nystrom import NystromPC
 from .quasi_newton import LBFGS
+from .schwarz_pc import SchwarzPC
 from .self_scaled import SSBFGS, SSBroyden
 from .spqn import ASPQN, MSPQN, DenseMSPQN
 

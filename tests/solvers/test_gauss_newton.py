@@ -20,7 +20,8 @@ from ddml.options import preset
 from ddml.parallel import cause
 from ddml.problems import Burgers, PDELoss
 from ddml.residual import ResidualObjective
-from solvers.preconditioners import NormalEquations, neuron_basis
+from solvers.neurons import neuron_basis
+from solvers.preconditioners import NormalEquations
 
 Train = Callable[..., SimpleNamespace]
 PRECONDITIONERS = ["nystrom", "schwarz", "multiplicative", "cholesky", "jacobi", "none"]

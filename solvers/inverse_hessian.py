@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ from ddml.factored import FactorChange, FactoredMatrix
 from ddml.objective import Objective
 from ddml.parallel import redistributed
 from ddml.symmetric import Change, SymmetricMatrix
+
+from .preconditioners import cholesky
 
 _PARALLEL = 1e-12  # our choice: sine of an angle below which two vectors span a line
 
@@ -221,6 +224,25 @@ class Factored(InverseHessian):
         """See :meth:`InverseHessian.renew`."""
         super().renew()
         self.image = self.matrix.image
+
+    def take(self, other: Symmetric) -> None:
+        """Become the Cholesky factor of another form's H, shifted where it is not positive definite. Collective.
+
+        Rank 0 factorises: it needs memory for n^2 numbers, three times.
+        """
+        if other.pending is not None:  # the product's pass applies it
+            other.renew()
+        comm, matrix = self.matrix.comm, self.matrix
+        packed = comm.gather(other.matrix.values)
+        rows = None
+        if comm.rank == 0:
+            whole = np.zeros((matrix.size, matrix.size))
+            whole[np.tril_indices(matrix.size)] = np.concatenate(packed)
+            factor = np.ascontiguousarray(cholesky(whole, 0.0).T)
+            edges = [matrix.edges[share] for share in matrix.shares]
+            rows = [factor[begin:end].ravel() for begin, end in pairwise(edges)]
+        matrix.values[:] = comm.scatter(rows)
+        self.renew()
 
     @property
     def _mine(self) -> slice:

@@ -13,7 +13,7 @@ from petsc4py import PETSc
 from ddml.options import Option
 
 from .base import Solver
-from .inverse_hessian import FORMS, Scaling
+from .inverse_hessian import FORMS, Factored, InverseHessian, Scaling, Symmetric
 from .line_search import SearchResult
 
 _TINY = 1e-300
@@ -34,7 +34,8 @@ class SelfScaled(Solver):
 
     H is kept as a symmetric matrix or as a factor, on all ranks (:mod:`solvers.inverse_hessian`): the
     factor holds curvatures that are twice as many orders of magnitude apart, and takes twice the memory
-    and the time of a pass over it.
+    and the time of a pass over it. ``-matrix_form auto`` begins with the matrix and goes over to its
+    Cholesky factor where rounding has made p no descent direction (our choice).
 
     Our choices: The first trial step is not 1 but where the slopes at the ends of the last steps put the
     minimum along the line, a geometric mean between 0.1 and 1: H is too long by about two on PINNs, and
@@ -49,7 +50,7 @@ class SelfScaled(Solver):
 
     options: ClassVar[Sequence[Option]] = (
         Option("matrix_form", "auto", "H is kept as a symmetric matrix, or as a factor of it, more accurate with twice "
-               f"the memory; auto is factored up to {SMALL} parameters.",
+               f"the memory; auto is symmetric until its rounding shows, then, up to {SMALL} parameters, factored.",
                choices=("auto", "symmetric", "factored")),
         Option("matrix_dtype", "float64", "Precision in which H is stored.", choices=("float64", "float32")),
         Option("keep_matrix", True, "Whether a checkpoint holds H; without it a restart begins with the identity."),
@@ -65,12 +66,14 @@ class SelfScaled(Solver):
         """Make the matrix and the work vectors. Collective."""
         super().setUp(tao)
         form = self.settings.matrix_form
-        if form == "auto":
-            form = "factored" if self.objective.size <= SMALL else "symmetric"
-        self.inverse = FORMS[form](self.objective, self.vectors, self.settings.matrix_dtype)
+        self._make("symmetric" if form == "auto" else form, self.settings.matrix_dtype)
         self.whole_iterations = True
         self.fresh, self.trial, self.wear = True, 1.0, 0.0  # wear: repairs of late
         self.quotients = math.inf, 0.0  # smallest and largest Rayleigh quotient of H since it was the identity
+
+    def _make(self, form: str, dtype: str) -> None:
+        self.form = form
+        self.inverse: InverseHessian = FORMS[form](self.objective, self.vectors, dtype)
 
     def destroy(self, tao: PETSc.TAO) -> None:
         """Destroy what :meth:`setUp` made."""
@@ -91,6 +94,7 @@ class SelfScaled(Solver):
             "trial": self.trial,
             "wear": self.wear,
             "quotients": list(self.quotients),
+            "form": self.form,
             **self.inverse.kept(),
         }
 
@@ -101,7 +105,12 @@ class SelfScaled(Solver):
             return
         self.fresh, self.trial, self.wear = state["fresh"], state["trial"], state["wear"]
         self.quotients = tuple(state["quotients"])
+        if state["form"] != self.form:
+            self._make(state["form"], state["dtype"])
         self.inverse.restore(state)
+        if self.settings.matrix_form == "factored":
+            self.vectors["accepted_g"].copy(self.g)
+            self._factor()
 
     def renew(self, x: PETSc.Vec) -> None:
         """See :meth:`solvers.base.Solver.renew`; H stays."""
@@ -124,7 +133,10 @@ class SelfScaled(Solver):
             if not self.quotients[0] > self.inverse.spread * self.quotients[1]:
                 matrix.double()
         self.wear *= 0.9
-        if slope >= 0 and self.wear < WORN:
+        if slope >= 0 and self.form == "symmetric" and self.settings.matrix_form == "auto" and g.getSize() <= SMALL:
+            self._factor()
+            slope = g.dot(direction)
+        elif slope >= 0 and self.wear < WORN:
             self.wear += 1
             slope = self.inverse.repair(slope)
         if not slope < 0:  # also where it is not a number
@@ -140,6 +152,16 @@ class SelfScaled(Solver):
             if self.inverse.update(result.step, self.scaling, self.settings.curvature_skip):
                 self.fresh = False
         return result
+
+    def _factor(self) -> None:
+        """Go over to the factor of H, if H is still a matrix, and to the direction that it gives."""
+        worn = self.inverse
+        if not isinstance(worn, Symmetric):
+            return
+        inverse = Factored(self.objective, self.vectors, "float64")
+        inverse.take(worn)
+        worn.destroy()
+        self.form, self.inverse = "factored", inverse
 
     def _first(self, g: PETSc.Vec) -> float:
         """The first trial step."""

@@ -177,16 +177,45 @@ def test_single_precision_gives_way_before_it_fails(train: Train, sum_over_rows:
     assert (np.diff(run.losses) <= 0).all()
 
 
-def test_the_factor_holds_curvatures_that_the_matrix_does_not(train: Train, sum_over_rows: Any) -> None:
-    """A rotated quadratic whose curvatures are 1e20 apart and whose directions all have the same share of the loss."""
-    n = 20
+def rotated(sum_over_rows: Any, n: int = 20) -> Loss:
+    """A quadratic whose curvatures are 1e20 apart and whose directions all have the same share of the loss."""
     turn = np.linalg.qr(np.random.default_rng(0).standard_normal((n, n)))[0]
     rows = np.sqrt(np.logspace(0, 20, n))[:, None] * turn
 
     def squares(theta: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return 0.5 * (rows @ theta) ** 2
 
-    loss = sum_over_rows(squares, rows, [8, 12], np.linalg.solve(rows, np.ones(n)))
-    last = {f: train(loss, "ssbroyden", 100, matrix_form=f).losses[-1] for f in ("symmetric", "factored")}
-    assert last["factored"] < 1e-10
-    assert last["symmetric"] > 1e-3
+    loss: Loss = sum_over_rows(squares, rows, [8, n - 8], np.linalg.solve(rows, np.ones(n)))
+    return loss
+
+
+def test_the_factor_holds_curvatures_that_the_matrix_does_not(train: Train, sum_over_rows: Any) -> None:
+    runs = {f: train(rotated(sum_over_rows), "ssbroyden", 100, matrix_form=f) for f in ("symmetric", "factored")}
+    assert runs["factored"].losses[-1] < 1e-10
+    assert runs["symmetric"].losses[-1] > 1e-3
+
+
+def test_where_rounding_shows_the_factor_takes_over(
+    train: Train, sum_over_rows: Any, copied: Callable[[Any], Any]
+) -> None:
+    forms: list[str] = []
+    kept: dict[int, Any] = {}
+
+    def watch(context: Any, iteration: int) -> None:
+        forms.append(context.form)
+        if iteration in (3, 60):
+            kept[iteration] = copied(context.state())
+
+    loss = rotated(sum_over_rows)
+    settings = {"blocks": 12, "gathered": True}
+    whole = train(loss, "ssbroyden", 90, watch=watch, **settings)
+    assert (forms[3], forms[60]) == ("symmetric", "factored")
+    assert whole.losses[-1] < 1e-6
+    assert (np.diff(whole.losses) <= 0).all()
+    alone = train(loss, "ssbroyden", 90, comm=MPI.COMM_SELF, **settings)
+    assert alone.losses.tobytes() == whole.losses.tobytes()
+    for iteration, state in kept.items():
+        rest = train(loss, "ssbroyden", 90, start=whole.theta[iteration], state=copied(state), **settings)
+        assert rest.losses.tobytes() == whole.losses[iteration + 1 :].tobytes()
+    factored = train(loss, "ssbroyden", 90, start=whole.theta[3], state=kept[3], matrix_form="factored", **settings)
+    assert factored.losses[-1] < 1e-6

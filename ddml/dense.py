@@ -105,4 +105,4 @@ _SUFFIXES = {"f8": "double", "f4": "float"}
 
 def pointer(array: NDArray[Any]) -> ctypes.c_void_p:
     """Where an array is, for a compiled function."""
-    return ctypes.c_void_p(array.ctypes.data)
+    return ctypes.c_void_p(array.__array_interface__["data"][0])  # a tenth of the time of array.ctypes

@@ -82,6 +82,9 @@ class FactoredMatrix(DenseMatrix):
         start = self.rows.start
         edges = [self.edges[u] - start for u in (*self.units, self.units.stop)]
         parts = [[float(u[b:e] @ v[b:e]) for u, v in pairs] for b, e in pairwise(edges)]
+        everything = np.array(parts).reshape(-1, len(pairs))
         if self.comm.size > 1:
-            parts = [part for rank in self.comm.allgather(parts) for part in rank]
-        return [sum(column, 0.0) for column in zip(*parts, strict=True)]
+            mine, counts = everything, len(pairs) * np.diff(self.shares)
+            everything = np.empty((self.shares[-1], len(pairs)))
+            self.comm.Allgatherv(mine, [everything, counts])
+        return [sum(column, 0.0) for column in everything.T.tolist()]

@@ -134,8 +134,12 @@ class Objective:
                 raise Interrupted
             return sum(values, 0.0)
         if self.blocks:
-            gathered = self.comm.allgather((values, stopped))
-            total, stopped = sum((v for rank in gathered for v in rank[0]), 0.0), any(rank[1] for rank in gathered)
+            counts = np.array(self._counts) + 1  # the last number of each rank is its request
+            gathered = np.empty(counts.sum())
+            self.comm.Allgatherv(np.array([*values, float(stopped)]), [gathered, counts])
+            ends = np.cumsum(counts) - 1
+            stopped = bool(gathered[ends].any())
+            total = sum(np.delete(gathered, ends).tolist(), 0.0)
         else:
             pair = np.array([sum(values, 0.0), float(stopped)])
             self.comm.Allreduce(MPI.IN_PLACE, pair)

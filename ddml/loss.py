@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import work
 from .errors import InputError
+from .networks.modular import ModularNorm, modular
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,16 @@ class Loss(ABC):
     def keeps(self, first: int) -> bool:
         """Whether what enters layer ``first`` can be kept by :meth:`prefix`."""
         return False
+
+    def modular_norm(self, masses: Sequence[float] | None = None, convolution: str = "unfolded") -> ModularNorm:
+        """The modular norm of theta, see :mod:`ddml.networks.modular`.
+
+        Raises
+        ------
+        InputError
+            If the loss has no modular structure, or one with other masses.
+        """
+        raise InputError(f"a {type(self).__name__} has no modular norm: choose -norm 2 or infinity")
 
     @torch.no_grad()
     def value(self, theta: Tensor, kept: Any = None) -> float:
@@ -214,6 +225,10 @@ class RestrictedLoss(Loss):
             gradient[parameter.range] += self.full_gradient[r]
         return value
 
+    def modular_norm(self, masses: Sequence[float] | None = None, convolution: str = "unfolded") -> ModularNorm:
+        """The norm of a vector that is zero outside the subdomain; masses are those of the whole network."""
+        return self.loss.modular_norm(masses, convolution).restricted(self.ranges)
+
     def charge(self, first: int = 0, active: frozenset[int] | None = None, gradient: bool = True) -> float:
         """Work units of one evaluation behind the kept prefix."""
         first = self.first if self.loss.keeps(self.first) else 0
@@ -307,6 +322,11 @@ class ModuleLoss(Loss):
     def initial(self) -> Tensor:
         """The module's parameters."""
         return torch.cat([p.detach().reshape(-1) for p in self.module.parameters()])
+
+    def modular_norm(self, masses: Sequence[float] | None = None, convolution: str = "unfolded") -> ModularNorm:
+        """See :meth:`Loss.modular_norm`; masses are of the layers with weights, in their order."""
+        structure = modular(self.module, self.parameters, masses, convolution)
+        return ModularNorm(self.size, tuple(structure.blocks()))
 
     def _views(self, theta: Tensor) -> dict[str, Tensor]:
         return {p.name: theta[p.range].view(p.shape) for p in self.parameters}

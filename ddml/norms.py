@@ -1,0 +1,102 @@
+"""Norms of distributed parameter vectors, with their dual norms and steepest directions."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+from petsc4py import PETSc
+
+from .layout import ParameterLayout
+from .networks.modular import ModularNorm
+
+
+class Norm(ABC):
+    """A norm of vectors (n,) in a layout; everything is collective on the layout's communicator.
+
+    Attributes
+    ----------
+    is_maximum : bool
+        Whether the norm of vectors with disjoint layers is the largest of theirs.
+    """
+
+    is_maximum = True
+
+    @abstractmethod
+    def __call__(self, x: PETSc.Vec) -> float:
+        """The norm of x."""
+
+    @abstractmethod
+    def steepest(self, g: PETSc.Vec, direction: PETSc.Vec) -> float:
+        """Write a t of norm 1 (0 where g is 0) with the largest <g, t> to ``direction``; that is the dual norm of g."""
+
+
+class TwoNorm(Norm):
+    """|x|_2, its own dual."""
+
+    is_maximum = False
+
+    def __call__(self, x: PETSc.Vec) -> float:
+        """See :class:`Norm`."""
+        return float(x.norm())
+
+    def steepest(self, g: PETSc.Vec, direction: PETSc.Vec) -> float:
+        """See :class:`Norm`: g / |g|_2."""
+        size = float(g.norm())
+        g.copy(direction)
+        direction.scale(1 / size if size > 0 else 0.0)
+        return size
+
+
+class InfinityNorm(Norm):
+    """max |x_i|, with dual |g|_1."""
+
+    def __call__(self, x: PETSc.Vec) -> float:
+        """See :class:`Norm`."""
+        return float(x.norm(PETSc.NormType.NORM_INFINITY))
+
+    def steepest(self, g: PETSc.Vec, direction: PETSc.Vec) -> float:
+        """See :class:`Norm`: the signs of g."""
+        with g as values, direction as signs:
+            np.sign(values, out=signs)
+        return float(g.dot(direction))
+
+
+class DistributedModularNorm(Norm):
+    """The modular norm: the blocks are dealt over the ranks, so that the same bits come out on any number of them.
+
+    Parameters
+    ----------
+    norm
+        Of the gathered vector.
+    layout
+        Of the distributed ones.
+    """
+
+    def __init__(self, norm: ModularNorm, layout: ParameterLayout) -> None:
+        self.norm, self.layout = norm, layout
+        load = np.zeros(layout.comm.size)
+        self.mine: list[int] = []
+        for b in sorted(range(len(norm.blocks)), key=lambda b: -norm.costs[b]):
+            rank = int(np.argmin(load))
+            load[rank] += norm.costs[b]
+            if rank == layout.comm.rank:
+                self.mine.append(b)
+
+    def __call__(self, x: PETSc.Vec) -> float:
+        """See :class:`Norm`."""
+        return max(self._collect(self.norm.norms(self.layout.gather(x), self.mine)), default=0.0)
+
+    def steepest(self, g: PETSc.Vec, direction: PETSc.Vec) -> float:
+        """See :class:`Norm`: the duality map."""
+        full = torch.zeros(self.norm.size, dtype=torch.float64)
+        shares = self.norm.dualize_blocks(self.layout.gather(g), full, self.mine)
+        full += 0.0  # -0 becomes 0, as it does where other ranks' zeros are added
+        self.layout.reduce(full, direction)
+        return math.fsum(self._collect(shares))
+
+    def _collect(self, mine: list[float]) -> list[float]:
+        """One number for each block of this rank, from all ranks."""
+        return [value for values in self.layout.comm.allgather(mine) for value in values]

@@ -326,7 +326,7 @@ class ModuleLoss(Loss):
     def modular_norm(self, masses: Sequence[float] | None = None, convolution: str = "unfolded") -> ModularNorm:
         """See :meth:`Loss.modular_norm`; masses are of the layers with weights, in their order."""
         structure = modular(self.module, self.parameters, masses, convolution)
-        return ModularNorm(self.size, tuple(structure.blocks()))
+        return ModularNorm(self.size, tuple(structure.blocks()), torch.finfo(self.dtype).eps)
 
     def _views(self, theta: Tensor) -> dict[str, Tensor]:
         return {p.name: theta[p.range].view(p.shape) for p in self.parameters}

@@ -12,6 +12,7 @@ from .quasi_newton import LBFGS
 from .schwarz_pc import SchwarzPC
 from .self_scaled import SSBFGS, SSBroyden
 from .spqn import ASPQN, MSPQN, DenseMSPQN
+from .trust_region import TrustRegion
 
 SOLVERS: dict[str, type[Solver]] = {
     "ssbroyden": SSBroyden,
@@ -21,6 +22,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "aspqn": ASPQN,
     "mspqn": MSPQN,
     "mspqn_dense": DenseMSPQN,
+    "tr": TrustRegion,
 }
 
 # PETSc's types for unconstrained minimisation, which take our objectives as they are
@@ -53,7 +55,7 @@ def configure(tao: PETSc.TAO, name: str) -> None:
 
 
 __all__ = [
-    *("ASPQN", "LBFGS", "MSPQN", "DenseMSPQN", "GaussNewton", "SSBFGS", "SSBroyden", "Solver"),
+    *("ASPQN", "LBFGS", "MSPQN", "DenseMSPQN", "GaussNewton", "SSBFGS", "SSBroyden", "Solver", "TrustRegion"),
     "NystromPC",
     "SchwarzPC",
     *("PETSC_TYPES", "SOLVERS", "configure"),

@@ -39,6 +39,8 @@ class Solver(ABC):
         Iterations between new collocation points by default; 0: they stay.
     measures_error : int
         Iterations between evaluations of the error by default.
+    failure : int
+        PETSc's reason where :meth:`iterate` cannot go on.
     whole_iterations : bool
         Whether a request to stop waits for the end of an iteration, which changes what :meth:`kept` gives meanwhile.
     remembers : bool
@@ -51,6 +53,7 @@ class Solver(ABC):
     saved: ClassVar[Sequence[str]] = ()
     moves_points: ClassVar[int] = 0
     measures_error: ClassVar[int] = 1
+    failure: ClassVar[int] = PETSc.TAO.ConvergedReason.DIVERGED_LS_FAILURE
 
     def __init__(self) -> None:
         self.settings = SimpleNamespace(**{o.name: o.default for o in self.options})
@@ -95,7 +98,7 @@ class Solver(ABC):
                 self._version = self.objective.version
             result = self._iterate(x)
             if not result.success:
-                tao.setConvergedReason(PETSc.TAO.ConvergedReason.DIVERGED_LS_FAILURE)
+                tao.setConvergedReason(self.failure)
                 return
             self.f = result.value
             self.g.copy(self.vectors["accepted_g"])

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .polar import polar_factor
+from .polar import EPS, polar_factor
 
 if TYPE_CHECKING:
     from ..loss import Parameter
@@ -77,12 +77,12 @@ class Block:
         gram = matrix @ matrix.T if len(matrix) <= len(matrix.T) else matrix.T @ matrix
         return self.scale * math.sqrt(max(float(torch.linalg.eigvalsh(gram)[-1]), 0.0))
 
-    def dualize(self, matrix: Tensor) -> Tensor:
+    def dualize(self, matrix: Tensor, eps: float) -> Tensor:
         """The matrix of scaled norm 1 with the largest inner product with this one; zero directions stay zero."""
         if self.scale == 0:
             return torch.zeros_like(matrix)
         if not self.by_rows:
-            return polar_factor(matrix) / self.scale
+            return polar_factor(matrix, eps=eps) / self.scale
         lengths = matrix.norm(dim=1, keepdim=True)
         return torch.where(lengths > 0, matrix / lengths, torch.zeros_like(matrix)) / self.scale
 
@@ -268,10 +268,12 @@ class ModularNorm:
         n.
     blocks
         Disjoint ones.
+    eps
+        Relative precision of gradients: what is less in them is not dualized, see :func:`.polar.polar_factor`.
     """
 
-    def __init__(self, size: int, blocks: Sequence[Block]) -> None:
-        self.size, self.blocks = size, tuple(blocks)
+    def __init__(self, size: int, blocks: Sequence[Block], eps: float = EPS) -> None:
+        self.size, self.blocks, self.eps = size, tuple(blocks), eps
         self._entries = [torch.as_tensor(b.entries) for b in blocks]
 
     @property
@@ -292,7 +294,7 @@ class ModularNorm:
         shares = []
         for b in self._chosen(chosen):
             matrix = g[self._entries[b]].double()
-            dual = self.blocks[b].dualize(matrix)
+            dual = self.blocks[b].dualize(matrix, self.eps)
             direction[self._entries[b]] = dual
             shares.append(float((matrix * dual).sum()))
         return shares
@@ -328,7 +330,7 @@ class ModularNorm:
                 raise InputError("a subdomain cuts a tensor: the modular norm needs whole rows and columns of a matrix")
             if rows.any():
                 blocks.append(replace(block, entries=where[block.entries[np.ix_(rows, columns)]]))
-        return ModularNorm(end, blocks)
+        return ModularNorm(end, blocks, self.eps)
 
     def _chosen(self, chosen: Sequence[int] | None) -> Sequence[int]:
         return range(len(self.blocks)) if chosen is None else chosen

@@ -15,6 +15,8 @@ DENSE, CONDITION = 1024, 1e-10
 # largest factor that singular values are multiplied with before an iteration (our choice)
 SMALLEST, LARGEST_SCALE = 1e-9, 1.7
 
+EPS = torch.finfo(torch.float64).eps
+
 CUBIC = ((1.5, -0.5),)  # Bernstein and Newhouse 2024, equation 15
 QUINTIC = ((3.0, -16 / 5, 6 / 5),)  # modula
 MUON = ((3.4445, -4.7750, 2.0315),)  # of that optimiser: fast, and does not converge
@@ -27,21 +29,23 @@ SIX_STEPS = tuple(
 )  # fmt: skip
 
 
-def polar_factor(G: Tensor, dense: int = DENSE) -> Tensor:
-    """U V^T (rows, columns) of G (rows, columns), in G's precision.
+def polar_factor(G: Tensor, dense: int = DENSE, eps: float = EPS) -> Tensor:
+    """U V^T (rows, columns) of G (rows, columns) in float64, without the singular directions that are rounding errors.
 
-    Zero where G has no singular direction; NaN if G is not finite.
+    Those are the ones with singular values below eps^(2/3) of the largest (our choice), with eps the precision that G
+    was computed in: the gradient of a classifier's last layer, for one, has a zero singular value, as the outputs'
+    gradients sum to zero. NaN if G is not finite.
     Up to ``dense`` rows or columns, from the symmetric eigenproblem of the smaller of G G^T and G^T G and one
     Newton-Schulz iteration, or from a singular value decomposition where that product has lost too many digits;
-    beyond, by :func:`newton_schulz`, which needs matrix products only.
+    beyond, by :func:`newton_schulz`, which needs matrix products only, and keeps all directions down to 1e-9.
     """
     if G.shape[0] > G.shape[1]:
-        return polar_factor(G.T, dense).T
+        return polar_factor(G.T, dense, eps).T
     rows, columns = (G != 0).any(dim=1), (G != 0).any(dim=0)
     if not (rows.all() and columns.all()):  # of units that are switched off
         factor = torch.zeros_like(G)
         if rows.any():
-            factor[rows.nonzero(), columns.nonzero().T] = polar_factor(G[rows][:, columns], dense)
+            factor[rows.nonzero(), columns.nonzero().T] = polar_factor(G[rows][:, columns], dense, eps)
         return factor
     size = G.abs().max()
     if not torch.isfinite(size):
@@ -50,11 +54,11 @@ def polar_factor(G: Tensor, dense: int = DENSE) -> Tensor:
     if len(G) > dense:
         return newton_schulz(G)
     values, U = torch.linalg.eigh(G @ G.T)
-    digits = torch.finfo(torch.float64).eps / torch.finfo(G.dtype).eps
-    if values[0] * digits > CONDITION * values[-1]:
+    cut = eps ** (2 / 3)
+    if values[0] > max(CONDITION, cut**2) * values[-1]:
         return _step((U * values.rsqrt()) @ (U.T @ G), CUBIC[0])
     U, sigma, V = torch.linalg.svd(G, full_matrices=False)
-    kept = sigma > len(sigma) * torch.finfo(G.dtype).eps * sigma[0]
+    kept = sigma > cut * sigma[0]
     return U[:, kept] @ V[kept]
 
 

@@ -1,0 +1,113 @@
+r"""Limited-memory Hessian approximations B for trust regions, indefinite (SR1) or positive definite (BFGS)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import NDArray
+from petsc4py import PETSc
+
+from .subproblem import Spectral, orthonormal
+
+Array = NDArray[np.float64]
+
+
+class SecantModel:
+    r"""The last m secant pairs (s, y) and B = gamma I + Psi M Psi^T from them.
+
+    With S, Y the pairs in columns, S^T Y = L + D + U and gamma = y^T y / s^T y of the newest pair with s^T y > 0:
+
+    - ``sr1``: Psi = Y - gamma S, M = (D + L + L^T - gamma S^T S)^-1 (Byrd, Nocedal, Schnabel 1994, theorem 5.1). A
+      pair takes part if \|s^T (y - B s)\| >= 1e-8 \|s\| \|y - B s\|, with B that of the pairs before it.
+    - ``lbfgs``: Psi = [gamma S, Y], M = -[[gamma S^T S, L], [L^T, -D]]^-1 (theorem 2.3). Pairs with
+      s^T y <= 1e-8 \|s\| \|y\| are not stored.
+
+    Pairs are stored divided by \|s\|, which leaves B as it is. Without pairs B = 0, a first-order model. The vectors
+    are distributed, n/P a rank and vector. All is collective.
+
+    Parameters
+    ----------
+    size
+        m.
+    kind
+        ``sr1`` or ``lbfgs``.
+    """
+
+    SKIP = 1e-8
+
+    def __init__(self, size: int, kind: str) -> None:
+        self.size, self.kind, self.gamma = size, kind, 0.0
+        self.S: list[PETSc.Vec] = []
+        self.Y: list[PETSc.Vec] = []
+
+    def __len__(self) -> int:
+        return len(self.S)
+
+    def update(self, s: PETSc.Vec, y: PETSc.Vec) -> bool:
+        """Store copies of a pair and forget the oldest beyond m; False if it is not stored."""
+        curvature, length = s.dot(y), s.norm()
+        scale = length * y.norm()
+        if self.size == 0 or not scale > 0 or (self.kind == "lbfgs" and not curvature > self.SKIP * scale):
+            return False
+        while len(self) >= self.size:
+            self.S.pop(0).destroy()
+            self.Y.pop(0).destroy()
+        for vec, vectors in ((s, self.S), (y, self.Y)):
+            vectors.append(vec.copy())
+            vectors[-1].scale(1 / length)
+        if curvature > 0:
+            self.gamma = y.dot(y) / curvature
+        return True
+
+    def matrix(self, comm: MPI.Comm, like: PETSc.Vec) -> Spectral:
+        """B on vectors as ``like``."""
+        local = like.getLocalSize()
+        if len(self) == 0:
+            return Spectral(comm, like.getSize(), 0.0, np.zeros(0), np.zeros((local, 0)))
+        S, Y = (np.column_stack([v.array_r for v in vectors]) for vectors in (self.S, self.Y))
+        if self.kind == "lbfgs":
+            products = self._sum(comm, S.T @ np.hstack([S, Y]))
+            SS, SY = np.hsplit(products, 2)
+            L, D = np.tril(SY, -1), np.diag(np.diag(SY))
+            M = -np.linalg.inv(np.block([[self.gamma * SS, L], [L.T, -D]]))
+            return Spectral.of(comm, like.getSize(), self.gamma, np.hstack([self.gamma * S, Y]), M)
+        Psi = Y - self.gamma * S
+        kept, M = self._regular(orthonormal(comm, Psi)[1], self._sum(comm, S.T @ Psi))
+        return Spectral.of(comm, like.getSize(), self.gamma, Psi[:, kept], M)
+
+    @staticmethod
+    def _sum(comm: MPI.Comm, local: Array) -> Array:
+        total = np.empty_like(local)
+        comm.Allreduce(np.ascontiguousarray(local), total)
+        return total
+
+    def _regular(self, R: Array, products: Array) -> tuple[list[int], Array]:
+        """The pairs that SR1 updates are defined for, and M; with Psi^T Psi = R^T R, ``products`` is S^T Psi."""
+        kept, M = list[int](), np.zeros((0, 0))
+        for j in range(len(self)):
+            b = M @ products[j, kept]
+            residual = np.zeros(len(self))  # y - B s of pair j is Psi times this
+            residual[j], residual[kept] = 1.0, -b
+            size, pivot = float(np.linalg.norm(R @ residual)), products[j, j] - products[j, kept] @ b
+            if size > 0 and abs(pivot) >= self.SKIP * size:
+                # pivot is the Schur complement of M^-1: one more row and column of the inverse
+                M = np.block([[M + np.outer(b, b) / pivot, -b[:, None] / pivot], [-b[None] / pivot, 1 / pivot]])
+                kept = [*kept, j]
+        return kept, M
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for vec in (*self.S, *self.Y):
+            vec.destroy()
+        self.S, self.Y, self.gamma = [], [], 0.0
+
+    def state(self) -> dict[str, Any]:
+        """Everything, for a checkpoint; the vectors are this object's."""
+        return {"S": list(self.S), "Y": list(self.Y), "gamma": self.gamma}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over the vectors of a checkpoint."""
+        self.clear()
+        self.S, self.Y, self.gamma = list(state["S"]), list(state["Y"]), state["gamma"]

@@ -1,0 +1,210 @@
+"""Trust-region methods."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from petsc4py import PETSc
+
+from ddml.errors import InputError
+from ddml.networks.modular import CONVOLUTIONS
+from ddml.norms import DistributedModularNorm, InfinityNorm, Norm, TwoNorm
+from ddml.objective import Objective
+from ddml.options import Option
+
+from . import radius
+from .base import Solver
+from .line_search import SearchResult
+from .models import FirstOrder, Model, Secant, products
+from .radius import BOUNDARY, SMALLEST, TrustRadius, complaint
+
+# our choice: a local solve ends when less than this part of its budget is left
+LITTLE = 0.01
+
+OPTIONS = (
+    Option("model", "first", "Of the loss in the trust region: first order, secant pairs, exact Hessian products, or "
+           "Gauss-Newton products for sums of squares.",
+           choices=("first", "sr1", "lbfgs", "hessian", "gauss_newton")),
+    Option("norm", None, "Of the trust region (default: modular with the first-order model, else 2).",
+           choices=("modular", "2", "infinity")),
+    Option("momentum", 0.9, "mu of Nesterov's momentum in the first-order model; 0 is none.", minimum=0.0),
+    Option("memory", 10, "Secant pairs.", minimum=1),
+    Option("convolution", "unfolded", "Modular norm of a convolution: that of a linear layer on patches, or the "
+           "paper's, over its slices.", choices=CONVOLUTIONS),
+    Option("masses", None, "Of the layers in the modular norm, in their order, separated by commas (default: all 1)."),
+    *radius.OPTIONS,
+)  # fmt: skip
+
+
+def make_norm(objective: Objective, name: str, settings: Any, prefix: str) -> Norm:
+    """The norm of that name for an objective's parameters.
+
+    Raises
+    ------
+    InputError
+        If the loss has no modular norm, or not with such masses.
+    """
+    if name == "2":
+        return TwoNorm()
+    if name == "infinity":
+        return InfinityNorm()
+    try:
+        masses = None if settings.masses is None else [float(m) for m in settings.masses.split(",")]
+    except ValueError:
+        raise InputError(
+            f"option -{prefix}masses must be numbers separated by commas, got '{settings.masses}'"
+        ) from None
+    return DistributedModularNorm(objective.loss.modular_norm(masses, settings.convolution), objective.layout)
+
+
+class TrustRegion(Solver):
+    r"""A trust-region method in the modular, the infinity or the 2-norm.
+
+    From theta, where loss and gradient are known, a step s minimises a model of the loss among the steps of norm
+    <= delta (:mod:`solvers.models`), loss and gradient at theta + s come from one evaluation, and the controller
+    accepts or rejects and sets the next delta (:class:`solvers.radius.TrustRadius`). An accepted trial's gradient
+    serves the next step; a rejected step is an iteration that leaves theta where it is. One evaluation an iteration.
+
+    When the objective changes, as with mini-batches, let S be the displacement since it last did, g_0 the first
+    gradient of the old one, g that of the new one, and :math:`q = \langle g, S\rangle / \langle g_0, S\rangle`.
+    Where S was a descent direction and (1 + q) / 2 < 1/4, so that by the trapezoidal rule less than a quarter of the
+    decrease that g_0 promised is left, delta is divided by sqrt 2 (our choice).
+
+    A run ends where delta is below 1e-14: no step decreases the loss.
+
+    Models of second order need the 2-norm: in the others the subproblem is a hard one of its own.
+    """
+
+    options: ClassVar[Sequence[Option]] = OPTIONS
+    work_vectors = ("s", "trial", "trial_g", "y", "batch_x", "batch_g")
+    saved = ("batch_x", "batch_g")
+    failure = PETSc.TAO.ConvergedReason.DIVERGED_TR_REDUCTION
+
+    def setFromOptions(self, tao: PETSc.TAO) -> None:
+        """Read the options. Collective.
+
+        Raises
+        ------
+        InputError
+            Constants or a norm and a model that do not go together.
+        """
+        super().setFromOptions(tao)
+        settings = self.settings
+        wrong = complaint(self.prefix, settings)
+        if wrong:
+            raise InputError(wrong)
+        if not settings.momentum < 1:
+            raise InputError(f"option -{self.prefix}momentum must be less than 1, got {settings.momentum:g}")
+        self.norm_name = settings.norm or ("modular" if settings.model == "first" else "2")
+        if settings.model != "first" and self.norm_name != "2":
+            raise InputError(
+                f"option -{self.prefix}model {settings.model} needs -{self.prefix}norm 2: with -norm "
+                f"{self.norm_name} there is the first-order model only"
+            )
+
+    def setUp(self, tao: PETSc.TAO) -> None:
+        """Make norm, model and controller. Collective.
+
+        Raises
+        ------
+        InputError
+            If the loss has no modular norm, or no residuals for Gauss-Newton products.
+        """
+        super().setUp(tao)
+        settings, objective = self.settings, self.objective
+        self.norm = make_norm(objective, self.norm_name, settings, self.prefix)
+        self.radius = TrustRadius(settings, self.norm_name, torch.finfo(objective.loss.dtype).eps)
+        self.model: Model
+        if settings.model == "first":
+            self.model = FirstOrder(self.norm, settings.momentum, self.g)
+        elif settings.model in ("sr1", "lbfgs"):
+            self.model = Secant(settings.model, settings.memory, objective.comm)
+        else:
+            self.model = products(objective, settings.model, self.prefix)
+        self.budget = math.inf  # how far a local solve may go from where it begins
+        self.point = tao.getSolution()
+
+    def destroy(self, tao: PETSc.TAO) -> None:
+        """Destroy what :meth:`setUp` made."""
+        super().destroy(tao)
+        if hasattr(self, "model"):
+            self.model.destroy()
+
+    def confine(self, budget: float, first: float) -> None:
+        """Keep the next solves within this distance of where they begin; their first radius."""
+        self.budget, self.radius.first, self.radius.largest = budget, first, budget
+
+    def begin(self) -> None:
+        """See :meth:`solvers.base.Solver.begin`."""
+        self.radius.begin(self.f)
+        self.model.forget()
+        self._mark()
+
+    def _mark(self) -> None:
+        """Remember where the objective began to be what it is."""
+        self.point.copy(self.vectors["batch_x"])
+        self.g.copy(self.vectors["batch_g"])
+
+    def kept(self) -> dict[str, Any]:
+        """See :meth:`solvers.base.Solver.kept`."""
+        return {"radius": self.radius.state(), "model": self.settings.model, "model_state": self.model.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """See :meth:`solvers.base.Solver.restore`."""
+        self.radius.restore(state["radius"])
+        self.model.restore(state["model_state"])
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """See :meth:`solvers.base.Solver.resume`.
+
+        Raises
+        ------
+        InputError
+            Also if it is that of another model.
+        """
+        super().resume(state)
+        if state["model"] != self.settings.model:
+            raise InputError(
+                f"the run file is of -{self.prefix}model {state['model']}, not {self.settings.model}: "
+                "the same -model goes on from it"
+            )
+
+    def renew(self, x: PETSc.Vec) -> None:
+        """See :meth:`solvers.base.Solver.renew`; the radius shrinks if the last steps were wrong for the new one."""
+        super().renew(x)
+        S, first = self.vectors["s"], self.vectors["batch_g"]
+        S.waxpy(-1.0, self.vectors["batch_x"], x)
+        promised, found = float(first.dot(S)), float(self.g.dot(S))
+        braked = promised < 0 and (1 + found / promised) / 2 < 0.25
+        self.radius.renew(self.f, math.sqrt(0.5) if braked else 1.0)
+        self._mark()
+
+    def iterate(self, x: PETSc.Vec) -> SearchResult:
+        """See :meth:`solvers.base.Solver.iterate`: one step, which is 0 where it was rejected."""
+        return self.advance(x)
+
+    def advance(self, x: PETSc.Vec) -> SearchResult:
+        """Try one step from x, where the loss is ``self.f`` and the gradient ``self.g``. Collective."""
+        s, trial, trial_g, y = (self.vectors[name] for name in ("s", "trial", "trial_g", "y"))
+        delta = self.radius.value
+        if self.budget < math.inf:
+            s.waxpy(-1.0, self.vectors["batch_x"], x)
+            room = self.budget - self.norm(s)
+            delta = min(delta, room if room > LITTLE * self.budget else 0.0)
+        if not delta >= SMALLEST:
+            return SearchResult(self.f, 0.0, False)
+        predicted, length = self.model.step(x, self.g, delta, s)
+        trial.waxpy(1.0, x, s)
+        value = self.objective.value_gradient(trial, trial_g)
+        finite = math.isfinite(value) and math.isfinite(trial_g.norm())
+        if finite:
+            y.waxpy(-1.0, self.g, trial_g)
+        self.model.observe(s, y if finite else None)
+        if not self.radius.judge(value if finite else math.inf, predicted, length >= BOUNDARY * delta):
+            return SearchResult(self.f, 0.0, True)
+        trial.copy(x)
+        trial_g.copy(self.g)
+        return SearchResult(value, length, True)

@@ -1,0 +1,348 @@
+"""Trust-region methods against dense implementations."""
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from classifiers import batches, classifier, value_gradient
+from mpi4py import MPI
+from petsc4py import PETSc
+
+from ddml import checkpoint
+from ddml.errors import InputError
+from ddml.history import History
+from ddml.layout import ParameterLayout
+from ddml.loss import Loss
+from ddml.networks.tanh import TanhNetwork
+from ddml.problems import Burgers, PDELoss
+from solvers.radius import TrustRadius
+
+Train = Callable[..., SimpleNamespace]
+Make = Callable[..., Loss]
+MODELS = [
+    ("first", "modular"), ("first", "2"), ("first", "infinity"), ("sr1", "2"), ("lbfgs", "2"), ("hessian", "2"),
+]  # fmt: skip
+every = pytest.mark.parametrize(("model", "norm"), MODELS)
+
+
+def dense_dual(norm: str, g: np.ndarray) -> np.ndarray:
+    """The duality map on the chain 6-5-4-3, by singular value decompositions."""
+    if norm == "2":
+        return g / np.linalg.norm(g)
+    if norm == "infinity":
+        return np.sign(g)
+    direction, end = np.zeros_like(g), 0
+    for inputs, outputs in ((6, 5), (5, 4), (4, 3)):
+        begin, end = end, end + (inputs + 1) * outputs
+        W = np.column_stack([g[begin : end - outputs].reshape(outputs, inputs), g[end - outputs : end]])
+        U, sigma, V = np.linalg.svd(W, full_matrices=False)
+        kept = sigma > 1e-10 * sigma[0]  # outputs' gradients sum to zero: the last layer's has rank 2
+        D = math.sqrt(outputs / (inputs + 1)) / 3 * U[:, kept] @ V[kept]
+        direction[begin:end] = np.concatenate([D[:, :-1].ravel(), D[:, -1]])
+    return direction
+
+
+def dense_first_order(norm: str, iterations: int, delta: float, momentum: float, losses: Any) -> tuple[Any, Any]:
+    """Iterates and accepted losses; ``losses`` gives the loss of each iteration."""
+    theta = losses(0).initial().numpy().copy()
+    loss = losses(0)
+    (f, g), m = value_gradient(loss, theta), np.zeros_like(theta)
+    start, first = theta, g
+    iterates, values = [theta], [f]
+    for k in range(iterations):
+        if losses(k) is not loss:
+            loss = losses(k)
+            f, g = value_gradient(loss, theta)
+            S = theta - start
+            if first @ S < 0 and (1 + (g @ S) / (first @ S)) / 2 < 0.25:
+                delta /= math.sqrt(2)
+            delta = max(delta, 1e-4)
+            start, first = theta, g
+        m = momentum * m + (1 - momentum) * g
+        s = -delta * dense_dual(norm, momentum * m + (1 - momentum) * g)
+        if -g @ s <= 0:
+            m, s = g, -delta * dense_dual(norm, g)
+        trial, gradient = value_gradient(loss, theta + s)
+        e = 10 * 2.0**-52 * max(1, abs(f))
+        rho = (f - trial + e) / (-g @ s + e)
+        accepted = rho > 1e-4 and trial <= f
+        if rho < 0.25 or not accepted:
+            delta /= 2
+        elif rho > 0.75 and -g @ s > 10 * e:
+            delta = min(2 * delta, 1.0)
+        if accepted:
+            theta, f, g = theta + s, trial, gradient
+        iterates.append(theta)
+        values.append(f)
+    return np.array(iterates), np.array(values)
+
+
+@pytest.mark.parametrize("norm", ["modular", "2", "infinity"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_first_order_iterates_are_those_of_a_dense_implementation(train: Train, norm: str, momentum: float) -> None:
+    loss = classifier()
+    run = train(loss, "tr", 40, norm=norm, momentum=momentum, delta0=0.4, delta_max=1.0)
+    iterates, values = dense_first_order(norm, 40, 0.4, momentum, lambda k: loss)
+    assert np.abs(run.theta - iterates).max() <= 1e-9
+    assert run.losses == pytest.approx(values, rel=1e-9)
+    assert (run.steps[1:] == 0).any()  # some steps were rejected
+    assert run.gradients[-1] == 41  # an evaluation an iteration
+
+
+def test_defaults_are_the_modular_norm_and_the_measured_constants(train: Train) -> None:
+    loss = classifier()
+    run = train(loss, "tr", 15)
+    assert np.abs(run.theta - dense_first_order("modular", 15, 0.1, 0.9, lambda k: loss)[0]).max() <= 1e-9
+
+
+class Batches:
+    """Replaces the objective's loss every few iterations, as a sampler does."""
+
+    def __init__(self, losses: list[Any], interval: int, first: int = 0, at: int = -1, copied: Any = None) -> None:
+        self.losses, self.interval, self.first = losses, interval, first
+        self.at, self.copied, self.state = at, copied, None
+
+    def __call__(self, context: Any, iteration: int) -> None:
+        if iteration > 0 and iteration % self.interval == 0 and iteration > self.first:
+            context.objective.replace(self.losses[iteration // self.interval])
+        if iteration == self.at:
+            self.state = self.copied(context.state())
+
+
+def test_new_batches_and_the_brake(train: Train) -> None:
+    parts = batches(classifier(), 12, 9)
+    run = train(parts[0], "tr", 40, watch=Batches(parts, 5))
+    iterates, values = dense_first_order("modular", 40, 0.1, 0.9, lambda k: parts[k // 5])
+    assert np.abs(run.theta - iterates).max() <= 1e-8
+    assert run.losses == pytest.approx(values, rel=1e-8)
+    assert run.gradients[-1] == 41 + 7
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_brake_is_needed_for_those_iterates(first: bool) -> None:
+    """The reference itself brakes on these batches: without that it takes another way."""
+    parts = batches(classifier(), 12, 9)
+    original = dense_first_order("modular", 40, 0.1, 0.9, lambda k: parts[k // 5])[0]
+    reference, root = math.sqrt, math.sqrt
+    try:
+        math.sqrt = lambda x: 1.0 if x == 2 and first else root(x)
+        other = dense_first_order("modular", 40, 0.1, 0.9, lambda k: parts[k // 5])[0]
+    finally:
+        math.sqrt = reference
+    assert (np.abs(original - other).max() > 1e-3) == first
+
+
+@every
+@pytest.mark.parametrize("float32", [False, True])
+def test_monotone_methods_never_increase_the_loss(train: Train, model: str, norm: str, float32: bool) -> None:
+    loss = classifier(dtype=torch.float32 if float32 else torch.float64)
+    run = train(loss, "tr", 80, model=model, norm=norm, delta0=0.5)
+    assert (np.diff(run.losses) <= 0).all()
+    assert run.losses[-1] < (0.05 if model == "first" else 0.01) * run.losses[0]
+    moved = np.abs(np.diff(run.theta, axis=0)).max(axis=1) > 0
+    assert ((run.steps[1:] > 0) == moved).all()
+
+
+@every
+def test_the_trajectory_is_that_on_one_rank(train: Train, model: str, norm: str) -> None:
+    parts = batches(classifier(), 30, 4)
+    settings = {"model": model, "norm": norm, "delta0": 0.3}
+    together = train(parts[0], "tr", 15, watch=Batches(parts, 5), **settings)
+    alone = train(parts[0], "tr", 15, comm=MPI.COMM_SELF, watch=Batches(parts, 5), **settings)
+    assert np.abs(together.theta - alone.theta).max() <= 1e-8
+    assert together.losses == pytest.approx(alone.losses, rel=1e-8)
+    assert together.total == pytest.approx(alone.total, rel=1e-12)
+
+
+@every
+@pytest.mark.parametrize("at", [7, 10])
+def test_a_resumed_run_goes_on_to_the_last_bit(train: Train, copied: Any, model: str, norm: str, at: int) -> None:
+    """Also where the batch has just been replaced, at iteration 10."""
+    parts, settings = batches(classifier(), 30, 5), {"model": model, "norm": norm, "delta0": 0.3, "window": 3}
+    watch = Batches(parts, 5, at=at, copied=copied)
+    whole = train(parts[0], "tr", 22, watch=watch, **settings)
+    now = parts[at // 5]
+    # the batch that was replaced at iteration 10 has been seen by the run's state only
+    rest = train(now, "tr", 22, start=whole.theta[at], state=watch.state, watch=Batches(parts, 5, first=at), **settings)
+    assert rest.theta.tobytes() == whole.theta[at + 1 :].tobytes()
+    assert rest.losses.tobytes() == whole.losses[at + 1 :].tobytes()
+
+
+@every
+def test_a_run_file_goes_on_on_another_number_of_ranks(
+    train: Train, copied: Any, comm: MPI.Comm, shared_tmp: Path, model: str, norm: str
+) -> None:
+    loss, settings = classifier(), {"model": model, "norm": norm, "delta0": 0.3}
+    watch = Batches([], 1000, at=7, copied=copied)
+    whole = train(loss, "tr", 15, watch=watch, **settings)
+    layout, alone = ParameterLayout(loss.parameters, comm), ParameterLayout(loss.parameters, MPI.COMM_SELF)
+    x, y = layout.vector(), alone.vector()
+    begin, end = x.getOwnershipRange()
+    x.setArray(whole.theta[7][begin:end])
+    path = str(shared_tmp / "run.h5")
+    checkpoint.write(
+        path, x, parameters=loss.parameters, state={"solver": watch.state}, history=History(), attributes={}
+    )
+    state, _ = checkpoint.read(path, y)
+    rest = train(loss, "tr", 15, comm=MPI.COMM_SELF, start=y.array_r.copy(), state=state["solver"], **settings)
+    assert np.abs(rest.theta - whole.theta[8:]).max() <= 1e-10
+    x.destroy()
+    y.destroy()
+
+
+def test_sr1_with_memory_n_solves_a_quadratic_of_dimension_n(train: Train, least_squares: Make) -> None:
+    loss = least_squares([5, 7])
+    run = train(loss, "tr", 40, model="sr1", memory=12, delta0=1.0)
+    A, b = loss.rows[:, :-1].numpy(), loss.rows[:, -1].numpy()
+    assert np.abs(run.theta[-1] - np.linalg.lstsq(A, b)[0]).max() <= 1e-9
+    assert run.norms[-1] <= 1e-9
+
+
+def test_hessian_products_give_newton_steps(train: Train, least_squares: Make) -> None:
+    loss = least_squares([5, 7])
+    run = train(loss, "tr", 1, model="hessian", delta0=100.0, tr_ksp_rtol=1e-12, tr_ksp_max_it=50)
+    A, b = loss.rows[:, :-1].numpy(), loss.rows[:, -1].numpy()
+    assert np.abs(run.theta[-1] - np.linalg.lstsq(A, b)[0]).max() <= 1e-9
+    for ksp in ("stcg", "nash", "gltr"):
+        run = train(classifier(), "tr", 60, model="hessian", tr_ksp_type=ksp)
+        assert run.losses[-1] < 1e-4
+
+
+def test_gauss_newton_products(train: Train) -> None:
+    network = TanhNetwork(2, 6, 3, 1).double()
+    network.reset_parameters(torch.Generator().manual_seed(0))
+    loss = PDELoss(Burgers(), network, 60)
+    run = train(loss, "tr", 80, model="gauss_newton", tr_ksp_rtol=1e-10, tr_ksp_max_it=100)
+    assert (np.diff(run.losses) <= 0).all()
+    assert run.losses[-1] < 0.05 * run.losses[0]
+    theta = torch.as_tensor(run.theta[0])
+    J, r = loss.jacobian(theta).numpy(), loss.residual(theta).numpy()
+    step = run.theta[1] - run.theta[0]
+    assert np.linalg.norm(step) <= 0.1 * (1 + 1e-9)
+    # a minimiser of |r + J s|^2 on a Krylov space, on the boundary, and downhill
+    assert ((r + J @ step) ** 2).sum() < (r**2).sum()
+
+
+@pytest.mark.parametrize("model", ["sr1", "lbfgs"])
+def test_pairs_of_rejected_steps_are_stored(train: Train, model: str) -> None:
+    lengths: dict[int, int] = {}
+
+    def watch(context: Any, iteration: int) -> None:
+        lengths[iteration] = len(context.model.pairs)
+
+    run = train(classifier(), "tr", 8, model=model, memory=20, delta0=20.0, watch=watch)
+    rejected = np.flatnonzero(run.steps[1:] == 0)
+    assert rejected.size
+    assert any(lengths[int(k) + 1] == lengths[int(k)] + 1 for k in rejected)
+    if model == "sr1":
+        assert lengths == {k: k for k in range(9)}
+
+
+@every
+def test_trials_that_are_not_finite_shrink_the_radius(train: Train, sum_over_rows: Any, model: str, norm: str) -> None:
+    """log theta, with a first trial far beyond 0."""
+    rng = np.random.default_rng(0)
+
+    def barrier(theta: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return (rows * theta).sum(dim=1) - torch.log(theta).sum() / 8
+
+    loss = sum_over_rows(barrier, rng.uniform(0.5, 1.5, (8, 3)), [1, 2], np.full(3, 2.0))
+    if norm == "modular":
+        with pytest.raises((InputError, PETSc.Error)):
+            train(loss, "tr", 1, norm=norm)
+        return
+    radii: list[float] = []
+    run = train(
+        loss, "tr", 120, model=model, norm=norm, delta0=50.0, delta_max=100.0,
+        watch=lambda context, _: radii.append(context.radius.value),
+    )  # fmt: skip
+    assert np.isfinite(run.losses).all() and np.isfinite(run.theta).all() and (run.theta > 0).all()
+    assert run.steps[1] == 0 and radii[1] == 25.0
+    exact = 1 / loss.rows.numpy().sum(axis=0)
+    assert np.abs(run.theta[-1] - exact).max() <= (1e-6 if model != "first" else 0.05)
+
+
+def settings(**changed: Any) -> Any:
+    values = {
+        "delta0": 1.0, "delta_min": 1e-4, "delta_max": 8.0, "accept": 1e-4, "shrink_below": 0.25, "grow_above": 0.75,
+        "shrink": 0.5, "grow": 2.0, "window": 0,
+    }  # fmt: skip
+    return SimpleNamespace(**{**values, **changed})
+
+
+def test_the_controller() -> None:
+    eps = float(np.finfo(np.float32).eps)
+    radius = TrustRadius(settings(), "modular", eps)
+    radius.begin(2.0)
+    assert radius.judge(1.0, 1.0) and radius.value == 2.0
+    assert radius.judge(0.5, 1.0) and radius.value == 2.0
+    assert not radius.judge(0.6, 1e-12) and radius.value == 1.0  # a tiny prediction is no reason to accept an increase
+    assert radius.judge(0.5, 1e-9) and radius.value == 1.0  # nor one to shrink; and no growth on rounding errors
+    assert radius.judge(0.4, 1.0) and radius.value == 0.5
+    assert not radius.judge(0.39999, 1.0) and radius.value == 0.25
+    assert not radius.judge(math.nan, 1.0) and not radius.judge(-math.inf, 1.0) and radius.value == 0.0625
+    assert not radius.judge(0.3, -1.0)
+    assert radius.judge(0.3, 0.1, limited=False) and radius.value == 0.03125
+    radius.renew(5.0, 1e-9)
+    assert radius.value == 1e-4 and radius.reference == 5.0
+    for _ in range(40):
+        assert radius.judge(radius.reference - 0.1, 0.1)
+    assert radius.value == 8.0
+    assert radius.rejected == 5
+
+
+def test_the_window() -> None:
+    radius = TrustRadius(settings(window=2), "modular", 1e-16)
+    radius.begin(3.0)
+    for f in (1.0, 2.0, 1.5):
+        assert radius.judge(f, 0.5)
+    assert radius.recent == [1.0, 2.0, 1.5]
+    assert not radius.judge(2.1, 0.5) and radius.judge(1.9, 0.2)
+    assert radius.recent == [2.0, 1.5, 1.9]
+    again = TrustRadius(settings(window=2), "modular", 1e-16)
+    again.restore(radius.state())
+    assert again.state() == radius.state()
+
+
+def test_windowed_runs(train: Train) -> None:
+    run = train(classifier(), "tr", 60, norm="2", window=4, delta0=8.0, momentum=0.0)
+    assert (np.diff(run.losses) > 0).any()
+    for k in range(1, len(run.losses)):
+        accepted = [f for i, f in enumerate(run.losses[:k]) if i == 0 or run.steps[i] > 0]
+        assert run.losses[k] <= max(accepted[-5:])
+
+
+def test_a_run_ends_where_nothing_decreases_the_loss(train: Train, sum_over_rows: Any) -> None:
+    loss = sum_over_rows(lambda theta, rows: (rows * theta**2).sum(dim=1), np.ones((3, 2)), [2], np.array([1.0, -3.0]))
+    run = train(loss, "tr", 400, norm="2", momentum=0.0)
+    assert run.reason == PETSc.TAO.ConvergedReason.DIVERGED_TR_REDUCTION
+    assert np.abs(run.theta[-1]).max() < 1e-7
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": "sr1", "norm": "modular"}, "needs -[a-z0-9_]*norm 2"),
+        ({"model": "lbfgs", "norm": "infinity"}, "needs -[a-z0-9_]*norm 2"),
+        ({"model": "gauss_newton"}, "sum of squares of residuals"),
+        ({"shrink": 1.0}, "must be less than 1"),
+        ({"accept": 0.8}, "must be less than -"),
+        ({"momentum": 1.0}, "must be less than 1"),
+        ({"masses": "1,x"}, "numbers separated by commas"),
+        ({"masses": "1,2"}, "3 masses are needed"),
+    ],
+)
+def test_what_does_not_go_together(train: Train, given: dict[str, Any], message: str) -> None:
+    with pytest.raises((InputError, PETSc.Error)) as error:
+        train(classifier(), "tr", 1, **given)
+    found: BaseException | None = error.value
+    while found is not None and not isinstance(found, InputError):
+        found = found.__cause__ or found.__context__
+    assert found is not None
+    assert re.search(message, str(found))

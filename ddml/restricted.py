@@ -33,11 +33,16 @@ class RestrictedObjective(Objective):
             objective.blocks,
             [RestrictedLoss(part, ranges) for part in parts],
         )
+        self.fraction = objective.fraction
         self._known: tuple[NDArray[np.float64], float, NDArray[np.float64]] | None = None
         self._last: tuple[NDArray[np.float64], float] | None = None
 
-    def follow(self, loss: Loss, parts: Sequence[Loss]) -> None:
-        """Restrict another loss of the whole network, and its parts on this rank, from now on."""
+    def follow(self, loss: Loss, parts: Sequence[Loss], fraction: float = 1.0) -> None:
+        """Restrict another loss of the whole network, and its parts on this rank, from now on.
+
+        ``fraction`` is that of the objective of the whole network.
+        """
+        self.fraction = fraction
         self.loss = RestrictedLoss(loss, self.loss.ranges)
         self.parts = [RestrictedLoss(part, self.loss.ranges) for part in parts]
         self._known = self._last = None
@@ -51,7 +56,7 @@ class RestrictedObjective(Objective):
         self.loss.full.copy_(theta)
         for part in self._frozen():
             part.freeze(theta)
-        self.work.add(self.loss.prefix_charge())
+        self.work.add(self.fraction * self.loss.prefix_charge())
         self._known = self._last = None
 
     def release(self) -> None:

@@ -5,6 +5,7 @@ from petsc4py import PETSc
 from ddml.errors import InputError
 from ddml.plugins import load
 
+from .apts import APTSData, APTSWeights
 from .base import Solver
 from .gauss_newton import GaussNewton
 from .nystrom import NystromPC
@@ -23,6 +24,8 @@ SOLVERS: dict[str, type[Solver]] = {
     "mspqn": MSPQN,
     "mspqn_dense": DenseMSPQN,
     "tr": TrustRegion,
+    "apts_weights": APTSWeights,
+    "apts_data": APTSData,
 }
 
 # PETSc's types for unconstrained minimisation, which take our objectives as they are
@@ -55,7 +58,19 @@ def configure(tao: PETSc.TAO, name: str) -> None:
 
 
 __all__ = [
-    *("ASPQN", "LBFGS", "MSPQN", "DenseMSPQN", "GaussNewton", "SSBFGS", "SSBroyden", "Solver", "TrustRegion"),
+    *(
+        "APTSData",
+        "APTSWeights",
+        "ASPQN",
+        "LBFGS",
+        "MSPQN",
+        "DenseMSPQN",
+        "GaussNewton",
+        "SSBFGS",
+        "SSBroyden",
+        "Solver",
+        "TrustRegion",
+    ),
     "NystromPC",
     "SchwarzPC",
     *("PETSC_TYPES", "SOLVERS", "configure"),

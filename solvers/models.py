@@ -28,6 +28,10 @@ class Model(ABC):
         """The gradient changed by y over the last step s, which may have been rejected; None: it is not finite."""
         return
 
+    def learn(self, s: PETSc.Vec, y: PETSc.Vec) -> None:
+        """The gradient changes by y over s, whatever s is."""
+        return
+
     def forget(self) -> None:
         """Start anew."""
         return
@@ -112,7 +116,11 @@ class Secant(Model):
     def observe(self, s: PETSc.Vec, y: PETSc.Vec | None) -> None:
         """See :meth:`Model.observe`."""
         if y is not None:
-            self.pairs.update(s, y)
+            self.learn(s, y)
+
+    def learn(self, s: PETSc.Vec, y: PETSc.Vec) -> None:
+        """See :meth:`Model.learn`."""
+        self.pairs.update(s, y)
 
     def forget(self) -> None:
         """See :meth:`Model.forget`."""

@@ -18,8 +18,8 @@ OPTIONS = (
     Option("grow_above", 0.75, "The radius grows above this ratio.", above=0.0),
     Option("shrink", 0.5, "Factor by which it shrinks.", above=0.0),
     Option("grow", 2.0, "Factor by which it grows.", minimum=1.0),
-    Option("window", 0, "M: a trial is judged against the largest of the last M + 1 losses; 0: no step increases it.",
-           minimum=0),
+    Option("nonmonotone", 0, "M: trials are judged against the largest of the last M + 1 losses; 0: no step increases "
+           "the loss.", minimum=0),
 )  # fmt: skip
 
 # first, smallest and largest radius by norm: measured for the modular norm, our choice for the others
@@ -98,7 +98,7 @@ class TrustRadius:
         elif rho > s.grow_above and limited and predicted > ROUNDINGS * e:
             self.value = min(self.value * s.grow, self.largest)
         if accepted:
-            self.recent = [*self.recent, trial][-(s.window + 1) :]
+            self.recent = [*self.recent, trial][-(s.nonmonotone + 1) :]
         else:
             self.rejected += 1
         return accepted
@@ -110,7 +110,7 @@ class TrustRadius:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a :meth:`state`."""
         self.value, self.recent = state["value"], [float(f) for f in state["recent"]]
-        self.recent = self.recent[-(self.settings.window + 1) :]
+        self.recent = self.recent[-(self.settings.nonmonotone + 1) :]
         self.rejected = state["rejected"]
 
 

@@ -140,7 +140,7 @@ class Schwarz:
     ) -> None:
         self.objective = objective
         self.decomposition = Decomposition(subdomains, objective.layout, parallel, objective.blocks > 0)
-        self.restricted = restricted(objective, self.decomposition)
+        self.restricted = self._restrict()
         self.local = {s: LocalSolver(o, prefix, steps[s], solver, remembers) for s, o in self.restricted.items()}
         if remembers:
             for restricted_objective in self.restricted.values():
@@ -150,6 +150,10 @@ class Schwarz:
         self.layers = [objective.loss.layer_numbers(ranges) for ranges in subdomains.ranges]
         self._local_event = PETSc.Log.Event("ddml local")
         self._exchange_event = PETSc.Log.Event("ddml exchange")
+
+    def _restrict(self) -> dict[int, RestrictedObjective]:
+        """The objective of each subdomain that this rank works on."""
+        return dict(restricted(self.objective, self.decomposition))
 
     def additive(self, x: PETSc.Vec, f: float, g: PETSc.Vec, correction: PETSc.Vec) -> None:
         """Write sum_s E_s (theta_s* - R_s x) to ``correction``; f, g are the loss and gradient at x. Collective."""
@@ -227,7 +231,7 @@ class Schwarz:
         self.version = self.objective.version
         parts = self.objective.split_over(self.decomposition.group)
         for restricted_objective in self.restricted.values():
-            restricted_objective.follow(self.objective.loss, parts)
+            restricted_objective.follow(self.objective.loss, parts, self.objective.fraction)
 
     def _load(self, s: int, vec: PETSc.Vec, target: Callable[[LocalSolver], PETSc.Vec]) -> None:
         """Restrict a global vector to subdomain s and hand it to the local solver, if it is here."""

@@ -79,8 +79,8 @@ class TrustRegion(Solver):
     """
 
     options: ClassVar[Sequence[Option]] = OPTIONS
-    work_vectors = ("s", "trial", "trial_g", "y", "batch_x", "batch_g")
-    saved = ("batch_x", "batch_g")
+    work_vectors: ClassVar[Sequence[str]] = ("s", "trial", "trial_g", "y", "batch_x", "batch_g")
+    saved: ClassVar[Sequence[str]] = ("batch_x", "batch_g")
     failure = PETSc.TAO.ConvergedReason.DIVERGED_TR_REDUCTION
 
     def setFromOptions(self, tao: PETSc.TAO) -> None:

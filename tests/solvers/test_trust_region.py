@@ -164,7 +164,7 @@ def test_the_trajectory_is_that_on_one_rank(train: Train, model: str, norm: str)
 @pytest.mark.parametrize("at", [7, 10])
 def test_a_resumed_run_goes_on_to_the_last_bit(train: Train, copied: Any, model: str, norm: str, at: int) -> None:
     """Also where the batch has just been replaced, at iteration 10."""
-    parts, settings = batches(classifier(), 30, 5), {"model": model, "norm": norm, "delta0": 0.3, "window": 3}
+    parts, settings = batches(classifier(), 30, 5), {"model": model, "norm": norm, "delta0": 0.3, "nonmonotone": 3}
     watch = Batches(parts, 5, at=at, copied=copied)
     whole = train(parts[0], "tr", 22, watch=watch, **settings)
     now = parts[at // 5]
@@ -271,7 +271,7 @@ def test_trials_that_are_not_finite_shrink_the_radius(train: Train, sum_over_row
 def settings(**changed: Any) -> Any:
     values = {
         "delta0": 1.0, "delta_min": 1e-4, "delta_max": 8.0, "accept": 1e-4, "shrink_below": 0.25, "grow_above": 0.75,
-        "shrink": 0.5, "grow": 2.0, "window": 0,
+        "shrink": 0.5, "grow": 2.0, "nonmonotone": 0,
     }  # fmt: skip
     return SimpleNamespace(**{**values, **changed})
 
@@ -298,20 +298,20 @@ def test_the_controller() -> None:
 
 
 def test_the_window() -> None:
-    radius = TrustRadius(settings(window=2), "modular", 1e-16)
+    radius = TrustRadius(settings(nonmonotone=2), "modular", 1e-16)
     radius.begin(3.0)
     for f in (1.0, 2.0, 1.5):
         assert radius.judge(f, 0.5)
     assert radius.recent == [1.0, 2.0, 1.5]
     assert not radius.judge(2.1, 0.5) and radius.judge(1.9, 0.2)
     assert radius.recent == [2.0, 1.5, 1.9]
-    again = TrustRadius(settings(window=2), "modular", 1e-16)
+    again = TrustRadius(settings(nonmonotone=2), "modular", 1e-16)
     again.restore(radius.state())
     assert again.state() == radius.state()
 
 
 def test_windowed_runs(train: Train) -> None:
-    run = train(classifier(), "tr", 60, norm="2", window=4, delta0=8.0, momentum=0.0)
+    run = train(classifier(), "tr", 60, norm="2", nonmonotone=4, delta0=8.0, momentum=0.0)
     assert (np.diff(run.losses) > 0).any()
     for k in range(1, len(run.losses)):
         accepted = [f for i, f in enumerate(run.losses[:k]) if i == 0 or run.steps[i] > 0]

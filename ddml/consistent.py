@@ -1,0 +1,115 @@
+"""Objectives on parts of the samples that agree with the whole one to first order."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+from petsc4py import PETSc
+
+from .composed import sampled
+from .decomposition import Decomposition, Subdomains
+from .errors import InputError
+from .loss import Loss
+from .objective import Objective
+from .parallel import split
+from .restricted import RestrictedObjective
+
+
+def sample_parts(count: int, parts: int, overlap: float = 0.0, seed: int = 0) -> list[NDArray[np.int64]]:
+    """Deal ``count`` samples at random into parts whose sizes differ by at most one, each widened by an overlap.
+
+    ``overlap`` is a fraction of a part: so many samples of the part behind it are in it, too. Sorted.
+
+    Raises
+    ------
+    InputError
+        More parts than samples, less than one, or an overlap below 0 or above 1.
+    """
+    if not 1 <= parts <= count:
+        raise InputError(f"{count} samples can be dealt into 1 to {count} subdomains, not {parts}")
+    if not 0 <= overlap <= 1:
+        raise InputError(f"the overlap of sample subdomains must be a fraction from 0 to 1, got {overlap:g}")
+    order = np.random.default_rng(seed).permutation(count)
+    edges = split(count, parts)
+    wide = [round(overlap * (b - a)) if parts > 1 else 0 for a, b in pairwise(edges)]
+    return [np.sort(order[np.arange(edges[p], edges[p + 1] + wide[p]) % count]) for p in range(parts)]
+
+
+def whole_copies(loss: Loss, parts: int) -> Subdomains:
+    """Subdomains that each hold all parameters, for a :class:`ddml.decomposition.Decomposition`: E_s divides by N."""
+    everything = ((slice(0, loss.size),),) * parts
+    return Subdomains(loss.size, everything, everything, (1 / parts,) * parts)
+
+
+class ConsistentObjective(RestrictedObjective):
+    r"""The loss on some of the samples with a linear term that makes its gradient at a point that of the whole.
+
+    .. math:: h_p(\theta) = L_p(\theta) + \langle \nabla L(\theta_k) - \nabla L_p(\theta_k), \theta - \theta_k \rangle
+
+    (Gross, Krause 2009; Trotti et al. 2023). The term is in the value and in the gradient. :meth:`know` sets
+    theta_k; it takes one evaluation of L_p. Everything is collective on the group of the subdomain.
+
+    Parameters
+    ----------
+    objective
+        L, of the whole network on all samples.
+    decomposition
+        Of :func:`whole_copies`.
+    s
+        The number p of the subdomain, one of this rank's.
+    overlap, seed
+        See :func:`sample_parts`.
+    """
+
+    def __init__(
+        self, objective: Objective, decomposition: Decomposition, s: int, overlap: float = 0.0, seed: int = 0
+    ) -> None:
+        self.whole, self.decomposition, self.s = objective, decomposition, s
+        self.overlap, self.seed = overlap, seed
+        part = self._sampled()
+        super().__init__(part, decomposition, s, part.split_over(decomposition.group))
+        self.theta0, self.dg = self.layout.vector(), self.layout.vector()
+        self.start = 0.0
+
+    def _sampled(self) -> Objective:
+        parts = len(self.decomposition.subdomains)
+        return sampled(self.whole, sample_parts(self.whole.loss.count, parts, self.overlap, self.seed)[self.s])
+
+    def follow(self, loss: Loss, parts: object, fraction: float = 1.0) -> None:
+        """Take the part of the samples that the whole objective has now."""
+        part = self._sampled()
+        super().follow(part.loss, part.split_over(self.decomposition.group), part.fraction)
+
+    def know(self, x: PETSc.Vec, value: float, g: PETSc.Vec) -> None:
+        """Make x theta_k, where the whole loss has the gradient g; ``start`` is h_p there."""
+        self.dg.set(0.0)
+        x.copy(self.theta0)
+        own = x.duplicate()
+        self.start = super().value_gradient(x, own)
+        self.dg.waxpy(-1.0, own, g)
+        super().know(x, self.start, own)
+        own.destroy()
+
+    def _shift(self, x: PETSc.Vec) -> float:
+        step = x.duplicate()
+        step.waxpy(-1.0, self.theta0, x)
+        value = float(self.dg.dot(step))
+        step.destroy()
+        return value
+
+    def value(self, x: PETSc.Vec) -> float:
+        """h_p at x."""
+        return super().value(x) + self._shift(x)
+
+    def value_gradient(self, x: PETSc.Vec, g: PETSc.Vec) -> float:
+        """h_p at x; its gradient is written to g."""
+        value = super().value_gradient(x, g)
+        g.axpy(1.0, self.dg)
+        return value + self._shift(x)
+
+    def destroy(self) -> None:
+        """Destroy the vectors."""
+        self.theta0.destroy()
+        self.dg.destroy()

@@ -8,6 +8,7 @@ from ddml.plugins import load
 from .apts import APTSData, APTSWeights
 from .base import Solver
 from .gauss_newton import GaussNewton
+from .napts import NAPTS
 from .nystrom import NystromPC
 from .quasi_newton import LBFGS
 from .schwarz_pc import SchwarzPC
@@ -26,6 +27,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "tr": TrustRegion,
     "apts_weights": APTSWeights,
     "apts_data": APTSData,
+    "napts": NAPTS,
 }
 
 # PETSc's types for unconstrained minimisation, which take our objectives as they are

@@ -25,6 +25,10 @@ DENSE = {"decomposition": "windows", "local_solver": "ssbroyden", "local_memory"
         ("mspqn", DENSE, True),
         ("mspqn", {"local_steps": 2}, False),
         ("lbfgs", {}, False),
+        ("tr", {"norm": "2"}, False),
+        ("apts_weights", {"norm": "2"}, True),
+        ("apts_data", {"norm": "2"}, True),
+        ("napts", {"norm": "2"}, True),
     ],
 )
 def test_a_request_to_stop_waits_where_an_iteration_changes_what_is_kept(

@@ -1,0 +1,126 @@
+"""Non-monotone APTS: the coarse problem, the reduction to APTS, ranks, restarts."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from classifiers import batches, classifier
+from mpi4py import MPI
+from scipy import linalg, optimize
+
+from solvers.napts import small_step
+
+Train = Callable[..., SimpleNamespace]
+CASES: list[dict[str, Any]] = [{}, {"norm": "2", "decomposition": "layers"}, {"norm": "infinity", "nonmonotone": 2}]
+cases = pytest.mark.parametrize("settings", CASES)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_coarse_problem(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    k, radius = 4, 0.7
+    W = rng.standard_normal((9, k)) * 10.0 ** rng.integers(-5, 3, k)
+    H = rng.standard_normal((9, 9))
+    H, g = H + H.T, rng.standard_normal(9)
+    c, decrease = small_step(W.T @ g, W.T @ H @ W, W.T @ W, radius)
+    step = W @ c
+    assert np.linalg.norm(step) <= radius * (1 + 1e-9)
+    assert decrease == pytest.approx(-(g @ step + step @ H @ step / 2), rel=1e-8)
+    Q = linalg.orth(W / np.linalg.norm(W, axis=0))
+
+    def model(u: np.ndarray) -> float:
+        p = Q @ u
+        p = p * min(1, radius / np.linalg.norm(p))
+        return float(g @ p + p @ H @ p / 2)
+
+    starts = [rng.standard_normal(k) for _ in range(30)]
+    best = min(optimize.minimize(model, u, method="Nelder-Mead", options={"maxiter": 4000}).fun for u in starts[:6])
+    assert -decrease <= best + 1e-6 * abs(best)
+
+
+def test_directions_that_depend_on_others_add_nothing() -> None:
+    rng = np.random.default_rng(0)
+    w, H, g = rng.standard_normal((6, 1)), np.eye(6), rng.standard_normal(6)
+    _, one = small_step(w.T @ g, w.T @ H @ w, w.T @ w, 0.3)
+    W = np.hstack([w, 2 * w, 0 * w])
+    c, three = small_step(W.T @ g, W.T @ H @ W, W.T @ W, 0.3)
+    assert three == pytest.approx(one, rel=1e-12)
+    assert np.isfinite(c).all() and np.linalg.norm(W @ c) <= 0.3 * (1 + 1e-12)
+
+
+@cases
+def test_without_window_and_coarse_directions_it_is_apts(train: Train, settings: dict[str, Any]) -> None:
+    parts = batches(classifier(), 40, 4)
+
+    def watch(context: Any, iteration: int) -> None:
+        if iteration % 5 == 0 and iteration > 0:
+            context.objective.replace(parts[iteration // 5])
+
+    given = {**settings, "nonmonotone": 0}
+    apts = train(parts[0], "apts_weights", 15, watch=watch, **given)
+    napts = train(parts[0], "napts", 15, watch=watch, coarse_directions=0, **given)
+    assert napts.theta.tobytes() == apts.theta.tobytes()
+    assert napts.losses.tobytes() == apts.losses.tobytes()
+    other = train(parts[0], "napts", 15, watch=watch, **given)
+    assert np.abs(other.theta - apts.theta).max() > 1e-4
+
+
+@cases
+def test_combined_corrections_promise_no_less_and_cost_nothing(
+    train: Train, monkeypatch: Any, settings: dict[str, Any]
+) -> None:
+    from solvers.apts import APTSWeights
+    from solvers.napts import NAPTS
+
+    base, whole, seen = APTSWeights._correction, NAPTS._correction, []
+
+    def local(self: Any, *args: Any) -> float:
+        seen.append([base(self, *args), 0.0, len(self.P)])
+        return float(seen[-1][0])
+
+    def combined(self: Any, x: Any, delta: float, s: Any) -> float:
+        predicted = whole(self, x, delta, s)
+        seen[-1][1] = predicted
+        return predicted
+
+    monkeypatch.setattr(APTSWeights, "_correction", local)
+    monkeypatch.setattr(NAPTS, "_correction", combined)
+    run = train(classifier(), "napts", 12, coarse_directions=3, **settings)
+    assert all(after >= before * (1 - 1e-9) for before, after, _ in seen)
+    assert any(after > 1.01 * before > 0 for before, after, _ in seen)
+    assert max(count for *_, count in seen) == 3
+    monkeypatch.undo()
+    plain = train(classifier(), "apts_weights", 1, **{**settings, "nonmonotone": 0})
+    assert run.total[1] == pytest.approx(plain.total[1])
+
+
+def test_the_window_lets_the_loss_rise_and_holds_it(train: Train) -> None:
+    run = train(classifier(), "napts", 60, norm="2", decomposition="layers", delta0=4.0, nonmonotone=3)
+    assert (np.diff(run.losses) > 0).any()
+    assert run.losses.max() == run.losses[0]
+    assert run.losses[-1] < 0.2 * run.losses[0]
+
+
+@cases
+def test_the_trajectory_is_that_on_one_rank(train: Train, settings: dict[str, Any]) -> None:
+    together = train(classifier(), "napts", 12, **settings)
+    alone = train(classifier(), "napts", 12, comm=MPI.COMM_SELF, **settings)
+    assert np.abs(together.theta - alone.theta).max() <= 1e-8
+    assert together.losses == pytest.approx(alone.losses, rel=1e-8)
+
+
+@cases
+def test_a_resumed_run_goes_on_to_the_last_bit(train: Train, copied: Any, settings: dict[str, Any]) -> None:
+    kept: dict[str, Any] = {}
+
+    def watch(context: Any, iteration: int) -> None:
+        if iteration == 5:
+            kept.update(copied(context.state()))
+
+    whole = train(classifier(), "napts", 11, watch=watch, **settings)
+    assert len(kept["coarse"]["P"]) == 3
+    rest = train(classifier(), "napts", 11, start=whole.theta[5], state=kept, **settings)
+    assert rest.theta.tobytes() == whole.theta[6:].tobytes()
+    assert rest.losses.tobytes() == whole.losses[6:].tobytes()

@@ -6,17 +6,20 @@ A loss knows nothing of MPI or PETSc. :class:`ddml.objective.Objective` splits i
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from . import work
+from .costs import forward_costs
 from .errors import InputError
 from .networks.modular import ModularNorm, modular
+from .sample_sets import SampleSet, TensorSamples
 
 
 @dataclass(frozen=True)
@@ -270,35 +273,56 @@ class ModuleLoss(Loss):
         targets: Tensor,
         batch: int = 4096,
     ) -> None:
+        self._build(module, criterion, TensorSamples(inputs, targets), batch)
+
+    def _build(
+        self, module: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], samples: SampleSet, batch: int
+    ) -> None:
         self.module, self.criterion, self.batch = module, criterion, batch
-        self.inputs, self.targets = inputs, targets
-        self.count = len(inputs)
+        self.samples = samples
+        self.count = len(samples)
         self.weight = 1 / max(self.count, 1)
         named = list(module.named_parameters())
         self.parameters = parameter_table([(name, p.shape) for name, p in named])
         self.dtype, self.device = named[0][1].dtype, named[0][1].device
-        self.stages: list[nn.Module] = list(module) if isinstance(module, nn.Sequential) else [module]
-        owners = (
-            {name: name.split(".")[0] for name, _ in named}
-            if isinstance(module, nn.Sequential)
-            else {name: name.rpartition(".")[0] for name, _ in named}
-        )
+        self._stepped = isinstance(module, nn.Sequential)
+        owners = {name: name.split(".")[0] if self._stepped else name.rpartition(".")[0] for name, _ in named}
         groups: dict[str, list[int]] = {}
         for number, parameter in enumerate(self.parameters):
             groups.setdefault(owners[parameter.name], []).append(number)
         self.layers = tuple(tuple(g) for g in groups.values())
-        self.layer_stage = [int(k) if isinstance(module, nn.Sequential) else 0 for k in groups]
-        self.costs = tuple(float(sum(self.parameters[i].size for i in g)) for g in self.layers)
+        stages = list(module._modules)
+        self.layer_stage = [stages.index(k) if self._stepped else 0 for k in groups]
         self._check()
+        costs = forward_costs(module, samples.part(0, min(self.count, 1)).inputs) if self.count else {}
+        self.costs = tuple(
+            sum(c for name, c in costs.items() if (name.split(".")[0] if self._stepped else name) == owner)
+            or float(sum(self.parameters[i].size for i in group))
+            for owner, group in groups.items()
+        )
+        # evaluations that need no derivative by theta itself are those of a copy whose parameters lie in theta, which
+        # takes half the time of functional_call where batches are small
+        self._copy = copy.deepcopy(module)
+        self._leaves = list(self._copy.parameters())
+
+    @property
+    def inputs(self) -> Tensor:
+        """The inputs (N, ...)."""
+        return self.samples.inputs
+
+    @property
+    def targets(self) -> Tensor:
+        """The targets (N, ...)."""
+        return self.samples.targets
 
     def _check(self) -> None:
-        probe = self.inputs[: min(self.count, 8)], self.targets[: min(self.count, 8)]
-        half = max(len(probe[0]) // 2, 1)
+        probe = self.samples.part(0, min(self.count, 8))
+        half = max(len(probe) // 2, 1)
         with torch.no_grad():
-            first = self.criterion(self.module(probe[0]), probe[1])
-            second = self.criterion(self.module(probe[0][:half]), probe[1][:half])
-        if first.shape != (len(probe[0]),):
-            shape = f"({len(probe[0])},)"
+            first = self.criterion(self.module(probe.inputs), probe.targets)
+            second = self.criterion(self.module(probe.inputs[:half]), probe.targets[:half])
+        if first.shape != (len(probe),):
+            shape = f"({len(probe)},)"
             raise InputError(f"the criterion must give one loss per sample, {shape}, got {tuple(first.shape)}")
         if not torch.allclose(first[:half], second, rtol=1e-3, atol=1e-6):
             raise InputError(
@@ -306,18 +330,20 @@ class ModuleLoss(Loss):
                 "call the module's eval()"
             )
 
-    def _with(self, inputs: Tensor, targets: Tensor, weight: float) -> ModuleLoss:
-        other = object.__new__(ModuleLoss)
-        other.__dict__.update(self.__dict__, inputs=inputs, targets=targets, count=len(inputs), weight=weight)
+    def on(self, samples: SampleSet, weight: float | None = None) -> Self:
+        """The loss of other samples, each with that weight (default: their mean)."""
+        other = object.__new__(type(self))
+        weight = 1 / max(len(samples), 1) if weight is None else weight
+        other.__dict__.update(self.__dict__, samples=samples, count=len(samples), weight=weight)
         return other
 
-    def part(self, begin: int, end: int) -> ModuleLoss:
+    def part(self, begin: int, end: int) -> Self:
         """See :meth:`Loss.part`."""
-        return self._with(self.inputs[begin:end], self.targets[begin:end], self.weight)
+        return self.on(self.samples.part(begin, end), self.weight)
 
-    def sampled(self, rows: Tensor) -> ModuleLoss:
+    def sampled(self, rows: Tensor) -> Self:
         """See :meth:`Loss.sampled`."""
-        return self._with(self.inputs[rows], self.targets[rows], 1 / len(rows))
+        return self.on(self.samples.take(rows))
 
     def initial(self) -> Tensor:
         """The module's parameters."""
@@ -328,15 +354,24 @@ class ModuleLoss(Loss):
         structure = modular(self.module, self.parameters, masses, convolution)
         return ModularNorm(self.size, tuple(structure.blocks()), torch.finfo(self.dtype).eps)
 
-    def _views(self, theta: Tensor) -> dict[str, Tensor]:
-        return {p.name: theta[p.range].view(p.shape) for p in self.parameters}
+    def _at(self, theta: Tensor, wanted: frozenset[int] = frozenset()) -> nn.Module:
+        """The copy of the module at theta; the parameters of these numbers are leaves to differentiate by."""
+        for number, (leaf, parameter) in enumerate(zip(self._leaves, self.parameters, strict=True)):
+            leaf.requires_grad_(number in wanted)
+            leaf.data = theta[parameter.range].view(parameter.shape)
+        return self._copy
 
-    def _forward(self, views: dict[str, Tensor], x: Tensor, begin: int, end: int) -> Tensor:
-        for number in range(begin, end):
-            lead = f"{number}." if isinstance(self.module, nn.Sequential) else ""
-            own = {name[len(lead) :]: view for name, view in views.items() if name.startswith(lead)}
-            x = torch.func.functional_call(self.stages[number], own, (x,))
-        return x
+    def _behind(self, module: nn.Module, kept: Any) -> nn.Module:
+        """What of a module is left to compute behind a prefix."""
+        return module[kept[0] :] if kept is not None and isinstance(module, nn.Sequential) else module
+
+    def _batches(self, forward: Callable[[Tensor], Tensor], kept: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """Outputs and targets, batch by batch."""
+        if self.count == 0:
+            return
+        batches = self.inputs.split(self.batch) if kept is None else kept[1]
+        for x, y in zip(batches, self.targets.split(self.batch), strict=True):
+            yield forward(x), y
 
     def keeps(self, first: int) -> bool:
         """See :meth:`Loss.keeps`."""
@@ -347,36 +382,40 @@ class ModuleLoss(Loss):
         """What enters layer ``first`` of a sequential module, per batch; None for other modules."""
         if not self.keeps(first):
             return None
-        stage = self.layer_stage[first]
-        views = self._views(theta)
-        return stage, [self._forward(views, x, 0, stage) for x in self.inputs.split(self.batch)]
+        stage, module = self.layer_stage[first], self._at(theta)
+        assert isinstance(module, nn.Sequential)
+        return stage, [module[:stage](x) for x in self.inputs.split(self.batch)] if self.count else []
 
     def terms(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
         """See :meth:`Loss.terms`."""
-        return self._terms(self._views(theta), kept)
-
-    def _terms(self, views: dict[str, Tensor], kept: Any) -> Iterator[Tensor]:
-        begin, batches = (0, self.inputs.split(self.batch)) if kept is None else kept
-        if self.count == 0:
-            return
-        for x, y in zip(batches, self.targets.split(self.batch), strict=True):
-            outputs = self._forward(views, x, begin, len(self.stages))
+        module = self._behind(self.module, kept)
+        own = {name for name, _ in module.named_parameters()}
+        views = {p.name: theta[p.range].view(p.shape) for p in self.parameters if p.name in own}
+        for outputs, y in self._batches(lambda x: torch.func.functional_call(module, views, (x,)), kept):
             yield self.criterion(outputs, y).sum() * self.weight
+
+    @torch.no_grad()
+    def outputs(self, theta: Tensor, kept: Any = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Outputs (B, ...) and targets (B, ...), batch by batch."""
+        yield from self._batches(self._behind(self._at(theta), kept), kept)
+
+    @torch.no_grad()
+    def value(self, theta: Tensor, kept: Any = None) -> float:
+        """See :meth:`Loss.value`."""
+        return sum((float(self.criterion(o, y).sum() * self.weight) for o, y in self.outputs(theta, kept)), 0.0)
 
     def value_gradient(
         self, theta: Tensor, gradient: Tensor, kept: Any = None, active: frozenset[int] | None = None
     ) -> float:
         """See :meth:`Loss.value_gradient`; the other layers' parameters get no gradient at all."""
-        views = self._views(theta.detach())
-        wanted = [
-            self.parameters[k] for i, layer in enumerate(self.layers) if active is None or i in active for k in layer
-        ]
-        for parameter in wanted:
-            views[parameter.name].requires_grad_()
+        wanted = frozenset(k for i, layer in enumerate(self.layers) if active is None or i in active for k in layer)
+        module = self._behind(self._at(theta.detach(), wanted), kept)
+        numbers = sorted(wanted)
         value = 0.0
-        for term in self._terms(views, kept):
-            gradients = torch.autograd.grad(term, [views[p.name] for p in wanted])
-            for parameter, g in zip(wanted, gradients, strict=True):
-                gradient[parameter.range] += g.reshape(-1)
+        for outputs, y in self._batches(module, kept):
+            term = self.criterion(outputs, y).sum() * self.weight
+            gradients = torch.autograd.grad(term, [self._leaves[k] for k in numbers])
+            for k, g in zip(numbers, gradients, strict=True):
+                gradient[self.parameters[k].range] += g.reshape(-1)
             value += float(term.detach())
         return value

@@ -100,9 +100,9 @@ class Samples:
         """Those from ``begin`` to ``end``."""
         return self._of(self.rows[begin:end])
 
-    def take(self, numbers: NDArray[np.int64]) -> Samples:
-        """Those of these numbers, counted among these samples."""
-        return self._of(np.asarray(self.rows, dtype=np.int64)[numbers])
+    def take(self, rows: Tensor) -> Samples:
+        """Those of these numbers (int64), counted among these samples."""
+        return self._of(np.asarray(self.rows, dtype=np.int64)[rows.cpu().numpy()])
 
     @property
     def _index(self) -> Any:

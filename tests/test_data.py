@@ -215,17 +215,17 @@ def test_scaling(comm: MPI.Comm, kind: str, dtype: torch.dtype) -> None:
     assert samples.inputs.dtype == dtype
     np.testing.assert_allclose(samples.inputs.numpy(), expected[kind], rtol=tolerance, atol=tolerance)
     assert np.array_equal(dataset.inputs, found["inputs"])  # what is stored is not touched
-    numbers = np.array([30, 2, 2, 17])
+    numbers = torch.tensor([30, 2, 2, 17])
     for chosen, rows in (
         (samples.part(5, 9), [5, 6, 7, 8]),
         (samples.take(numbers), numbers),
         (samples.take(numbers).part(1, 3), [2, 2]),
-        (samples.part(10, 20).take(np.array([3, 1])), [13, 11]),
+        (samples.part(10, 20).take(torch.tensor([3, 1])), [13, 11]),
         (samples.part(4, 4), []),
     ):
         assert len(chosen) == len(rows)
-        assert torch.equal(chosen.inputs, samples.inputs[list(rows)])
-        assert chosen.targets.tolist() == dataset.labels[list(rows)].tolist()
+        assert torch.equal(chosen.inputs, samples.inputs[torch.tensor(list(rows), dtype=torch.int64)])
+        assert chosen.targets.tolist() == [dataset.labels[i] for i in rows]
 
 
 def test_floats_are_scaled_in_a_copy(comm: MPI.Comm) -> None:

@@ -1,0 +1,131 @@
+"""Networks for classification, by name."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import plugins
+from ..errors import InputError
+from ..options import Option
+
+OPTIONS = (
+    Option("network", "mlp", "mlp (widths of -widths, ReLU), cnn (LeNet: two convolutions and three linear layers), "
+           "residual (three residual blocks without batch statistics), or path/to/file.py:Name, called with the shape "
+           "of a sample and the number of classes."),
+    Option("widths", "32,32", "Hidden layers of the mlp: their neurons, as in 512,256."),
+)  # fmt: skip
+
+
+class Residual(nn.Module):
+    """x + F(relu(C(x))) with two convolutions C and F of k x k that keep the size.
+
+    Initialised as Fixup does without normalisation (Zhang, Dauphin, Ma 2019): F is zero, so that the block begins as
+    the identity, and C is He's, times ``scale``.
+    """
+
+    def __init__(self, channels: int, scale: float, kernel: int = 3) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
+        self.second = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
+        nn.init.kaiming_normal_(self.first.weight, nonlinearity="relu")
+        with torch.no_grad():
+            self.first.weight *= scale
+        for tensor in (self.first.bias, self.second.weight, self.second.bias):
+            if tensor is not None:
+                nn.init.zeros_(tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's value, of the shape of x (B, C, H, W)."""
+        return x + self.second(torch.relu(self.first(x)))
+
+
+def mlp(shape: tuple[int, ...], classes: int, widths: list[int]) -> nn.Sequential:
+    """Linear layers with ReLU between them; 28 x 28 pixels, widths 32, 32 and 10 classes make 26,506 parameters."""
+    sizes = [math.prod(shape), *widths]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], classes))
+
+
+def _check_images(shape: tuple[int, ...], name: str, smallest: int) -> None:
+    if len(shape) != 3 or min(shape[1:]) < smallest:
+        least = f"{smallest} x {smallest}"
+        raise InputError(f"network '{name}' needs images (C, H, W) of at least {least} pixels; the samples are {shape}")
+
+
+def cnn(shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    """LeNet with ReLU and maxima: convolutions 6@5x5 and 16@5x5, each pooled by 2, then 120, 84 and the classes.
+
+    3 x 32 x 32 pixels and 10 classes make 62,006 parameters.
+    """
+    _check_images(shape, "cnn", 16)
+    height, width = (((n - 4) // 2 - 4) // 2 for n in shape[1:])
+    return nn.Sequential(
+        nn.Conv2d(shape[0], 6, 5), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(16 * height * width, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, classes),
+    )  # fmt: skip
+
+
+def residual(shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    """Three residual blocks of 16, 32 and 64 channels, halved in size between them, and the mean over what is left.
+
+    The cut and its widths are our choice.
+    """
+    _check_images(shape, "residual", 4)
+    scale = 3**-0.5  # Fixup's L^(-1 / (2m - 2)) for L = 3 branches of m = 2 layers
+    return nn.Sequential(
+        nn.Conv2d(shape[0], 16, 3, padding=1), nn.ReLU(), Residual(16, scale), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), Residual(32, scale), nn.ReLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(), Residual(64, scale), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes),
+    )  # fmt: skip
+
+
+def parse_widths(text: str) -> list[int]:
+    """Positive integers, separated by commas; none for an empty text.
+
+    Raises
+    ------
+    InputError
+        If the text is anything else.
+    """
+    words = [word.strip() for word in text.split(",")] if text.strip() else []
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise InputError(f"option -widths must be integers above 0, as in 512,256; got '{text}'")
+    return [int(word) for word in words]
+
+
+def build_classifier(settings: Any, shape: tuple[int, ...], classes: int) -> tuple[nn.Module, str]:
+    """A network with initial parameters drawn from ``settings.seed``, and its description.
+
+    Parameters
+    ----------
+    settings
+        Values of :data:`OPTIONS`, ``seed`` and ``dtype``.
+    shape
+        Of a sample.
+    classes
+        How many there are.
+
+    Raises
+    ------
+    InputError
+        Unknown network, one that does not fit the samples, or a user's that is no torch module.
+    """
+    known: dict[str, Any] = {"mlp": mlp, "cnn": cnn, "residual": residual}
+    chosen = plugins.load(settings.network, known, "network")
+    arguments: list[Any] = [parse_widths(settings.widths)] if settings.network == "mlp" else []
+    with torch.random.fork_rng(devices=[]), plugins.blamed(settings.network, known, "network"):
+        torch.manual_seed(settings.seed)
+        network = chosen(shape, classes, *arguments)
+    if not isinstance(network, nn.Module) or not list(network.parameters()):
+        raise InputError(f"network '{settings.network}' must give a torch module with parameters")
+    words = "-".join(map(str, [math.prod(shape), *arguments[0], classes])) if arguments else "x".join(map(str, shape))
+    return network.to(getattr(torch, settings.dtype)).eval(), f"{settings.network} {words}"

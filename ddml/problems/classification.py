@@ -1,0 +1,102 @@
+"""Classification: cross entropy of any torch module, and how well it does on samples that it never sees."""
+
+from __future__ import annotations
+
+import torch
+from mpi4py import MPI
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..loss import ModuleLoss
+from ..parallel import split
+from ..scaled import Samples
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(outputs)[target] of each sample: (B, K) and (B,) to (B,)."""
+    return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+
+class ClassificationLoss(ModuleLoss):
+    """Mean cross entropy over samples.
+
+    Parts and batches hold the numbers of their samples only; inputs are made of the stored values when a part is first
+    evaluated. See :class:`ddml.loss.ModuleLoss` for what a module must be.
+
+    Parameters
+    ----------
+    module
+        Maps inputs (B, ...) to one number for each class, (B, K).
+    samples
+        Of the whole training set.
+    classes
+        K.
+    batch
+        Samples per forward pass.
+
+    Raises
+    ------
+    InputError
+        If the outputs have another shape, or see :class:`ddml.loss.ModuleLoss`.
+    """
+
+    def __init__(self, module: nn.Module, samples: Samples, classes: int, batch: int = 4096) -> None:
+        probe = samples.part(0, 2)
+        with torch.no_grad():
+            outputs = module(probe.inputs)
+        expected = (len(probe), classes)
+        if not isinstance(outputs, Tensor) or tuple(outputs.shape) != expected:
+            found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise InputError(f"the network must map {tuple(probe.inputs.shape)} to {expected}, it gives {found}")
+        self._build(module, cross_entropy, samples, batch)
+
+    def explain(self, theta: Tensor) -> str:
+        """See :meth:`ddml.loss.Loss.explain`."""
+        return "the network's outputs or parameters are NaN or infinite"
+
+
+class TestSet:
+    """Accuracy and loss on other samples, which the ranks share.
+
+    Parameters
+    ----------
+    loss
+        Of the training set.
+    samples
+        To test with.
+    comm
+        Ranks that share them.
+    blocks
+        As in :class:`ddml.objective.Objective`: what is summed in a fixed order is the same on any number of ranks to
+        the last bit.
+    """
+
+    __test__ = False  # for pytest
+
+    def __init__(self, loss: ClassificationLoss, samples: Samples, comm: MPI.Comm, blocks: int = 0) -> None:
+        self.comm, self.count = comm, len(samples)
+        edges = split(self.count, blocks or comm.size)
+        mine = split(len(edges) - 1, comm.size)
+        self.parts = [
+            loss.on(samples.part(edges[i], edges[i + 1]), 1 / self.count)
+            for i in range(mine[comm.rank], mine[comm.rank + 1])
+        ]
+
+    def __call__(self, theta: Tensor) -> dict[str, float]:
+        """``accuracy``, the fraction that is classified right, and ``test_loss``, the mean. Collective.
+
+        A sample with an output that is not finite counts as wrong; of equal outputs the first decides.
+        """
+        values, right = [], 0
+        for part in self.parts:
+            value = 0.0
+            for outputs, targets in part.outputs(theta.to(device=part.device, dtype=part.dtype)):
+                value += float(part.criterion(outputs, targets).sum() * part.weight)
+                hits = (outputs.argmax(dim=1) == targets) & outputs.isfinite().all(dim=1)
+                right += int(hits.sum())
+            values.append(value)
+        gathered = self.comm.allgather((values, right))
+        return {
+            "accuracy": sum(r for _, r in gathered) / self.count,
+            "test_loss": sum((v for here, _ in gathered for v in here), 0.0),
+        }

@@ -77,10 +77,10 @@ class ConsistentObjective(RestrictedObjective):
         parts = len(self.decomposition.subdomains)
         return sampled(self.whole, sample_parts(self.whole.loss.count, parts, self.overlap, self.seed)[self.s])
 
-    def follow(self, loss: Loss, parts: object, fraction: float = 1.0) -> None:
+    def follow(self, objective: Objective, parts: object) -> None:
         """Take the part of the samples that the whole objective has now."""
         part = self._sampled()
-        super().follow(part.loss, part.split_over(self.decomposition.group), part.fraction)
+        super().follow(part, part.split_over(self.decomposition.group))
 
     def know(self, x: PETSc.Vec, value: float, g: PETSc.Vec) -> None:
         """Make x theta_k, where the whole loss has the gradient g; ``start`` is h_p there."""

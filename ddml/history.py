@@ -31,11 +31,12 @@ def _index(name: str) -> int:
 class History:
     """Table of float64 with one row per iteration; every rank holds the same one.
 
-    The columns are ``iteration``, ``time`` (s, accumulated over restarts), ``loss``, ``test_loss``
-    (the loss on samples that are not trained on), ``gradient_norm``, ``step``
-    (radius or step length), ``work`` (work units, summed over subdomains and levels), ``work_critical`` (work units
-    along the critical path), ``error`` (relative L2 error against the reference), ``error_network_norm`` (the same
-    measured in the norm of the network's own outputs) and ``accuracy`` (0 to 1). What was not given is NaN.
+    The columns are ``iteration``, ``time`` (s, accumulated over restarts), ``loss`` (on the samples of that iteration,
+    where there are batches those of the batch), ``test_loss`` (the loss on samples that are not trained on),
+    ``gradient_norm``, ``step`` (radius or step length), ``work`` (work units, summed over subdomains and levels),
+    ``work_critical`` (work units along the critical path), ``error`` (relative L2 error against the reference),
+    ``error_network_norm`` (the same measured in the norm of the network's own outputs) and ``accuracy`` (0 to 1). What
+    was not given is NaN.
 
     Nothing here is collective: that all ranks append the same numbers is up to the caller.
     """

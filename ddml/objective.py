@@ -45,6 +45,9 @@ class Objective:
         Samples of this objective over those of the whole data set, in work units.
     version : int
         Grows when the loss is replaced: what solvers know of it is then out of date.
+    overlap : ndarray of int64, or None
+        After a replacement, numbers of the loss's samples that the loss before it had, too, if that is known:
+        ``ddml.composed.sampled(objective, objective.overlap)`` is the loss on them.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Objective:
         self.work = WorkCounter()
         self.fraction = 1.0
         self.version = 0
+        self.overlap: NDArray[np.int64] | None = None
         self.blocks = blocks
         self.parts = list(self.split_over(self.comm) if parts is None else parts)
         rows, aligned = max(len(self.parts), 1), -(-loss.size // 8) * 8
@@ -77,9 +81,13 @@ class Objective:
         mine = split(len(edges) - 1, comm.size)
         return [self.loss.part(edges[i], edges[i + 1]) for i in range(mine[comm.rank], mine[comm.rank + 1])]
 
-    def replace(self, loss: Loss) -> None:
-        """Minimise another loss of the same parameters from now on, say with other samples. Collective."""
-        self.loss = loss
+    def replace(self, loss: Loss, fraction: float | None = None, overlap: NDArray[np.int64] | None = None) -> None:
+        """Minimise another loss of the same parameters from now on, say with other samples. Collective.
+
+        ``fraction`` and ``overlap`` are the attributes'; the fraction stays what it is unless it is given.
+        """
+        self.loss, self.overlap = loss, overlap
+        self.fraction = self.fraction if fraction is None else fraction
         self.parts = list(self.split_over(self.comm))
         self.version += 1
 

@@ -37,13 +37,9 @@ class RestrictedObjective(Objective):
         self._known: tuple[NDArray[np.float64], float, NDArray[np.float64]] | None = None
         self._last: tuple[NDArray[np.float64], float] | None = None
 
-    def follow(self, loss: Loss, parts: Sequence[Loss], fraction: float = 1.0) -> None:
-        """Restrict another loss of the whole network, and its parts on this rank, from now on.
-
-        ``fraction`` is that of the objective of the whole network.
-        """
-        self.fraction = fraction
-        self.loss = RestrictedLoss(loss, self.loss.ranges)
+    def follow(self, objective: Objective, parts: Sequence[Loss]) -> None:
+        """Restrict what the whole network's objective is now, and its loss's parts on this rank, from now on."""
+        self.loss, self.fraction = RestrictedLoss(objective.loss, self.loss.ranges), objective.fraction
         self.parts = [RestrictedLoss(part, self.loss.ranges) for part in parts]
         self._known = self._last = None
 

@@ -231,7 +231,7 @@ class Schwarz:
         self.version = self.objective.version
         parts = self.objective.split_over(self.decomposition.group)
         for restricted_objective in self.restricted.values():
-            restricted_objective.follow(self.objective.loss, parts, self.objective.fraction)
+            restricted_objective.follow(self.objective, parts)
 
     def _load(self, s: int, vec: PETSc.Vec, target: Callable[[LocalSolver], PETSc.Vec]) -> None:
         """Restrict a global vector to subdomain s and hand it to the local solver, if it is here."""

@@ -108,7 +108,7 @@ def counted(loss: ModuleLoss, *arguments: Any) -> int:
 
 @pytest.mark.parametrize(
     ("network", "shape", "tolerance"),
-    [("mlp", MNIST, 0.03), ("cnn", CIFAR, 0.03), ("residual", CIFAR, 0.15)],  # adjoints inside a block are not charged
+    [("mlp", MNIST, 1e-3), ("cnn", CIFAR, 1e-3), ("residual", CIFAR, 0.05)],  # adjoints inside a block are not charged
 )
 def test_charges_are_counted_operations(network: str, shape: tuple[int, ...], tolerance: float) -> None:
     loss = loss_of(built(shape, network=network)[0], shape)
@@ -119,7 +119,7 @@ def test_charges_are_counted_operations(network: str, shape: tuple[int, ...], to
             kept = loss.prefix(theta, first)
             assert (kept is None) == (not loss.keeps(first))
             found = counted(loss, kept, active) / whole
-            assert found == pytest.approx(loss.charge(first, active), rel=tolerance, abs=1e-3), (first, active)
+            assert found == pytest.approx(loss.charge(first, active), rel=0.03, abs=tolerance), (first, active)
 
 
 def test_stages_may_have_names() -> None:

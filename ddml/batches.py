@@ -1,0 +1,122 @@
+"""Mini-batches: other samples every few iterations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .errors import InputError
+from .objective import Objective
+from .options import Option
+from .parallel import split
+
+OPTIONS = (
+    Option("batch_size", 0, "Samples of a batch, at most: each epoch is shuffled and cut into equal batches; 0: all "
+           "samples, all the time.", minimum=0),
+    Option("batch_overlap", 0.01, "Samples that a batch shares with the one before, as a fraction of a batch.",
+           minimum=0.0),
+    Option("batch_steps", None, "Iterations on each batch (default: 5 on batches of more than 2,500 samples, else 2).",
+           kind=int, minimum=1),
+)  # fmt: skip
+
+
+class Batches:
+    """Gives an objective one batch of its samples after the other; everything is collective.
+
+    An epoch e is a permutation of all N samples, drawn from the seed and e, and cut into ceil(N / size) batches whose
+    sizes differ by at most one. In front of these new samples a batch has some of the new samples of the batch before,
+    at random, so that at least the fraction ``batch_overlap`` is common to both. All is drawn for the whole set: the
+    batches do not depend on the number of ranks.
+
+    The objective's loss is the mean over the batch, and so is what solvers report and the history keeps as ``loss``;
+    its fraction is that of the batch, so that N samples cost a work unit. The numbers of iterations on a batch were
+    seen to do well with trust regions on MNIST, and are our choice; so is the form of the overlap.
+
+    Parameters
+    ----------
+    objective
+        Of all samples; its loss is replaced by that of the first batch.
+    settings
+        Values of :data:`OPTIONS`, with ``batch_size`` from 1 to N - 1.
+    seed
+        Of the permutations.
+
+    Attributes
+    ----------
+    interval : int
+        Iterations on each batch.
+    rows : ndarray of int64
+        Numbers of the batch's samples in the whole set, in increasing order.
+    shared : ndarray of int64
+        Those of them that the batch before had, too; none in the first batch. The objective's ``overlap`` has their
+        places in ``rows``.
+
+    Raises
+    ------
+    InputError
+        If the overlap is above 1.
+    """
+
+    def __init__(self, objective: Objective, settings: Any, seed: int) -> None:
+        if not settings.batch_overlap <= 1:
+            raise InputError(f"option -batch_overlap must be at most 1, got {settings.batch_overlap}")
+        self.objective, self.seed = objective, seed
+        self.loss, self.total = objective.loss, objective.loss.count
+        self.per_epoch = -(-self.total // settings.batch_size)
+        size = -(-self.total // self.per_epoch)
+        self.interval: int = settings.batch_steps or (5 if size > 2500 else 2)
+        self.wanted = round(settings.batch_overlap * size)
+        self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+        self.number = 0  # of this batch since the beginning
+        self.rows = self.shared = self._fresh = np.empty(0, np.int64)
+        self._draw()
+
+    def move(self, theta: Tensor) -> None:
+        """Go on to the next batch, whatever the parameters theta (n,) are."""
+        self.number += 1
+        self._draw()
+
+    def _draw(self) -> None:
+        epoch, index = divmod(self.number, self.per_epoch)
+        if self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, 0, epoch]).permutation(self.total)
+        edges = split(self.total, self.per_epoch)
+        fresh = self._order[1][edges[index] : edges[index + 1]]
+        others = np.setdiff1d(self._fresh, fresh)
+        missing = min(self.wanted - (len(self._fresh) - len(others)), len(others))
+        again = others[:0]
+        if missing > 0:
+            again = np.random.default_rng([self.seed, 1, self.number]).choice(others, missing, replace=False)
+        rows = np.union1d(fresh, again)
+        self._take(rows, np.intersect1d(rows, self.rows), np.sort(fresh))
+
+    def _take(self, rows: NDArray[np.int64], shared: NDArray[np.int64], fresh: NDArray[np.int64]) -> None:
+        self.rows, self.shared, self._fresh = rows, shared, fresh
+        loss = self.loss.sampled(torch.as_tensor(rows, device=self.loss.device))
+        self.objective.replace(loss, len(rows) / self.total, np.searchsorted(rows, shared))
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`restore` needs."""
+        return {
+            "total": self.total, "number": self.number, "rows": self.rows, "shared": self.shared, "fresh": self._fresh,
+        }  # fmt: skip
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to the batch of a :meth:`state`.
+
+        Raises
+        ------
+        InputError
+            If the state is of another number of samples, or of no batches.
+        """
+        if state.get("total") != self.total:
+            raise InputError(
+                f"the run file has batches of {state.get('total', 'no')} samples, there are {self.total}: "
+                "it goes on with the same -data and -samples"
+            )
+        self.number = state["number"]
+        self._take(state["rows"], state["shared"], state["fresh"])

@@ -7,7 +7,53 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.overrides import TorchFunctionMode
+
+
+def _inner(arguments: Any, outputs: Tensor) -> int:
+    """Of a product of matrices, or of inputs with a weight (outputs, inputs)."""
+    return outputs.numel() * int(arguments[0].shape[-1])
+
+
+def _inner_added(arguments: Any, outputs: Tensor) -> int:
+    return _inner(arguments[1:], outputs)
+
+
+def _convolution(arguments: Any, outputs: Tensor) -> int:
+    """Of a convolution with a weight (C_out, C_in / groups, ...)."""
+    weight = arguments[1]
+    return outputs.numel() * (weight.numel() // weight.shape[0])
+
+
+def _transposed(arguments: Any, outputs: Tensor) -> int:
+    """Of a transposed convolution with a weight (C_in, C_out / groups, ...)."""
+    inputs, weight = arguments[:2]
+    return inputs.numel() * (weight.numel() // weight.shape[0])
+
+
+_PRODUCTS: dict[Any, Callable[[Any, Tensor], int]] = {
+    **dict.fromkeys(
+        (nn.functional.linear, torch.matmul, torch.mm, torch.bmm, torch.mv, Tensor.matmul, Tensor.__matmul__,
+         Tensor.mm, Tensor.bmm, Tensor.mv), _inner,
+    ),
+    **dict.fromkeys((torch.addmm, torch.baddbmm), _inner_added),
+    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _convolution),
+    **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), _transposed),
+}  # fmt: skip
+
+
+class _Products(TorchFunctionMode):
+    """Counts multiply-adds while it is entered. torch's own FlopCounterMode takes seconds to import what it needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        outputs = function(*arguments, **(named or {}))
+        if function in _PRODUCTS:
+            self.total += _PRODUCTS[function]((*arguments, *(named or {}).values()), outputs)
+        return outputs
 
 
 def _numbers(outputs: Any) -> int:
@@ -20,10 +66,11 @@ def _numbers(outputs: Any) -> int:
 def forward_costs(module: nn.Module, inputs: Tensor) -> dict[str, float]:
     """Cost for one sample of each module inside ``module`` that has parameters of its own, by its name.
 
-    The cost is the number of multiply-adds in matrix products and convolutions, as torch counts them while it
+    The cost is the number of multiply-adds in matrix products, linear maps and convolutions, counted while the module
     computes, plus the number of outputs (a bias, or a scale, takes one operation for each). That is the number of
     weights and biases for a linear layer, and that number times the number of output positions for a convolution.
     Modules that are called several times add up; what a module with children does itself is counted without them.
+    What torch computes inside other functions (attention, recurrent cells) is not seen.
 
     Parameters
     ----------
@@ -38,19 +85,19 @@ def forward_costs(module: nn.Module, inputs: Tensor) -> dict[str, float]:
         Modules that are not called themselves, say because another one uses their weights, are missing.
     """
     costs: dict[str, float] = {}
-    counter = FlopCounterMode(display=False)
+    counter = _Products()
     open_calls: list[list[float]] = []  # operations at the start, and those of owners inside
 
     def enter(_: nn.Module, __: Any) -> None:
-        open_calls.append([counter.get_total_flops(), 0.0])
+        open_calls.append([counter.total, 0.0])
 
     def leave(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def count(_: nn.Module, __: Any, outputs: Any) -> None:
             start, inside = open_calls.pop()
-            spent = counter.get_total_flops() - start
+            spent = counter.total - start
             if open_calls:
                 open_calls[-1][1] += spent
-            costs[name] = costs.get(name, 0.0) + ((spent - inside) / 2 + _numbers(outputs)) / len(inputs)
+            costs[name] = costs.get(name, 0.0) + (spent - inside + _numbers(outputs)) / len(inputs)
 
         return count
 
@@ -65,3 +112,21 @@ def forward_costs(module: nn.Module, inputs: Tensor) -> dict[str, float]:
         for hook in hooks:
             hook.remove()
     return costs
+
+
+CACHED = 1 << 21  # numbers in the widest layer of a batch that went fastest (measured on CPUs, our choice)
+
+
+@torch.no_grad()
+def suitable_batch(module: nn.Module, inputs: Tensor, most: int = 4096) -> int:
+    """Samples per forward pass for which what a layer gives stays in a CPU's cache; ``inputs`` (B, ...) to try."""
+    widest = [_numbers(inputs)]
+    hooks = [
+        part.register_forward_hook(lambda _, __, outputs: widest.append(_numbers(outputs))) for part in module.modules()
+    ]
+    try:
+        module(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return min(max(CACHED * len(inputs) // max(widest), 16), most)

@@ -6,6 +6,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor, nn
 
+from ..costs import suitable_batch
 from ..errors import InputError
 from ..loss import ModuleLoss
 from ..parallel import split
@@ -32,7 +33,7 @@ class ClassificationLoss(ModuleLoss):
     classes
         K.
     batch
-        Samples per forward pass.
+        Samples per forward pass (default: :func:`ddml.costs.suitable_batch`).
 
     Raises
     ------
@@ -40,7 +41,7 @@ class ClassificationLoss(ModuleLoss):
         If the outputs have another shape, or see :class:`ddml.loss.ModuleLoss`.
     """
 
-    def __init__(self, module: nn.Module, samples: Samples, classes: int, batch: int = 4096) -> None:
+    def __init__(self, module: nn.Module, samples: Samples, classes: int, batch: int | None = None) -> None:
         probe = samples.part(0, 2)
         with torch.no_grad():
             outputs = module(probe.inputs)
@@ -48,7 +49,7 @@ class ClassificationLoss(ModuleLoss):
         if not isinstance(outputs, Tensor) or tuple(outputs.shape) != expected:
             found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise InputError(f"the network must map {tuple(probe.inputs.shape)} to {expected}, it gives {found}")
-        self._build(module, cross_entropy, samples, batch)
+        self._build(module, cross_entropy, samples, batch or suitable_batch(module, probe.inputs))
 
     def explain(self, theta: Tensor) -> str:
         """See :meth:`ddml.loss.Loss.explain`."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddml.costs import forward_costs
+from ddml.costs import forward_costs, suitable_batch
 from ddml.errors import InputError
 from ddml.loss import ModuleLoss
 from ddml.networks.classifiers import OPTIONS, build_classifier, parse_widths
@@ -72,6 +72,13 @@ def test_costs_are_parameters_times_positions() -> None:
     assert mlp.costs == (25_120, 1_056, 330)
     strided = nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, groups=2), nn.Flatten(), nn.Linear(96, 10)).double()
     assert loss_of(strided, (4, 9, 9)).costs == ((4 // 2 * 9 + 1) * 6 * 16, 970)
+
+
+def test_batches_suit_the_widest_layer() -> None:
+    for network, shape, expected in (("mlp", MNIST, 2**21 // 784), ("mlp", (64,), 4096), ("cnn", CIFAR, 2**21 // 4704)):
+        module = built(shape, network=network)[0]
+        assert suitable_batch(module, torch.zeros(2, *shape, dtype=torch.float64)) == expected
+        assert not any(part._forward_hooks for part in module.modules())
 
 
 class Tree(nn.Module):

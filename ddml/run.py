@@ -113,6 +113,8 @@ class Run:
         From all parameters (n,) to further history columns, such as the error.
     moving
         What gives the objective other samples between iterations, if anything does.
+    shown
+        The history column that is shown beside the loss.
     """
 
     def __init__(
@@ -124,10 +126,11 @@ class Run:
         attributes: Mapping[str, str | int | float | bool],
         measure: Callable[[Tensor], Mapping[str, float]],
         moving: Moving | None = None,
+        shown: str = "error",
     ) -> None:
         self.objective, self.tao, self.x = objective, tao, x
         self.settings, self.attributes, self.measure = settings, dict(attributes), measure
-        self.moving = moving
+        self.moving, self.shown = moving, shown
         self.comm = objective.comm
         self.history = History()
         self.interval = Interval.parse(settings.checkpoint_interval)
@@ -184,8 +187,11 @@ class Run:
         self.before = self.history.last("time")
         self.first_iteration = int(self.history.last("iteration"))
         self.written = (self.first_iteration, self.before)
-        for key in ("solver", "seed", "points", "resample", "dtype", "summation_blocks", "ranks"):
-            then, now = header.attributes.get(key), self.attributes.get(key, self.comm.size)
+        for key in (
+            *("solver", "seed", "points", "resample", "dtype", "summation_blocks", "ranks"),
+            *("data", "samples", "scaling", "batch_size", "batch_overlap", "batch_steps"),
+        ):
+            then, now = header.attributes.get(key), self.comm.size if key == "ranks" else self.attributes.get(key)
             if then != now:
                 self.notes.append(f"{key} was {then} when {path} was written, now it is {now}")
         if (
@@ -256,6 +262,8 @@ class Run:
             return "max_work is reached"
         if self.history.last("error") < s.target_error:
             return "target_error is reached"
+        if self.history.last("accuracy") >= getattr(s, "target_accuracy", math.inf):
+            return "target_accuracy is reached"
         return ""
 
     def _due(self, iteration: int, now: float) -> bool:
@@ -327,9 +335,11 @@ class Run:
         if len(h) == 0:
             return f"stopped before the first iteration: {self.reason}; nothing was written"
         parts = [f"{int(h.last('iteration'))} iterations", f"loss {h.last('loss'):.6e}"]
-        found = {name: self.measured.get(name, h.last(name)) for name in ("test_loss", "error")}
+        found = {name: self.measured.get(name, h.last(name)) for name in ("test_loss", "error", "accuracy")}
         if np.isfinite(found["test_loss"]):
-            parts[-1] += f" (on other points {found['test_loss']:.6e})"
+            parts[-1] += f" (on other {'samples' if self.shown == 'accuracy' else 'points'} {found['test_loss']:.6e})"
+        if np.isfinite(found["accuracy"]):
+            parts.append(f"accuracy {found['accuracy']:.4f}")
         if np.isfinite(found["error"]):
             parts.append(f"relative error {found['error']:.4e}")
         parts += [f"work {h.last('work'):.1f} (critical {h.last('work_critical'):.1f})", f"{h.last('time'):.1f} s"]
@@ -346,7 +356,8 @@ class Run:
 
             self.bar = tqdm(total=self.settings.max_it, initial=self.first_iteration, unit="it", dynamic_ncols=True)
         if self.mode == "lines":
-            names = zip(("it", "loss", "|gradient|", "step", "error", "work", "critical", "time"), _WIDTHS, strict=True)
+            columns = ("it", "loss", "|gradient|", "step", self.shown, "work", "critical", "time")
+            names = zip(columns, _WIDTHS, strict=True)
             print(" ".join(f"{name:>{width}}" for name, width in names), flush=True)
 
     def _show(self, iteration: int) -> None:
@@ -354,14 +365,14 @@ class Run:
             return
         row = {
             name: self.history.last(name)
-            for name in ("loss", "gradient_norm", "step", "error", "work", "work_critical", "time")
+            for name in ("loss", "gradient_norm", "step", self.shown, "work", "work_critical", "time")
         }
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {row['loss']:.3e} error {row['error']:.3e}")
+            self.bar.set_postfix_str(f"loss {row['loss']:.3e} {self.shown} {row[self.shown]:.3e}")
             self.bar.update(iteration - self.bar.n)
             return
         print(
-            f"{iteration:6d} {row['loss']:13.6e} {row['gradient_norm']:11.3e} {row['step']:9.2e} {row['error']:11.4e}"
-            f" {row['work']:10.1f} {row['work_critical']:10.1f} {row['time']:8.1f}",
+            f"{iteration:6d} {row['loss']:13.6e} {row['gradient_norm']:11.3e} {row['step']:9.2e}"
+            f" {row[self.shown]:11.4e} {row['work']:10.1f} {row['work_critical']:10.1f} {row['time']:8.1f}",
             flush=True,
         )

@@ -162,7 +162,7 @@ def test_runs_restart_exactly_and_are_the_same_on_any_number_of_ranks(
     whole = Training(comm, prefix, solver, max_it=14)
     assert whole.batches.number == 4
     expected = whole.result()
-    for stop in (4, 12):  # within a batch, at the end of one that is the end of an epoch, too
+    for stop in (1, 4, 12):  # within the first batch and another, at the end of one that is the end of an epoch, too
         Training(comm, prefix, solver, max_it=stop, output=file, overwrite=True).result()
         assert Training(comm, prefix, solver, max_it=14, restart=file).result() == expected
     assert Training(MPI.COMM_SELF, prefix, solver, max_it=14).result() == expected

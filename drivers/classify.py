@@ -1,0 +1,132 @@
+"""Train a classifier: mpiexec -n P python -m mpi4py drivers/classify.py [options].
+
+One data set, one network, one solver; -help explains every option. The loss is the mean cross entropy, of the batch
+where there are batches; accuracy and test_loss are those of the test samples.
+"""
+
+from __future__ import annotations
+
+from program import run_program  # first: it initialises PETSc
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from mpi4py import MPI
+
+import ddml.run
+import training
+from ddml import batches, data, plugins
+from ddml.batches import Batches
+from ddml.errors import InputError
+from ddml.networks import classifiers
+from ddml.objective import Objective
+from ddml.options import Option, with_defaults
+from ddml.parallel import agreed
+from ddml.problems.classification import ClassificationLoss, TestSet
+from ddml.scaled import SCALINGS, Samples, Scaling
+from solvers import PETSC_TYPES, SOLVERS
+from training import check_device, decompose
+
+RESIDUALS_ONLY = ("gauss_newton",)
+_OWN = [name for name in SOLVERS if name not in RESIDUALS_ONLY]
+_HELP = {
+    "chunk": "Samples that go through the network at a time; 0: what suits the widest layer.",
+    "summation_blocks": "Blocks of samples that are summed in a fixed order, so that a run is the same to the last bit "
+    "on any number of ranks up to this; 0 sums by ranks.",
+    "error_interval": "Iterations between evaluations of the test samples (default: those on a batch; 1 without).",
+}
+
+OPTIONS = (
+    Option("data", "digits", f"One of {', '.join(data.DATA)}; or a data file .h5 (see data/README.md); or "
+           "path/to/file.py:Name, called without arguments for a ddml.data.DataSet."),
+    Option("samples", None, "Train on the first so many samples only (default: all).", kind=int, minimum=1),
+    Option("scaling", "unit", "Inputs divided by the data set's maximum, or of mean 0 and deviation 1 in each channel, "
+           "or as they are.", choices=SCALINGS),
+    *classifiers.OPTIONS,
+    Option("solver", "lbfgs", f"One of {', '.join(_OWN)}; or PETSc's {', '.join(PETSC_TYPES)}; or "
+           "path/to/file.py:Class."),
+    *batches.OPTIONS,
+    *(replace(o, help=_HELP.get(o.name, o.help)) for o in with_defaults(training.OPTIONS, dtype="float32")),
+)  # fmt: skip
+
+LIMITS = (
+    *(replace(o, help=_HELP.get(o.name, o.help)) for o in ddml.run.OPTIONS if o.name != "target_error"),
+    Option("target_accuracy", 1.01, "Stop when the accuracy reaches this (default: never).", above=0.0),
+)
+
+
+def main(comm: MPI.Comm) -> int:
+    """Run what the options say; the exit code. Collective."""
+    if training.HELP:
+        if comm.rank == 0:
+            print(training.help_text(__doc__ or "", (*OPTIONS, *LIMITS), RESIDUALS_ONLY))
+        return 0
+    settings, limits = training.read_options(OPTIONS, LIMITS)
+    limits.target_error = 0.0
+    if settings.solver in RESIDUALS_ONLY:
+        raise InputError(
+            f"solver '{settings.solver}' is for losses that are sums of squares, as those of drivers/pinn.py"
+        )
+    dataset = data.load(settings.data, comm, settings.samples)
+    if settings.batch_size > dataset.count:
+        raise InputError(f"option -batch_size must be at most {dataset.count}, the samples; got {settings.batch_size}")
+    scaling = Scaling(dataset, settings.scaling, comm)
+    known = ("mlp", "cnn", "residual")
+    with agreed(comm), plugins.blamed(settings.network, dict.fromkeys(known), "network"):
+        loss, network, test = build(settings, dataset, scaling)
+        chosen = decompose(settings, loss)
+    made = training.Training(comm, settings, loss, chosen, Objective, 0.0)
+    moving = None
+    if 0 < settings.batch_size < dataset.count:
+        moving = Batches(made.objective, settings, settings.seed)
+    interval = moving.interval if moving is not None else 1
+    limits.error_interval = limits.error_interval or interval
+    attributes = {
+        "driver": "classify", "problem": "classification", "network": network, "data": settings.data,
+        "samples": dataset.count, "scaling": settings.scaling, "batch_size": settings.batch_size,
+        "batch_overlap": settings.batch_overlap, "batch_steps": interval,
+    }  # fmt: skip
+    measure = TestSet(loss, test, comm, made.blocks)
+    code = made.run(
+        limits, attributes, measure, moving,
+        header(settings, dataset, loss, network, moving, made.summation()), shown="accuracy",
+    )  # fmt: skip
+    dataset.free()
+    return code
+
+
+def build(settings: Any, dataset: data.DataSet, scaling: Scaling) -> tuple[ClassificationLoss, str, Samples]:
+    """The loss on the training samples, the network in words, and the test samples."""
+    network, words = classifiers.build_classifier(settings, dataset.shape, len(dataset.classes))
+    device, dtype = check_device(settings.device), getattr(torch, settings.dtype)
+    train = Samples(dataset.inputs, dataset.labels, scaling, dtype, device)
+    test = Samples(dataset.test_inputs, dataset.test_labels, scaling, dtype, device)
+    loss = ClassificationLoss(network.to(device), train, len(dataset.classes), settings.chunk or None)
+    return loss, words, test
+
+
+def header(
+    settings: Any,
+    dataset: data.DataSet,
+    loss: ClassificationLoss,
+    network: str,
+    moving: Batches | None,
+    summation: str,
+) -> str:
+    """What is about to run, in words."""
+    batch = "all in each evaluation"
+    if moving is not None:
+        sizes = f"{moving.per_epoch} batches an epoch of {-(-dataset.count // moving.per_epoch)} and {moving.wanted}"
+        batch = f"{sizes} of the one before, {moving.interval} iterations on each"
+    return (
+        f"data {settings.data}, {dataset!r}, scaling {settings.scaling}; {batch}\n"
+        f"network {network}, {loss.size} parameters in {len(loss.layers)} layers, {settings.dtype} on"
+        f" {settings.device}\n"
+        f"solver {settings.solver} {summation}\n"
+        + (f"{decompose(settings, loss)!r}" if hasattr(SOLVERS.get(settings.solver), "decompose") else "")
+    ).rstrip()
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,268 @@
+"""classify.py: trains, stops, goes on, on any number of ranks, and refuses what is wrong in one line."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import h5py
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from launch import ROOT, assert_same, content, finish, kill, launch, processes, start
+
+OFFICIAL = Path(os.environ.get("DDML_DATA", ROOT.parent / "shared" / "data"))
+BATCHES = ("-batch_size", "300", "-batch_overlap", "0.1", "-widths", "12", "-summation_blocks", "4")
+
+
+def classify(ranks: int, *options: object, **settings: Any) -> SimpleNamespace:
+    return launch(ranks, *options, driver="classify.py", **settings)
+
+
+def train(path: Path, ranks: int, iterations: int, *options: object) -> str:
+    """Run to so many iterations, from the run file if it is there; what was printed."""
+    where = "-restart" if path.exists() else "-output"
+    result = classify(ranks, *options, "-max_it", iterations, where, path)
+    assert result.rc == 0, result.out + result.err
+    return result.out
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A run with default options on all digits."""
+    path = tmp_path_factory.mktemp("learnt") / "run.h5"
+    return SimpleNamespace(path=path, out=train(path, 2, 60))
+
+
+def test_digits_are_learnt(learnt: SimpleNamespace) -> None:
+    run = content(learnt.path)
+    lines = learnt.out.splitlines()
+    assert "1437 + 360 samples 1x8x8, 10 classes" in lines[0]
+    assert "mlp 64-32-32-10, 3466 parameters in 3 layers, float32" in lines[1]
+    assert run.history["accuracy"][-1] > 0.85
+    last = next(line for line in lines if line.startswith("stopped"))
+    assert f"accuracy {run.history['accuracy'][-1]:.4f}" in last
+    assert f"loss {run.history['loss'][-1]:.6e} (on other samples {run.history['test_loss'][-1]:.6e})" in last
+    assert f"work {run.history['work'][-1]:.1f}" in last
+    assert run.attributes["driver"] == "classify"
+    assert run.attributes["option data"] == "digits"
+    assert np.isfinite(run.history["test_loss"]).all()
+    assert np.isnan(run.history["error"]).all()
+
+
+def test_loss_and_accuracy_are_drawn(learnt: SimpleNamespace, tmp_path: Path) -> None:
+    result = launch(1, learnt.path, "-o", tmp_path / "figure.png", driver="plot.py")
+    assert result.rc == 0, result.err
+    assert [p.name for p in tmp_path.iterdir()] == ["figure.png"]
+    image = plt.imread(tmp_path / "figure.png")
+    assert image.shape[0] > 900  # two rows of panels
+    assert image[..., :3].std() > 0.05
+
+
+@pytest.mark.parametrize("solver", [("lbfgs",), ("aspqn", "-local_steps", "3", "-subdomains", "2")])
+def test_other_numbers_of_ranks_go_on_with_the_same_batches(solver: tuple[str, ...], tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole.h5", tmp_path / "parts.h5"
+    options = ("-solver", *solver, *BATCHES)
+    out = train(whole, 2, 12, *options)
+    assert "5 batches an epoch of 288 and 29 of the one before, 2 iterations on each" in out
+    for ranks, iterations in ((1, 5), (3, 8), (2, 12)):
+        train(parts, ranks, iterations, *options)
+    assert_same(whole, parts)
+    history = content(whole).history
+    assert np.isfinite(history["accuracy"][::2]).all()
+    assert np.isnan(history["accuracy"][1::2]).all()
+    assert history["work"][0] == pytest.approx(287 / 1437)
+
+
+def test_a_killed_run_goes_on_with_other_ranks(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole.h5", tmp_path / "killed.h5"
+    options = (*BATCHES, "-checkpoint_interval", "1", "-solver", "mspqn", "-local_steps", "3")
+    train(whole, 1, 12, *options)
+    process = start(2, *options, "-max_it", 12, "-output", killed, driver="classify.py")
+    end = time.monotonic() + 60
+    while not killed.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    kill(process)
+    finish(process)
+    train(killed, 3, 12, *options)
+    assert_same(whole, killed)
+
+
+def test_a_signal_stops_a_run_that_can_go_on(tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole.h5", tmp_path / "stopped.h5"
+    train(whole, 2, 200, *BATCHES)
+    process = start(2, *BATCHES, "-max_it", 200, "-output", stopped, driver="classify.py")
+    assert any(line.startswith("     2 ") for line in process.stdout)
+    ranks = {rank: pid for pid, rank in processes(process.pid).items() if rank >= 0}
+    os.kill(ranks[1], signal.SIGTERM)
+    result = finish(process)
+    assert result.rc == 0, result.err
+    assert "stopped: a signal asked to stop" in result.out
+    train(stopped, 2, 200, *BATCHES)
+    assert_same(whole, stopped)
+
+
+def test_limits(tmp_path: Path) -> None:
+    for limit, value, reason in (
+        ("target_accuracy", 0.5, "target_accuracy is reached"),
+        ("max_work", 3, "max_work is reached"),
+    ):
+        path = tmp_path / f"{limit}.h5"
+        result = classify(1, f"-{limit}", value, "-output", path, "-max_it", 500)
+        assert f"stopped: {reason}" in result.out, result.out + result.err
+        column = content(path).history["accuracy" if "accuracy" in limit else "work"]
+        assert column[-1] >= value
+        assert (column[:-1] < value).all()
+
+
+USER = """
+import numpy as np
+from torch import nn
+
+
+def rings():
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-1, 1, (500, 2))
+    y = (np.hypot(*x.T) > 0.7).astype(int)
+    train, test = {"inputs": x[:400], "labels": y[:400]}, {"test_inputs": x[400:], "test_labels": y[400:]}
+    return {**train, **test, "classes": ["in", "out"]}
+
+
+def net(shape, classes):
+    return nn.Sequential(nn.Linear(*shape, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, classes))
+
+
+def narrow(shape, classes):
+    return nn.Linear(3, classes)
+
+
+def wrong_labels():
+    return {**rings(), "classes": ["in"]}
+"""
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("user") / "mine.py"
+    file.write_text(USER)
+    return file
+
+
+def test_ones_own_data_and_network(user: Path, tmp_path: Path) -> None:
+    options = ("-data", f"{user}:rings", "-network", f"{user}:net", "-scaling", "standard", "-dtype", "float64")
+    out = train(tmp_path / "run.h5", 2, 60, *options)
+    assert "400 + 100 samples 2, 2 classes" in out
+    assert content(tmp_path / "run.h5").history["accuracy"][-1] > 0.9
+
+
+@pytest.mark.skipif(not (OFFICIAL / "mnist").is_dir(), reason="the official files are not at hand")
+def test_mnist_takes_the_same_way_on_one_two_and_three_ranks(tmp_path: Path) -> None:
+    data = tmp_path / "mnist.h5"
+    prepare = (str(ROOT / "data" / "prepare.py"), "mnist", str(OFFICIAL / "mnist"), "-o", str(data))
+    subprocess.run([sys.executable, *prepare], check=True, capture_output=True, timeout=120)
+    options = ("-data", data, "-samples", 2000, "-batch_size", 500, "-dtype", "float64", "-solver", "lbfgs")
+    for ranks in (1, 2, 3):
+        out = train(tmp_path / f"{ranks}.h5", ranks, 15, *options)
+        assert "2000 + 10000 samples 1x28x28" in out
+        assert_same(tmp_path / "1.h5", tmp_path / f"{ranks}.h5")
+    for ranks in (1, 2):  # summed by ranks
+        train(tmp_path / f"{ranks}b.h5", ranks, 15, *options, "-summation_blocks", 0)
+    assert_same(tmp_path / "1b.h5", tmp_path / "2b.h5", 1e-8)
+
+
+# what is wrong: (the options, a text that the error line must contain)
+WRONG = {
+    "unknown option": ("-batchsize 8", "-batchsize"),
+    "option of PINNs": ("-points 100", "-points"),
+    "unknown solver": ("-solver adam", "'adam'"),
+    "solver for residuals": ("-solver gauss_newton", "sums of squares"),
+    "unknown data": ("-data imagenet", "'imagenet'; there are digits"),
+    "missing data file": ("-data nothing.h5", "nothing.h5"),
+    "data file that is none": ("-data {folder}/text.h5", "no data file"),
+    "labels out of range": ("-data {user}:wrong_labels", "labels must be from 0 to 0"),
+    "too many samples": ("-samples 5000", "has 1437"),
+    "unknown scaling": ("-scaling log", "-scaling"),
+    "unknown network": ("-network transformer", "'transformer'"),
+    "network that does not fit": ("-network cnn", "at least 16 x 16"),
+    "user's network that does not fit": ("-network {user}:narrow", "narrow"),
+    "widths are no numbers": ("-widths 32,x", "-widths"),
+    "batch of too many": ("-batch_size 2000", "-batch_size"),
+    "overlap of too many": ("-batch_size 300 -batch_overlap 2", "-batch_overlap"),
+    "no steps on a batch": ("-batch_steps 0", "-batch_steps"),
+    "too many subdomains": ("-solver aspqn -subdomains 9", "9"),
+    "no such device": ("-device cuda:99", "-device"),
+    "restart with another network": ("-restart {run} -widths 9", "another network"),
+    "restart of other samples": ("-restart {run} -samples 900 -batch_size 300", "-samples"),
+    "output exists": ("-output {run}", "-overwrite"),
+}
+
+
+@pytest.fixture(scope="module")
+def attempts(
+    learnt: SimpleNamespace, user: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[SimpleNamespace]]]:
+    """Every bad input, tried in its own folder with a good run file; two at a time, to keep two cores busy."""
+    root = tmp_path_factory.mktemp("attempts")
+    good = root / "good.h5"
+    train(good, 1, 3, *BATCHES)
+
+    def attempt(name: str, options: str) -> SimpleNamespace:
+        folder = root / name.replace(" ", "_")
+        folder.mkdir()
+        run = Path(shutil.copy(good, folder / "run.h5"))
+        (folder / "text.h5").write_text("1 2 3\n")
+        before = {p.name: p.read_bytes() for p in folder.iterdir()}
+        words = options.format(folder=folder, user=user, run=run).split()
+        pairs = zip(BATCHES[::2], BATCHES[1::2], strict=True)
+        settings = [word for pair in pairs if pair[0] not in words for word in pair]
+        overwrite = [] if {"-restart", "-output"} & set(words) else ["-output", run, "-overwrite"]
+        result = classify(2, *settings, "-max_it", 3, *words, *overwrite)
+        result.untouched = {p.name: p.read_bytes() for p in folder.iterdir()} == before
+        return result
+
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(attempt, name, options) for name, (options, _) in WRONG.items()}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_input_is_named_in_one_line(name: str, attempts: dict[str, Future[SimpleNamespace]]) -> None:
+    result = attempts[name].result()
+    errors = [line for line in result.err.splitlines() if line.startswith("error:")]
+    assert result.rc == 1, result.out + result.err
+    assert len(errors) == 1, result.err
+    assert WRONG[name][1] in errors[0]
+    assert "Traceback" not in result.err + result.out
+    assert result.untouched
+
+
+def test_a_data_file_that_is_damaged_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "data.h5"
+    with h5py.File(path, "w") as file:
+        file.attrs["classes"] = ["a", "b"]
+        for name, count in (("inputs", 8), ("test_inputs", 4)):
+            file[name] = np.full((count, 3), np.nan if name == "test_inputs" else 1.0)
+            file[name.replace("inputs", "labels")] = np.zeros(count, int)
+    result = classify(3, "-data", path)
+    assert result.rc == 1
+    assert [line for line in result.err.splitlines() if line.startswith("error:")] == [
+        f"error: data file {path}: test_inputs must be finite; sample 0 has NaN or infinity"
+    ]
+
+
+def test_help_lists_the_options() -> None:
+    result = classify(2, "-help")
+    assert result.rc == 0, result.err
+    options = """data samples scaling network widths solver batch_size batch_overlap batch_steps seed dtype subdomains
+                 max_it max_work max_time target_accuracy checkpoint_interval output restart"""
+    for option in options.split():
+        assert f"  -{option} " in result.out
+    assert "-points" not in result.out
+    assert "gauss_newton" not in result.out

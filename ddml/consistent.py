@@ -67,7 +67,7 @@ class ConsistentObjective(RestrictedObjective):
         self, objective: Objective, decomposition: Decomposition, s: int, overlap: float = 0.0, seed: int = 0
     ) -> None:
         self.whole, self.decomposition, self.s = objective, decomposition, s
-        self.overlap, self.seed = overlap, seed
+        self.widening, self.seed = overlap, seed
         part = self._sampled()
         super().__init__(part, decomposition, s, part.split_over(decomposition.group))
         self.theta0, self.dg = self.layout.vector(), self.layout.vector()
@@ -75,7 +75,7 @@ class ConsistentObjective(RestrictedObjective):
 
     def _sampled(self) -> Objective:
         parts = len(self.decomposition.subdomains)
-        return sampled(self.whole, sample_parts(self.whole.loss.count, parts, self.overlap, self.seed)[self.s])
+        return sampled(self.whole, sample_parts(self.whole.loss.count, parts, self.widening, self.seed)[self.s])
 
     def follow(self, objective: Objective, parts: object) -> None:
         """Take the part of the samples that the whole objective has now."""

@@ -44,7 +44,7 @@ OPTIONS = (
     Option("scaling", "unit", "Inputs divided by the data set's maximum, or of mean 0 and deviation 1 in each channel, "
            "or as they are.", choices=SCALINGS),
     *classifiers.OPTIONS,
-    Option("solver", "lbfgs", f"One of {', '.join(_OWN)}; or PETSc's {', '.join(PETSC_TYPES)}; or "
+    Option("solver", "tr", f"One of {', '.join(_OWN)}; or PETSc's {', '.join(PETSC_TYPES)}; or "
            "path/to/file.py:Class."),
     *batches.OPTIONS,
     *(replace(o, help=_HELP.get(o.name, o.help)) for o in with_defaults(training.OPTIONS, dtype="float32")),

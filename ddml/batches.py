@@ -86,13 +86,14 @@ class Batches:
             self._order = epoch, np.random.default_rng([self.seed, 0, epoch]).permutation(self.total)
         edges = split(self.total, self.per_epoch)
         fresh = self._order[1][edges[index] : edges[index + 1]]
-        others = np.setdiff1d(self._fresh, fresh)
+        chosen = np.zeros(self.total, dtype=bool)
+        chosen[fresh] = True
+        others = self._fresh[~chosen[self._fresh]]
         missing = min(self.wanted - (len(self._fresh) - len(others)), len(others))
-        again = others[:0]
         if missing > 0:
             again = np.random.default_rng([self.seed, 1, self.number]).choice(others, missing, replace=False)
-        rows = np.union1d(fresh, again)
-        self._take(rows, np.intersect1d(rows, self.rows), np.sort(fresh))
+            chosen[again] = True
+        self._take(np.flatnonzero(chosen), self.rows[chosen[self.rows]], np.sort(fresh))
 
     def _take(self, rows: NDArray[np.int64], shared: NDArray[np.int64], fresh: NDArray[np.int64]) -> None:
         self.rows, self.shared, self._fresh = rows, shared, fresh

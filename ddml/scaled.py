@@ -102,7 +102,9 @@ class Samples:
 
     def take(self, rows: Tensor) -> Samples:
         """Those of these numbers (int64), counted among these samples."""
-        return self._of(np.asarray(self.rows, dtype=np.int64)[rows.cpu().numpy()])
+        mine = self.rows
+        mine = np.arange(mine.start, mine.stop) if isinstance(mine, range) else np.asarray(mine, dtype=np.int64)
+        return self._of(mine[rows.cpu().numpy()])
 
     @property
     def _index(self) -> Any:

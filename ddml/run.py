@@ -140,8 +140,7 @@ class Run:
         self.notes: list[str] = []
         context = tao.getPythonContext() if tao.getType() == "python" else None
         self.context = context if hasattr(context, "state") else None
-        self.last = x.duplicate()  # parameters and work after the last complete iteration
-        self.last_work: dict[str, float] = {}
+        self.last = x.duplicate()  # parameters after the last complete iteration
         self.before = 0.0  # seconds of earlier runs
         self.first_iteration = 0
         self.offset = 0  # what is added to the solver's own iteration numbers
@@ -208,7 +207,7 @@ class Run:
             )
             self.offset = self.first_iteration
         self.x.copy(self.last)
-        self.last_work = self.objective.work.state()
+        self.objective.work.settle()
 
     @property
     def exact(self) -> bool:
@@ -237,7 +236,7 @@ class Run:
             work=work.total, work_critical=work.critical, **columns,
         )  # fmt: skip
         self.x.copy(self.last)
-        self.last_work = work.state()
+        work.settle()
         self._show(iteration)
         if self.moving is not None and iteration > 0 and iteration % self.moving.interval == 0:
             self.moving.move(self.objective.parameters(self.x))
@@ -275,7 +274,10 @@ class Run:
         if self.output is None or len(self.history) == 0:
             return
         with self._event:
-            state = {"work": self.last_work, "solver": self.context.state() if self.context is not None else {}}
+            state = {
+                "work": self.objective.work.settled,
+                "solver": self.context.state() if self.context is not None else {},
+            }
             if self.moving is not None:
                 state["samples"] = self.moving.state()
             checkpoint.write(

@@ -54,6 +54,8 @@ class WorkCounter:
         their maximum, whatever the number of ranks really is.
     losses, gradients, products
         Number of evaluations of each kind, of any size.
+    settled : dict
+        The counters at the last :meth:`settle`: what a state that can be gone back to has cost.
     """
 
     total: float = 0.0
@@ -61,6 +63,13 @@ class WorkCounter:
     losses: int = 0
     gradients: int = 0
     products: int = 0
+
+    def __post_init__(self) -> None:
+        self.settle()
+
+    def settle(self) -> None:
+        """The solver's state includes all that was spent so far."""
+        self.settled = self.state()
 
     def add(self, units: float, losses: int = 0, gradients: int = 0, products: int = 0) -> None:
         """Charge one sequential evaluation."""
@@ -83,6 +92,7 @@ class WorkCounter:
         """Set everything to zero."""
         for f in fields(self):
             setattr(self, f.name, f.default)
+        self.settle()
 
     def state(self) -> dict[str, float]:
         """The counters as a dictionary, for a checkpoint."""
@@ -92,3 +102,4 @@ class WorkCounter:
         """Take the counters from :meth:`state`."""
         for f in fields(self):
             setattr(self, f.name, state[f.name])
+        self.settle()

@@ -2,7 +2,7 @@
 
 Prints tables with medians and ratios; what is compared is measured side by side in the same
 process, alternately where it is short. Sections: evaluation, restricted, ranks, overhead, balance,
-rounding, solvers, preconditioners, and map, which is run only where -only names it.
+rounding, solvers, preconditioners; and map and classifiers, which are run only where -only names them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from program import run_program
 
 import torch
+from benches.classifiers import classifiers
 from benches.evaluations import balance, evaluation, ranks, ranks_worker, restricted
 from benches.preconditioners import preconditioners
 from benches.synchronisations import map_worker, solver_map
@@ -30,16 +31,21 @@ SECTIONS = {
     "solvers": solvers,
     "preconditioners": preconditioners,
 }
-ASKED = {"map": solver_map, "ranks_worker": ranks_worker, "map_worker": map_worker}  # only where -only names them
+# only where -only names them
+ASKED = {"map": solver_map, "classifiers": classifiers, "ranks_worker": ranks_worker, "map_worker": map_worker}
 OPTIONS = (
     Option("seconds", 60.0, "Budget of each solver in the section solvers.", above=0.0),
     Option("only", ",".join(SECTIONS), "Sections to run."),
     Option("delays", "0,3,10", "What a synchronisation costs more than it does here, in the section map (ms)."),
     Option("map_cases", "burgers-20x8,klein_gordon-20x4,klein_gordon-50x6", "Problems and networks of the map."),
-    Option("map_seeds", "0", "Seeds of the map: medians are printed."),
+    Option("classifiers", "digits:mlp:240", "Data, network and batch size in that section, as in "
+           "mnist.h5:mlp:10000,cifar10.h5:cnn:1000; batch size 0 is all samples."),
+    Option("methods", "tr,apts,torch", "Words; methods whose names have one of them are in that section."),
+    Option("marks", "10,30,60,120", "Work units where that section measures."),
+    Option("seeds", "0", "Seeds of the map and of the classifiers: medians are printed."),
     Option("delay", 0.0, "Of map_worker (ms).", minimum=0.0),
     Option("repeats", 7, "Timings of each short measurement.", minimum=1),
-)
+)  # fmt: skip
 
 
 def main(comm: MPI.Comm) -> int:
@@ -48,7 +54,7 @@ def main(comm: MPI.Comm) -> int:
     torch.set_num_threads(1)
     for name in settings.only.split(","):
         if name not in {**SECTIONS, **ASKED}:
-            raise InputError(f"option -only must name some of {', '.join(SECTIONS)}, map; got '{name}'")
+            raise InputError(f"option -only must name some of {', '.join(SECTIONS)}, map, classifiers; got '{name}'")
         {**SECTIONS, **ASKED}[name](settings)
     return 0
 

@@ -89,7 +89,10 @@ def check_device(name: str) -> torch.device:
 
 def decompose(settings: Any, loss: Loss) -> Subdomains:
     """The subdomains of the solver, or those that the options ask for if it has none."""
-    return getattr(SOLVERS.get(settings.solver), "decompose", subdomains)(loss)
+    kind = SOLVERS.get(settings.solver)
+    if kind is not None and not hasattr(kind, "decompose") and any(o.name == "subdomains" for o in kind.options):
+        return Subdomains.by_layers(loss, 1)  # its subdomains are not of parameters
+    return getattr(kind, "decompose", subdomains)(loss)
 
 
 class Training:

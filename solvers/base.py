@@ -96,6 +96,7 @@ class Solver(ABC):
             if self.outdated:
                 self.renew(x)
                 self._version = self.objective.version
+                self.objective.work.settle()  # a state from here on does not renew again
             result = self._iterate(x)
             if not result.success:
                 tao.setConvergedReason(self.failure)

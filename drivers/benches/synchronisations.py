@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,14 +12,11 @@ from unittest import mock
 
 import numpy as np
 from mpi4py import MPI
-from petsc4py import PETSc
 
-from ddml import checkpoint
 from ddml.layout import ParameterLayout
-from ddml.state import vectors_in
 from solvers.schwarz import Schwarz
 
-from .tools import BENCH, LAUNCH, without_mpi
+from .tools import BENCH, LAUNCH, run_history
 
 
 @contextmanager
@@ -82,26 +77,16 @@ def solver_map(settings: Any) -> None:
 
 def print_row(settings: Any, ranks: int, case: str, name: str, delay: float, given: Sequence[str]) -> None:
     """Run one case for each seed; print the medians."""
-    seeds = settings.map_seeds.split(",")
+    seeds = settings.seeds.split(",")
     columns: list[list[float]] = []
     for seed in seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            file = f"{folder}/run.h5"
-            command = [*LAUNCH, "-n", str(ranks), sys.executable, "-m", "mpi4py", BENCH]
-            limits = ("-max_time", str(settings.seconds), "-target_error", str(LEVELS[-1]), "-max_it", "10000000")
-            quiet = ("-progress", "none", "-checkpoint_interval", "0", "-output", file, "-seed", seed)
-            done = subprocess.run(
-                [*command, "-only", "map_worker", *given, *limits, *quiet],
-                check=True, env=without_mpi(), capture_output=True, text=True,
-            )  # fmt: skip
-            size = checkpoint.inspect(file, MPI.COMM_SELF).size
-            vec = PETSc.Vec().createSeq(size, comm=MPI.COMM_SELF)
-            state, history = checkpoint.read(file, vec)
-            for each in (vec, *vectors_in(state, "state", vec).values()):
-                each.destroy()
+        command = [*LAUNCH, "-n", str(ranks), sys.executable, "-m", "mpi4py", BENCH, "-only", "map_worker", *given]
+        limits = ("-max_time", str(settings.seconds), "-target_error", str(LEVELS[-1]), "-max_it", "10000000")
+        quiet = ("-progress", "none", "-checkpoint_interval", "0", "-seed", seed)
+        history, size, text = run_history([*command, *limits, *quiet])
         hit = [np.flatnonzero(history["error"] <= level) for level in LEVELS]
         first = [history[name][h[0]] if len(h) else np.inf for name in ("time", "work_critical") for h in hit]
-        synchronisations = float(done.stdout.rsplit("synchronisations: ", 1)[1].split()[0])
+        synchronisations = float(text.rsplit("synchronisations: ", 1)[1].split()[0])
         columns.append([*first, float(np.nanmin(history["error"])), synchronisations / history.last("time")])
     *first, end, rate = np.median(np.array(columns), axis=0)
     pairs = zip(first[: len(LEVELS)], first[len(LEVELS) :], strict=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import statistics
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +19,15 @@ from mpi4py import MPI
 from petsc4py import PETSc
 from torch import Tensor
 
-from ddml import kernels
+from ddml import checkpoint, kernels
+from ddml.history import History
 from ddml.layout import ParameterLayout, owned
 from ddml.loss import RestrictedLoss
 from ddml.networks.tanh import TanhNetwork
 from ddml.objective import Objective
 from ddml.problems import PROBLEMS, PDELoss
 from ddml.problems.accuracy import SolutionError
+from ddml.state import vectors_in
 from solvers import configure
 
 CASES = (("burgers", 20, 8), ("klein_gordon", 50, 6))
@@ -78,6 +82,21 @@ def alone(comm: MPI.Comm, work: Callable[[], object]) -> object:
     while not request.Test():
         time.sleep(1e-3)
     return comm.bcast(result)
+
+
+def run_history(command: Sequence[str]) -> tuple[History, int, str]:
+    """Run a driver; the history that it writes, the number of parameters, and what it prints."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/run.h5"
+        done = subprocess.run(
+            [*command, "-output", file], check=True, env=without_mpi(), capture_output=True, text=True
+        )
+        size = checkpoint.inspect(file, MPI.COMM_SELF).size
+        vec = PETSc.Vec().createSeq(size, comm=MPI.COMM_SELF)
+        state, history = checkpoint.read(file, vec)
+        for each in (vec, *vectors_in(state, "state", vec).values()):
+            each.destroy()
+    return history, size, done.stdout
 
 
 class Outcome(NamedTuple):

@@ -24,3 +24,32 @@ def test_the_map_has_a_row_for_every_solver_and_delay() -> None:
     assert min(synchronisations[2:]) > 0
     assert max(synchronisations[4:]) < 1 / 0.005  # each of them takes that long
     assert all(float(row[-2]) > 0 for row in rows)
+
+
+def test_classifiers_have_a_row_for_every_method_that_is_asked_for() -> None:
+    given = [
+        "-only",
+        "classifiers",
+        "-classifiers",
+        "digits:mlp:500",
+        "-marks",
+        "1,3",
+        "-methods",
+        "napts,6 parts,rate 0.01",
+    ]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "ORTE_"))}
+    done = subprocess.run(
+        [sys.executable, str(BENCH), *given], capture_output=True, text=True, timeout=300, check=False, env=clean
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("|")][2:]
+    names = [row[0].strip() for row in rows]
+    assert names[:2] == ["apts_data, 6 parts, modular norm", "napts, modular norm"]
+    assert names[2:] == [f"torch {name}, rate 0.01" for name in ("adam", "sgd", "muon")]
+    for _, first, second, critical, cost in rows:
+        assert 0 <= float(first.split("/")[0]) <= 100
+        assert 0 <= float(second.split("/")[0]) <= 100
+        assert float(critical) > 0
+        assert float(cost) > 0
+    accuracies = {row[0].strip(): float(row[2].split("/")[0]) for row in rows}
+    assert accuracies["napts, modular norm"] > 20  # chance is 10

@@ -265,4 +265,4 @@ def test_help_lists_the_options() -> None:
     for option in options.split():
         assert f"  -{option} " in result.out
     assert "-points" not in result.out
-    assert "gauss_newton" not in result.out
+    assert "-solver gauss_newton" not in result.out

@@ -1,0 +1,114 @@
+"""Section classifiers: accuracy of trust-region methods and of torch's optimisers by work."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import classify
+import numpy as np
+import rivals
+import torch
+from mpi4py import MPI
+
+from ddml import data
+from ddml.batches import Batches
+from ddml.history import History
+from ddml.layout import ParameterLayout
+from ddml.objective import Objective
+from ddml.problems.classification import TestSet
+from ddml.scaled import Scaling
+
+from .tools import LAUNCH, run_history
+
+OURS: dict[str, Sequence[str]] = {
+    "tr, modular norm": ("-solver", "tr"),
+    "tr, 2-norm": ("-solver", "tr", "-norm", "2"),
+    "tr, infinity norm": ("-solver", "tr", "-norm", "infinity"),
+    "tr, 2-norm, L-SR1": ("-solver", "tr", "-model", "sr1"),
+    "tr, 2-norm, L-BFGS": ("-solver", "tr", "-model", "lbfgs"),
+    "apts_weights, modular norm": ("-solver", "apts_weights"),
+    "apts_weights, 2-norm": ("-solver", "apts_weights", "-norm", "2"),
+    **{f"apts_data, {n} parts, modular norm": ("-solver", "apts_data", "-subdomains", str(n)) for n in (2, 4, 6)},
+    "apts_data, 2 parts, 2-norm": ("-solver", "apts_data", "-norm", "2"),
+    "napts, modular norm": ("-solver", "napts"),
+}
+RIVALS = {
+    "adam": (1e-3, 3e-3, 1e-2),
+    "sgd": (0.01, 0.1),
+    "muon": (0.003, 0.01, 0.03),
+    "lbfgs": (1.0,),
+}
+
+
+def classifiers(settings: Any) -> None:
+    """Test accuracy and loss of the batch at some numbers of work units, medians over the seeds."""
+    marks = [float(m) for m in settings.marks.split(",")]
+    seeds = [int(seed) for seed in settings.seeds.split(",")]
+    print("\n## Test accuracy (%) / loss of the batch, by work units; ms a work unit; one rank\n")
+    for case in settings.classifiers.split(","):
+        name, network, batch = case.split(":")
+        print(f"### {case}\n\n| method | " + " | ".join(f"{m:g}" for m in marks) + " | critical at the end | ms |")
+        print("|---|" + "---|" * (len(marks) + 2), flush=True)
+        for label, given in OURS.items():
+            if not _wanted(settings, label):
+                continue
+            options = ("-data", name, "-network", network, "-batch_size", batch, "-max_work", str(marks[-1]), *given)
+            print_row(label, marks, [_ours((*options, "-seed", str(seed))) for seed in seeds])
+        for rival, rates in RIVALS.items():
+            for rate in rates:
+                label = f"torch {rival}, rate {rate:g}"
+                if not _wanted(settings, label):
+                    continue
+                runs = [_rival(rival, rate, name, network, int(batch), seed, marks) for seed in seeds]
+                print_row(label, marks, runs)
+        print()
+
+
+def _wanted(settings: Any, label: str) -> bool:
+    return any(word in label for word in settings.methods.split(","))
+
+
+def print_row(label: str, marks: Sequence[float], runs: Sequence[Mapping[str, Any]]) -> None:
+    """One method: medians over its runs."""
+    cells = []
+    for mark in marks:
+        found = [_at(run, mark) for run in runs]
+        accuracy, loss = (statistics.median(column) for column in zip(*found, strict=True))
+        cells.append(f"{100 * accuracy:.1f} / {loss:.1e}")
+    critical = statistics.median(float(run["work_critical"][-1]) for run in runs)
+    cost = statistics.median(1e3 * float(run["time"][-1] / run["work"][-1]) for run in runs)
+    print(f"| {label} | " + " | ".join(cells) + f" | {critical:.0f} | {cost:.0f} |", flush=True)
+
+
+def _at(run: Mapping[str, Any], mark: float) -> tuple[float, float]:
+    """Accuracy and loss when so many work units were first spent: of the measurement there, or the last before."""
+    last = int(np.searchsorted(run["work"], mark))
+    known = np.flatnonzero(np.isfinite(run["accuracy"][: last + 1]))
+    row = int(known[-1]) if len(known) else 0
+    return float(run["accuracy"][row]), float(run["loss"][min(last, len(run["loss"]) - 1)])
+
+
+def _ours(given: Sequence[str]) -> History:
+    program = str(Path(classify.__file__))
+    limits = ("-max_it", "10000000", "-progress", "none", "-checkpoint_interval", "0")
+    return run_history([*LAUNCH, "-n", "1", sys.executable, "-m", "mpi4py", program, *given, *limits])[0]
+
+
+def _rival(name: str, rate: float, file: str, network: str, batch: int, seed: int, marks: Sequence[float]) -> History:
+    defaults = {option.name: option.default for option in classify.OPTIONS}
+    chosen = {**defaults, "network": network, "seed": seed, "batch_size": batch}
+    settings = SimpleNamespace(**chosen)
+    dataset = data.load(file, MPI.COMM_SELF, None)
+    loss, _, test = classify.build(settings, dataset, Scaling(dataset, settings.scaling, MPI.COMM_SELF))
+    batches = None
+    if 0 < batch < dataset.count:
+        batches = Batches(Objective(loss, ParameterLayout(loss.parameters, MPI.COMM_SELF)), settings, seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        measure = TestSet(loss, test, MPI.COMM_SELF)
+        return rivals.train(name, rate, loss, batches, marks[-1], measure, marks)[0]

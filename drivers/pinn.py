@@ -31,13 +31,15 @@ from training import check_device, decompose
 WITHOUT_KERNELS = "note: the kernels were not built (make env does it with a C compiler): torch does their work, slower"
 LARGE = 25_000  # parameters for which a dense inverse Hessian takes 2.5 GB in all
 
+MANY = 10_000  # from here on a pass over the matrix costs more than the points (our choice)
+
 OPTIONS = (
     Option("problem", "burgers", f"One of {', '.join(PROBLEMS)}; or path/to/file.py:Class."),
     Option("solver", "auto", f"One of {', '.join(SOLVERS)}; or PETSc's {', '.join(PETSC_TYPES)}; or "
            f"path/to/file.py:Class; auto is ssbroyden up to {LARGE} parameters, lbfgs with memory 50 beyond."),
     *NETWORK_OPTIONS,
     Option("points", None, "Collocation points in the interior (default 10,000; where they move 5 for 3 parameters, at "
-           "least 1,000 and at most 5,000).", kind=int, minimum=1),
+           f"least 1,000 and at most 5,000; 2,000 from {MANY} parameters on).", kind=int, minimum=1),
     *collocation.OPTIONS,
     Option("error_points", 5000, "Grid points where the error is measured.", minimum=2),
     *training.OPTIONS,
@@ -117,7 +119,7 @@ def choose(settings: Any, size: int) -> None:
     if settings.resample == "auto":
         settings.resample = "residual" if interval else "never"
     settings.resample_interval = settings.resample_interval or interval or 250
-    few = min(max(5 * size // 3, 1000), 5000)
+    few = min(max(5 * size // 3, 1000), 5000) if size < MANY else 2000
     settings.points = settings.points or (10_000 if settings.resample == "never" else few)
 
 

@@ -32,13 +32,11 @@ def sampled(objective: Objective, rows: ArrayLike) -> Objective:
     return derived
 
 
-class ShiftedObjective(Objective):
-    """See :func:`shifted`."""
+class Shift(Objective):
+    """An objective with the term <dg, theta - theta0>, in the value and in the gradient."""
 
-    def __init__(self, objective: Objective, dg: PETSc.Vec, theta0: PETSc.Vec) -> None:
-        super().__init__(objective.loss, objective.layout, objective.stop, objective.blocks, objective.parts)
-        self.fraction, self.work = objective.fraction, objective.work
-        self.dg, self.theta0 = dg, theta0
+    dg: PETSc.Vec
+    theta0: PETSc.Vec
 
     def _shift(self, x: PETSc.Vec) -> float:
         step = x.duplicate()
@@ -48,14 +46,23 @@ class ShiftedObjective(Objective):
         return value
 
     def value(self, x: PETSc.Vec) -> float:
-        """H at x."""
+        """The value at x."""
         return super().value(x) + self._shift(x)
 
     def value_gradient(self, x: PETSc.Vec, g: PETSc.Vec) -> float:
-        """H at x; its gradient, dg included, is written to g."""
+        """The value at x; the gradient, dg included, is written to g."""
         value = super().value_gradient(x, g)
         g.axpy(1.0, self.dg)
         return value + self._shift(x)
+
+
+class ShiftedObjective(Shift):
+    """See :func:`shifted`."""
+
+    def __init__(self, objective: Objective, dg: PETSc.Vec, theta0: PETSc.Vec) -> None:
+        super().__init__(objective.loss, objective.layout, objective.stop, objective.blocks, objective.parts)
+        self.fraction, self.work = objective.fraction, objective.work
+        self.dg, self.theta0 = dg, theta0
 
 
 def shifted(objective: Objective, dg: PETSc.Vec, theta0: PETSc.Vec) -> ShiftedObjective:

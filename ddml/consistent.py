@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from petsc4py import PETSc
 
-from .composed import sampled
+from .composed import Shift, sampled
 from .decomposition import Decomposition, Subdomains
 from .errors import InputError
 from .loss import Loss
@@ -43,7 +43,7 @@ def whole_copies(loss: Loss, parts: int) -> Subdomains:
     return Subdomains(loss.size, everything, everything, (1 / parts,) * parts)
 
 
-class ConsistentObjective(RestrictedObjective):
+class ConsistentObjective(Shift, RestrictedObjective):
     r"""The loss on some of the samples with a linear term that makes its gradient at a point that of the whole.
 
     .. math:: h_p(\theta) = L_p(\theta) + \langle \nabla L(\theta_k) - \nabla L_p(\theta_k), \theta - \theta_k \rangle
@@ -91,23 +91,6 @@ class ConsistentObjective(RestrictedObjective):
         self.dg.waxpy(-1.0, own, g)
         super().know(x, self.start, own)
         own.destroy()
-
-    def _shift(self, x: PETSc.Vec) -> float:
-        step = x.duplicate()
-        step.waxpy(-1.0, self.theta0, x)
-        value = float(self.dg.dot(step))
-        step.destroy()
-        return value
-
-    def value(self, x: PETSc.Vec) -> float:
-        """h_p at x."""
-        return super().value(x) + self._shift(x)
-
-    def value_gradient(self, x: PETSc.Vec, g: PETSc.Vec) -> float:
-        """h_p at x; its gradient is written to g."""
-        value = super().value_gradient(x, g)
-        g.axpy(1.0, self.dg)
-        return value + self._shift(x)
 
     def destroy(self) -> None:
         """Destroy the vectors."""

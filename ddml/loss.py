@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import work
 from .costs import forward_costs
 from .errors import InputError
-from .networks.modular import ModularNorm, modular
+from .modular import ModularNorm, modular
 from .sample_sets import SampleSet, TensorSamples
 
 

@@ -10,7 +10,7 @@ import torch
 from petsc4py import PETSc
 
 from .layout import ParameterLayout
-from .networks.modular import ModularNorm
+from .modular import ModularNorm
 
 
 class Norm(ABC):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -168,7 +169,7 @@ class Objective:
         """Sum matrices (parts, n, k), one for each part of this rank, over all ranks: this rank's rows (n_local, k)."""
         return self.layout.sum_rows(matrices, self._counts)
 
-    @property
+    @cached_property
     def _counts(self) -> list[int]:
         """The number of parts of each rank."""
         return [int(c) for c in np.diff(split(self.blocks or self.comm.size, self.comm.size))]

@@ -18,7 +18,7 @@ from .line_search import SearchResult
 
 _TINY = 1e-300
 # our choices: repairs of H of late after which it is given up; weight of the past in the trial step, and its limits;
-# parameters up to which H is kept as a factor
+# parameters up to which H may become a factor
 WORN = 5.0
 MEMORY, TRIALS = 0.7, (0.1, 1.0)
 SMALL = 5_000
@@ -105,8 +105,9 @@ class SelfScaled(Solver):
             return
         self.fresh, self.trial, self.wear = state["fresh"], state["trial"], state["wear"]
         self.quotients = tuple(state["quotients"])
-        if state["form"] != self.form:
-            self._make(state["form"], state["dtype"])
+        form = state.get("form", "symmetric")  # older run files know no other
+        if form != self.form:
+            self._make(form, state["dtype"])
         self.inverse.restore(state)
         if self.settings.matrix_form == "factored":
             self.vectors["accepted_g"].copy(self.g)

@@ -10,7 +10,7 @@ import torch
 from petsc4py import PETSc
 
 from ddml.errors import InputError
-from ddml.networks.modular import CONVOLUTIONS
+from ddml.modular import CONVOLUTIONS
 from ddml.norms import DistributedModularNorm, InfinityNorm, Norm, TwoNorm
 from ddml.objective import Objective
 from ddml.options import Option

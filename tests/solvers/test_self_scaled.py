@@ -219,3 +219,16 @@ def test_where_rounding_shows_the_factor_takes_over(
         assert rest.losses.tobytes() == whole.losses[iteration + 1 :].tobytes()
     factored = train(loss, "ssbroyden", 90, start=whole.theta[3], state=kept[3], matrix_form="factored", **settings)
     assert factored.losses[-1] < 1e-6
+
+
+def test_states_from_before_there_was_a_factor_go_on(train: Train, copied: Callable[[Any], Any]) -> None:
+    kept: dict[str, Any] = {}
+
+    def watch(context: Any, iteration: int) -> None:
+        if iteration == 5:
+            kept.update(copied(context.state()))
+
+    whole = train(burgers(), "ssbroyden", 10, watch=watch)
+    del kept["form"]
+    rest = train(burgers(), "ssbroyden", 10, start=whole.theta[5], state=kept)
+    assert rest.losses.tobytes() == whole.losses[6:].tobytes()

@@ -36,11 +36,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..errors import InputError
+from .errors import InputError
 from .polar import EPS, polar_factor
 
 if TYPE_CHECKING:
-    from ..loss import Parameter
+    from .loss import Parameter
 
 Indices = NDArray[np.int64]
 CONVOLUTIONS = ("unfolded", "slices")

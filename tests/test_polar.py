@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ddml.networks import polar
+from ddml import polar
 
 
 def matrix(rows: int, columns: int, sigma: torch.Tensor | None = None, seed: int = 0) -> torch.Tensor:

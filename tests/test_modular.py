@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ddml.errors import InputError
 from ddml.loss import ModuleLoss, RestrictedLoss, parameter_table
-from ddml.networks.modular import Atom, Block, Composition, Concatenation, ModularNorm, modular
+from ddml.modular import Atom, Block, Composition, Concatenation, ModularNorm, modular
 
 
 class Residual(nn.Module):

@@ -224,6 +224,7 @@ def check_writable(path: str, comm: MPI.Comm) -> None:
     finally:
         if comm.rank == 0 and os.path.isfile(new):
             os.unlink(new)
+        comm.barrier()  # when a rank goes on, the new file is gone
 
 
 def _header(file: h5py.File) -> Header:

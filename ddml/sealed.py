@@ -247,6 +247,7 @@ def store(
         if comm.rank == 0:
             with suppress(OSError):
                 os.unlink(new)
+        comm.barrier()  # when a rank hears of it, the new file is gone
         raise
 
 

@@ -1,6 +1,7 @@
 """What all tests share; the suite runs on any number of ranks, the same tests in the same order on each."""
 
 import itertools
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,13 @@ if MPI.COMM_WORLD.size > 1:
         "test_history.py", "test_loss.py", "test_modular.py", "test_options.py", "test_plot.py", "test_polar.py",
         "test_prepare.py", "test_samples.py",
     ]  # fmt: skip
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Show at once what failed on one of several ranks: the others may wait for it until the time is up."""
+    if report.failed and MPI.COMM_WORLD.size > 1:
+        print(f"\nrank {MPI.COMM_WORLD.rank}: {report.nodeid}\n{report.longreprtext}", file=sys.__stderr__, flush=True)
+
 
 _prefixes = (f"test{number}_" for number in itertools.count())
 

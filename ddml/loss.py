@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from . import work
+from . import kronecker, work
 from .costs import forward_costs
 from .errors import InputError
 from .modular import ModularNorm, modular
@@ -63,6 +63,8 @@ class Loss(ABC):
         Relative cost of one forward pass through each layer, see :mod:`ddml.work`.
     count : int
         Number of samples.
+    gauss_newton : bool
+        Whether there is a :meth:`gauss_newton_product`.
     """
 
     parameters: tuple[Parameter, ...]
@@ -71,6 +73,7 @@ class Loss(ABC):
     count: int
     dtype: torch.dtype
     device: torch.device
+    gauss_newton: bool = False
 
     @property
     def size(self) -> int:
@@ -115,6 +118,23 @@ class Loss(ABC):
         """
         raise InputError(f"a {type(self).__name__} has no modular norm: choose -norm 2 or infinity")
 
+    def kronecker_layers(self) -> tuple[kronecker.Layer, ...]:
+        """The layers with Kronecker factors, see :mod:`ddml.kronecker`.
+
+        Raises
+        ------
+        InputError
+            If there are none, or parameters outside of them.
+        """
+        raise InputError(f"a {type(self).__name__} has no K-FAC norm: choose another -norm")
+
+    def kronecker_statistics(self, theta: Tensor, draws: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """A and G of each layer, summed over this loss's samples with their weights.
+
+        ``draws`` (count,) are uniform random numbers that pick the labels.
+        """
+        raise NotImplementedError
+
     @torch.no_grad()
     def value(self, theta: Tensor, kept: Any = None) -> float:
         """The loss at theta; ``kept`` from :meth:`prefix` with the same parameters before its layer."""
@@ -142,6 +162,10 @@ class Loss(ABC):
             if first.requires_grad:
                 product += torch.autograd.grad(first, leaf, direction, retain_graph=True)[0]
 
+    def gauss_newton_product(self, theta: Tensor, direction: Tensor, product: Tensor) -> None:
+        """Add the Gauss-Newton matrix at theta times ``direction`` (n,) to ``product`` (n,)."""
+        raise NotImplementedError
+
     def layer_numbers(self, ranges: Sequence[slice]) -> frozenset[int]:
         """The layers that have a parameter in one of these ranges of theta."""
         touched = [any(r.start < p.range.stop and p.range.start < r.stop for r in ranges) for p in self.parameters]
@@ -162,6 +186,7 @@ class RestrictedLoss(Loss):
 
     def __init__(self, loss: Loss, ranges: Sequence[slice]) -> None:
         self.loss = loss
+        self.gauss_newton = loss.gauss_newton
         self.ranges = tuple(ranges)
         self.parameters = parameter_table([(f"{r.start}:{r.stop}", (r.stop - r.start,)) for r in ranges])
         self.layers = (tuple(range(len(ranges))),)
@@ -228,6 +253,14 @@ class RestrictedLoss(Loss):
             gradient[parameter.range] += self.full_gradient[r]
         return value
 
+    def gauss_newton_product(self, theta: Tensor, direction: Tensor, product: Tensor) -> None:
+        """See :meth:`Loss.gauss_newton_product`; takes as long as that of the whole network."""
+        change, image = torch.zeros_like(self.full), torch.zeros_like(self.full)
+        self.loss.gauss_newton_product(
+            self._insert(theta, self.full), self._insert(direction.to(change), change), image
+        )
+        product += self.take(image)
+
     def modular_norm(self, masses: Sequence[float] | None = None, convolution: str = "unfolded") -> ModularNorm:
         """The norm of a vector that is zero outside the subdomain; masses are those of the whole network."""
         return self.loss.modular_norm(masses, convolution).restricted(self.ranges)
@@ -264,6 +297,8 @@ class ModuleLoss(Loss):
         If the module is not deterministic (dropout in training mode, batch statistics), or the
         criterion does not give one number per sample.
     """
+
+    gauss_newton = True
 
     def __init__(
         self,
@@ -353,6 +388,28 @@ class ModuleLoss(Loss):
         """See :meth:`Loss.modular_norm`; masses are of the layers with weights, in their order."""
         structure = modular(self.module, self.parameters, masses, convolution)
         return ModularNorm(self.size, tuple(structure.blocks()), torch.finfo(self.dtype).eps)
+
+    def kronecker_layers(self) -> tuple[kronecker.Layer, ...]:
+        """See :meth:`Loss.kronecker_layers`."""
+        return kronecker.layers(self.module, self.parameters)
+
+    def gauss_newton_product(self, theta: Tensor, direction: Tensor, product: Tensor) -> None:
+        r"""See :meth:`Loss.gauss_newton_product`: the sum of :math:`J^T \nabla^2 c\, J`, c the criterion.
+
+        Positive semidefinite where the criterion is convex in the outputs, as cross entropy is.
+        """
+        leaf = theta.detach().requires_grad_()
+        views = {p.name: leaf[p.range].view(p.shape) for p in self.parameters}
+        direction = direction.to(leaf)
+        for outputs, y in self._batches(lambda x: torch.func.functional_call(self.module, views, (x,)), None):
+            w = torch.zeros_like(outputs, requires_grad=True)
+            transposed = torch.autograd.grad(outputs, leaf, w, create_graph=True)[0]
+            change = torch.autograd.grad(transposed, w, direction)[0]
+            at = outputs.detach().requires_grad_()
+            slope = torch.autograd.grad(self.criterion(at, y).sum() * self.weight, at, create_graph=True)[0]
+            if slope.requires_grad:  # not where the criterion is linear
+                bent = torch.autograd.grad(slope, at, change)[0]
+                product += torch.autograd.grad(outputs, leaf, bent, retain_graph=True)[0]
 
     def _at(self, theta: Tensor, wanted: frozenset[int] = frozenset()) -> nn.Module:
         """The copy of the module at theta; the parameters of these numbers are leaves to differentiate by."""

@@ -129,6 +129,17 @@ class Objective:
                 part.hessian_product(theta, v, row)
             self.reduce_parts(self._gradient[: len(self.parts)], product)
 
+    def gauss_newton_product(self, x: PETSc.Vec, direction: PETSc.Vec, product: PETSc.Vec) -> None:
+        """The Gauss-Newton matrix at x times ``direction``, written to ``product``; charged as two gradients."""
+        with self._events["product"]:
+            theta = self.parameters(x).clone()
+            v = self.parameters(direction)
+            self.work.add(2 * self.fraction * self.loss.charge(), products=1)
+            self._gradient.zero_()
+            for part, row in zip(self.parts, self._gradient, strict=False):
+                part.gauss_newton_product(theta, v, row)
+            self.reduce_parts(self._gradient[: len(self.parts)], product)
+
     def initial(self, x: PETSc.Vec) -> None:
         """Write the initial parameters to x."""
         begin, end = self.layout.ranges[self.comm.rank], self.layout.ranges[self.comm.rank + 1]
@@ -157,13 +168,13 @@ class Objective:
             raise Interrupted
         return total
 
-    def reduce_parts(self, rows: Tensor, g: PETSc.Vec) -> None:
-        """Sum vectors (parts, n), one for each part of this rank, over all ranks into g."""
-        rows = rows.to(dtype=torch.float64, device="cpu")
+    def reduce_parts(self, rows: Tensor, g: PETSc.Vec, layout: ParameterLayout | None = None) -> None:
+        """Sum vectors (parts, n), one for each part of this rank, over all ranks into g, of any layout."""
+        rows, layout = rows.to(dtype=torch.float64, device="cpu"), layout or self.layout
         if not self.blocks:
-            self.layout.reduce(rows[0], g)
+            layout.reduce(rows[0], g)
             return
-        self.layout.reduce_rows(rows.numpy(), self._counts, g)
+        layout.reduce_rows(rows.numpy(), self._counts, g)
 
     def sum_matrices(self, matrices: NDArray[np.float64]) -> NDArray[np.float64]:
         """Sum matrices (parts, n, k), one for each part of this rank, over all ranks: this rank's rows (n_local, k)."""

@@ -19,6 +19,8 @@ from .objective import Objective
 class ResidualLoss(Loss):
     """A loss |r(theta)|^2 with r in R^m; weights are part of r."""
 
+    gauss_newton = True
+
     @abstractmethod
     def residuals(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
         """Pieces of r, one-dimensional and differentiable by theta, one per chunk of samples."""
@@ -53,6 +55,10 @@ class ResidualLoss(Loss):
         for r in self.residuals(leaf):
             product += torch.autograd.grad(r, leaf, weights[begin : begin + len(r)], retain_graph=True)[0]
             begin += len(r)
+
+    def gauss_newton_product(self, theta: Tensor, direction: Tensor, product: Tensor) -> None:
+        """See :meth:`ddml.loss.Loss.gauss_newton_product`: 2 J^T J times the direction."""
+        self.jacobian_transpose_product(theta, 2 * self.jacobian_product(theta, direction), product)
 
     def jacobian(self, theta: Tensor) -> Tensor:
         """The Jacobian (m, n) of r."""

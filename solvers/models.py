@@ -8,11 +8,11 @@ from typing import Any
 from mpi4py import MPI
 from petsc4py import PETSc
 
+from ddml.composed import sampled
 from ddml.errors import CollectiveError
-from ddml.norms import Norm
+from ddml.norms import KroneckerNorm, Norm, spread_rows
 from ddml.objective import Objective
 from ddml.options import preset
-from ddml.residual import ResidualObjective
 
 from .secant_model import SecantModel
 
@@ -103,15 +103,30 @@ class FirstOrder(Model):
 
 
 class Secant(Model):
-    """g.s + s.Bs / 2 in the 2-norm with B from secant pairs, solved exactly; with the pairs of rejected steps."""
+    """g.s + s.Bs / 2 with B from secant pairs, those of rejected steps too, solved exactly in a norm from a product.
 
-    def __init__(self, kind: str, memory: int, comm: MPI.Comm) -> None:
-        self.pairs, self.comm = SecantModel(memory, kind), comm
+    In the 2-norm, or, in the coordinates of a :class:`ddml.norms.KroneckerNorm`, in that one, where B is I before the
+    first pair and gamma stays 1.
+    """
+
+    def __init__(self, kind: str, memory: int, comm: MPI.Comm, norm: Norm) -> None:
+        self.metric = norm if isinstance(norm, KroneckerNorm) else None
+        self.pairs, self.comm = SecantModel(memory, kind, self.metric), comm
 
     def step(self, x: PETSc.Vec, g: PETSc.Vec, radius: float, s: PETSc.Vec) -> tuple[float, float]:
         """See :meth:`Model.step`."""
-        decrease, _ = self.pairs.matrix(self.comm, g).solve(g, radius, s)
-        return decrease, float(s.norm())
+        matrix = self.pairs.matrix(self.comm, g)
+        if self.metric is None:
+            decrease, _ = matrix.solve(g, radius, s)
+            return decrease, float(s.norm())
+        slope = g.duplicate()
+        self.metric.covector(g, slope)
+        decrease, _ = matrix.solve(slope, radius, s)
+        length = float(s.norm())
+        s.copy(slope)
+        self.metric.vector(slope, s)
+        slope.destroy()
+        return decrease, length
 
     def observe(self, s: PETSc.Vec, y: PETSc.Vec | None) -> None:
         """See :meth:`Model.observe`."""
@@ -140,32 +155,59 @@ class Secant(Model):
 
 
 class Products(Model):
-    """g.s + s.Hs / 2 in the 2-norm by PETSc's KSP, which needs products H v only.
+    """g.s + s.Hs / 2 with the Hessian or the Gauss-Newton matrix by PETSc's KSP, which needs products H v only.
 
-    ``stcg`` (Steihaug 1983), ``nash`` or ``gltr`` (Gould, Lucidi, Roma, Toint 1999), under the prefix ``tr_``.
+    ``stcg`` (Steihaug 1983), ``nash`` or ``gltr`` (Gould, Lucidi, Roma, Toint 1999), under the prefix ``tr_``. In the
+    2-norm, or in that of a :class:`ddml.norms.KroneckerNorm`, whose matrix is then the preconditioner: KSP's radius is
+    in its norm.
 
     Parameters
     ----------
     objective
         Gives the products.
-    matrix
-        H; its Python context has ``move(x)``. Destroyed with this object.
+    kind
+        ``hessian`` or ``gauss_newton``.
+    fraction
+        Of the objective's samples, on which H is measured.
     prefix
         Of the options.
+    norm
+        The 2-norm or a KroneckerNorm.
+
+    Raises
+    ------
+    CollectiveError
+        If the loss has no Gauss-Newton matrix.
     """
 
-    def __init__(self, objective: Objective, matrix: PETSc.Mat, prefix: str) -> None:
-        self.matrix, self.prefix = matrix, f"{prefix}tr_"
+    def __init__(self, objective: Objective, kind: str, fraction: float, prefix: str, norm: Norm) -> None:
+        if kind == "gauss_newton" and not objective.loss.gauss_newton:
+            raise CollectiveError(
+                f"option -{prefix}model gauss_newton needs a loss that is convex in a network's outputs, as a sum of "
+                "squares of residuals is; use hessian"
+            )
+        local = int(objective.layout.counts[objective.comm.rank])
+        sizes = (local, objective.size), (local, objective.size)
+        self.matrix = PETSc.Mat().createPython(sizes, _Curvature(objective, kind, fraction), comm=objective.comm)
+        self.matrix.setOption(PETSc.Mat.Option.SYMMETRIC, True)
+        self.matrix.setUp()
+        self.norm = norm
+        self.prefix = f"{prefix}tr_"
         self.ksp = PETSc.KSP().create(objective.comm)
         self.ksp.setOptionsPrefix(self.prefix)
-        self.ksp.setOperators(matrix)
-        self.ksp.getPC().setType("none")
-        self.rhs = matrix.createVecRight()
+        self.ksp.setOperators(self.matrix)
+        pc = self.ksp.getPC()
+        if isinstance(norm, KroneckerNorm):
+            pc.setType("python")
+            pc.setPythonContext(_Metric(norm))
+        else:
+            pc.setType("none")
+        self.rhs = self.matrix.createVecRight()
         self._options(0.0)
 
     def _options(self, radius: float) -> None:
         # PETSc offers the radius as an option only; accuracy and limit are our choice
-        own = {"ksp_type": "stcg", "ksp_rtol": 0.1, "ksp_max_it": 20}
+        own = {"ksp_type": "stcg", "ksp_rtol": 0.1, "ksp_max_it": 20, "ksp_cg_dtype": "preconditioned"}
         name = f"{self.prefix}ksp_cg_radius"
         PETSc.Options().setValue(name, repr(radius))
         with preset(**{self.prefix + key: value for key, value in own.items()}):
@@ -179,7 +221,7 @@ class Products(Model):
         g.copy(self.rhs)
         self.rhs.scale(-1.0)
         self.ksp.solve(self.rhs, s)
-        return -float(self.ksp.getCGObjectiveValue()), float(s.norm())
+        return -float(self.ksp.getCGObjectiveValue()), self.norm(s)
 
     def destroy(self) -> None:
         """See :meth:`Model.destroy`."""
@@ -187,51 +229,38 @@ class Products(Model):
             thing.destroy()
 
 
-class _GaussNewtonProducts:
-    """Python context of 2 J^T J, the Gauss-Newton matrix of |r|^2, at a point."""
+class _Curvature:
+    """Python context of a Hessian or Gauss-Newton matrix at a point, on a part of the samples."""
 
-    def __init__(self, objective: ResidualObjective) -> None:
-        self.objective = objective
+    def __init__(self, objective: Objective, kind: str, fraction: float) -> None:
+        self.objective, self.kind, self.fraction = objective, kind, fraction
         self.point = objective.layout.vector()
-        self.image: PETSc.Vec | None = None
+        self.part, self.version = objective, objective.version
 
     def move(self, x: PETSc.Vec) -> None:
-        """Make x the point; the number of residuals may have changed with the objective."""
+        """Make x the point."""
         x.copy(self.point)
-        if self.image is not None:
-            self.image.destroy()
-        self.image = self.objective.residual_vector()
+        objective = self.objective
+        if self.fraction < 1 and (self.part is objective or self.version != objective.version):
+            rows = spread_rows(objective.loss.count, self.fraction, objective.version)
+            self.part, self.version = sampled(objective, rows), objective.version
 
     def mult(self, mat: PETSc.Mat, x: PETSc.Vec, y: PETSc.Vec) -> None:
         """Multiply."""
-        self.objective.jacobian_product(self.point, x, self.image)
-        self.objective.jacobian_transpose_product(self.point, self.image, y)
-        y.scale(2.0)
+        multiply = self.part.hessian_product if self.kind == "hessian" else self.part.gauss_newton_product
+        multiply(self.point, x, y)
 
     def destroy(self, mat: PETSc.Mat) -> None:
-        """Destroy the vectors."""
+        """Destroy the point."""
         self.point.destroy()
-        if self.image is not None:
-            self.image.destroy()
 
 
-def products(objective: Objective, kind: str, prefix: str) -> Products:
-    """The model with the Hessian (``hessian``) or the Gauss-Newton matrix (``gauss_newton``).
+class _Metric:
+    """Python context of a preconditioner: the inverse of a norm's matrix."""
 
-    Raises
-    ------
-    CollectiveError
-        If the objective has no residuals.
-    """
-    if kind == "hessian":
-        return Products(objective, objective.hessian(), prefix)
-    if not isinstance(objective, ResidualObjective):
-        raise CollectiveError(
-            f"option -{prefix}model gauss_newton needs a loss that is a sum of squares of residuals; use hessian"
-        )
-    local = int(objective.layout.counts[objective.comm.rank])
-    sizes = (local, objective.size), (local, objective.size)
-    mat = PETSc.Mat().createPython(sizes, _GaussNewtonProducts(objective), comm=objective.comm)
-    mat.setOption(PETSc.Mat.Option.SYMMETRIC, True)
-    mat.setUp()
-    return Products(objective, mat, prefix)
+    def __init__(self, norm: KroneckerNorm) -> None:
+        self.norm = norm
+
+    def apply(self, pc: PETSc.PC, x: PETSc.Vec, y: PETSc.Vec) -> None:
+        """Write M^-1 x to y."""
+        self.norm.inverse(x, y)

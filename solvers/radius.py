@@ -23,7 +23,12 @@ OPTIONS = (
 )  # fmt: skip
 
 # first, smallest and largest radius by norm: measured for the modular norm, our choice for the others
-DEFAULTS = {"modular": (0.1, 1e-4, 1.0), "infinity": (0.01, 1e-5, 1.0), "2": (0.1, 1e-4, 100.0)}
+DEFAULTS = {
+    "modular": (0.1, 1e-4, 1.0),
+    "infinity": (0.01, 1e-5, 1.0),
+    "2": (0.1, 1e-4, 100.0),
+    "kfac": (1.0, 1e-4, 100.0),
+}
 
 ROUNDINGS = 10  # that a difference of two losses may be off by (our choice)
 BOUNDARY = 0.9  # a step of this many radii was limited by the radius (the constant of the DD4ML code)

@@ -9,6 +9,8 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 from petsc4py import PETSc
 
+from ddml.norms import KroneckerNorm
+
 from .subproblem import Spectral, orthonormal
 
 Array = NDArray[np.float64]
@@ -33,14 +35,18 @@ class SecantModel:
         m.
     kind
         ``sr1`` or ``lbfgs``.
+    metric
+        B is in the coordinates of this norm, and gamma is 1: the norm's matrix is the Hessian before the first pair.
     """
 
     SKIP = 1e-8
 
-    def __init__(self, size: int, kind: str) -> None:
-        self.size, self.kind, self.gamma = size, kind, 0.0
+    def __init__(self, size: int, kind: str, metric: KroneckerNorm | None = None) -> None:
+        self.size, self.kind, self.metric = size, kind, metric
+        self.gamma = 0.0 if metric is None else 1.0
         self.S: list[PETSc.Vec] = []
         self.Y: list[PETSc.Vec] = []
+        self._images: tuple[int, list[Array]] = (-1, [])  # this rank's s and y in the metric's coordinates
 
     def __len__(self) -> int:
         return len(self.S)
@@ -54,10 +60,11 @@ class SecantModel:
         while len(self) >= self.size:
             self.S.pop(0).destroy()
             self.Y.pop(0).destroy()
+            del self._images[1][:1]
         for vec, vectors in ((s, self.S), (y, self.Y)):
             vectors.append(vec.copy())
             vectors[-1].scale(1 / length)
-        if curvature > 0:
+        if curvature > 0 and self.metric is None:
             self.gamma = y.dot(y) / curvature
         return True
 
@@ -65,8 +72,8 @@ class SecantModel:
         """B on vectors as ``like``."""
         local = like.getLocalSize()
         if len(self) == 0:
-            return Spectral(comm, like.getSize(), 0.0, np.zeros(0), np.zeros((local, 0)))
-        S, Y = (np.column_stack([v.array_r for v in vectors]) for vectors in (self.S, self.Y))
+            return Spectral(comm, like.getSize(), self.gamma, np.zeros(0), np.zeros((local, 0)))
+        S, Y = self._columns()
         if self.kind == "lbfgs":
             products = self._sum(comm, S.T @ np.hstack([S, Y]))
             SS, SY = np.hsplit(products, 2)
@@ -76,6 +83,22 @@ class SecantModel:
         Psi = Y - self.gamma * S
         kept, M = self._regular(orthonormal(comm, Psi)[1], self._sum(comm, S.T @ Psi))
         return Spectral.of(comm, like.getSize(), self.gamma, Psi[:, kept], M)
+
+    def _columns(self) -> tuple[Array, Array]:
+        """This rank's rows of S and Y (n_local, pairs)."""
+        if self.metric is None:
+            return np.column_stack([v.array_r for v in self.S]), np.column_stack([v.array_r for v in self.Y])
+        if self._images[0] != self.metric.version:
+            self._images = self.metric.version, []
+        known, image = self._images[1], self.S[0].duplicate()
+        for s, y in list(zip(self.S, self.Y, strict=True))[len(known) :]:
+            self.metric.coordinates(s, image)
+            columns = [image.array_r.copy()]
+            self.metric.covector(y, image)
+            known.append(np.stack([*columns, image.array_r]))
+        image.destroy()
+        S, Y = np.stack(known, axis=2)
+        return S, Y
 
     @staticmethod
     def _sum(comm: MPI.Comm, local: Array) -> Array:
@@ -101,7 +124,8 @@ class SecantModel:
         """Forget everything."""
         for vec in (*self.S, *self.Y):
             vec.destroy()
-        self.S, self.Y, self.gamma = [], [], 0.0
+        self.S, self.Y, self._images = [], [], (-1, [])
+        self.gamma = 0.0 if self.metric is None else 1.0
 
     def state(self) -> dict[str, Any]:
         """Everything, for a checkpoint; the vectors are this object's."""

@@ -11,14 +11,14 @@ from petsc4py import PETSc
 
 from ddml.errors import InputError
 from ddml.modular import CONVOLUTIONS
-from ddml.norms import DistributedModularNorm, InfinityNorm, Norm, TwoNorm
+from ddml.norms import DistributedModularNorm, InfinityNorm, KroneckerNorm, Norm, TwoNorm
 from ddml.objective import Objective
 from ddml.options import Option
 
 from . import radius
 from .base import Solver
 from .line_search import SearchResult
-from .models import FirstOrder, Model, Secant, products
+from .models import FirstOrder, Model, Products, Secant
 from .radius import BOUNDARY, SMALLEST, TrustRadius, complaint
 
 # our choice: a local solve ends when less than this part of its budget is left
@@ -26,15 +26,19 @@ LITTLE = 0.01
 
 OPTIONS = (
     Option("model", "first", "Of the loss in the trust region: first order, secant pairs, exact Hessian products, or "
-           "Gauss-Newton products for sums of squares.",
+           "Gauss-Newton products.",
            choices=("first", "sr1", "lbfgs", "hessian", "gauss_newton")),
     Option("norm", None, "Of the trust region (default: modular with the first-order model, else 2).",
-           choices=("modular", "2", "infinity")),
+           choices=("modular", "2", "infinity", "kfac")),
     Option("momentum", 0.9, "mu of Nesterov's momentum in the first-order model; 0 is none.", minimum=0.0),
     Option("memory", 10, "Secant pairs.", minimum=1),
     Option("convolution", "unfolded", "Modular norm of a convolution: that of a linear layer on patches, or the "
            "paper's, over its slices.", choices=CONVOLUTIONS),
     Option("masses", None, "Of the layers in the modular norm, in their order, separated by commas (default: all 1)."),
+    Option("curvature_fraction", None, "Of the samples, on which curvature is measured (default: 0.1 for K-FAC "
+           "factors, all for products).", kind=float, above=0.0),
+    Option("curvature_interval", 10, "Steps on the same samples behind which K-FAC factors are measured again.",
+           minimum=1),
     *radius.OPTIONS,
 )  # fmt: skip
 
@@ -51,6 +55,8 @@ def make_norm(objective: Objective, name: str, settings: Any, prefix: str) -> No
         return TwoNorm()
     if name == "infinity":
         return InfinityNorm()
+    if name == "kfac":
+        return KroneckerNorm(objective, settings.curvature_fraction or 0.1, settings.curvature_interval)
     try:
         masses = None if settings.masses is None else [float(m) for m in settings.masses.split(",")]
     except ValueError:
@@ -61,7 +67,7 @@ def make_norm(objective: Objective, name: str, settings: Any, prefix: str) -> No
 
 
 class TrustRegion(Solver):
-    r"""A trust-region method in the modular, the infinity or the 2-norm.
+    r"""A trust-region method in the modular, the K-FAC, the infinity or the 2-norm.
 
     From theta, where loss and gradient are known, a step s minimises a model of the loss among the steps of norm
     <= delta (:mod:`solvers.models`), loss and gradient at theta + s come from one evaluation, and the controller
@@ -75,7 +81,9 @@ class TrustRegion(Solver):
 
     A run ends where delta is below 1e-14: no step decreases the loss.
 
-    Models of second order need the 2-norm: in the others the subproblem is a hard one of its own.
+    Models of second order need a norm that comes from a product, the 2-norm or that of K-FAC
+    (:class:`ddml.norms.KroneckerNorm`), which is measured anew on each batch: in the others the subproblem is a hard
+    one of its own.
     """
 
     options: ClassVar[Sequence[Option]] = OPTIONS
@@ -99,10 +107,14 @@ class TrustRegion(Solver):
         if not settings.momentum < 1:
             raise InputError(f"option -{self.prefix}momentum must be less than 1, got {settings.momentum:g}")
         self.norm_name = settings.norm or ("modular" if settings.model == "first" else "2")
-        if settings.model != "first" and self.norm_name != "2":
+        if settings.model != "first" and self.norm_name not in ("2", "kfac"):
             raise InputError(
-                f"option -{self.prefix}model {settings.model} needs -{self.prefix}norm 2: with -norm "
+                f"option -{self.prefix}model {settings.model} needs -{self.prefix}norm 2 or kfac: with -norm "
                 f"{self.norm_name} there is the first-order model only"
+            )
+        if not (settings.curvature_fraction or 0.1) <= 1:
+            raise InputError(
+                f"option -{self.prefix}curvature_fraction must be at most 1, got {settings.curvature_fraction:g}"
             )
 
     def setUp(self, tao: PETSc.TAO) -> None:
@@ -121,9 +133,10 @@ class TrustRegion(Solver):
         if settings.model == "first":
             self.model = FirstOrder(self.norm, settings.momentum, self.g)
         elif settings.model in ("sr1", "lbfgs"):
-            self.model = Secant(settings.model, settings.memory, objective.comm)
+            self.model = Secant(settings.model, settings.memory, objective.comm, self.norm)
         else:
-            self.model = products(objective, settings.model, self.prefix)
+            fraction = settings.curvature_fraction or 1.0
+            self.model = Products(objective, settings.model, fraction, self.prefix, self.norm)
         self.budget = math.inf  # how far a local solve may go from where it begins
         self.point = tao.getSolution()
 
@@ -141,6 +154,7 @@ class TrustRegion(Solver):
         """See :meth:`solvers.base.Solver.begin`."""
         self.radius.begin(self.f)
         self.model.forget()
+        self.norm.refresh(self.point)
         self._mark()
 
     def _mark(self) -> None:
@@ -150,12 +164,19 @@ class TrustRegion(Solver):
 
     def kept(self) -> dict[str, Any]:
         """See :meth:`solvers.base.Solver.kept`."""
-        return {"radius": self.radius.state(), "model": self.settings.model, "model_state": self.model.state()}
+        return {
+            "radius": self.radius.state(),
+            "model": self.settings.model,
+            "model_state": self.model.state(),
+            "norm": self.norm_name,
+            "norm_state": self.norm.state(),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """See :meth:`solvers.base.Solver.restore`."""
         self.radius.restore(state["radius"])
         self.model.restore(state["model_state"])
+        self.norm.restore(state.get("norm_state", {}))
 
     def resume(self, state: dict[str, Any]) -> None:
         """See :meth:`solvers.base.Solver.resume`.
@@ -166,11 +187,12 @@ class TrustRegion(Solver):
             Also if it is that of another model.
         """
         super().resume(state)
-        if state["model"] != self.settings.model:
-            raise InputError(
-                f"the run file is of -{self.prefix}model {state['model']}, not {self.settings.model}: "
-                "the same -model goes on from it"
-            )
+        for name, mine in (("model", self.settings.model), ("norm", self.norm_name)):
+            if state.get(name, mine) != mine:
+                raise InputError(
+                    f"the run file is of -{self.prefix}{name} {state[name]}, not {mine}: the same -{name} goes on "
+                    "from it"
+                )
 
     def renew(self, x: PETSc.Vec) -> None:
         """See :meth:`solvers.base.Solver.renew`; the radius shrinks if the last steps were wrong for the new one."""
@@ -180,6 +202,7 @@ class TrustRegion(Solver):
         promised, found = float(first.dot(S)), float(self.g.dot(S))
         braked = promised < 0 and (1 + found / promised) / 2 < 0.25
         self.radius.renew(self.f, math.sqrt(0.5) if braked else 1.0)
+        self.norm.refresh(x)
         self._mark()
 
     def iterate(self, x: PETSc.Vec) -> SearchResult:
@@ -203,8 +226,9 @@ class TrustRegion(Solver):
         if finite:
             y.waxpy(-1.0, self.g, trial_g)
         self.model.observe(s, y if finite else None)
-        if not self.radius.judge(value if finite else math.inf, predicted, length >= BOUNDARY * delta):
-            return SearchResult(self.f, 0.0, True)
-        trial.copy(x)
-        trial_g.copy(self.g)
-        return SearchResult(value, length, True)
+        accepted = self.radius.judge(value if finite else math.inf, predicted, length >= BOUNDARY * delta)
+        if accepted:
+            trial.copy(x)
+            trial_g.copy(self.g)
+        self.norm.aged(x)
+        return SearchResult(value, length, True) if accepted else SearchResult(self.f, 0.0, True)

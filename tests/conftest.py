@@ -27,8 +27,8 @@ torch.set_num_threads(1)
 if MPI.COMM_WORLD.size > 1:
     collect_ignore = [
         "networks", "problems/test_references.py", "problems/test_program.py",
-        "test_history.py", "test_loss.py", "test_modular.py", "test_options.py", "test_plot.py", "test_polar.py",
-        "test_prepare.py", "test_samples.py",
+        "test_history.py", "test_kronecker.py", "test_loss.py", "test_modular.py", "test_options.py", "test_plot.py",
+        "test_polar.py", "test_prepare.py", "test_samples.py",
     ]  # fmt: skip
 
 

@@ -7,17 +7,20 @@ from mpi4py import MPI
 from torch import nn
 
 from ddml.layout import ParameterLayout
-from ddml.loss import ModuleLoss
-from ddml.norms import DistributedModularNorm, InfinityNorm, Norm, TwoNorm
+from ddml.norms import DistributedModularNorm, InfinityNorm, KroneckerNorm, Norm, TwoNorm, spread_rows
+from ddml.objective import Objective
+from ddml.problems.classification import ClassificationLoss
+from ddml.sample_sets import TensorSamples
 
 
-def make_loss() -> ModuleLoss:
+def make_loss() -> ClassificationLoss:
+    torch.manual_seed(3)
     network = nn.Sequential(
         nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 9), nn.Tanh(), nn.Linear(9, 4)
     ).double()
     rng = np.random.default_rng(1)
     inputs, targets = torch.as_tensor(rng.standard_normal((12, 1, 6, 6))), torch.arange(12) % 4
-    return ModuleLoss(network, nn.CrossEntropyLoss(reduction="none"), inputs, targets)
+    return ClassificationLoss(network, TensorSamples(inputs, targets), 4)
 
 
 @pytest.mark.parametrize("kind", ["2", "infinity", "modular"])
@@ -49,3 +52,95 @@ def test_steepest_directions(kind: str, comm: MPI.Comm) -> None:
     assert layout.gather(direction).abs().max() == 0
     g.destroy()
     direction.destroy()
+
+
+def dense(norm: KroneckerNorm) -> np.ndarray:
+    """The norm's matrix."""
+    size = norm.objective.size
+    M = np.zeros((size, size))
+    for number, layer in enumerate(norm.layers):
+        factors = []
+        for i, rows in enumerate(layer.sizes):
+            begin, end = norm.places[2 * number + i], norm.places[2 * number + i + 1]
+            factor = norm.factors[begin:end].reshape(rows, rows)
+            factors.append(factor + np.trace(factor) / rows * np.eye(rows))
+        entries = layer.entries.ravel()
+        M[np.ix_(entries, entries)] = np.kron(factors[1], factors[0])
+    return M
+
+
+@pytest.mark.parametrize("blocks", [0, 6])
+def test_kronecker_norm(blocks: int, comm: MPI.Comm) -> None:
+    loss = make_loss()
+    layout = ParameterLayout(loss.parameters, comm)
+    objective = Objective(loss, layout, blocks=blocks)
+    norm = KroneckerNorm(objective, 0.7)
+    vectors = [layout.vector() for _ in range(4)]
+    x, g, first, second = vectors
+    objective.initial(x)
+    theta = loss.initial()
+    norm.refresh(x)
+    # the same factors as without ranks, and a running mean of two
+    expected = []
+    for version in (0, 1):
+        part = loss.sampled(torch.as_tensor(spread_rows(12, 0.7, version)))
+        draws = torch.as_tensor(np.random.default_rng([1, version]).random(part.count))
+        pairs = part.kronecker_statistics(theta, draws)
+        expected.append(np.concatenate([m.reshape(-1).numpy() for pair in pairs for m in pair]))
+    assert norm.factors == pytest.approx(expected[0], rel=1e-12, abs=1e-14)
+    norm.refresh(x)
+    assert norm.factors == pytest.approx(0.9 * expected[0] + 0.1 * expected[1], rel=1e-12, abs=1e-14)
+    assert objective.work.total == pytest.approx(2 * 8 / 12)
+    M, rng = dense(norm), np.random.default_rng(5)
+    begin, end = x.getOwnershipRange()
+    full_x, full_g = rng.standard_normal((2, loss.size))
+    x.setArray(full_x[begin:end])
+    g.setArray(full_g[begin:end])
+    assert norm(x) == pytest.approx(np.sqrt(full_x @ M @ full_x), rel=1e-12)
+    solved = np.linalg.solve(M, full_g)
+    dual = norm.steepest(g, first)
+    assert dual == pytest.approx(np.sqrt(full_g @ solved), rel=1e-11)
+    assert layout.gather(first).numpy() == pytest.approx(solved / dual, rel=1e-10, abs=1e-12)
+    assert norm(first) == pytest.approx(1, rel=1e-12)
+    norm.inverse(g, first)
+    assert layout.gather(first).numpy() == pytest.approx(solved, rel=1e-10, abs=1e-12)
+    norm.coordinates(x, first)
+    norm.covector(g, second)
+    assert float(first.dot(second)) == pytest.approx(full_x @ full_g, rel=1e-10)
+    norm.vector(first, second)
+    assert layout.gather(second).numpy() == pytest.approx(full_x, rel=1e-11, abs=1e-13)
+    again = KroneckerNorm(objective, 0.7)
+    again.restore(norm.state())
+    assert again(x) == norm(x)
+    for vec in vectors:
+        vec.destroy()
+
+
+def test_a_layer_without_gradients_does_not_move(comm: MPI.Comm) -> None:
+    torch.manual_seed(3)
+    network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    with torch.no_grad():
+        network[0].bias.fill_(-1e3)
+    inputs = torch.as_tensor(np.random.default_rng(1).standard_normal((9, 3)))
+    loss = ClassificationLoss(network, TensorSamples(inputs, torch.arange(9) % 2), 2)
+    layout = ParameterLayout(loss.parameters, comm)
+    objective = Objective(loss, layout)
+    norm = KroneckerNorm(objective, 1.0)
+    x, g, direction = (layout.vector() for _ in range(3))
+    objective.initial(x)
+    objective.value_gradient(x, g)
+    norm.refresh(x)
+    assert norm.steepest(g, direction) > 0
+    assert norm(direction) == pytest.approx(1)
+    assert layout.gather(direction)[:16].abs().max() == 0
+    for vec in (x, g, direction):
+        vec.destroy()
+
+
+def test_spread_rows() -> None:
+    for count, fraction, number in ((10, 0.3, 0), (7, 1.0, 4), (1, 0.01, 2), (1000, 0.1, 9)):
+        rows = spread_rows(count, fraction, number)
+        assert len(rows) == max(round(count * fraction), 1) and rows.min() >= 0 and rows.max() < count
+        assert (np.diff(rows) > 0).all()
+    assert (spread_rows(7, 1.0, 4) == np.arange(7)).all()
+    assert len({tuple(spread_rows(1000, 0.1, number)) for number in range(5)}) > 1

@@ -6,10 +6,12 @@ import torch
 from mpi4py import MPI
 from torch import Tensor, nn
 
+from .. import kronecker
 from ..costs import suitable_batch
 from ..errors import InputError
 from ..loss import ModuleLoss
 from ..parallel import split
+from ..sample_sets import SampleSet
 from ..scaled import Samples
 
 
@@ -41,7 +43,7 @@ class ClassificationLoss(ModuleLoss):
         If the outputs have another shape, or see :class:`ddml.loss.ModuleLoss`.
     """
 
-    def __init__(self, module: nn.Module, samples: Samples, classes: int, batch: int | None = None) -> None:
+    def __init__(self, module: nn.Module, samples: SampleSet, classes: int, batch: int | None = None) -> None:
         probe = samples.part(0, 2)
         with torch.no_grad():
             outputs = module(probe.inputs)
@@ -50,6 +52,22 @@ class ClassificationLoss(ModuleLoss):
             found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise InputError(f"the network must map {tuple(probe.inputs.shape)} to {expected}, it gives {found}")
         self._build(module, cross_entropy, samples, batch or suitable_batch(module, probe.inputs))
+
+    def kronecker_statistics(self, theta: Tensor, draws: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """See :meth:`ddml.loss.Loss.kronecker_statistics`; labels are drawn from softmax(outputs)."""
+        known = self.kronecker_layers()
+        module = self._at(theta.detach(), frozenset(range(len(self.parameters))))
+        sums: list[tuple[Tensor, Tensor]] = []
+        for x, u in zip(self.inputs.split(self.batch), draws.split(self.batch), strict=True):
+
+            def drawn(outputs: Tensor, u: Tensor = u) -> Tensor:
+                chances = outputs.detach().double().softmax(dim=1).cumsum(dim=1)
+                labels = (chances < u.to(chances)[:, None]).sum(dim=1).clamp(max=outputs.shape[1] - 1)
+                return cross_entropy(outputs, labels).sum()
+
+            found = kronecker.statistics(module, known, x, drawn)
+            sums = [(A + C, G + D) for (A, G), (C, D) in zip(sums, found, strict=True)] if sums else found
+        return [(self.weight * A, self.weight * G) for A, G in sums]
 
     def explain(self, theta: Tensor) -> str:
         """See :meth:`ddml.loss.Loss.explain`."""

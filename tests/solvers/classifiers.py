@@ -5,9 +5,11 @@ import torch
 from torch import nn
 
 from ddml.loss import ModuleLoss
+from ddml.problems.classification import ClassificationLoss
+from ddml.sample_sets import TensorSamples
 
 
-def classifier(samples: int = 60, seed: int = 0, dtype: torch.dtype = torch.float64) -> ModuleLoss:
+def classifier(samples: int = 60, seed: int = 0, dtype: torch.dtype = torch.float64) -> ClassificationLoss:
     """Cross-entropy of a chain 6-5-4-3 on Gaussian clouds, 77 parameters."""
     rng = np.random.default_rng(seed)
     targets = torch.arange(samples) % 3
@@ -15,7 +17,7 @@ def classifier(samples: int = 60, seed: int = 0, dtype: torch.dtype = torch.floa
     inputs = torch.as_tensor(centres[targets.numpy()] + 0.7 * rng.standard_normal((samples, 6))).to(dtype)
     torch.manual_seed(seed)
     network = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).to(dtype)
-    return ModuleLoss(network, nn.CrossEntropyLoss(reduction="none"), inputs, targets)
+    return ClassificationLoss(network, TensorSamples(inputs, targets), 3)
 
 
 def value_gradient(loss: ModuleLoss, theta: np.ndarray) -> tuple[float, np.ndarray]:

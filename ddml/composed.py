@@ -28,7 +28,7 @@ def sampled(objective: Objective, rows: ArrayLike) -> Objective:
     loss = objective.loss.sampled(torch.as_tensor(numbers, device=objective.loss.device))
     derived = type(objective)(loss, objective.layout, objective.stop, objective.blocks)
     derived.fraction = objective.fraction * numbers.size / objective.loss.count
-    derived.work = objective.work
+    derived.work, derived.metric = objective.work, objective.metric
     return derived
 
 

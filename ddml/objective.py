@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +50,8 @@ class Objective:
     overlap : ndarray of int64, or None
         After a replacement, numbers of the loss's samples that the loss before it had, too, if that is known:
         ``ddml.composed.sampled(objective, objective.overlap)`` is the loss on them.
+    metric : KroneckerNorm or None
+        What is known of the curvature, for solvers of objectives that are made of this one.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Objective:
         self.fraction = 1.0
         self.version = 0
         self.overlap: NDArray[np.int64] | None = None
+        self.metric: Any = None
         self.blocks = blocks
         self.parts = list(self.split_over(self.comm) if parts is None else parts)
         rows, aligned = max(len(self.parts), 1), -(-loss.size // 8) * 8

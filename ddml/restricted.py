@@ -33,7 +33,7 @@ class RestrictedObjective(Objective):
             objective.blocks,
             [RestrictedLoss(part, ranges) for part in parts],
         )
-        self.fraction = objective.fraction
+        self.fraction, self.metric = objective.fraction, objective.metric
         self._known: tuple[NDArray[np.float64], float, NDArray[np.float64]] | None = None
         self._last: tuple[NDArray[np.float64], float] | None = None
 

@@ -56,8 +56,9 @@ class ConfinedSchwarz(Schwarz):
         self.slopes: dict[int, float] = {}
         own = {"model": settings.model, "norm": norm_name, "memory": settings.memory, "momentum": 0.0,
                "convolution": settings.convolution}  # fmt: skip
-        if settings.masses is not None:
-            own["masses"] = settings.masses
+        for name in ("masses", "curvature_fraction"):
+            if getattr(settings, name) is not None:
+                own[name] = getattr(settings, name)
         with preset(**{f"{prefix}sub_{name}": value for name, value in own.items()} if solver == "tr" else {}):
             super().__init__(objective, subdomains, True, f"{prefix}sub_", [steps] * len(subdomains), solver)
         self.norms: dict[int, Norm] = {}

@@ -14,6 +14,7 @@ from ddml.modular import CONVOLUTIONS
 from ddml.norms import DistributedModularNorm, InfinityNorm, KroneckerNorm, Norm, TwoNorm
 from ddml.objective import Objective
 from ddml.options import Option
+from ddml.restricted import RestrictedObjective
 
 from . import radius
 from .base import Solver
@@ -56,7 +57,10 @@ def make_norm(objective: Objective, name: str, settings: Any, prefix: str) -> No
     if name == "infinity":
         return InfinityNorm()
     if name == "kfac":
-        return KroneckerNorm(objective, settings.curvature_fraction or 0.1, settings.curvature_interval)
+        if isinstance(objective, RestrictedObjective) and objective.metric is not None:
+            return objective.metric.restricted(objective.layout, objective.loss.ranges)
+        objective.metric = KroneckerNorm(objective, settings.curvature_fraction or 0.1, settings.curvature_interval)
+        return objective.metric
     try:
         masses = None if settings.masses is None else [float(m) for m in settings.masses.split(",")]
     except ValueError:

@@ -6,7 +6,9 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
+from ddml.errors import InputError
 from ddml.layout import ParameterLayout
+from ddml.loss import Parameter
 from ddml.norms import DistributedModularNorm, InfinityNorm, KroneckerNorm, Norm, TwoNorm, spread_rows
 from ddml.objective import Objective
 from ddml.problems.classification import ClassificationLoss
@@ -109,6 +111,22 @@ def test_kronecker_norm(blocks: int, comm: MPI.Comm) -> None:
     assert float(first.dot(second)) == pytest.approx(full_x @ full_g, rel=1e-10)
     norm.vector(first, second)
     assert layout.gather(second).numpy() == pytest.approx(full_x, rel=1e-11, abs=1e-13)
+    # restricted to a bias and the whole of another layer, and to that layer's weight
+    weight, bias = loss.parameters[2], loss.parameters[3]
+    for ranges in ([loss.parameters[1].range, slice(weight.offset, bias.range.stop)], [weight.range]):
+        inside = np.concatenate([np.arange(r.start, r.stop) for r in ranges])
+        small = ParameterLayout((Parameter("part", (len(inside),), 0),), comm)
+        part, vec, image = norm.restricted(small, ranges), small.vector(), small.vector()
+        vec.setArray(full_x[inside][slice(*vec.getOwnershipRange())])
+        block = M[np.ix_(inside, inside)]
+        assert part(vec) == pytest.approx(np.sqrt(full_x[inside] @ block @ full_x[inside]), rel=1e-12)
+        part.inverse(vec, image)
+        assert small.gather(image).numpy() == pytest.approx(np.linalg.solve(block, full_x[inside]), rel=1e-9, abs=1e-12)
+        vec.destroy()
+        image.destroy()
+    with pytest.raises(InputError, match="layer 3 is cut"):
+        cut = ParameterLayout((Parameter("part", (5,), 0),), comm)
+        norm.restricted(cut, [slice(weight.offset, weight.offset + 5)])
     again = KroneckerNorm(objective, 0.7)
     again.restore(norm.state())
     assert again(x) == norm(x)

@@ -26,12 +26,15 @@ WEIGHTS: list[tuple[str, dict[str, Any]]] = [
     ("apts_weights", {"decomposition": "layers", "subdomains": 2, "global_steps": 2}),
     ("apts_weights", {"model": "sr1", "decomposition": "layers", "overlap": 1}),
     ("apts_weights", {"local_solver": "lbfgs"}),
+    ("apts_weights", {"norm": "kfac", "decomposition": "layers"}),
+    ("apts_weights", {"norm": "kfac", "model": "lbfgs", "decomposition": "tensors", "subdomains": 3}),
 ]
 DATA: list[tuple[str, dict[str, Any]]] = [
     ("apts_data", {}),
     ("apts_data", {"norm": "2", "subdomains": 3, "sample_overlap": 0.2}),
     ("apts_data", {"norm": "infinity", "subdomains": 4}),
     ("apts_data", {"model": "sr1", "subdomains": 2}),
+    ("apts_data", {"norm": "kfac", "model": "lbfgs"}),
 ]
 all_of_them = pytest.mark.parametrize(("solver", "settings"), WEIGHTS + DATA)
 
@@ -51,7 +54,7 @@ class Batches:
 
 
 @pytest.mark.parametrize("solver", ["apts_weights", "apts_data"])
-@pytest.mark.parametrize("norm", ["modular", "2", "infinity"])
+@pytest.mark.parametrize("norm", ["modular", "2", "infinity", "kfac"])
 def test_one_subdomain_is_the_trust_region_method(train: Train, solver: str, norm: str) -> None:
     parts = batches(classifier(), 30, 4)
     one = {"subdomains": 1} if solver == "apts_data" else {"subdomains": 1, "decomposition": "layers"}

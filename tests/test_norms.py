@@ -125,8 +125,8 @@ def test_kronecker_norm(blocks: int, comm: MPI.Comm) -> None:
         vec.destroy()
         image.destroy()
     with pytest.raises(InputError, match="layer 3 is cut"):
-        cut = ParameterLayout((Parameter("part", (5,), 0),), comm)
-        norm.restricted(cut, [slice(weight.offset, weight.offset + 5)])
+        cut = ParameterLayout((Parameter("part", (50,), 0),), comm)
+        norm.restricted(cut, [slice(weight.offset, weight.offset + 50)])
     again = KroneckerNorm(objective, 0.7)
     again.restore(norm.state())
     assert again(x) == norm(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,13 @@ OPTIONS = (
            "samples, all the time.", minimum=0),
     Option("batch_overlap", 0.01, "Samples that a batch shares with the one before, as a fraction of a batch.",
            minimum=0.0),
+    Option("batch_growth", 1.0, "Factor by which batches grow where a new batch belies what the solver did on the old "
+           "one, up to all samples; 1: they stay. For trust regions.", minimum=1.0),
     Option("batch_steps", None, "Iterations on each batch (default: 5 on batches of more than 2,500 samples, else 2).",
            kind=int, minimum=1),
 )  # fmt: skip
+
+GROW_BELOW = 0.25  # as a trust region shrinks below this ratio
 
 
 class Batches:
@@ -31,6 +36,11 @@ class Batches:
     sizes differ by at most one. In front of these new samples a batch has some of the new samples of the batch before,
     at random, so that at least the fraction ``batch_overlap`` is common to both. All is drawn for the whole set: the
     batches do not depend on the number of ranks.
+
+    With ``batch_growth`` above 1, where the objective's ``agreement`` is below 1/4 when a batch ends, a new epoch
+    begins with batches that are larger by this factor: what the solver gained on its batch has not been there on the
+    next one, so that batches of this size say too little. Once a batch holds all samples it stays (our choice; after
+    Byrd, Chin, Nocedal, Wu 2012, whose test is of the gradients' variance).
 
     The objective's loss is the mean over the batch, and so is what solvers report and the history keeps as ``loss``;
     its fraction is that of the batch, so that N samples cost a work unit. The numbers of iterations on a batch were
@@ -49,6 +59,8 @@ class Batches:
     ----------
     interval : int
         Iterations on each batch.
+    per_epoch : int
+        Batches of an epoch.
     rows : ndarray of int64
         Numbers of the batch's samples in the whole set, in increasing order.
     shared : ndarray of int64
@@ -64,28 +76,38 @@ class Batches:
     def __init__(self, objective: Objective, settings: Any, seed: int) -> None:
         if not settings.batch_overlap <= 1:
             raise InputError(f"option -batch_overlap must be at most 1, got {settings.batch_overlap}")
-        self.objective, self.seed = objective, seed
+        self.objective, self.seed, self.settings = objective, seed, settings
         self.loss, self.total = objective.loss, objective.loss.count
-        self.per_epoch = -(-self.total // settings.batch_size)
-        size = -(-self.total // self.per_epoch)
-        self.interval: int = settings.batch_steps or (5 if size > 2500 else 2)
-        self.wanted = round(settings.batch_overlap * size)
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
-        self.number = 0  # of this batch since the beginning
+        self.number = self.epoch = self.index = 0  # of this batch since the beginning, its epoch, and its place there
         self.rows = self.shared = self._fresh = np.empty(0, np.int64)
+        self._resize(settings.batch_size)
         self._draw()
+
+    def _resize(self, size: float) -> None:
+        self.size = size
+        self.per_epoch = max(math.ceil(self.total / size), 1)
+        each = -(-self.total // self.per_epoch)
+        self.interval: int = self.settings.batch_steps or (5 if each > 2500 else 2)
+        self.wanted = round(self.settings.batch_overlap * each)
 
     def move(self, theta: Tensor) -> None:
         """Go on to the next batch, whatever the parameters theta (n,) are."""
-        self.number += 1
+        if self.per_epoch == 1:
+            return
+        self.number, self.index = self.number + 1, self.index + 1
+        grows = self.settings.batch_growth > 1 and self.objective.agreement < GROW_BELOW
+        if grows:
+            self._resize(self.size * self.settings.batch_growth)
+        if grows or self.index == self.per_epoch:
+            self.epoch, self.index = self.epoch + 1, 0
         self._draw()
 
     def _draw(self) -> None:
-        epoch, index = divmod(self.number, self.per_epoch)
-        if self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self.seed, 0, epoch]).permutation(self.total)
+        if self._order[0] != self.epoch:
+            self._order = self.epoch, np.random.default_rng([self.seed, 0, self.epoch]).permutation(self.total)
         edges = split(self.total, self.per_epoch)
-        fresh = self._order[1][edges[index] : edges[index + 1]]
+        fresh = self._order[1][edges[self.index] : edges[self.index + 1]]
         chosen = np.zeros(self.total, dtype=bool)
         chosen[fresh] = True
         others = self._fresh[~chosen[self._fresh]]
@@ -103,7 +125,8 @@ class Batches:
     def state(self) -> dict[str, Any]:
         """What :meth:`restore` needs."""
         return {
-            "total": self.total, "number": self.number, "rows": self.rows, "shared": self.shared, "fresh": self._fresh,
+            "total": self.total, "number": self.number, "epoch": self.epoch, "index": self.index, "size": self.size,
+            "rows": self.rows, "shared": self.shared, "fresh": self._fresh,
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -119,5 +142,9 @@ class Batches:
                 f"the run file has batches of {state.get('total', 'no')} samples, there are {self.total}: "
                 "it goes on with the same -data and -samples"
             )
-        self.number = state["number"]
+        if "epoch" not in state:  # of an older ddml
+            state = {**state, "size": self.size}
+            state["epoch"], state["index"] = divmod(state["number"], self.per_epoch)
+        self._resize(state["size"])
+        self.number, self.epoch, self.index = state["number"], state["epoch"], state["index"]
         self._take(state["rows"], state["shared"], state["fresh"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -50,6 +51,9 @@ class Objective:
     overlap : ndarray of int64, or None
         After a replacement, numbers of the loss's samples that the loss before it had, too, if that is known:
         ``ddml.composed.sampled(objective, objective.overlap)`` is the loss on them.
+    agreement : float
+        After a replacement, which part of the decrease that a trust-region method promised itself of its steps on the
+        loss before there has been on this one; NaN if that is not known.
     metric : KroneckerNorm or None
         What is known of the curvature, for solvers of objectives that are made of this one.
     """
@@ -70,6 +74,7 @@ class Objective:
         self.fraction = 1.0
         self.version = 0
         self.overlap: NDArray[np.int64] | None = None
+        self.agreement = math.nan
         self.metric: Any = None
         self.blocks = blocks
         self.parts = list(self.split_over(self.comm) if parts is None else parts)

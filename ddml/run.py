@@ -188,10 +188,10 @@ class Run:
         self.written = (self.first_iteration, self.before)
         for key in (
             *("solver", "seed", "points", "resample", "dtype", "summation_blocks", "ranks"),
-            *("data", "samples", "scaling", "batch_size", "batch_overlap", "batch_steps"),
+            *("data", "samples", "scaling", "batch_size", "batch_overlap", "batch_steps", "batch_growth"),
         ):
             then, now = header.attributes.get(key), self.comm.size if key == "ranks" else self.attributes.get(key)
-            if then != now:
+            if then is not None and then != now:  # older files know fewer
                 self.notes.append(f"{key} was {then} when {path} was written, now it is {now}")
         if (
             self.context is not None

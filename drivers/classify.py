@@ -25,7 +25,8 @@ from ddml.options import Option, with_defaults
 from ddml.parallel import agreed
 from ddml.problems.classification import ClassificationLoss, TestSet
 from ddml.scaled import SCALINGS, Samples, Scaling
-from solvers import PETSC_TYPES, SOLVERS
+from solvers import PETSC_TYPES, SOLVERS, solver_class
+from solvers.trust_region import TrustRegion
 from training import check_device, decompose
 
 RESIDUALS_ONLY = ("gauss_newton",)
@@ -79,13 +80,16 @@ def main(comm: MPI.Comm) -> int:
     made = training.Training(comm, settings, loss, chosen, Objective, 0.0)
     moving = None
     if 0 < settings.batch_size < dataset.count:
+        kind = solver_class(settings.solver)
+        if settings.batch_growth > 1 and not (isinstance(kind, type) and issubclass(kind, TrustRegion)):
+            raise InputError(f"option -batch_growth is for solvers with a trust region, not '{settings.solver}'")
         moving = Batches(made.objective, settings, settings.seed)
     interval = moving.interval if moving is not None else 1
     limits.error_interval = limits.error_interval or interval
     attributes = {
         "driver": "classify", "problem": "classification", "network": network, "data": settings.data,
         "samples": dataset.count, "scaling": settings.scaling, "batch_size": settings.batch_size,
-        "batch_overlap": settings.batch_overlap, "batch_steps": interval,
+        "batch_overlap": settings.batch_overlap, "batch_steps": interval, "batch_growth": settings.batch_growth,
     }  # fmt: skip
     measure = TestSet(loss, test, comm, made.blocks)
     code = made.run(
@@ -119,12 +123,14 @@ def header(
     if moving is not None:
         sizes = f"{moving.per_epoch} batches an epoch of {-(-dataset.count // moving.per_epoch)} and {moving.wanted}"
         batch = f"{sizes} of the one before, {moving.interval} iterations on each"
+        if settings.batch_growth > 1:
+            batch += f", growing by {settings.batch_growth:g}"
     return (
         f"data {settings.data}, {dataset!r}, scaling {settings.scaling}; {batch}\n"
         f"network {network}, {loss.size} parameters in {len(loss.layers)} layers, {settings.dtype} on"
         f" {settings.device}\n"
         f"solver {settings.solver} {summation}\n"
-        + (f"{decompose(settings, loss)!r}" if hasattr(SOLVERS.get(settings.solver), "decompose") else "")
+        + (f"{decompose(settings, loss)!r}" if hasattr(solver_class(settings.solver), "decompose") else "")
     ).rstrip()
 
 

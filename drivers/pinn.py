@@ -25,7 +25,7 @@ from ddml.parallel import agreed
 from ddml.problems import PDE, PROBLEMS, PDELoss, collocation
 from ddml.problems.accuracy import SolutionError
 from ddml.residual import ResidualObjective
-from solvers import PETSC_TYPES, SOLVERS, NystromPC, SchwarzPC
+from solvers import PETSC_TYPES, SOLVERS, NystromPC, SchwarzPC, solver_class
 from training import check_device, decompose
 
 WITHOUT_KERNELS = "note: the kernels were not built (make env does it with a C compiler): torch does their work, slower"
@@ -65,7 +65,7 @@ def main(comm: MPI.Comm) -> int:
     with agreed(comm), plugins.blamed(settings.problem, PROBLEMS, "problem"):
         loss, network = build(settings)
         chosen = decompose(settings, loss)
-    limits.error_interval = limits.error_interval or getattr(SOLVERS.get(settings.solver), "measures_error", 1)
+    limits.error_interval = limits.error_interval or getattr(solver_class(settings.solver), "measures_error", 1)
     fmin = 1e-9 if settings.solver in ("lbfgs", "aspqn", "mspqn") else 0.0  # the paper's
     made = training.Training(comm, settings, loss, chosen, ResidualObjective, fmin)
     with agreed(comm), plugins.blamed(settings.problem, PROBLEMS, "problem"):
@@ -115,7 +115,7 @@ def choose(settings: Any, size: int) -> None:
         settings.solver = "ssbroyden" if size <= LARGE else "lbfgs"
         if size > LARGE and not PETSc.Options().hasName("memory"):
             PETSc.Options().setValue("memory", 50)
-    interval = getattr(SOLVERS.get(settings.solver), "moves_points", 0)
+    interval = getattr(solver_class(settings.solver), "moves_points", 0)
     if settings.resample == "auto":
         settings.resample = "residual" if interval else "never"
     settings.resample_interval = settings.resample_interval or interval or 250
@@ -135,7 +135,7 @@ def header(settings: Any, loss: PDELoss, network: str, summation: str) -> str:
         f"network {network}, {loss.size} parameters, {settings.dtype} on {settings.device},"
         f" {loss.evaluator!r} with derivatives up to order {max(len(i) for i in loss.indices)}{compiled}\n"
         f"solver {settings.solver} {summation}\n"
-        + (f"{decompose(settings, loss)!r}\n" if hasattr(SOLVERS.get(settings.solver), "decompose") else "")
+        + (f"{decompose(settings, loss)!r}\n" if hasattr(solver_class(settings.solver), "decompose") else "")
         + ("" if settings.device != "cpu" or kernels.library() is not None else WITHOUT_KERNELS)
     ).rstrip()
 

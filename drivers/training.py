@@ -22,7 +22,7 @@ from ddml.loss import Loss
 from ddml.objective import Objective
 from ddml.options import Option
 from ddml.parallel import StopRequest
-from solvers import PETSC_TYPES, SOLVERS, configure
+from solvers import PETSC_TYPES, SOLVERS, configure, solver_class
 from solvers.spqn import subdomains
 
 __all__ = ["HELP", "OPTIONS", "Training", "check_device", "decompose", "help_text", "read_options"]
@@ -89,8 +89,8 @@ def check_device(name: str) -> torch.device:
 
 def decompose(settings: Any, loss: Loss) -> Subdomains:
     """The subdomains of the solver, or those that the options ask for if it has none."""
-    kind = SOLVERS.get(settings.solver)
-    if kind is not None and not hasattr(kind, "decompose") and any(o.name == "subdomains" for o in kind.options):
+    kind = solver_class(settings.solver)
+    if not hasattr(kind, "decompose") and any(o.name == "subdomains" for o in getattr(kind, "options", ())):
         return Subdomains.by_layers(loss, 1)  # its subdomains are not of parameters
     return getattr(kind, "decompose", subdomains)(loss)
 

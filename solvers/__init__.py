@@ -1,5 +1,8 @@
 """How networks are trained: PETSc TAO solvers in Python."""
 
+from functools import cache
+from typing import Any
+
 from petsc4py import PETSc
 
 from ddml.errors import InputError
@@ -37,6 +40,18 @@ PETSC_TYPES = (
 )
 
 
+@cache
+def solver_class(name: str) -> Any:
+    """The class of a solver of ours or of a user's ``path/to/file.py:Class``; None for others.
+
+    Raises
+    ------
+    InputError
+        If the user's cannot be loaded.
+    """
+    return load(name, {}, "solver") if ":" in name else SOLVERS.get(name)
+
+
 def configure(tao: PETSc.TAO, name: str) -> None:
     """Make a TAO object the solver of that name: ours, PETSc's, or ``path/to/file.py:Class``; options not yet read.
 
@@ -52,7 +67,7 @@ def configure(tao: PETSc.TAO, name: str) -> None:
         tao.setType(name)
     elif ":" in name:
         tao.setType("python")
-        tao.setPythonContext(load(name, {}, "solver")())
+        tao.setPythonContext(solver_class(name)())
     else:
         raise InputError(
             f"unknown solver '{name}'; there are {', '.join(SOLVERS)}; and PETSc's {', '.join(PETSC_TYPES)}"
@@ -75,5 +90,5 @@ __all__ = [
     ),
     "NystromPC",
     "SchwarzPC",
-    *("PETSC_TYPES", "SOLVERS", "configure"),
+    *("PETSC_TYPES", "SOLVERS", "configure", "solver_class"),
 ]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from petsc4py import PETSc
 
+from ddml.composed import sampled
 from ddml.errors import InputError
 from ddml.modular import CONVOLUTIONS
 from ddml.norms import DistributedModularNorm, InfinityNorm, KroneckerNorm, Norm, TwoNorm
@@ -33,6 +34,7 @@ OPTIONS = (
            choices=("modular", "2", "infinity", "kfac")),
     Option("momentum", 0.9, "mu of Nesterov's momentum in the first-order model; 0 is none.", minimum=0.0),
     Option("memory", 10, "Secant pairs.", minimum=1),
+    Option("overlap_pairs", False, "Secant pairs from one batch to the next, too, on the samples that they share."),
     Option("convolution", "unfolded", "Modular norm of a convolution: that of a linear layer on patches, or the "
            "paper's, over its slices.", choices=CONVOLUTIONS),
     Option("masses", None, "Of the layers in the modular norm, in their order, separated by commas (default: all 1)."),
@@ -81,7 +83,9 @@ class TrustRegion(Solver):
     When the objective changes, as with mini-batches, let S be the displacement since it last did, g_0 the first
     gradient of the old one, g that of the new one, and :math:`q = \langle g, S\rangle / \langle g_0, S\rangle`.
     Where S was a descent direction and (1 + q) / 2 < 1/4, so that by the trapezoidal rule less than a quarter of the
-    decrease that g_0 promised is left, delta is divided by sqrt 2 (our choice).
+    decrease that g_0 promised is left, delta is divided by sqrt 2 (our choice). With ``overlap_pairs`` secant models
+    learn S and the change over it of the gradient of the samples that are in both batches (Berahas, Nocedal, Takac
+    2016).
 
     A run ends where delta is below 1e-14: no step decreases the loss.
 
@@ -204,10 +208,27 @@ class TrustRegion(Solver):
         S, first = self.vectors["s"], self.vectors["batch_g"]
         S.waxpy(-1.0, self.vectors["batch_x"], x)
         promised, found = float(first.dot(S)), float(self.g.dot(S))
-        braked = promised < 0 and (1 + found / promised) / 2 < 0.25
-        self.radius.renew(self.f, math.sqrt(0.5) if braked else 1.0)
+        agreement = (1 + found / promised) / 2 if promised < 0 else math.nan
+        if self.settings.overlap_pairs and promised < 0:
+            self._learn_on_overlap(x, S)
+        self.objective.agreement = agreement
+        self.radius.renew(self.f, math.sqrt(0.5) if agreement < 0.25 else 1.0)
         self.norm.refresh(x)
         self._mark()
+
+    def _learn_on_overlap(self, x: PETSc.Vec, S: PETSc.Vec) -> None:
+        """Tell the model how the gradient of the samples that two batches share changed over the displacement S."""
+        rows = self.objective.overlap
+        if rows is None or not len(rows):
+            return
+        common = sampled(self.objective, rows)
+        common.stop = None  # a batch begins as a whole
+        y, before = self.vectors["y"], self.vectors["trial_g"]
+        common.value_gradient(self.vectors["batch_x"], before)
+        common.value_gradient(x, y)
+        y.axpy(-1.0, before)
+        if math.isfinite(y.norm()):
+            self.model.learn(S, y)
 
     def iterate(self, x: PETSc.Vec) -> SearchResult:
         """See :meth:`solvers.base.Solver.iterate`: one step, which is 0 where it was rejected."""

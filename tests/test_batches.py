@@ -1,5 +1,6 @@
 """Batches: every sample once an epoch, the same on any number of ranks, with their overlap, and through a restart."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -109,6 +110,44 @@ def test_the_objective_is_the_mean_over_the_batch_and_its_work_a_fraction(comm: 
 def test_iterations_on_a_batch(comm: MPI.Comm, size: int, count: int, steps: int) -> None:
     assert made(comm, count, batch_size=size).interval == steps
     assert made(comm, count, batch_size=size, batch_steps=7).interval == 7
+
+
+def test_batches_grow_where_a_new_one_belies_the_old(comm: MPI.Comm) -> None:
+    batches = made(comm, count=6000, batch_size=1000, batch_growth=1.7, batch_overlap=0.1)
+    objective = batches.objective
+    sizes, starts = [], []
+    for agreement in (math.nan, 0.3, 0.2, 0.2, 0.9, -1.0, 0.9, 0.9, 0.1, 0.1, 0.1, 0.1):
+        before, version = batches.rows, objective.version
+        objective.agreement = agreement
+        batches.move(NONE)
+        sizes.append(batches.per_epoch)
+        starts.append(batches.index)
+        assert batches.wanted == round(0.1 * -(-6000 // batches.per_epoch))
+        assert batches.interval == (5 if batches.per_epoch < 3 else 2)
+        if len(before) < 6000:
+            assert np.array_equal(batches.shared, np.intersect1d(batches.rows, before))
+        assert objective.version == version + (len(before) < 6000)  # all samples stay what they are
+        assert objective.fraction == len(batches.rows) / 6000
+    assert sizes == [6, 6, 4, 3, 3, 2, 2, 2, 1, 1, 1, 1]
+    assert starts == [1, 2, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0]
+    assert np.array_equal(batches.rows, np.arange(6000))
+    fixed = made(comm, count=6000, batch_size=1000)
+    fixed.objective.agreement = -1.0
+    fixed.move(NONE)
+    assert fixed.per_epoch == 6
+    for number in (2, 5):  # a state goes on as the batches it is of
+        first = made(comm, count=600, batch_size=100, batch_growth=1.5)
+        for _ in range(number):
+            first.objective.agreement = 0.1
+            first.move(NONE)
+        second = made(comm, count=600, batch_size=100, batch_growth=1.5)
+        second.restore(first.state())
+        assert (second.per_epoch, second.interval) == (first.per_epoch, first.interval)
+        for agreement in (0.9, 0.1, 0.9):
+            for batches in (first, second):
+                batches.objective.agreement = agreement
+                batches.move(NONE)
+            assert np.array_equal(first.rows, second.rows) and np.array_equal(first.shared, second.shared)
 
 
 def test_what_is_refused(comm: MPI.Comm) -> None:

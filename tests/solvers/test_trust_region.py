@@ -430,6 +430,55 @@ def test_the_window() -> None:
     assert again.state() == radius.state()
 
 
+@pytest.mark.parametrize("kind", ["sr1", "lbfgs"])
+def test_pairs_on_the_overlap_of_batches(train: Train, kind: str) -> None:
+    """A batch a step, a third of it from the batch before: the pair is that of the samples in both."""
+    loss, rng = classifier(), np.random.default_rng(3)
+    rows = [np.sort(rng.permutation(60)[:30]) for _ in range(4)]
+    parts = [loss.sampled(torch.as_tensor(r)) for r in rows]
+    pairs: list[Any] = []
+
+    def watch(context: Any, iteration: int) -> None:
+        pairs.append([(layout_gather(context, s), layout_gather(context, y)) for s, y in zip(
+            context.model.pairs.S, context.model.pairs.Y, strict=True)])  # fmt: skip
+        if iteration in (1, 2):
+            shared = np.searchsorted(rows[iteration], np.intersect1d(rows[iteration], rows[iteration - 1]))
+            context.objective.replace(parts[iteration], overlap=shared)
+
+    def layout_gather(context: Any, vec: PETSc.Vec) -> np.ndarray:
+        return context.objective.layout.gather(vec).numpy().copy()
+
+    run = train(parts[0], "tr", 3, model=kind, overlap_pairs=True, memory=20, watch=watch)
+    plain = train(parts[0], "tr", 1, model=kind, memory=20)
+    assert run.theta[1].tobytes() == plain.theta[1].tobytes()
+    # the pair of the batch's own step, that of the overlap, that of the next step
+    assert [len(p) for p in pairs] == [0, 1, 3, 5]
+    for k in (1, 2):
+        step = run.theta[k] - run.theta[k - 1]
+        common = loss.sampled(torch.as_tensor(np.intersect1d(rows[k], rows[k - 1])))
+        change = value_gradient(common, run.theta[k])[1] - value_gradient(common, run.theta[k - 1])[1]
+        s, y = pairs[-1][2 * k - 1]
+        assert s == pytest.approx(step / np.linalg.norm(step), rel=1e-9, abs=1e-12)
+        assert y == pytest.approx(change / np.linalg.norm(step), rel=1e-9, abs=1e-12)
+
+
+def test_agreement_of_batches(train: Train) -> None:
+    """The decrease that the old batch's gradient promised, by the trapezoidal rule on the new one."""
+    parts, found = batches(classifier(), 12, 9), []
+
+    def watch(context: Any, iteration: int) -> None:
+        found.append(context.objective.agreement)
+        Batches(parts, 5)(context, iteration)
+
+    run = train(parts[0], "tr", 12, watch=watch)
+    assert np.isnan(found[:6]).all()
+    for k, value in ((5, found[6]), (10, found[11])):
+        S = run.theta[k] - run.theta[k - 5]
+        promised = value_gradient(parts[k // 5 - 1], run.theta[k - 5])[1] @ S
+        there = value_gradient(parts[k // 5], run.theta[k])[1] @ S
+        assert value == pytest.approx((1 + there / promised) / 2, rel=1e-8) or (promised >= 0 and math.isnan(value))
+
+
 def test_windowed_runs(train: Train) -> None:
     run = train(classifier(), "tr", 60, norm="2", nonmonotone=4, delta0=8.0, momentum=0.0)
     assert (np.diff(run.losses) > 0).any()

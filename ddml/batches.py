@@ -126,7 +126,7 @@ class Batches:
         """What :meth:`restore` needs."""
         return {
             "total": self.total, "number": self.number, "epoch": self.epoch, "index": self.index, "size": self.size,
-            "rows": self.rows, "shared": self.shared, "fresh": self._fresh,
+            "rows": self.rows, "shared": self.shared, "fresh": self._fresh, "agreement": self.objective.agreement,
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -143,8 +143,9 @@ class Batches:
                 "it goes on with the same -data and -samples"
             )
         if "epoch" not in state:  # of an older ddml
-            state = {**state, "size": self.size}
+            state = {**state, "size": self.size, "agreement": math.nan}
             state["epoch"], state["index"] = divmod(state["number"], self.per_epoch)
         self._resize(state["size"])
         self.number, self.epoch, self.index = state["number"], state["epoch"], state["index"]
         self._take(state["rows"], state["shared"], state["fresh"])
+        self.objective.agreement = state["agreement"]

@@ -2,24 +2,20 @@
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from batched import Training, make_batches
 from mpi4py import MPI
 from petsc4py import PETSc
 
-import ddml.run
-from ddml.batches import OPTIONS, Batches
+from ddml.batches import Batches
 from ddml.composed import sampled
 from ddml.errors import InputError
-from ddml.layout import ParameterLayout
 from ddml.loss import ModuleLoss
-from ddml.objective import Objective
 from ddml.problems.classification import cross_entropy
-from solvers import configure
 
 NONE = torch.empty(0)
 
@@ -33,11 +29,12 @@ def loss_of(count: int) -> ModuleLoss:
     return ModuleLoss(module, cross_entropy, inputs, (3 * inputs.mean(dim=1)).long())
 
 
-def made(comm: MPI.Comm, count: int = 103, blocks: int = 4, seed: int = 5, **settings: Any) -> Batches:
-    loss = loss_of(count)
-    layout = ParameterLayout(loss.parameters, comm, [0] + [loss.size] * comm.size)
-    values = {o.name: o.default for o in OPTIONS} | {"batch_size": 30} | settings
-    return Batches(Objective(loss, layout, blocks=blocks), SimpleNamespace(**values), seed)
+def made(comm: MPI.Comm, count: int = 103, **settings: Any) -> Batches:
+    return make_batches(loss_of(count), comm, **settings)
+
+
+def trained(comm: MPI.Comm, prefix: str, solver: str, **limits: Any) -> Training:
+    return Training(made(comm, batch_overlap=0.1, batch_steps=3), prefix, solver, **limits)
 
 
 def drawn(batches: Batches, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -159,38 +156,6 @@ def test_what_is_refused(comm: MPI.Comm) -> None:
             made(comm).restore(wrong)
 
 
-class Training:
-    """A run with batches."""
-
-    def __init__(self, comm: MPI.Comm, prefix: str, solver: str, **limits: Any) -> None:
-        self.batches = made(comm, batch_overlap=0.1, batch_steps=3)
-        self.objective = self.batches.objective
-        self.x = self.objective.layout.vector()
-        self.objective.initial(self.x)
-        self.tao = PETSc.TAO().create(comm)
-        self.tao.setOptionsPrefix(prefix)
-        configure(self.tao, solver)
-        self.objective.attach(self.tao)
-        self.tao.setSolution(self.x)
-        self.tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
-        self.tao.setFromOptions()
-        self.tao.setUp()
-        settings = {o.name: o.default for o in ddml.run.OPTIONS} | {"progress": "none"} | limits
-        self.run = ddml.run.Run(
-            self.objective, self.tao, self.x, SimpleNamespace(**settings),
-            {"solver": solver, "driver": "t", "problem": "b"}, lambda theta: {}, self.batches,
-        )  # fmt: skip
-        self.run.execute()
-
-    def result(self) -> tuple[bytes, bytes, bytes]:
-        history = self.run.history
-        values = np.array([history[name] for name in ("iteration", "loss", "gradient_norm", "step", "work")])
-        full = self.objective.layout.gather(self.x).numpy().copy()
-        self.tao.destroy()
-        self.x.destroy()
-        return values.tobytes(), full.tobytes(), self.batches.rows.tobytes()
-
-
 @pytest.mark.parametrize("solver", ["lbfgs", "ssbroyden", "aspqn", "mspqn"])
 def test_runs_restart_exactly_and_are_the_same_on_any_number_of_ranks(
     comm: MPI.Comm, prefix: str, shared_tmp: Path, solver: str
@@ -198,19 +163,19 @@ def test_runs_restart_exactly_and_are_the_same_on_any_number_of_ranks(
     if "spqn" in solver:
         PETSc.Options().setValue(prefix + "local_steps", 2)
     file = str(shared_tmp / "run.h5")
-    whole = Training(comm, prefix, solver, max_it=14)
+    whole = trained(comm, prefix, solver, max_it=14)
     assert whole.batches.number == 4
     expected = whole.result()
     for stop in (1, 4, 12):  # within the first batch and another, at the end of one that is the end of an epoch, too
-        Training(comm, prefix, solver, max_it=stop, output=file, overwrite=True).result()
-        assert Training(comm, prefix, solver, max_it=14, restart=file).result() == expected
-    assert Training(MPI.COMM_SELF, prefix, solver, max_it=14).result() == expected
+        trained(comm, prefix, solver, max_it=stop, output=file, overwrite=True).result()
+        assert trained(comm, prefix, solver, max_it=14, restart=file).result() == expected
+    assert trained(MPI.COMM_SELF, prefix, solver, max_it=14).result() == expected
 
 
 def test_local_solves_are_charged_for_the_batch(comm: MPI.Comm, prefix: str) -> None:
     """An iteration of MSPQN costs the same fraction of what it costs on all samples as a batch has of them."""
     PETSc.Options().setValue(prefix + "local_steps", 2)
-    run = Training(comm, prefix, "mspqn", max_it=2)
+    run = trained(comm, prefix, "mspqn", max_it=2)
     fraction = len(run.batches.rows) / run.batches.total
     work, calls = run.objective.work.total, run.objective.work.gradients
     assert work < 1.2 * calls * fraction
@@ -218,7 +183,7 @@ def test_local_solves_are_charged_for_the_batch(comm: MPI.Comm, prefix: str) -> 
 
 
 def test_solvers_of_petsc_begin_afresh_on_every_batch(comm: MPI.Comm, prefix: str) -> None:
-    run = Training(comm, prefix, "lmvm", max_it=8)
+    run = trained(comm, prefix, "lmvm", max_it=8)
     assert run.batches.number == 2
     assert run.run.history["iteration"].tolist() == list(range(9))
     run.result()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import classify
 import numpy as np
@@ -23,19 +23,32 @@ from ddml.objective import Objective
 from ddml.problems.classification import TestSet
 from ddml.scaled import Scaling
 
-from .tools import LAUNCH, run_history
+from .tools import LAUNCH, finished_run
 
 OURS: dict[str, Sequence[str]] = {
     "tr, modular norm": ("-solver", "tr"),
     "tr, 2-norm": ("-solver", "tr", "-norm", "2"),
     "tr, infinity norm": ("-solver", "tr", "-norm", "infinity"),
+    "tr, K-FAC norm": ("-solver", "tr", "-norm", "kfac"),
+    "tr, K-FAC norm, L-BFGS": ("-solver", "tr", "-norm", "kfac", "-model", "lbfgs", "-memory", "1"),
+    "tr, K-FAC norm, Gauss-Newton": (
+        *("-solver", "tr", "-norm", "kfac", "-model", "gauss_newton", "-curvature_fraction", "0.1"),
+        *("-tr_ksp_max_it", "8"),
+    ),
     "tr, 2-norm, L-SR1": ("-solver", "tr", "-model", "sr1"),
     "tr, 2-norm, L-BFGS": ("-solver", "tr", "-model", "lbfgs"),
     "apts_weights, modular norm": ("-solver", "apts_weights"),
     "apts_weights, 2-norm": ("-solver", "apts_weights", "-norm", "2"),
+    **{
+        f"apts_weights, {n} tensor groups, modular norm": (
+            *("-solver", "apts_weights", "-decomposition", "random", "-subdomains", str(n)),
+        )
+        for n in (2, 4, 6)
+    },
     **{f"apts_data, {n} parts, modular norm": ("-solver", "apts_data", "-subdomains", str(n)) for n in (2, 4, 6)},
     "apts_data, 2 parts, 2-norm": ("-solver", "apts_data", "-norm", "2"),
     "napts, modular norm": ("-solver", "napts"),
+    "napts, 2-norm": ("-solver", "napts", "-norm", "2"),
 }
 RIVALS = {
     "adam": (1e-3, 3e-3, 1e-2),
@@ -45,6 +58,13 @@ RIVALS = {
 }
 
 
+class Row(NamedTuple):
+    """A run: its history, and how many trials its trust region has rejected."""
+
+    history: History
+    rejected: float
+
+
 def classifiers(settings: Any) -> None:
     """Test accuracy and loss of the batch at some numbers of work units, medians over the seeds."""
     marks = [float(m) for m in settings.marks.split(",")]
@@ -52,8 +72,8 @@ def classifiers(settings: Any) -> None:
     print("\n## Test accuracy (%) / loss of the batch, by work units; ms a work unit; one rank\n")
     for case in settings.classifiers.split(","):
         name, network, batch = case.split(":")
-        print(f"### {case}\n\n| method | " + " | ".join(f"{m:g}" for m in marks) + " | critical at the end | ms |")
-        print("|---|" + "---|" * (len(marks) + 2), flush=True)
+        print(f"### {case}\n\n| method | " + " | ".join(f"{m:g}" for m in marks) + " | critical | rejected | ms |")
+        print("|---|" + "---|" * (len(marks) + 3), flush=True)
         for label, given in OURS.items():
             if not _wanted(settings, label):
                 continue
@@ -73,33 +93,35 @@ def _wanted(settings: Any, label: str) -> bool:
     return any(word in label for word in settings.methods.split(","))
 
 
-def print_row(label: str, marks: Sequence[float], runs: Sequence[Mapping[str, Any]]) -> None:
+def print_row(label: str, marks: Sequence[float], runs: Sequence[Row]) -> None:
     """One method: medians over its runs."""
     cells = []
     for mark in marks:
-        found = [_at(run, mark) for run in runs]
+        found = [_at(run.history, mark) for run in runs]
         accuracy, loss = (statistics.median(column) for column in zip(*found, strict=True))
         cells.append(f"{100 * accuracy:.1f} / {loss:.1e}")
-    critical = statistics.median(float(run["work_critical"][-1]) for run in runs)
-    cost = statistics.median(1e3 * float(run["time"][-1] / run["work"][-1]) for run in runs)
-    print(f"| {label} | " + " | ".join(cells) + f" | {critical:.0f} | {cost:.0f} |", flush=True)
+    critical = statistics.median(run.history.last("work_critical") for run in runs)
+    rejected = statistics.median(run.rejected for run in runs)
+    cost = statistics.median(1e3 * run.history.last("time") / run.history.last("work") for run in runs)
+    print(f"| {label} | " + " | ".join(cells) + f" | {critical:.0f} | {rejected:.0f} | {cost:.0f} |", flush=True)
 
 
-def _at(run: Mapping[str, Any], mark: float) -> tuple[float, float]:
+def _at(history: History, mark: float) -> tuple[float, float]:
     """Accuracy and loss when so many work units were first spent: of the measurement there, or the last before."""
-    last = int(np.searchsorted(run["work"], mark))
-    known = np.flatnonzero(np.isfinite(run["accuracy"][: last + 1]))
+    last = int(np.searchsorted(history["work"], mark))
+    known = np.flatnonzero(np.isfinite(history["accuracy"][: last + 1]))
     row = int(known[-1]) if len(known) else 0
-    return float(run["accuracy"][row]), float(run["loss"][min(last, len(run["loss"]) - 1)])
+    return float(history["accuracy"][row]), float(history["loss"][min(last, len(history) - 1)])
 
 
-def _ours(given: Sequence[str]) -> History:
+def _ours(given: Sequence[str]) -> Row:
     program = str(Path(classify.__file__))
     limits = ("-max_it", "10000000", "-progress", "none", "-checkpoint_interval", "0")
-    return run_history([*LAUNCH, "-n", "1", sys.executable, "-m", "mpi4py", program, *given, *limits])[0]
+    done = finished_run([*LAUNCH, "-n", "1", sys.executable, "-m", "mpi4py", program, *given, *limits])
+    return Row(done.history, done.solver["radius"]["rejected"])
 
 
-def _rival(name: str, rate: float, file: str, network: str, batch: int, seed: int, marks: Sequence[float]) -> History:
+def _rival(name: str, rate: float, file: str, network: str, batch: int, seed: int, marks: Sequence[float]) -> Row:
     defaults = {option.name: option.default for option in classify.OPTIONS}
     chosen = {**defaults, "network": network, "seed": seed, "batch_size": batch}
     settings = SimpleNamespace(**chosen)
@@ -111,4 +133,4 @@ def _rival(name: str, rate: float, file: str, network: str, batch: int, seed: in
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         measure = TestSet(loss, test, MPI.COMM_SELF)
-        return rivals.train(name, rate, loss, batches, marks[-1], measure, marks)[0]
+        return Row(rivals.train(name, rate, loss, batches, marks[-1], measure, marks)[0], 0)

@@ -16,7 +16,7 @@ from mpi4py import MPI
 from ddml.layout import ParameterLayout
 from solvers.schwarz import Schwarz
 
-from .tools import BENCH, LAUNCH, run_history
+from .tools import BENCH, LAUNCH, finished_run
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def print_row(settings: Any, ranks: int, case: str, name: str, delay: float, giv
         command = [*LAUNCH, "-n", str(ranks), sys.executable, "-m", "mpi4py", BENCH, "-only", "map_worker", *given]
         limits = ("-max_time", str(settings.seconds), "-target_error", str(LEVELS[-1]), "-max_it", "10000000")
         quiet = ("-progress", "none", "-checkpoint_interval", "0", "-seed", seed)
-        history, size, text = run_history([*command, *limits, *quiet])
+        history, size, text, _ = finished_run([*command, *limits, *quiet])
         hit = [np.flatnonzero(history["error"] <= level) for level in LEVELS]
         first = [history[name][h[0]] if len(h) else np.inf for name in ("time", "work_critical") for h in hit]
         synchronisations = float(text.rsplit("synchronisations: ", 1)[1].split()[0])

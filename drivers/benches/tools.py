@@ -84,8 +84,17 @@ def alone(comm: MPI.Comm, work: Callable[[], object]) -> object:
     return comm.bcast(result)
 
 
-def run_history(command: Sequence[str]) -> tuple[History, int, str]:
-    """Run a driver; the history that it writes, the number of parameters, and what it prints."""
+class Finished(NamedTuple):
+    """What a driver's run leaves: its history, the number of parameters, what it printed, its solver's state."""
+
+    history: History
+    size: int
+    text: str
+    solver: dict[str, Any]
+
+
+def finished_run(command: Sequence[str]) -> Finished:
+    """Run a driver; the vectors of the state are destroyed."""
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/run.h5"
         done = subprocess.run(
@@ -96,7 +105,7 @@ def run_history(command: Sequence[str]) -> tuple[History, int, str]:
         state, history = checkpoint.read(file, vec)
         for each in (vec, *vectors_in(state, "state", vec).values()):
             each.destroy()
-    return history, size, done.stdout
+    return Finished(history, size, done.stdout, state["solver"] or {})
 
 
 class Outcome(NamedTuple):

@@ -1,0 +1,55 @@
+"""Runs with mini-batches in this process, as drivers make them."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+from petsc4py import PETSc
+
+import ddml.run
+from ddml.batches import OPTIONS, Batches
+from ddml.layout import ParameterLayout
+from ddml.loss import Loss
+from ddml.objective import Objective
+from solvers import configure
+
+
+def make_batches(loss: Loss, comm: MPI.Comm, blocks: int = 4, seed: int = 5, **settings: Any) -> Batches:
+    """Batches of an objective whose parameters all have one owner."""
+    layout = ParameterLayout(loss.parameters, comm, [0] + [loss.size] * comm.size)
+    values = {o.name: o.default for o in OPTIONS} | {"batch_size": 30} | settings
+    return Batches(Objective(loss, layout, blocks=blocks), SimpleNamespace(**values), seed)
+
+
+class Training:
+    """A run of a solver, from beginning to end."""
+
+    def __init__(self, batches: Batches, prefix: str, solver: str, **limits: Any) -> None:
+        comm = batches.objective.comm
+        self.batches = batches
+        self.objective = self.batches.objective
+        self.x = self.objective.layout.vector()
+        self.objective.initial(self.x)
+        self.tao = PETSc.TAO().create(comm)
+        self.tao.setOptionsPrefix(prefix)
+        configure(self.tao, solver)
+        self.objective.attach(self.tao)
+        self.tao.setSolution(self.x)
+        self.tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
+        self.tao.setFromOptions()
+        self.tao.setUp()
+        settings = {o.name: o.default for o in ddml.run.OPTIONS} | {"progress": "none"} | limits
+        self.run = ddml.run.Run(
+            self.objective, self.tao, self.x, SimpleNamespace(**settings),
+            {"solver": solver, "driver": "t", "problem": "b"}, lambda theta: {}, self.batches,
+        )  # fmt: skip
+        self.run.execute()
+
+    def result(self) -> tuple[bytes, bytes, bytes]:
+        history = self.run.history
+        values = np.array([history[name] for name in ("iteration", "loss", "gradient_norm", "step", "work")])
+        full = self.objective.layout.gather(self.x).numpy().copy()
+        self.tao.destroy()
+        self.x.destroy()
+        return values.tobytes(), full.tobytes(), self.batches.rows.tobytes()

@@ -1,0 +1,83 @@
+"""Every solver on digits and on a part of MNIST: the same run on any number of ranks, and through a restart."""
+
+import gzip
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from batched import Training, make_batches
+from mpi4py import MPI
+from petsc4py import PETSc
+from torch import nn
+
+from ddml import data
+from ddml.problems.classification import ClassificationLoss
+from ddml.sample_sets import TensorSamples
+from solvers import SOLVERS
+
+OFFICIAL = Path(os.environ.get("DDML_DATA", Path(__file__).parents[3] / "shared" / "data")) / "mnist"
+LOCAL = {"local_steps": 3}
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in SOLVERS if name != "gauss_newton"},  # which is for sums of squares
+    "aspqn": ("aspqn", LOCAL),
+    "mspqn": ("mspqn", LOCAL),
+    "mspqn_dense": ("mspqn_dense", LOCAL),
+    "mspqn_dense in colours": ("mspqn_dense", {**LOCAL, "side_by_side": 0}),
+    "tr, K-FAC norm, L-BFGS": ("tr", {"norm": "kfac", "model": "lbfgs", "memory": 1, "overlap_pairs": True}),
+    "tr, K-FAC norm, Gauss-Newton": ("tr", {"norm": "kfac", "model": "gauss_newton", "curvature_fraction": 0.2}),
+    "tr, 2-norm, L-SR1": ("tr", {"model": "sr1", "overlap_pairs": True}),
+    "tr, 2-norm, Hessian": ("tr", {"model": "hessian", "tr_ksp_max_it": 5}),
+    "apts_weights, random groups": ("apts_weights", {"decomposition": "random", "subdomains": 4}),
+    "apts_data, 2-norm, L-SR1": ("apts_data", {"model": "sr1", "subdomains": 3}),
+    "napts, 2-norm": ("napts", {"norm": "2"}),
+}
+
+
+def digits(count: int) -> TensorSamples:
+    found = data.digits()
+    return TensorSamples(torch.as_tensor(found.inputs[:count] / 16.0), torch.as_tensor(found.labels[:count]))
+
+
+def mnist(count: int) -> TensorSamples:
+    """The first images, of a quarter of the pixels: dense matrices of their networks are small."""
+    if not OFFICIAL.is_dir():
+        pytest.skip("the official files are not at hand")
+    images, labels = (
+        np.frombuffer(gzip.decompress((OFFICIAL / f"train-{name}-ubyte.gz").read_bytes()), np.uint8)
+        for name in ("images-idx3", "labels-idx1")
+    )
+    pixels = images[16:].reshape(-1, 28, 28)[:count, ::2, ::2] / 255.0
+    return TensorSamples(torch.as_tensor(pixels[:, None]), torch.as_tensor(labels[8 : 8 + count].astype(np.int64)))
+
+
+def made(comm: MPI.Comm, source: Any) -> Any:
+    samples = source(400)
+    torch.manual_seed(0)
+    inputs = samples.inputs[0].numel()
+    network = nn.Sequential(
+        nn.Flatten(), nn.Linear(inputs, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 10)
+    )
+    loss = ClassificationLoss(network.double(), samples, 10)
+    return make_batches(loss, comm, blocks=6, batch_size=100, batch_overlap=0.1, batch_steps=4, batch_growth=1.5)
+
+
+@pytest.mark.parametrize("source", [digits, mnist])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_runs_are_the_same_on_any_number_of_ranks_and_restart_exactly(
+    name: str, source: Any, comm: MPI.Comm, prefix: str, shared_tmp: Path
+) -> None:
+    solver, settings = SETTINGS[name]
+    for key, value in settings.items():
+        PETSc.Options().setValue(prefix + key, value)
+    file = str(shared_tmp / "run.h5")
+    whole = Training(made(comm, source), prefix, solver, max_it=15)
+    losses = whole.run.history["loss"]
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+    expected = whole.result()
+    Training(made(comm, source), prefix, solver, max_it=6, output=file).result()  # in the middle of a batch
+    assert Training(made(comm, source), prefix, solver, max_it=15, restart=file).result() == expected
+    if comm.size > 1:
+        assert Training(made(MPI.COMM_SELF, source), prefix, solver, max_it=15).result() == expected

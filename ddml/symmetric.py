@@ -13,16 +13,13 @@ from .dense import Array, DenseMatrix, pointer
 
 
 class Change(NamedTuple):
-    """The matrix H <- keep H + the sum of s a^T + q b^T over (s, q, a, b) = vectors[j]; it must be symmetric.
-
-    Attributes
-    ----------
-    keep : float
-    vectors : array (changes, 4, n)
-    """
+    """The matrix H <- keep H + s a^T + q b^T; it must be symmetric. Vectors (n,)."""
 
     keep: float
-    vectors: Array
+    s: Array
+    q: Array
+    a: Array
+    b: Array
 
 
 class SymmetricMatrix(DenseMatrix):
@@ -42,30 +39,31 @@ class SymmetricMatrix(DenseMatrix):
         Each rank's result is overwritten by its next call.
         """
         function = self.kernel("multiply_symmetric")
-        g = np.ascontiguousarray(g)
-        change = change or Change(1.0, np.zeros((0, 4, self.size)))
-        vectors = np.ascontiguousarray(change.vectors)
+        vectors = [np.ascontiguousarray(v) for v in (*change[1:], g)] if change else [np.ascontiguousarray(g)]
+        keep = change.keep if change else 1.0
         self.products[:] = 0
         for product, number in zip(self.products, self.units, strict=True):
             rows, values = self.unit(number)
             if function is None:
-                _by_rows(values, rows, vectors, change.keep, g, product)
+                _by_rows(values, rows, vectors, keep, product)
                 continue
+            pointers = [pointer(v) for v in vectors] if change else [None] * 4 + [pointer(vectors[0])]
             function(
-                pointer(values), ctypes.c_long(rows.start), ctypes.c_long(rows.stop), ctypes.c_double(change.keep),
-                ctypes.c_long(len(vectors)), ctypes.c_long(self.size), pointer(vectors), pointer(g), pointer(product),
+                pointer(values), ctypes.c_long(rows.start), ctypes.c_long(rows.stop), ctypes.c_double(keep),
+                *pointers, pointer(product),
             )  # fmt: skip
         return self.products
 
 
-def _by_rows(values: NDArray[Any], rows: range, vectors: Array, keep: float, g: Array, product: Array) -> None:
+def _by_rows(values: NDArray[Any], rows: range, vectors: list[Array], keep: float, product: Array) -> None:
     """What the compiled kernel does, where there is none."""
-    s, q, a, b = vectors.transpose(1, 0, 2)
+    *change, g = vectors
     place = 0
     for row in rows:
         line = values[place : place + row + 1]
         place += row + 1
-        if len(vectors):
-            line[:] = keep * line + s[:, row] @ a[:, : row + 1] + q[:, row] @ b[:, : row + 1]
+        if change:
+            s, q, a, b = change
+            line[:] = keep * line + s[row] * a[: row + 1] + q[row] * b[: row + 1]
         product[row] += line.astype(float) @ g[: row + 1]
         product[:row] += line[:row] * g[row]

@@ -37,8 +37,8 @@ Rule = Callable[[float, float, int], Scaling]
 class InverseHessian(ABC):
     """H of a method whose directions are p = -H g.
 
-    As p = -H g, q = H y = H g_+ + p: each iteration multiplies H by g_+ and nothing else, and updates of the
-    iterations before are applied in such a pass over its memory.
+    As p = -H g, q = H y = H g_+ + p: each iteration multiplies H by g_+ and nothing else, and the same
+    pass over its memory applies the update of the iteration before.
 
     Parameters
     ----------
@@ -62,14 +62,11 @@ class InverseHessian(ABC):
     def __init__(self, objective: Objective, vectors: dict[str, PETSc.Vec], dtype: str) -> None:
         self.objective, self.vectors = objective, vectors
         self.matrix: Any = self.kind(objective.comm, objective.size, objective.blocks or objective.comm.size, dtype)
+        self.pending: tuple[float, ...] | None = None
         self.written: list[PETSc.Vec] = []  # what the last call of kept gave
 
     def destroy(self) -> None:
-        """Destroy the vectors."""
-        self._discard()
-        self._applied()
-
-    def _discard(self) -> None:
+        """Destroy what :meth:`kept` gave."""
         for vec in self.written:
             vec.destroy()
         self.written = []
@@ -77,13 +74,14 @@ class InverseHessian(ABC):
     def reset(self) -> None:
         """Make H the identity and the direction that of steepest descent."""
         self.matrix.identity()
-        self._applied()
+        self.pending = None
         self.vectors["accepted_g"].copy(self.vectors["direction"])
         self.vectors["direction"].scale(-1.0)
 
     def renew(self) -> None:
         """Make the direction -H g for another gradient. Collective."""
         self._multiply(self.vectors["g"], self.vectors["direction"])
+        self.pending = None
         self.vectors["direction"].scale(-1.0)
 
     def update(self, step: float, rule: Rule, skip: float) -> bool:
@@ -108,16 +106,13 @@ class InverseHessian(ABC):
         """Write H g with the H after this update to the direction; True if it differs from the one before."""
 
     @abstractmethod
+    def _change(self) -> Any:
+        """The update that the matrix waits for."""
+
     def _multiply(self, g: PETSc.Vec, product: PETSc.Vec) -> None:
-        """H g, with all updates."""
-
-    @abstractmethod
-    def _applied(self) -> None:
-        """The matrix waits for no update any more."""
-
-    def _pass(self, g: PETSc.Vec, change: Any, product: PETSc.Vec) -> None:
-        """The matrix times g, after a change of it."""
+        """H g, after the update that H waits for."""
         layout = self.objective.layout
+        change = None if self.pending is None else self._change()
         rows = self.matrix.multiply(layout.gather(g).numpy(), change)
         layout.reduce_rows(rows, np.diff(self.matrix.shares).tolist(), product)
 
@@ -130,12 +125,17 @@ class InverseHessian(ABC):
 
     def kept(self) -> dict[str, Any]:
         """What :meth:`restore` needs besides the solver's direction, s and q. Collective."""
-        self._discard()
+        self.destroy()
         self.written = [self.matrix.save()]
-        return {"dtype": str(self.matrix.values.dtype), "matrix": self.written[0]}
+        return {
+            "dtype": str(self.matrix.values.dtype),
+            "matrix": self.written[0],
+            "pending": None if self.pending is None else list(self.pending),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`kept` gave. Collective."""
+        self.pending = None if state["pending"] is None else tuple(state["pending"])
         if state["dtype"] != str(self.matrix.values.dtype):
             self.matrix.double()
         self.matrix.load(state["matrix"])
@@ -143,13 +143,7 @@ class InverseHessian(ABC):
 
 
 class Symmetric(InverseHessian):
-    r"""H as its lower triangle, n^2 / 2P numbers on each of P ranks.
-
-    Of a large matrix the last updates, up to eight, are kept as the vectors that they consist of,
-
-    .. math:: H = \kappa M + \sum_j (s_j, q_j)\, C_j\, (s_j, q_j)^T,
-
-    so that most passes only read the memory of M, which takes half the time; then all are applied in one pass.
+    """H as its lower triangle, n^2 / 2P numbers on each of P ranks.
 
     Its small eigenvalues drown in the rounding of the large ones once they are about 1e14 apart (1e5 in
     single precision): then p may be no descent direction, and the least multiple of the identity that
@@ -158,20 +152,6 @@ class Symmetric(InverseHessian):
 
     kind = SymmetricMatrix
     spread = 1e-5
-    # our choices: parameters from which on updates wait, and how many of them
-    LARGE, WAITING = 5_000, 8
-
-    def __init__(self, objective: Objective, vectors: dict[str, PETSc.Vec], dtype: str) -> None:
-        super().__init__(objective, vectors, dtype)
-        self.waiting = self.WAITING if objective.size >= self.LARGE else 1
-        self.keep = 1.0  # kappa
-        self.weights: list[tuple[float, float, float]] = []  # of s s^T, of s q^T and q s^T, of q q^T
-        self.pairs: list[PETSc.Vec] = []  # s, q, s, q, ...
-
-    def _applied(self) -> None:
-        for vec in self.pairs:
-            vec.destroy()
-        self.keep, self.weights, self.pairs = 1.0, [], []
 
     def _learn(self, step: float, rule: Rule, skip: float) -> bool:
         g, accepted, direction, s, q, y, product = (
@@ -180,71 +160,33 @@ class Symmetric(InverseHessian):
         slope = step * accepted.dot(direction)
         product.copy(direction)
         sy, yq = s.dot(y), y.dot(q)
+        self.pending = None
         if not (sy > skip and yq > 0):
             return False
         rho = 1 / sy
         tau, phi = rule(rho * yq, -step * rho * slope, g.getSize())
         ss, sq, qq = yq * phi * rho**2 / tau + rho, -phi * rho / tau, (phi - 1) / (tau * yq)
-        self.keep /= tau
-        self.weights = [(a / tau, b / tau, c / tau) for a, b, c in self.weights] + [(ss, sq, qq)]
-        self.pairs += [s.copy(), q.copy()]
+        self.pending = 1 / tau, ss, sq, qq
         sg, qg = s.dot(g), q.dot(g)
         direction.scale(1 / tau)
         direction.maxpy([ss * sg + sq * qg, sq * sg + qq * qg], [s, q])
         return True
 
-    def _multiply(self, g: PETSc.Vec, product: PETSc.Vec) -> None:
-        if len(self.weights) >= self.waiting:
-            self.apply(g, product)
-            return
-        self._pass(g, None, product)
-        if self.weights:
-            along = np.reshape(g.mDot(self.pairs), (-1, 2))
-            product.scale(self.keep)
-            parts = [
-                (ss * a + sq * b, sq * a + qq * b) for (ss, sq, qq), (a, b) in zip(self.weights, along, strict=True)
-            ]
-            product.maxpy(np.ravel(parts), self.pairs)
-
-    def apply(self, g: PETSc.Vec, product: PETSc.Vec) -> None:
-        """Apply all updates, and write H g to ``product``. Collective."""
-        vectors = np.empty((len(self.weights), 4, g.getSize()))
-        for row, (ss, sq, qq), s, q in zip(vectors, self.weights, self.pairs[::2], self.pairs[1::2], strict=True):
-            for place, vec in enumerate((s, q)):
-                row[place] = self.objective.layout.gather(vec).numpy()
-            row[2], row[3] = ss * row[0] + sq * row[1], sq * row[0] + qq * row[1]
-        self._pass(g, Change(self.keep, vectors), product)
-        self._applied()
+    def _change(self) -> Change:
+        assert self.pending is not None
+        keep, ss, sq, qq = self.pending
+        s, q = self._gathered("s", "q")
+        return Change(keep, s, q, ss * s + sq * q, sq * s + qq * q)
 
     def repair(self, slope: float) -> float:
         """See :meth:`InverseHessian.repair`."""
         g, direction = self.vectors["g"], self.vectors["direction"]
         squares = max(g.dot(g), np.finfo(float).tiny)
+        keep = 1.0 if self.pending is None else self.pending[0]
         amount = 2 * slope / squares
-        self.matrix.shift(amount / self.keep)
+        self.matrix.shift(amount / keep)
         direction.axpy(-amount, g)
         return slope - amount * squares
-
-    def kept(self) -> dict[str, Any]:
-        """See :meth:`InverseHessian.kept`."""
-        return {
-            **super().kept(),
-            "keep": self.keep,
-            "weights": [list(weights) for weights in self.weights],
-            "pairs": list(self.pairs),
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """See :meth:`InverseHessian.restore`."""
-        super().restore(state)
-        self._applied()
-        if "weights" in state:
-            self.keep, self.weights = state["keep"], [(a, b, c) for a, b, c in state["weights"]]
-            self.pairs = list(state["pairs"])
-        elif state["pending"] is not None:  # an older run file: the last update waits, of these vectors
-            self.keep, *weights = state["pending"]
-            self.weights = [(weights[0], weights[1], weights[2])]
-            self.pairs = [self.vectors[name].copy() for name in ("s", "q")]
 
 
 class Factored(InverseHessian):
@@ -268,7 +210,6 @@ class Factored(InverseHessian):
 
     def __init__(self, objective: Objective, vectors: dict[str, PETSc.Vec], dtype: str) -> None:
         super().__init__(objective, vectors, dtype)
-        self.pending: float | None = None  # keep of the update that F waits for
         self.image = np.zeros(
             len(self.matrix.rows)
         )  # F g with the factor after the pending update; of this rank's rows
@@ -289,8 +230,8 @@ class Factored(InverseHessian):
 
         Rank 0 factorises: it needs memory for n^2 numbers, three times.
         """
-        if other.weights:
-            other.apply(self.vectors["g"], self.vectors["direction"])
+        if other.pending is not None:  # the product's pass applies it
+            other.renew()
         comm, matrix = self.matrix.comm, self.matrix
         packed = comm.gather(other.matrix.values)
         rows = None
@@ -312,7 +253,7 @@ class Factored(InverseHessian):
         product.copy(direction)
         old, new = self.image, self.matrix.image
         y, s = new - old, -step * old
-        self.image = new
+        self.image, self.pending = new, None
         ss, sy, yy, sg = self.matrix.dots((s, s), (s, y), (y, y), (s, new))
         if not (sy > skip and ss > 0 and math.isfinite(yy)):
             return False
@@ -345,22 +286,16 @@ class Factored(InverseHessian):
         for i, row in enumerate(inverse @ excess):
             self.plane[i] = _combination(row, basis)
         self.image = keep * new + _combination(excess @ coordinates, basis)
-        self.pending = keep
+        self.pending = (keep,)
         return True
 
-    def _applied(self) -> None:
-        self.pending = None
-
-    def _multiply(self, g: PETSc.Vec, product: PETSc.Vec) -> None:
-        change = None
-        if self.pending is not None:
-            change = FactorChange(self.pending, *self.plane, *self._gathered("s", "q"))
-        self._pass(g, change, product)
-        self._applied()
+    def _change(self) -> FactorChange:
+        assert self.pending is not None
+        return FactorChange(self.pending[0], *self.plane, *self._gathered("s", "q"))
 
     def kept(self) -> dict[str, Any]:
         """See :meth:`InverseHessian.kept`."""
-        kept = {**super().kept(), "pending": None if self.pending is None else [self.pending]}
+        kept = super().kept()
         columns = np.stack([self.image, *self.plane], axis=1).ravel()
         self.written.append(
             PETSc.Vec().createWithArray(columns, (len(columns), PETSc.DETERMINE), comm=self.matrix.comm)
@@ -370,7 +305,6 @@ class Factored(InverseHessian):
     def restore(self, state: dict[str, Any]) -> None:
         """See :meth:`InverseHessian.restore`."""
         super().restore(state)
-        self.pending = None if state["pending"] is None else state["pending"][0]
         edges = 3 * self.matrix.rows.start, 3 * self.matrix.rows.stop
         columns = redistributed(self.matrix.comm, state["rows"], *edges).reshape(-1, 3).T
         self.image, self.plane = columns[0].copy(), columns[1:].copy()

@@ -1,5 +1,5 @@
 /* Dense symmetric matrices: the lower triangle, rows packed one behind the other, stored in double or single
-   precision. One pass over the memory applies changes of rank two and multiplies by a vector. */
+   precision. One pass over the memory applies a rank-two change and multiplies by a vector. */
 
 #include "stored.h"
 

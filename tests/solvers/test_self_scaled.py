@@ -14,22 +14,11 @@ from ddml.errors import InputError
 from ddml.loss import Loss
 from ddml.networks.tanh import TanhNetwork
 from ddml.problems import Burgers, PDELoss
-from ddml.symmetric import SymmetricMatrix
-from solvers.inverse_hessian import Symmetric
 
 Train = Callable[..., SimpleNamespace]
 Make = Callable[..., Loss]
 BOTH = pytest.mark.parametrize("solver", ["ssbroyden", "ssbfgs"])
-FORMS = pytest.mark.parametrize("form", ["symmetric", "waiting", "factored"], indirect=True)
-
-
-@pytest.fixture
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Value of -matrix_form; ``waiting`` is a symmetric matrix that treats small problems as it does large ones."""
-    if request.param == "waiting":
-        monkeypatch.setattr(Symmetric, "LARGE", 0)
-        return "symmetric"
-    return str(request.param)
+FORMS = pytest.mark.parametrize("form", ["symmetric", "factored"])
 
 
 def burgers() -> PDELoss:
@@ -159,24 +148,6 @@ def test_one_parameter_whose_gradient_vanishes(
     assert np.isfinite(run.losses).all()
 
 
-def test_updates_wait_and_are_applied_together(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a large matrix most passes only read it."""
-    changes: list[int] = []
-    multiply = SymmetricMatrix.multiply
-
-    def counted(matrix: SymmetricMatrix, g: Any, change: Any = None) -> Any:
-        changes.append(0 if change is None else len(change.vectors))
-        return multiply(matrix, g, change)
-
-    monkeypatch.setattr(SymmetricMatrix, "multiply", counted)
-    train(burgers(), "ssbroyden", 20)
-    assert changes == [0] + [1] * 19
-    changes.clear()
-    monkeypatch.setattr(Symmetric, "LARGE", 0)
-    train(burgers(), "ssbroyden", 20)
-    assert changes == [0] * 8 + [8] + [0] * 7 + [8] + [0] * 3
-
-
 def test_a_state_of_another_version_is_refused(train: Train) -> None:
     with pytest.raises(InputError, match="older ddml"):
         train(burgers(), "lbfgs", 2, state={"iteration": 1, "f": 1.0})
@@ -193,7 +164,7 @@ def diagonal(sum_over_rows: Any, orders: float, n: int = 20) -> Loss:
     return loss
 
 
-@pytest.mark.parametrize(("form", "orders"), [("symmetric", 10), ("waiting", 10), ("factored", 14)], indirect=["form"])
+@pytest.mark.parametrize(("form", "orders"), [("symmetric", 10), ("factored", 14)])
 def test_single_precision_gives_way_before_it_fails(train: Train, sum_over_rows: Any, form: str, orders: float) -> None:
     seen: list[str] = []
     run = train(
@@ -224,9 +195,8 @@ def test_the_factor_holds_curvatures_that_the_matrix_does_not(train: Train, sum_
     assert runs["symmetric"].losses[-1] > 1e-3
 
 
-@pytest.mark.parametrize("form", ["symmetric", "waiting"], indirect=True)
 def test_where_rounding_shows_the_factor_takes_over(
-    train: Train, sum_over_rows: Any, copied: Callable[[Any], Any], form: str
+    train: Train, sum_over_rows: Any, copied: Callable[[Any], Any]
 ) -> None:
     forms: list[str] = []
     kept: dict[int, Any] = {}
@@ -260,8 +230,5 @@ def test_states_from_before_there_was_a_factor_go_on(train: Train, copied: Calla
 
     whole = train(burgers(), "ssbroyden", 10, watch=watch)
     del kept["form"]
-    keep, (weights,), pairs = (kept.pop(name) for name in ("keep", "weights", "pairs"))
-    assert all((vec.array_r == kept["vectors"][name].array_r).all() for vec, name in zip(pairs, "sq", strict=True))
-    kept["pending"] = [keep, *weights]
     rest = train(burgers(), "ssbroyden", 10, start=whole.theta[5], state=kept)
     assert rest.losses.tobytes() == whole.losses[6:].tobytes()

@@ -38,8 +38,8 @@ OPTIONS = (
     Option("only", ",".join(SECTIONS), "Sections to run."),
     Option("delays", "0,3,10", "What a synchronisation costs more than it does here, in the section map (ms)."),
     Option("map_cases", "burgers-20x8,klein_gordon-20x4,klein_gordon-50x6", "Problems and networks of the map."),
-    Option("classifiers", "digits:mlp:240", "Data, network and batch size in that section, as in "
-           "mnist.h5:mlp:10000,cifar10.h5:cnn:1000; batch size 0 is all samples."),
+    Option("classifiers", "digits:mlp:240", "Data, network, batch size and, if not all, samples in that section, as in "
+           "mnist.h5:mlp:10000,cifar10.h5:cnn:1000:10000; batch size 0 is all samples."),
     Option("methods", "tr,apts,torch", "Words; methods whose names have one of them are in that section."),
     Option("marks", "10,30,60,120", "Work units where that section measures."),
     Option("seeds", "0", "Seeds of the map and of the classifiers: medians are printed."),

@@ -71,20 +71,22 @@ def classifiers(settings: Any) -> None:
     seeds = [int(seed) for seed in settings.seeds.split(",")]
     print("\n## Test accuracy (%) / loss of the batch, by work units; ms a work unit; one rank\n")
     for case in settings.classifiers.split(","):
-        name, network, batch = case.split(":")
+        name, network, batch, *rest = case.split(":")
+        samples = int(rest[0]) if rest else None
         print(f"### {case}\n\n| method | " + " | ".join(f"{m:g}" for m in marks) + " | critical | rejected | ms |")
         print("|---|" + "---|" * (len(marks) + 3), flush=True)
         for label, given in OURS.items():
             if not _wanted(settings, label):
                 continue
-            options = ("-data", name, "-network", network, "-batch_size", batch, "-max_work", str(marks[-1]), *given)
+            options = ["-data", name, "-network", network, "-batch_size", batch, "-max_work", str(marks[-1]), *given]
+            options += ["-samples", str(samples)] if samples else []
             print_row(label, marks, [_ours((*options, "-seed", str(seed))) for seed in seeds])
         for rival, rates in RIVALS.items():
             for rate in rates:
                 label = f"torch {rival}, rate {rate:g}"
                 if not _wanted(settings, label):
                     continue
-                runs = [_rival(rival, rate, name, network, int(batch), seed, marks) for seed in seeds]
+                runs = [_rival(rival, rate, name, samples, network, int(batch), seed, marks) for seed in seeds]
                 print_row(label, marks, runs)
         print()
 
@@ -121,11 +123,13 @@ def _ours(given: Sequence[str]) -> Row:
     return Row(done.history, done.solver["radius"]["rejected"])
 
 
-def _rival(name: str, rate: float, file: str, network: str, batch: int, seed: int, marks: Sequence[float]) -> Row:
+def _rival(
+    name: str, rate: float, file: str, samples: int | None, network: str, batch: int, seed: int, marks: Sequence[float]
+) -> Row:
     defaults = {option.name: option.default for option in classify.OPTIONS}
     chosen = {**defaults, "network": network, "seed": seed, "batch_size": batch}
     settings = SimpleNamespace(**chosen)
-    dataset = data.load(file, MPI.COMM_SELF, None)
+    dataset = data.load(file, MPI.COMM_SELF, samples)
     loss, _, test = classify.build(settings, dataset, Scaling(dataset, settings.scaling, MPI.COMM_SELF))
     batches = None
     if 0 < batch < dataset.count:

@@ -54,14 +54,14 @@ def mnist(count: int) -> TensorSamples:
 
 
 def made(comm: MPI.Comm, source: Any) -> Any:
-    samples = source(400)
+    samples = source(240)
     torch.manual_seed(0)
     inputs = samples.inputs[0].numel()
     network = nn.Sequential(
         nn.Flatten(), nn.Linear(inputs, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 10)
     )
     loss = ClassificationLoss(network.double(), samples, 10)
-    return make_batches(loss, comm, blocks=6, batch_size=100, batch_overlap=0.1, batch_steps=4, batch_growth=1.5)
+    return make_batches(loss, comm, blocks=3, batch_size=60, batch_overlap=0.1, batch_steps=4, batch_growth=1.5)
 
 
 @pytest.mark.parametrize("source", [digits, mnist])

@@ -26,29 +26,29 @@ from ddml.scaled import Scaling
 from .tools import LAUNCH, finished_run
 
 OURS: dict[str, Sequence[str]] = {
-    "tr, modular norm": ("-solver", "tr"),
-    "tr, 2-norm": ("-solver", "tr", "-norm", "2"),
-    "tr, infinity norm": ("-solver", "tr", "-norm", "infinity"),
-    "tr, K-FAC norm": ("-solver", "tr", "-norm", "kfac"),
-    "tr, K-FAC norm, L-BFGS": ("-solver", "tr", "-norm", "kfac", "-model", "lbfgs", "-memory", "1"),
-    "tr, K-FAC norm, Gauss-Newton": (
+    "tr modular norm": ("-solver", "tr"),
+    "tr 2-norm": ("-solver", "tr", "-norm", "2"),
+    "tr infinity norm": ("-solver", "tr", "-norm", "infinity"),
+    "tr K-FAC norm": ("-solver", "tr", "-norm", "kfac"),
+    "tr K-FAC norm L-BFGS": ("-solver", "tr", "-norm", "kfac", "-model", "lbfgs", "-memory", "1"),
+    "tr K-FAC norm Gauss-Newton": (
         *("-solver", "tr", "-norm", "kfac", "-model", "gauss_newton", "-curvature_fraction", "0.1"),
         *("-tr_ksp_max_it", "8"),
     ),
-    "tr, 2-norm, L-SR1": ("-solver", "tr", "-model", "sr1"),
-    "tr, 2-norm, L-BFGS": ("-solver", "tr", "-model", "lbfgs"),
-    "apts_weights, modular norm": ("-solver", "apts_weights"),
-    "apts_weights, 2-norm": ("-solver", "apts_weights", "-norm", "2"),
+    "tr 2-norm L-SR1": ("-solver", "tr", "-model", "sr1"),
+    "tr 2-norm L-BFGS": ("-solver", "tr", "-model", "lbfgs"),
+    "apts_weights modular norm": ("-solver", "apts_weights"),
+    "apts_weights 2-norm": ("-solver", "apts_weights", "-norm", "2"),
     **{
-        f"apts_weights, {n} tensor groups, modular norm": (
+        f"apts_weights {n} tensor groups modular norm": (
             *("-solver", "apts_weights", "-decomposition", "random", "-subdomains", str(n)),
         )
         for n in (2, 4, 6)
     },
-    **{f"apts_data, {n} parts, modular norm": ("-solver", "apts_data", "-subdomains", str(n)) for n in (2, 4, 6)},
-    "apts_data, 2 parts, 2-norm": ("-solver", "apts_data", "-norm", "2"),
-    "napts, modular norm": ("-solver", "napts"),
-    "napts, 2-norm": ("-solver", "napts", "-norm", "2"),
+    **{f"apts_data {n} parts modular norm": ("-solver", "apts_data", "-subdomains", str(n)) for n in (2, 4, 6)},
+    "apts_data 2 parts 2-norm": ("-solver", "apts_data", "-norm", "2"),
+    "napts modular norm": ("-solver", "napts"),
+    "napts 2-norm": ("-solver", "napts", "-norm", "2"),
 }
 RIVALS = {
     "adam": (1e-3, 3e-3, 1e-2),
@@ -83,7 +83,7 @@ def classifiers(settings: Any) -> None:
             print_row(label, marks, [_ours((*options, "-seed", str(seed))) for seed in seeds])
         for rival, rates in RIVALS.items():
             for rate in rates:
-                label = f"torch {rival}, rate {rate:g}"
+                label = f"torch {rival} {rate:g}"
                 if not _wanted(settings, label):
                     continue
                 runs = [_rival(rival, rate, name, samples, network, int(batch), seed, marks) for seed in seeds]

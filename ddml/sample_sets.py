@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -45,3 +47,10 @@ class TensorSamples:
     def take(self, rows: Tensor) -> TensorSamples:
         """Those of these numbers."""
         return TensorSamples(self.inputs[rows], self.targets[rows])
+
+
+def spread_rows(count: int, fraction: float, number: int) -> NDArray[np.int64]:
+    """About this fraction of ``count`` sample numbers, at equal distances behind a beginning that ``number`` picks."""
+    wanted = min(max(round(fraction * count), 1), count)
+    offset = np.random.default_rng([2, number]).random()
+    return np.floor((np.arange(wanted) + offset) * count / wanted).astype(np.int64)

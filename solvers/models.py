@@ -10,9 +10,11 @@ from petsc4py import PETSc
 
 from ddml.composed import sampled
 from ddml.errors import CollectiveError
-from ddml.norms import KroneckerNorm, Norm, spread_rows
+from ddml.kfac import KroneckerNorm
+from ddml.norms import Norm
 from ddml.objective import Objective
 from ddml.options import preset
+from ddml.sample_sets import spread_rows
 
 from .secant_model import SecantModel
 
@@ -105,7 +107,7 @@ class FirstOrder(Model):
 class Secant(Model):
     """g.s + s.Bs / 2 with B from secant pairs, those of rejected steps too, solved exactly in a norm from a product.
 
-    In the 2-norm, or, in the coordinates of a :class:`ddml.norms.KroneckerNorm`, in that one, where B is I before the
+    In the 2-norm, or, in the coordinates of a :class:`ddml.kfac.KroneckerNorm`, in that one, where B is I before the
     first pair and gamma stays 1.
     """
 
@@ -158,7 +160,7 @@ class Products(Model):
     """g.s + s.Hs / 2 with the Hessian or the Gauss-Newton matrix by PETSc's KSP, which needs products H v only.
 
     ``stcg`` (Steihaug 1983), ``nash`` or ``gltr`` (Gould, Lucidi, Roma, Toint 1999), under the prefix ``tr_``. In the
-    2-norm, or in that of a :class:`ddml.norms.KroneckerNorm`, whose matrix is then the preconditioner: KSP's radius is
+    2-norm, or in that of a :class:`ddml.kfac.KroneckerNorm`, whose matrix is then the preconditioner: KSP's radius is
     in its norm.
 
     Parameters

@@ -9,7 +9,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 from petsc4py import PETSc
 
-from ddml.norms import KroneckerNorm
+from ddml.kfac import KroneckerNorm
 
 from .subproblem import Spectral, orthonormal
 

@@ -11,8 +11,9 @@ from petsc4py import PETSc
 
 from ddml.composed import sampled
 from ddml.errors import InputError
+from ddml.kfac import KroneckerNorm
 from ddml.modular import CONVOLUTIONS
-from ddml.norms import DistributedModularNorm, InfinityNorm, KroneckerNorm, Norm, TwoNorm
+from ddml.norms import DistributedModularNorm, InfinityNorm, Norm, TwoNorm
 from ddml.objective import Objective
 from ddml.options import Option
 from ddml.restricted import RestrictedObjective
@@ -90,7 +91,7 @@ class TrustRegion(Solver):
     A run ends where delta is below 1e-14: no step decreases the loss.
 
     Models of second order need a norm that comes from a product, the 2-norm or that of K-FAC
-    (:class:`ddml.norms.KroneckerNorm`), which is measured anew on each batch: in the others the subproblem is a hard
+    (:class:`ddml.kfac.KroneckerNorm`), which is measured anew on each batch: in the others the subproblem is a hard
     one of its own.
     """
 

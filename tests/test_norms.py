@@ -7,12 +7,13 @@ from mpi4py import MPI
 from torch import nn
 
 from ddml.errors import InputError
+from ddml.kfac import KroneckerNorm
 from ddml.layout import ParameterLayout
 from ddml.loss import Parameter
-from ddml.norms import DistributedModularNorm, InfinityNorm, KroneckerNorm, Norm, TwoNorm, spread_rows
+from ddml.norms import DistributedModularNorm, InfinityNorm, Norm, TwoNorm
 from ddml.objective import Objective
 from ddml.problems.classification import ClassificationLoss
-from ddml.sample_sets import TensorSamples
+from ddml.sample_sets import TensorSamples, spread_rows
 
 
 def make_loss() -> ClassificationLoss:

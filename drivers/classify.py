@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from program import run_program  # first: it initialises PETSc
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -35,14 +36,15 @@ _HELP = {
     "chunk": "Samples that go through the network at a time; 0: what suits the widest layer.",
     "summation_blocks": "Blocks of samples that are summed in a fixed order, so that a run is the same to the last bit "
     "on any number of ranks up to this; 0 sums by ranks.",
-    "error_interval": "Iterations between evaluations of the test samples (default: those on a batch; 1 without).",
+    "error_interval": "Iterations between evaluations of the test samples (default: whole batches, as many as let that "
+    "take about a tenth of the time).",
 }
 
 OPTIONS = (
     Option("data", "digits", f"One of {', '.join(data.DATA)}; or a data file .h5 (see data/README.md); or "
            "path/to/file.py:Name, called without arguments for a ddml.data.DataSet."),
     Option("samples", None, "Train on the first so many samples only (default: all).", kind=int, minimum=1),
-    Option("scaling", "unit", "Inputs divided by the data set's maximum, or of mean 0 and deviation 1 in each channel, "
+    Option("scaling", "standard", "Inputs divided by the data set's maximum, or of mean 0 and deviation 1 in each channel, "
            "or as they are.", choices=SCALINGS),
     *classifiers.OPTIONS,
     Option("solver", "tr", f"One of {', '.join(_OWN)}; or PETSc's {', '.join(PETSC_TYPES)}; or "
@@ -85,7 +87,9 @@ def main(comm: MPI.Comm) -> int:
             raise InputError(f"option -batch_growth is for solvers with a trust region, not '{settings.solver}'")
         moving = Batches(made.objective, settings, settings.seed)
     interval = moving.interval if moving is not None else 1
-    limits.error_interval = limits.error_interval or interval
+    if not limits.error_interval:
+        between = 10 * len(test) / 3  # a test sample costs a third of a training sample
+        limits.error_interval = interval * math.ceil(between / (interval * made.objective.loss.count))
     attributes = {
         "driver": "classify", "problem": "classification", "network": network, "data": settings.data,
         "samples": dataset.count, "scaling": settings.scaling, "batch_size": settings.batch_size,

@@ -44,8 +44,8 @@ OPTIONS = (
     Option("data", "digits", f"One of {', '.join(data.DATA)}; or a data file .h5 (see data/README.md); or "
            "path/to/file.py:Name, called without arguments for a ddml.data.DataSet."),
     Option("samples", None, "Train on the first so many samples only (default: all).", kind=int, minimum=1),
-    Option("scaling", "standard", "Inputs divided by the data set's maximum, or of mean 0 and deviation 1 in each channel, "
-           "or as they are.", choices=SCALINGS),
+    Option("scaling", "standard", "Inputs divided by the data set's maximum, or of mean 0 and deviation 1 in each "
+           "channel, or as they are.", choices=SCALINGS),
     *classifiers.OPTIONS,
     Option("solver", "tr", f"One of {', '.join(_OWN)}; or PETSc's {', '.join(PETSC_TYPES)}; or "
            "path/to/file.py:Class."),

@@ -73,6 +73,9 @@ def classifiers(settings: Any) -> None:
     for case in settings.classifiers.split(","):
         name, network, batch, *rest = case.split(":")
         samples = int(rest[0]) if rest else None
+        dataset = data.load(name, MPI.COMM_SELF, samples)
+        interval = max(-(-dataset.count // (3 * int(batch))), 3) if int(batch) else 1
+        dataset.free()
         print(f"### {case}\n\n| method | " + " | ".join(f"{m:g}" for m in marks) + " | critical | rejected | ms |")
         print("|---|" + "---|" * (len(marks) + 3), flush=True)
         for label, given in OURS.items():
@@ -80,6 +83,7 @@ def classifiers(settings: Any) -> None:
                 continue
             options = ["-data", name, "-network", network, "-batch_size", batch, "-max_work", str(marks[-1]), *given]
             options += ["-samples", str(samples)] if samples else []
+            options += ["-error_interval", str(interval)]
             print_row(label, marks, [_ours((*options, "-seed", str(seed))) for seed in seeds])
         for rival, rates in RIVALS.items():
             for rate in rates:
@@ -104,7 +108,7 @@ def print_row(label: str, marks: Sequence[float], runs: Sequence[Row]) -> None:
         cells.append(f"{100 * accuracy:.1f} / {loss:.1e}")
     critical = statistics.median(run.history.last("work_critical") for run in runs)
     rejected = statistics.median(run.rejected for run in runs)
-    cost = statistics.median(1e3 * run.history.last("time") / run.history.last("work") for run in runs)
+    cost = statistics.median(1e3 * _seconds(run.history) for run in runs)
     print(f"| {label} | " + " | ".join(cells) + f" | {critical:.0f} | {rejected:.0f} | {cost:.0f} |", flush=True)
 
 
@@ -114,6 +118,14 @@ def _at(history: History, mark: float) -> tuple[float, float]:
     known = np.flatnonzero(np.isfinite(history["accuracy"][: last + 1]))
     row = int(known[-1]) if len(known) else 0
     return float(history["accuracy"][row]), float(history["loss"][min(last, len(history) - 1)])
+
+
+def _seconds(history: History) -> float:
+    """Of a work unit, by the iterations without a measurement at either end, if there are some."""
+    measured = np.isfinite(history["accuracy"])
+    chosen = ~(measured[1:] | measured[:-1])
+    chosen |= not chosen.any()
+    return float(np.diff(history["time"])[chosen].sum() / np.diff(history["work"])[chosen].sum())
 
 
 def _ours(given: Sequence[str]) -> Row:

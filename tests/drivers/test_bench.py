@@ -33,7 +33,7 @@ def test_classifiers_have_a_row_for_every_method_that_is_asked_for() -> None:
         "-classifiers",
         "digits:mlp:500",
         "-marks",
-        "1,3",
+        "1,6",
         "-methods",
         "napts,6 parts, 0.01",
     ]

@@ -11,7 +11,7 @@ from mpi4py import MPI
 from torch import nn
 
 from ddml import data
-from ddml.batches import Batches
+from ddml.batches import OPTIONS, Batches
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout
 from ddml.networks.classifiers import mlp
@@ -37,7 +37,8 @@ def made(batch_size: int = 300) -> tuple[ClassificationLoss, Batches | None, Tes
     )
     loss = ClassificationLoss(module, train, 10, batch=100)
     objective = Objective(loss, ParameterLayout(loss.parameters, MPI.COMM_SELF))
-    settings = SimpleNamespace(batch_size=batch_size, batch_overlap=0.1, batch_steps=None)
+    values = {option.name: option.default for option in OPTIONS}
+    settings = SimpleNamespace(**{**values, "batch_size": batch_size, "batch_overlap": 0.1})
     batches = Batches(objective, settings, 3) if batch_size else None
     return loss, batches, TestSet(loss, test, MPI.COMM_SELF)
 

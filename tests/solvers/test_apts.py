@@ -35,7 +35,6 @@ WEIGHTS: list[tuple[str, dict[str, Any]]] = [
             "memory": 1,
             "decomposition": "tensors",
             "subdomains": 3,
-            "delta0": 0.3,
             "delta_max": 0.3,
         },
     ),

@@ -27,17 +27,7 @@ WEIGHTS: list[tuple[str, dict[str, Any]]] = [
     ("apts_weights", {"model": "sr1", "decomposition": "layers", "overlap": 1}),
     ("apts_weights", {"local_solver": "lbfgs"}),
     ("apts_weights", {"norm": "kfac", "decomposition": "layers"}),
-    (
-        "apts_weights",
-        {
-            "norm": "kfac",
-            "model": "lbfgs",
-            "memory": 1,
-            "decomposition": "tensors",
-            "subdomains": 3,
-            "delta_max": 0.3,
-        },
-    ),
+    ("apts_weights", {"norm": "kfac", "decomposition": "tensors", "subdomains": 3}),
 ]
 DATA: list[tuple[str, dict[str, Any]]] = [
     ("apts_data", {}),

@@ -183,6 +183,8 @@ def test_a_run_file_goes_on_on_another_number_of_ranks(
     train: Train, copied: Any, comm: MPI.Comm, shared_tmp: Path, model: str, norm: str
 ) -> None:
     loss, settings = classifier(), {"model": model, "norm": norm, "delta0": 0.3}
+    if model == "gauss_newton":  # long steps of conjugate gradients that end early make the most of rounding errors
+        settings |= {"delta0": 0.1, "delta_max": 0.1}
     watch = Batches([], 1000, at=7, copied=copied)
     whole = train(loss, "tr", 15, watch=watch, **settings)
     layout, alone = ParameterLayout(loss.parameters, comm), ParameterLayout(loss.parameters, MPI.COMM_SELF)
@@ -195,9 +197,7 @@ def test_a_run_file_goes_on_on_another_number_of_ranks(
     )
     state, _ = checkpoint.read(path, y)
     rest = train(loss, "tr", 15, comm=MPI.COMM_SELF, start=y.array_r.copy(), state=state["solver"], **settings)
-    # conjugate gradients that end early make the most of rounding errors
-    last, tolerance = (10, 1e-8) if model == "gauss_newton" else (15, 1e-10)
-    assert np.abs(rest.theta[: last - 7] - whole.theta[8 : last + 1]).max() <= tolerance
+    assert np.abs(rest.theta - whole.theta[8:]).max() <= 1e-10
     x.destroy()
     y.destroy()
 

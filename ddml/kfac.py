@@ -31,9 +31,9 @@ class KroneckerNorm(Norm):
 
     with a_l and c_l the mean of the eigenvalues of A_l and G_l. The factors are running means, of weight 0.9, over
     refreshes, each from a tenth of the objective's samples, which with the labels are drawn anew; M changes with
-    :meth:`refresh` only. The layers are dealt over the ranks, so that the same bits
-    come out on any number of them. The weight, the damping and the tenth are what did well on MNIST, and our choice,
-    as is the interval of the refreshes on full batches.
+    :meth:`refresh` only. The layers are dealt over the ranks, so that the same bits come out on any number of them.
+    The weight, the damping and the tenth are what did well on MNIST, and our choice, as is the interval of the
+    refreshes on full batches.
 
     Parameters
     ----------
@@ -177,7 +177,7 @@ class KroneckerNorm(Norm):
         for b in self.mine:
             entries = torch.from_numpy(self.layers[b].entries)
             full[entries] = function(given[entries], *roots[b])
-        full += 0.0  # as above
+        full += 0.0  # -0 becomes 0, as it does where other ranks' zeros are added
         self.layout.reduce(full, image)
 
     def state(self) -> dict[str, Any]:

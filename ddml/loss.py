@@ -132,8 +132,13 @@ class Loss(ABC):
         """A and G of each layer, summed over this loss's samples with their weights.
 
         ``draws`` (count,) are uniform random numbers that pick the labels.
+
+        Raises
+        ------
+        InputError
+            If there are none.
         """
-        raise NotImplementedError
+        raise InputError(f"a {type(self).__name__} has no K-FAC norm: choose another -norm")
 
     @torch.no_grad()
     def value(self, theta: Tensor, kept: Any = None) -> float:
@@ -163,8 +168,14 @@ class Loss(ABC):
                 product += torch.autograd.grad(first, leaf, direction, retain_graph=True)[0]
 
     def gauss_newton_product(self, theta: Tensor, direction: Tensor, product: Tensor) -> None:
-        """Add the Gauss-Newton matrix at theta times ``direction`` (n,) to ``product`` (n,)."""
-        raise NotImplementedError
+        """Add the Gauss-Newton matrix at theta times ``direction`` (n,) to ``product`` (n,).
+
+        Raises
+        ------
+        InputError
+            If the loss has none.
+        """
+        raise InputError(f"a {type(self).__name__} has no Gauss-Newton matrix")
 
     def layer_numbers(self, ranges: Sequence[slice]) -> frozenset[int]:
         """The layers that have a parameter in one of these ranges of theta."""
@@ -388,10 +399,6 @@ class ModuleLoss(Loss):
         """See :meth:`Loss.modular_norm`; masses are of the layers with weights, in their order."""
         structure = modular(self.module, self.parameters, masses, convolution)
         return ModularNorm(self.size, tuple(structure.blocks()), torch.finfo(self.dtype).eps)
-
-    def kronecker_layers(self) -> tuple[kronecker.Layer, ...]:
-        """See :meth:`Loss.kronecker_layers`."""
-        return kronecker.layers(self.module, self.parameters)
 
     def gauss_newton_product(self, theta: Tensor, direction: Tensor, product: Tensor) -> None:
         r"""See :meth:`Loss.gauss_newton_product`: the sum of :math:`J^T \nabla^2 c\, J`, c the criterion.

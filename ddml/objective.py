@@ -129,24 +129,27 @@ class Objective:
 
     def hessian_product(self, x: PETSc.Vec, direction: PETSc.Vec, product: PETSc.Vec) -> None:
         """The Hessian at x times ``direction``, written to ``product``."""
+        self._multiply("hessian_product", x, direction, product)
+
+    def gauss_newton_product(self, x: PETSc.Vec, direction: PETSc.Vec, product: PETSc.Vec) -> None:
+        """The Gauss-Newton matrix at x times ``direction``, written to ``product``.
+
+        Raises
+        ------
+        InputError
+            If the loss has none.
+        """
+        self._multiply("gauss_newton_product", x, direction, product)
+
+    def _multiply(self, method: str, x: PETSc.Vec, direction: PETSc.Vec, product: PETSc.Vec) -> None:
+        """A product that the losses have under that name; charged as two gradients."""
         with self._events["product"]:
             theta = self.parameters(x).clone()  # the second gather may use the same buffer
             v = self.parameters(direction)
             self.work.add(2 * self.fraction * self.loss.charge(), products=1)
             self._gradient.zero_()
             for part, row in zip(self.parts, self._gradient, strict=False):
-                part.hessian_product(theta, v, row)
-            self.reduce_parts(self._gradient[: len(self.parts)], product)
-
-    def gauss_newton_product(self, x: PETSc.Vec, direction: PETSc.Vec, product: PETSc.Vec) -> None:
-        """The Gauss-Newton matrix at x times ``direction``, written to ``product``; charged as two gradients."""
-        with self._events["product"]:
-            theta = self.parameters(x).clone()
-            v = self.parameters(direction)
-            self.work.add(2 * self.fraction * self.loss.charge(), products=1)
-            self._gradient.zero_()
-            for part, row in zip(self.parts, self._gradient, strict=False):
-                part.gauss_newton_product(theta, v, row)
+                getattr(part, method)(theta, v, row)
             self.reduce_parts(self._gradient[: len(self.parts)], product)
 
     def initial(self, x: PETSc.Vec) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from batched import Training, make_batches
 from mpi4py import MPI
 from petsc4py import PETSc
+from runs import Training, make_batches
 
 from ddml.batches import Batches
 from ddml.composed import sampled
@@ -164,7 +164,7 @@ def test_runs_restart_exactly_and_are_the_same_on_any_number_of_ranks(
         PETSc.Options().setValue(prefix + "local_steps", 2)
     file = str(shared_tmp / "run.h5")
     whole = trained(comm, prefix, solver, max_it=14)
-    assert whole.batches.number == 4
+    assert whole.moving.number == 4
     expected = whole.result()
     for stop in (1, 4, 12):  # within the first batch and another, at the end of one that is the end of an epoch, too
         trained(comm, prefix, solver, max_it=stop, output=file, overwrite=True).result()
@@ -176,7 +176,7 @@ def test_local_solves_are_charged_for_the_batch(comm: MPI.Comm, prefix: str) -> 
     """An iteration of MSPQN costs the same fraction of what it costs on all samples as a batch has of them."""
     PETSc.Options().setValue(prefix + "local_steps", 2)
     run = trained(comm, prefix, "mspqn", max_it=2)
-    fraction = len(run.batches.rows) / run.batches.total
+    fraction = len(run.moving.rows) / run.moving.total
     work, calls = run.objective.work.total, run.objective.work.gradients
     assert work < 1.2 * calls * fraction
     run.result()
@@ -184,6 +184,6 @@ def test_local_solves_are_charged_for_the_batch(comm: MPI.Comm, prefix: str) -> 
 
 def test_solvers_of_petsc_begin_afresh_on_every_batch(comm: MPI.Comm, prefix: str) -> None:
     run = trained(comm, prefix, "lmvm", max_it=8)
-    assert run.batches.number == 2
+    assert run.moving.number == 2
     assert run.run.history["iteration"].tolist() == list(range(9))
     run.result()

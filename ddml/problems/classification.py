@@ -53,6 +53,10 @@ class ClassificationLoss(ModuleLoss):
             raise InputError(f"the network must map {tuple(probe.inputs.shape)} to {expected}, it gives {found}")
         self._build(module, cross_entropy, samples, batch or suitable_batch(module, probe.inputs))
 
+    def kronecker_layers(self) -> tuple[kronecker.Layer, ...]:
+        """See :meth:`ddml.loss.Loss.kronecker_layers`."""
+        return kronecker.layers(self.module, self.parameters)
+
     def kronecker_statistics(self, theta: Tensor, draws: Tensor) -> list[tuple[Tensor, Tensor]]:
         """See :meth:`ddml.loss.Loss.kronecker_statistics`; labels are drawn from softmax(outputs)."""
         known = self.kronecker_layers()

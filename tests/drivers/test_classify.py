@@ -196,6 +196,7 @@ WRONG = {
     "widths are no numbers": ("-widths 32,x", "-widths"),
     "batch of too many": ("-batch_size 2000", "-batch_size"),
     "overlap of too many": ("-batch_size 300 -batch_overlap 2", "-batch_overlap"),
+    "batches that grow for a line search": ("-solver lbfgs -batch_growth 2", "trust region"),
     "no steps on a batch": ("-batch_steps 0", "-batch_steps"),
     "too many subdomains": ("-solver aspqn -subdomains 9", "9"),
     "no such device": ("-device cuda:99", "-device"),

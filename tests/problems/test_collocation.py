@@ -10,14 +10,13 @@ import pytest
 import torch
 from mpi4py import MPI
 from petsc4py import PETSc
+from runs import Training
 
-import ddml.run
 from ddml.layout import ParameterLayout
 from ddml.networks.tanh import TanhNetwork
 from ddml.problems import Burgers, Interior, PDELoss, Points, Term
 from ddml.problems.collocation import OPTIONS, FreshLoss, MovingPoints, sobol
 from ddml.residual import ResidualObjective
-from solvers import configure
 
 
 class BurgersWithData(Burgers):
@@ -134,35 +133,8 @@ def test_the_loss_on_other_points(comm: MPI.Comm) -> None:
     assert fresh[0] != loss.value(theta)
 
 
-class Training:
-    """A run with moving points."""
-
-    def __init__(self, comm: MPI.Comm, prefix: str, solver: str, **limits: Any) -> None:
-        self.moving = made(comm, blocks=4)
-        self.objective = self.moving.objective
-        self.x = self.objective.layout.vector()
-        self.objective.initial(self.x)
-        self.tao = PETSc.TAO().create(comm)
-        self.tao.setOptionsPrefix(prefix)
-        configure(self.tao, solver.split()[0])
-        self.objective.attach(self.tao)
-        self.tao.setSolution(self.x)
-        self.tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
-        self.tao.setFromOptions()
-        self.tao.setUp()
-        settings = {o.name: o.default for o in ddml.run.OPTIONS} | {"progress": "none"} | limits
-        self.run = ddml.run.Run(
-            self.objective, self.tao, self.x, SimpleNamespace(**settings),
-            {"solver": solver, "driver": "t", "problem": "b"}, lambda theta: {}, self.moving,
-        )  # fmt: skip
-        self.good = self.run.execute()
-
-    def result(self) -> tuple[bytes, bytes]:
-        history = self.run.history
-        values = np.array([history[name] for name in ("iteration", "loss", "gradient_norm", "step", "work")])
-        full = self.objective.layout.gather(self.x).numpy().copy()
-        self.tao.destroy()
-        return values.tobytes(), full.tobytes()
+def trained(comm: MPI.Comm, prefix: str, solver: str, **limits: Any) -> Training:
+    return Training(made(comm, blocks=4), prefix, solver.split()[0], **limits)
 
 
 SOLVERS = ["ssbroyden", "gauss_newton", "lbfgs", "aspqn", "mspqn", "mspqn_dense", "mspqn_dense in colours"]
@@ -186,7 +158,7 @@ def test_every_solver_follows_the_points_and_restarts_exactly(
 ) -> None:
     local_steps(solver)
     file = str(shared_tmp / "run.h5")
-    whole = Training(comm, prefix, solver, max_it=9)
+    whole = trained(comm, prefix, solver, max_it=9)
     assert whole.moving.draws == 2
     x = whole.objective.layout.vector()
     whole.x.copy(x)
@@ -195,9 +167,9 @@ def test_every_solver_follows_the_points_and_restarts_exactly(
     x.destroy()
     expected = whole.result()
     for stop in (3, 4, 6):  # between two draws, at one, behind one
-        Training(comm, prefix, solver, max_it=stop, output=file, overwrite=True).result()
-        assert Training(comm, prefix, solver, max_it=9, restart=file).result() == expected
-    alone = Training(MPI.COMM_SELF, prefix, solver, max_it=9).result()
+        trained(comm, prefix, solver, max_it=stop, output=file, overwrite=True).result()
+        assert trained(comm, prefix, solver, max_it=9, restart=file).result() == expected
+    alone = trained(MPI.COMM_SELF, prefix, solver, max_it=9).result()
     assert alone == expected
 
 
@@ -206,20 +178,20 @@ def test_matrices_restart_on_another_number_of_ranks(
     comm: MPI.Comm, prefix: str, shared_tmp: Path, solver: str, local_steps: Callable[[str], None]
 ) -> None:
     local_steps(solver)
-    expected = Training(MPI.COMM_SELF, prefix, solver, max_it=7).result()
+    expected = trained(MPI.COMM_SELF, prefix, solver, max_it=7).result()
     mine, ours = str(shared_tmp / f"{comm.rank}.h5"), str(shared_tmp / "run.h5")
-    Training(MPI.COMM_SELF, prefix, solver, max_it=5, output=mine).result()
-    Training(comm, prefix, solver, max_it=5, output=ours).result()
-    from_one = Training(comm, prefix, solver, max_it=7, restart=str(shared_tmp / "0.h5"), output=ours, overwrite=True)
+    trained(MPI.COMM_SELF, prefix, solver, max_it=5, output=mine).result()
+    trained(comm, prefix, solver, max_it=5, output=ours).result()
+    from_one = trained(comm, prefix, solver, max_it=7, restart=str(shared_tmp / "0.h5"), output=ours, overwrite=True)
     assert from_one.result() == expected
-    Training(comm, prefix, solver, max_it=5, output=ours, overwrite=True).result()
-    from_many = Training(MPI.COMM_SELF, prefix, solver, max_it=7, restart=ours, output=mine, overwrite=True)
+    trained(comm, prefix, solver, max_it=5, output=ours, overwrite=True).result()
+    from_many = trained(MPI.COMM_SELF, prefix, solver, max_it=7, restart=ours, output=mine, overwrite=True)
     assert from_many.result() == expected
 
 
 @pytest.mark.parametrize("solver", ["lmvm", "bntr"])
 def test_solvers_of_petsc_begin_afresh_with_new_points(comm: MPI.Comm, prefix: str, solver: str) -> None:
-    run = Training(comm, prefix, solver, max_it=9)
+    run = trained(comm, prefix, solver, max_it=9)
     assert run.moving.draws == 2
     assert run.run.history["iteration"].tolist() == list(range(10))
     assert run.run.history.last("loss") < run.run.history["loss"][0]

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from batched import Training, make_batches
 from mpi4py import MPI
 from petsc4py import PETSc
+from runs import Training, make_batches
 from torch import nn
 
 from ddml import data

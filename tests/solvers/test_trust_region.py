@@ -19,6 +19,7 @@ from petsc4py import PETSc
 from ddml import checkpoint
 from ddml.errors import InputError
 from ddml.history import History
+from ddml.kfac import KroneckerNorm
 from ddml.layout import ParameterLayout
 from ddml.loss import Loss
 from ddml.networks.tanh import TanhNetwork
@@ -257,6 +258,19 @@ def dense_secant(kind: str, M: np.ndarray, loss: Any, iterations: int, delta: fl
     return np.array(iterates)
 
 
+def dense_matrix(norm: KroneckerNorm) -> np.ndarray:
+    """M of the K-FAC norm."""
+    M = np.zeros((norm.objective.size, norm.objective.size))
+    for number, layer in enumerate(norm.layers):
+        A, G = (
+            norm.factors[norm.places[2 * number + i] : norm.places[2 * number + i + 1]].reshape(size, size)
+            for i, size in enumerate(layer.sizes)
+        )
+        entries = layer.entries.ravel()
+        M[np.ix_(entries, entries)] = np.kron(*(C + np.trace(C) / len(C) * np.eye(len(C)) for C in (G, A)))
+    return M
+
+
 @pytest.mark.parametrize("kind", ["sr1", "lbfgs"])
 @pytest.mark.parametrize("delta", [0.3, 4.0])
 def test_secant_models_in_the_kfac_norm_are_those_of_a_dense_implementation(
@@ -272,15 +286,7 @@ def test_secant_models_in_the_kfac_norm_are_those_of_a_dense_implementation(
         loss, "tr", 12, model=kind, norm="kfac", memory=50, delta0=delta, curvature_interval=1000,
         curvature_fraction=0.5, watch=watch,
     )  # fmt: skip
-    M, (norm,) = np.zeros((loss.size, loss.size)), found
-    for number, layer in enumerate(norm.layers):
-        A, G = (
-            norm.factors[norm.places[2 * number + i] : norm.places[2 * number + i + 1]].reshape(size, size)
-            for i, size in enumerate(layer.sizes)
-        )
-        entries = layer.entries.ravel()
-        M[np.ix_(entries, entries)] = np.kron(*(C + np.trace(C) / len(C) * np.eye(len(C)) for C in (G, A)))
-    assert np.abs(run.theta - dense_secant(kind, M, loss, 12, delta)).max() <= 1e-7
+    assert np.abs(run.theta - dense_secant(kind, dense_matrix(*found), loss, 12, delta)).max() <= 1e-7
     assert (run.steps[1:] == 0).any()  # some steps were rejected
 
 
@@ -296,18 +302,33 @@ def test_kfac_factors_are_measured_again(train: Train) -> None:
 
 
 def test_gauss_newton_products_of_cross_entropy_in_the_kfac_norm(train: Train) -> None:
-    """KSP preconditioned by the norm's matrix finds what dense matrices do, within the radius."""
-    loss = classifier()
-    run = train(
-        loss, "tr", 1, model="gauss_newton", norm="kfac", delta0=50.0, tr_ksp_rtol=1e-13, tr_ksp_max_it=200
-    )  # fmt: skip
+    """KSP's k-th step minimises the model over the Krylov space of M^-1 H, and keeps the radius."""
+    loss, found = classifier(), []
+
+    def watch(context: Any, iteration: int) -> None:
+        if iteration == 0:
+            s = context.g.duplicate()
+            decrease, length = context.model.step(context.point, context.g, 1e9, s)
+            full = context.objective.layout.gather(s).numpy().copy()
+            found.append((full, decrease, length, dense_matrix(context.norm)))
+            s.destroy()
+
+    given = {"model": "gauss_newton", "norm": "kfac", "tr_ksp_rtol": 1e-13}
+    run = train(loss, "tr", 1, watch=watch, tr_ksp_max_it=6, **given)
+    ((s, decrease, length, M),) = found
     theta = torch.as_tensor(run.theta[0])
     H = np.stack([gauss_newton_column(loss, theta, k) for k in range(loss.size)])
     g = value_gradient(loss, run.theta[0])[1]
-    if run.steps[1] > 0:
-        s = run.theta[1] - run.theta[0]
-        assert np.linalg.norm(H @ s + g) <= 1e-6 * np.linalg.norm(g) or run.steps[1] == pytest.approx(50.0)
-    short = train(loss, "tr", 1, model="gauss_newton", norm="kfac", delta0=1e-3, tr_ksp_rtol=1e-13)
+    space = [np.linalg.solve(M, g)]
+    for _ in range(5):
+        space.append(np.linalg.solve(M, H @ space[-1]))
+        space[-1] /= np.linalg.norm(space[-1])
+    Q = np.linalg.qr(np.array(space).T)[0]
+    best = -Q @ np.linalg.solve(Q.T @ H @ Q, Q.T @ g)
+    assert np.linalg.norm(s - best) <= 1e-8 * np.linalg.norm(best)
+    assert decrease == pytest.approx(-(g @ best + best @ H @ best / 2), rel=1e-9)
+    assert length == pytest.approx(math.sqrt(best @ M @ best), rel=1e-8)
+    short = train(loss, "tr", 1, delta0=1e-3, **given)
     assert short.steps[1] == pytest.approx(1e-3, rel=1e-6)
 
 

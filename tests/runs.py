@@ -1,4 +1,4 @@
-"""Runs with mini-batches in this process, as drivers make them."""
+"""Runs with samples that change, in this process and as drivers make them."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -25,13 +25,11 @@ def make_batches(loss: Loss, comm: MPI.Comm, blocks: int = 4, seed: int = 5, **s
 class Training:
     """A run of a solver, from beginning to end."""
 
-    def __init__(self, batches: Batches, prefix: str, solver: str, **limits: Any) -> None:
-        comm = batches.objective.comm
-        self.batches = batches
-        self.objective = self.batches.objective
+    def __init__(self, moving: Any, prefix: str, solver: str, **limits: Any) -> None:
+        self.moving, self.objective = moving, moving.objective
         self.x = self.objective.layout.vector()
         self.objective.initial(self.x)
-        self.tao = PETSc.TAO().create(comm)
+        self.tao = PETSc.TAO().create(self.objective.comm)
         self.tao.setOptionsPrefix(prefix)
         configure(self.tao, solver)
         self.objective.attach(self.tao)
@@ -42,14 +40,15 @@ class Training:
         settings = {o.name: o.default for o in ddml.run.OPTIONS} | {"progress": "none"} | limits
         self.run = ddml.run.Run(
             self.objective, self.tao, self.x, SimpleNamespace(**settings),
-            {"solver": solver, "driver": "t", "problem": "b"}, lambda theta: {}, self.batches,
+            {"solver": solver, "driver": "t", "problem": "b"}, lambda theta: {}, moving,
         )  # fmt: skip
-        self.run.execute()
+        self.good = self.run.execute()
 
-    def result(self) -> tuple[bytes, bytes, bytes]:
+    def result(self) -> tuple[bytes, bytes]:
+        """History and parameters, to the last bit; the run's objects are destroyed."""
         history = self.run.history
         values = np.array([history[name] for name in ("iteration", "loss", "gradient_norm", "step", "work")])
         full = self.objective.layout.gather(self.x).numpy().copy()
         self.tao.destroy()
         self.x.destroy()
-        return values.tobytes(), full.tobytes(), self.batches.rows.tobytes()
+        return values.tobytes(), full.tobytes()

@@ -42,10 +42,12 @@ class NAPTS(APTSWeights):
 
     As :class:`solvers.apts.APTSWeights`, with two changes. Trials are judged against the largest of the last
     M + 1 losses. And the sum s of the corrections is replaced by the best combination W c of s and of the last
-    steps of the whole network, p_1, ..., p_m: the coarse space, which joins what the subdomains do on their own. The
+    displacements of the whole network, p_1, ..., p_m: the coarse space, which joins what the subdomains do on their
+    own. It stands in the place of APTS's global steps, which take one evaluation each and are mostly rejected, as the
+    radius suits corrections of several steps: only where a correction is refused do global steps follow. The
     paper's coarse space is not known to us; this one is our choice, as it costs no evaluation: along the p_i the
-    changes y_i of the gradient are known, rejected steps apart, and along s the curvature within the
-    subdomains is, from what the local solves found. c minimises
+    changes y_i of the gradient are known, and along s the curvature within the subdomains is, from what the local
+    solves found. c minimises
 
     .. math:: g^T W c + \tfrac12 c^T K c, \quad \|W c\|_2 \le \frac{\delta}{\|s\|} \|s\|_2
 
@@ -59,8 +61,8 @@ class NAPTS(APTSWeights):
 
     options: ClassVar[Sequence[Option]] = (
         *with_defaults(APTSWeights.options, nonmonotone=5),
-        Option("coarse_directions", 3, "Last steps of the whole network m that corrections are combined with.",
-               minimum=0),
+        Option("coarse_directions", 1, "Last displacements m of the whole network that corrections are combined with, "
+               "in the place of global steps.", minimum=0),
     )  # fmt: skip
     work_vectors = (*APTSWeights.work_vectors, "start_x", "start_g", "own")
 
@@ -111,6 +113,12 @@ class NAPTS(APTSWeights):
                 vectors.append(now.copy())
                 vectors[-1].axpy(-1.0, before)
         return result
+
+    def _global_steps(self, x: PETSc.Vec, moved: float) -> SearchResult:
+        if moved == 0 or self.settings.coarse_directions == 0:
+            return super()._global_steps(x, moved)
+        self.norm.aged(x)
+        return SearchResult(self.f, moved, True)
 
     def _correction(self, x: PETSc.Vec, delta: float, s: PETSc.Vec) -> float:
         predicted = super()._correction(x, delta, s)

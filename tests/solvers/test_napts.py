@@ -68,7 +68,7 @@ def test_without_window_and_coarse_directions_it_is_apts(train: Train, settings:
 
 
 @cases
-def test_combined_corrections_promise_no_less_and_cost_nothing(
+def test_combined_corrections_promise_no_less_and_save_the_global_step(
     train: Train, monkeypatch: Any, settings: dict[str, Any]
 ) -> None:
     from solvers.apts import APTSWeights
@@ -93,7 +93,34 @@ def test_combined_corrections_promise_no_less_and_cost_nothing(
     assert max(count for *_, count in seen) == 3
     monkeypatch.undo()
     plain = train(classifier(), "apts_weights", 1, **{**settings, "nonmonotone": 0})
-    assert run.total[1] == pytest.approx(plain.total[1])
+    assert run.total[1] == pytest.approx(plain.total[1] - 1)
+
+
+def test_a_global_step_follows_where_a_correction_is_refused(train: Train, monkeypatch: Any) -> None:
+    from solvers.napts import NAPTS
+
+    seen: list[tuple[str, float]] = []
+
+    def record(name: str, length: Callable[[Any], float]) -> None:
+        base = getattr(NAPTS, name)
+
+        def wrapper(self: Any, *args: Any) -> Any:
+            result = base(self, *args)
+            seen.append((name, length(result)))
+            return result
+
+        monkeypatch.setattr(NAPTS, name, wrapper)
+
+    record("correct", float)
+    record("advance", lambda result: result.step)
+    run = train(classifier(), "napts", 25, norm="2", decomposition="layers", delta0=40.0, nonmonotone=0)
+    corrections = [k for k, (name, _) in enumerate(seen) if name == "correct"]
+    assert len(corrections) == 25
+    for k in corrections:
+        refused = seen[k][1] == 0
+        assert refused == (k + 1 < len(seen) and seen[k + 1][0] == "advance")
+    assert {seen[k][1] == 0 for k in corrections} == {True, False}
+    assert (np.diff(run.losses) <= 0).all()
 
 
 def test_the_window_lets_the_loss_rise_and_holds_it(train: Train) -> None:
@@ -119,8 +146,8 @@ def test_a_resumed_run_goes_on_to_the_last_bit(train: Train, copied: Any, settin
         if iteration == 5:
             kept.update(copied(context.state()))
 
-    whole = train(classifier(), "napts", 11, watch=watch, **settings)
+    whole = train(classifier(), "napts", 11, coarse_directions=3, watch=watch, **settings)
     assert len(kept["coarse"]["P"]) == 3
-    rest = train(classifier(), "napts", 11, start=whole.theta[5], state=kept, **settings)
+    rest = train(classifier(), "napts", 11, coarse_directions=3, start=whole.theta[5], state=kept, **settings)
     assert rest.theta.tobytes() == whole.theta[6:].tobytes()
     assert rest.losses.tobytes() == whole.losses[6:].tobytes()

@@ -34,16 +34,18 @@ SECTIONS = {
 # only where -only names them
 ASKED = {"map": solver_map, "classifiers": classifiers, "ranks_worker": ranks_worker, "map_worker": map_worker}
 OPTIONS = (
-    Option("seconds", 60.0, "Budget of each solver in the section solvers.", above=0.0),
+    Option("seconds", 60.0, "Budget of each solver in the sections solvers and map.", above=0.0),
     Option("only", ",".join(SECTIONS), "Sections to run."),
     Option("delays", "0,3,10", "What a synchronisation costs more than it does here, in the section map (ms)."),
-    Option("map_cases", "burgers-20x8,klein_gordon-20x4,klein_gordon-50x6", "Problems and networks of the map."),
+    Option("map_cases", "burgers-20x8,klein_gordon-20x4,klein_gordon-50x6", "Problems and networks of the map; or as "
+           "for -classifiers."),
     Option("classifiers", "digits:mlp:240", "Data, network, batch size and, if not all, samples in that section, as in "
            "mnist.h5:mlp:10000,cifar10.h5:cnn:1000:10000; batch size 0 is all samples."),
     Option("methods", "tr,apts,torch", "Words; methods whose names have one of them are in that section."),
     Option("marks", "10,30,60,120", "Work units where that section measures."),
     Option("seeds", "0", "Seeds of the map and of the classifiers: medians are printed."),
     Option("delay", 0.0, "Of map_worker (ms).", minimum=0.0),
+    Option("driver", "pinn", "Of map_worker.", choices=("pinn", "classify")),
     Option("repeats", 7, "Timings of each short measurement.", minimum=1),
 )  # fmt: skip
 

@@ -71,28 +71,38 @@ def classifiers(settings: Any) -> None:
     seeds = [int(seed) for seed in settings.seeds.split(",")]
     print("\n## Test accuracy (%) / loss of the batch, by work units; ms a work unit; one rank\n")
     for case in settings.classifiers.split(","):
-        name, network, batch, *rest = case.split(":")
-        samples = int(rest[0]) if rest else None
+        name, network, batch, samples = _parts(case)
         dataset = data.load(name, MPI.COMM_SELF, samples)
-        interval = max(-(-dataset.count // (3 * int(batch))), 3) if int(batch) else 1
+        interval = max(-(-dataset.count // (3 * batch)), 3) if batch else 1
         dataset.free()
         print(f"### {case}\n\n| method | " + " | ".join(f"{m:g}" for m in marks) + " | critical | rejected | ms |")
         print("|---|" + "---|" * (len(marks) + 3), flush=True)
         for label, given in OURS.items():
             if not _wanted(settings, label):
                 continue
-            options = ["-data", name, "-network", network, "-batch_size", batch, "-max_work", str(marks[-1]), *given]
-            options += ["-samples", str(samples)] if samples else []
-            options += ["-error_interval", str(interval)]
+            options = [*case_options(case), "-max_work", str(marks[-1]), "-error_interval", str(interval), *given]
             print_row(label, marks, [_ours((*options, "-seed", str(seed))) for seed in seeds])
         for rival, rates in RIVALS.items():
             for rate in rates:
                 label = f"torch {rival} {rate:g}"
                 if not _wanted(settings, label):
                     continue
-                runs = [_rival(rival, rate, name, samples, network, int(batch), seed, marks) for seed in seeds]
+                runs = [_rival(rival, rate, name, samples, network, batch, seed, marks) for seed in seeds]
                 print_row(label, marks, runs)
         print()
+
+
+def _parts(case: str) -> tuple[str, str, int, int | None]:
+    """Data, network, batch size and samples of data:network:batch[:samples]."""
+    name, network, batch, *rest = case.split(":")
+    return name, network, int(batch), int(rest[0]) if rest else None
+
+
+def case_options(case: str) -> tuple[str, ...]:
+    """Options of drivers/classify.py for data:network:batch[:samples]."""
+    name, network, batch, samples = _parts(case)
+    given = ("-data", name, "-network", network, "-batch_size", str(batch))
+    return (*given, "-samples", str(samples)) if samples else given
 
 
 def _wanted(settings: Any, label: str) -> bool:

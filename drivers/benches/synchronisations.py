@@ -7,15 +7,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from importlib import import_module
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 from mpi4py import MPI
+from numpy.typing import NDArray
 
+from ddml.history import History
 from ddml.layout import ParameterLayout
 from solvers.schwarz import Schwarz
 
+from .classifiers import case_options
 from .tools import BENCH, LAUNCH, finished_run
 
 
@@ -46,60 +50,90 @@ def delayed(seconds: float) -> Iterator[Counter[str]]:
         yield count
 
 
-# solvers of the map, by the number of ranks
-MAPPED: dict[int, dict[str, Sequence[str]]] = {
+class Kind(NamedTuple):
+    """What the map asks of a driver: its module, what is measured, the levels of it, options by ranks and name."""
+
+    driver: str
+    measured: str
+    levels: tuple[float, ...]
+    solvers: dict[int, dict[str, Sequence[str]]]
+
+    def reached(self, history: History, level: float) -> NDArray[np.intp]:
+        """The iterations at which that level is reached."""
+        values = history[self.measured]
+        return np.flatnonzero(values <= level if self.measured == "error" else values >= level)
+
+
+EQUATIONS = Kind("pinn", "error", (1e-2, 1e-3, 1e-4), {
     1: {"ssbroyden": ("-solver", "ssbroyden"), "mspqn_dense": ("-solver", "mspqn_dense")},
     2: {"ssbroyden": ("-solver", "ssbroyden"), "in colours": ("-solver", "mspqn_dense", "-side_by_side", "0")},
-}
-
-
-LEVELS = (1e-2, 1e-3, 1e-4)
+})  # fmt: skip
+CLASSIFIERS = Kind("classify", "accuracy", (0.9, 0.95, 0.96), {
+    1: {"tr": ("-solver", "tr"), "napts": ("-solver", "napts")},
+    2: {"tr": ("-solver", "tr"), "napts": ("-solver", "napts"), "apts_data": ("-solver", "apts_data")},
+    4: {
+        "tr": ("-solver", "tr"),
+        "napts": ("-solver", "napts", "-decomposition", "random", "-subdomains", "4"),
+        "apts_data": ("-solver", "apts_data", "-subdomains", "4"),
+    },
+})  # fmt: skip
 
 
 def solver_map(settings: Any) -> None:
-    """Which solver is first at an error, by network, ranks and what a synchronisation costs."""
-    print(
-        f"\n## Seconds to a relative error of {', '.join(f'{e:g}' for e in LEVELS)}; at most {settings.seconds:.0f} s\n"
-    )
+    """Which solver is first at a level, by network, ranks and what a synchronisation costs."""
+    cases = settings.map_cases.split(",")
+    _map(settings, EQUATIONS, {case: _equation(case) for case in cases if ":" not in case})
+    _map(settings, CLASSIFIERS, {case: case_options(case) for case in cases if ":" in case})
+
+
+def _equation(case: str) -> tuple[str, ...]:
+    problem, _, shape = case.partition("-")
+    width, _, depth = shape.partition("x")
+    return "-problem", problem, "-width", width, "-depth", depth
+
+
+def _map(settings: Any, kind: Kind, cases: dict[str, tuple[str, ...]]) -> None:
+    if not cases:
+        return
+    levels = [f"{level:g}" for level in kind.levels]
+    print(f"\n## Seconds to {kind.measured} {', '.join(levels)}; at most {settings.seconds:.0f} s\n")
     print("Seconds (work on the critical path of as many ranks as subdomains).\n")
-    print("| problem | parameters | ranks | delay (ms) | solver |", " | ".join(f"{e:g}" for e in LEVELS), end="")
+    print("| case | parameters | ranks | delay (ms) | solver |", " | ".join(levels), end="")
     print(" | end | synchronisations a second |")
-    print("|---|---|---|---|---|" + "---|" * (len(LEVELS) + 2), flush=True)
-    for case in settings.map_cases.split(","):
-        problem, _, shape = case.partition("-")
-        width, _, depth = shape.partition("x")
-        for ranks, named in MAPPED.items():
-            for delay in [float(d) for d in settings.delays.split(",")] if ranks > 1 else [0.0]:
+    print("|---|---|---|---|---|" + "---|" * (len(levels) + 2), flush=True)
+    for case, chosen in cases.items():
+        for ranks, named in kind.solvers.items():
+            for delay in settings.delays.split(",") if ranks > 1 else ["0"]:
                 for name, given in named.items():
-                    network = ("-problem", problem, "-width", width, "-depth", depth, "-delay", str(delay))
-                    print_row(settings, ranks, case, name, delay, (*network, *given))
+                    print_row(settings, kind, ranks, case, name, float(delay), (*chosen, *given))
 
 
-def print_row(settings: Any, ranks: int, case: str, name: str, delay: float, given: Sequence[str]) -> None:
+def print_row(settings: Any, kind: Kind, ranks: int, case: str, name: str, delay: float, given: Sequence[str]) -> None:
     """Run one case for each seed; print the medians."""
-    seeds = settings.seeds.split(",")
     columns: list[list[float]] = []
-    for seed in seeds:
+    for seed in settings.seeds.split(","):
         command = [*LAUNCH, "-n", str(ranks), sys.executable, "-m", "mpi4py", BENCH, "-only", "map_worker", *given]
-        limits = ("-max_time", str(settings.seconds), "-target_error", str(LEVELS[-1]), "-max_it", "10000000")
+        limits = ("-max_time", str(settings.seconds), "-max_it", "10000000")
         quiet = ("-progress", "none", "-checkpoint_interval", "0", "-seed", seed)
-        history, size, text, _ = finished_run([*command, *limits, *quiet])
-        hit = [np.flatnonzero(history["error"] <= level) for level in LEVELS]
+        mapped = ("-driver", kind.driver, "-delay", str(delay), f"-target_{kind.measured}", str(kind.levels[-1]))
+        history, size, text, _ = finished_run([*command, *limits, *quiet, *mapped])
+        hit = [kind.reached(history, level) for level in kind.levels]
         first = [history[name][h[0]] if len(h) else np.inf for name in ("time", "work_critical") for h in hit]
         synchronisations = float(text.rsplit("synchronisations: ", 1)[1].split()[0])
-        columns.append([*first, float(np.nanmin(history["error"])), synchronisations / history.last("time")])
+        values = history[kind.measured]
+        end = float(np.nanmin(values) if kind.measured == "error" else np.nanmax(values))
+        columns.append([*first, end, synchronisations / history.last("time")])
     *first, end, rate = np.median(np.array(columns), axis=0)
-    pairs = zip(first[: len(LEVELS)], first[len(LEVELS) :], strict=True)
+    pairs = zip(first[: len(kind.levels)], first[len(kind.levels) :], strict=True)
     levels = " | ".join(f"{t:.1f} ({w:.0f})" if np.isfinite(t) else "-" for t, w in pairs)
-    print(f"| {case} | {size} | {ranks} | {delay:g} | {name} | {levels} | {end:.1e} | {rate:.0f} |", flush=True)
+    print(f"| {case} | {size} | {ranks} | {delay:g} | {name} | {levels} | {end:.3g} | {rate:.0f} |", flush=True)
 
 
 def map_worker(settings: Any) -> None:
-    """A run of drivers/pinn.py with slower synchronisations."""
-    import pinn
-
+    """A run of a driver with slower synchronisations."""
+    driver = import_module(settings.driver)
     comm = MPI.COMM_WORLD
     with delayed(settings.delay / 1e3) as count:
-        pinn.main(comm)
+        driver.main(comm)
     if comm.rank == 0:
         print(f"synchronisations: {count['synchronisations']}")

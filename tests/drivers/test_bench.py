@@ -26,6 +26,20 @@ def test_the_map_has_a_row_for_every_solver_and_delay() -> None:
     assert all(float(row[-2]) > 0 for row in rows)
 
 
+def test_the_map_of_classifiers() -> None:
+    given = ["-only", "map", "-map_cases", "digits:mlp:400:800", "-seconds", "2", "-delays", "5"]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "ORTE_"))}
+    done = subprocess.run(
+        [sys.executable, str(BENCH), *given], capture_output=True, text=True, timeout=240, check=False, env=clean
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "digits" in line]
+    expected = [("1", "0", solver) for solver in ("tr", "napts")]
+    expected += [(ranks, "5", solver) for ranks in ("2", "4") for solver in ("tr", "napts", "apts_data")]
+    assert [tuple(row[2:5]) for row in rows] == expected
+    assert all(0.2 < float(row[-2]) <= 1 for row in rows)
+
+
 def test_classifiers_have_a_row_for_every_method_that_is_asked_for() -> None:
     given = [
         "-only",
@@ -33,7 +47,7 @@ def test_classifiers_have_a_row_for_every_method_that_is_asked_for() -> None:
         "-classifiers",
         "digits:mlp:500",
         "-marks",
-        "1,6",
+        "1,15",
         "-methods",
         "napts,6 parts, 0.01",
     ]

@@ -22,6 +22,8 @@ from .secant_model import SecantModel
 class Model(ABC):
     """Everything is collective on the objective's communicator."""
 
+    momentum = 0.0
+
     @abstractmethod
     def step(self, x: PETSc.Vec, g: PETSc.Vec, radius: float, s: PETSc.Vec) -> tuple[float, float]:
         """Write a step of at most ``radius`` from x, where the gradient is g, to s: decrease predicted, its norm."""

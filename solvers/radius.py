@@ -15,7 +15,8 @@ OPTIONS = (
            kind=float, above=0.0),
     Option("accept", 1e-4, "A step is accepted above this ratio of actual to predicted decrease.", minimum=0.0),
     Option("shrink_below", 0.25, "The radius shrinks below this ratio.", minimum=0.0),
-    Option("grow_above", 0.75, "The radius grows above this ratio.", above=0.0),
+    Option("grow_above", None, "The radius grows above this ratio (default 0.75; 0.9 of steps with momentum).",
+           kind=float, above=0.0),
     Option("shrink", 0.5, "Factor by which it shrinks.", above=0.0),
     Option("grow", 2.0, "Factor by which it grows.", minimum=1.0),
     Option("nonmonotone", 0, "M: trials are judged against the largest of the last M + 1 losses; 0: no step increases "
@@ -30,6 +31,9 @@ DEFAULTS = {
     "kfac": (1.0, 1e-4, 100.0),
 }
 
+# grow_above, without and with momentum, whose steps add up. 0.75 is the papers'; with it for both batches of 1,000 of
+# MNIST are 2 % less accurate after 20 work units, and 0.9 for both slows APTS
+GROW_ABOVE = 0.75, 0.9
 ROUNDINGS = 10  # that a difference of two losses may be off by (our choice)
 BOUNDARY = 0.9  # a step of this many radii was limited by the radius (the constant of the DD4ML code)
 SMALLEST = 1e-14  # of a radius: no step shorter than this is tried (our choice)
@@ -80,7 +84,7 @@ class TrustRadius:
         """f_ref."""
         return max(self.recent)
 
-    def judge(self, trial: float, predicted: float, limited: bool = True) -> bool:
+    def judge(self, trial: float, predicted: float, limited: bool = True, momentum: bool = False) -> bool:
         """Whether a trial point with this loss is accepted; delta follows.
 
         Parameters
@@ -91,8 +95,10 @@ class TrustRadius:
             Decrease of the loss that was expected.
         limited
             Whether the step would have been longer with a larger delta.
+        momentum
+            Whether the step has some.
         """
-        s = self.settings
+        s, grow_above = self.settings, self.settings.grow_above or GROW_ABOVE[momentum]
         e = ROUNDINGS * self.eps * max(1.0, abs(self.reference))
         rho = -math.inf
         if math.isfinite(trial) and predicted + e > 0:
@@ -100,7 +106,7 @@ class TrustRadius:
         accepted = rho > s.accept and trial <= self.reference
         if not accepted or rho < s.shrink_below:
             self.value *= s.shrink
-        elif rho > s.grow_above and limited and predicted > ROUNDINGS * e:
+        elif rho > grow_above and limited and predicted > ROUNDINGS * e:
             self.value = min(self.value * s.grow, self.largest)
         if accepted:
             self.recent = [*self.recent, trial][-(s.nonmonotone + 1) :]
@@ -123,9 +129,10 @@ def complaint(prefix: str, settings: Any) -> str:
     """What is wrong with the constants, in words, or nothing."""
     if not settings.shrink < 1:
         return f"option -{prefix}shrink must be less than 1, got {settings.shrink:g}"
-    if not settings.accept < settings.grow_above or not settings.shrink_below < settings.grow_above:
+    grow_above = settings.grow_above or GROW_ABOVE[0]
+    if not settings.accept < grow_above or not settings.shrink_below < grow_above:
         return (
             f"options -{prefix}accept and -{prefix}shrink_below must be less than -{prefix}grow_above, "
-            f"got {settings.accept:g}, {settings.shrink_below:g} and {settings.grow_above:g}"
+            f"got {settings.accept:g}, {settings.shrink_below:g} and {grow_above:g}"
         )
     return ""

@@ -252,7 +252,9 @@ class TrustRegion(Solver):
         if finite:
             y.waxpy(-1.0, self.g, trial_g)
         self.model.observe(s, y if finite else None)
-        accepted = self.radius.judge(value if finite else math.inf, predicted, length >= BOUNDARY * delta)
+        accepted = self.radius.judge(
+            value if finite else math.inf, predicted, length >= BOUNDARY * delta, self.model.momentum > 0
+        )
         if accepted:
             trial.copy(x)
             trial_g.copy(self.g)

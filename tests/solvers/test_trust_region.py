@@ -79,7 +79,7 @@ def dense_first_order(norm: str, iterations: int, delta: float, momentum: float,
         accepted = rho > 1e-4 and trial <= f
         if rho < 0.25 or not accepted:
             delta /= 2
-        elif rho > 0.75 and -g @ s > 10 * e:
+        elif rho > (0.9 if momentum else 0.75) and -g @ s > 10 * e:
             delta = min(2 * delta, 1.0)
         if accepted:
             theta, f, g = theta + s, trial, gradient
@@ -436,6 +436,14 @@ def test_the_controller() -> None:
         assert radius.judge(radius.reference - 0.1, 0.1)
     assert radius.value == 8.0
     assert radius.rejected == 5
+
+
+@pytest.mark.parametrize(("given", "momentum", "limit"), [(None, False, 0.75), (None, True, 0.9), (0.6, True, 0.6)])
+def test_it_grows_above_another_ratio_with_momentum(given: float | None, momentum: bool, limit: float) -> None:
+    radius = TrustRadius(settings(grow_above=given), "modular", 1e-16)
+    radius.begin(1.0)
+    assert radius.judge(1.01 - limit, 1.0, True, momentum) and radius.value == 1.0
+    assert radius.judge(1.0 - 2 * limit, 1.0, True, momentum) and radius.value == 2.0
 
 
 def test_the_window() -> None:

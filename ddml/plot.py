@@ -80,7 +80,9 @@ def _panel(axes: Axes, runs: Sequence[tuple[str, History]], column: str, measure
     if far_apart:
         axes.set_xscale("log")
     if measure == "accuracy":
-        axes.set_ylim(0, 1.02)
+        errors = 1 - np.concatenate([history[measure] for history in histories])
+        span = max(5 * float(np.nanmin(errors)), 0.05)  # so that what matters, the last few percent, is seen
+        axes.set_ylim(max(0.0, 1 - span), 1 + 0.02 * min(1.0, span))
     elif _positive(histories, measure):
         axes.set_yscale("log")
     for number, history in enumerate(histories):

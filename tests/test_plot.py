@@ -51,6 +51,7 @@ def test_accuracy_stands_in_for_a_missing_error() -> None:
     figure = plot.new_figure()
     plot.convergence(figure, [("a", run(accuracy=WORK / 50))])
     assert figure.axes[3].get_ylabel() == "accuracy"
+    assert figure.axes[3].get_ylim()[0] == pytest.approx(max(0.0, 1 - 5 * (1 - WORK.max() / 50)))
     assert figure.axes[3].get_yscale() == "linear"
 
 

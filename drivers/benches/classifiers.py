@@ -40,9 +40,10 @@ OURS: dict[str, Sequence[str]] = {
     "apts_weights modular norm": ("-solver", "apts_weights"),
     "apts_weights 2-norm": ("-solver", "apts_weights", "-norm", "2"),
     **{
-        f"apts_weights {n} tensor groups modular norm": (
-            *("-solver", "apts_weights", "-decomposition", "random", "-subdomains", str(n)),
+        f"{method} {n} tensor groups modular norm": (
+            *("-solver", method, "-decomposition", "random", "-subdomains", str(n)),
         )
+        for method in ("apts_weights", "napts")
         for n in (2, 4, 6)
     },
     **{f"apts_data {n} parts modular norm": ("-solver", "apts_data", "-subdomains", str(n)) for n in (2, 4, 6)},

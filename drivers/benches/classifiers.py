@@ -25,6 +25,7 @@ from ddml.scaled import Scaling
 
 from .tools import LAUNCH, finished_run
 
+NORMS: dict[str, tuple[str, ...]] = {"modular norm": (), "2-norm": ("-norm", "2")}
 OURS: dict[str, Sequence[str]] = {
     "tr modular norm": ("-solver", "tr"),
     "tr 2-norm": ("-solver", "tr", "-norm", "2"),
@@ -40,14 +41,18 @@ OURS: dict[str, Sequence[str]] = {
     "apts_weights modular norm": ("-solver", "apts_weights"),
     "apts_weights 2-norm": ("-solver", "apts_weights", "-norm", "2"),
     **{
-        f"{method} {n} tensor groups modular norm": (
-            *("-solver", method, "-decomposition", "random", "-subdomains", str(n)),
+        f"{method} {n} tensor groups {norm}": (
+            *("-solver", method, "-decomposition", "random", "-subdomains", str(n), *given),
         )
+        for norm, given in NORMS.items()
         for method in ("apts_weights", "napts")
         for n in (2, 4, 6)
     },
-    **{f"apts_data {n} parts modular norm": ("-solver", "apts_data", "-subdomains", str(n)) for n in (2, 4, 6)},
-    "apts_data 2 parts 2-norm": ("-solver", "apts_data", "-norm", "2"),
+    **{
+        f"apts_data {n} parts {norm}": ("-solver", "apts_data", "-subdomains", str(n), *given)
+        for norm, given in NORMS.items()
+        for n in (2, 4, 6)
+    },
     "napts modular norm": ("-solver", "napts"),
     "napts 2-norm": ("-solver", "napts", "-norm", "2"),
 }

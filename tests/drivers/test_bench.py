@@ -49,7 +49,7 @@ def test_classifiers_have_a_row_for_every_method_that_is_asked_for() -> None:
         "-marks",
         "1,15",
         "-methods",
-        "napts,6 parts, 0.01",
+        "napts modular,napts 2-norm,6 parts modular, 0.01",
     ]
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "ORTE_"))}
     done = subprocess.run(

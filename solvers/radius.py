@@ -31,8 +31,8 @@ DEFAULTS = {
     "kfac": (1.0, 1e-4, 100.0),
 }
 
-# grow_above, without and with momentum, whose steps add up (0.9 is our choice). With 0.75, the papers', batches of 1,000
-# of MNIST end 2 % less accurate after 20 work units; 0.9 without momentum slows APTS
+# grow_above, without and with momentum, whose steps add up (0.9 is our choice). With 0.75, the papers', batches of
+# 1,000 of MNIST end 2 % less accurate after 20 work units; 0.9 without momentum slows APTS
 GROW_ABOVE = 0.75, 0.9
 ROUNDINGS = 10  # that a difference of two losses may be off by (our choice)
 BOUNDARY = 0.9  # a step of this many radii was limited by the radius (the constant of the DD4ML code)

@@ -32,7 +32,7 @@ def start(ranks: int, *options: object, driver: str = "pinn.py") -> subprocess.P
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 60.0) -> SimpleNamespace:
+def finish(process: subprocess.Popen[str], timeout: float = 200.0) -> SimpleNamespace:
     """Exit code ``rc``, ``out`` and ``err`` of a driver; one that takes longer is killed and fails the test."""
     try:
         out, err = process.communicate(timeout=timeout)
@@ -43,7 +43,7 @@ def finish(process: subprocess.Popen[str], timeout: float = 60.0) -> SimpleNames
     return SimpleNamespace(rc=process.returncode, out=out, err=err)
 
 
-def launch(ranks: int, *options: object, timeout: float = 60.0, driver: str = "pinn.py") -> SimpleNamespace:
+def launch(ranks: int, *options: object, timeout: float = 200.0, driver: str = "pinn.py") -> SimpleNamespace:
     """Start and finish."""
     return finish(start(ranks, *options, driver=driver), timeout)
 

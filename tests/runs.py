@@ -44,11 +44,17 @@ class Training:
         )  # fmt: skip
         self.good = self.run.execute()
 
-    def result(self) -> tuple[bytes, bytes]:
-        """History and parameters, to the last bit; the run's objects are destroyed."""
+    def result(self) -> tuple[bytes, bytes, bytes]:
+        """History, parameters and what samples are drawn from, to the last bit; the run's objects are destroyed."""
         history = self.run.history
         values = np.array([history[name] for name in ("iteration", "loss", "gradient_norm", "step", "work")])
         full = self.objective.layout.gather(self.x).numpy().copy()
         self.tao.destroy()
         self.x.destroy()
-        return values.tobytes(), full.tobytes()
+        return values.tobytes(), full.tobytes(), _bytes(self.moving.state())
+
+
+def _bytes(state: Any) -> bytes:
+    if isinstance(state, dict):
+        return b"".join(_bytes(state[name]) for name in sorted(state))
+    return np.asarray(state).tobytes()

@@ -31,6 +31,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "tr, 2-norm, L-SR1": ("tr", {"model": "sr1", "overlap_pairs": True}),
     "tr, 2-norm, Hessian": ("tr", {"model": "hessian", "tr_ksp_max_it": 5}),
     "apts_weights, random groups": ("apts_weights", {"decomposition": "random", "subdomains": 4}),
+    "apts_weights, K-FAC norm, L-BFGS": ("apts_weights", {"norm": "kfac", "model": "lbfgs", "memory": 1}),
     "apts_data, 2-norm, L-SR1": ("apts_data", {"model": "sr1", "subdomains": 3}),
     "napts, 2-norm": ("napts", {"norm": "2"}),
 }

@@ -21,6 +21,7 @@ from .errors import InputError
 from .layout import ParameterLayout
 from .loss import Loss
 from .parallel import split
+from .summation import pieces, snapped
 
 
 @dataclass(frozen=True)
@@ -258,8 +259,7 @@ class Decomposition:
     parallel
         Whether subdomains are treated side by side.
     gathered
-        Whether the first rank of a group owns its subdomain vectors whole, so that dot products
-        do not depend on the number of ranks.
+        Whether the first rank of a group owns its subdomain vectors whole, as dense factors need it.
 
     Attributes
     ----------
@@ -288,15 +288,16 @@ class Decomposition:
 
     def local_range(self, s: int) -> slice:
         """The entries of subdomain vector s that this rank owns."""
-        workers, size = self.workers[s], length(self.subdomains.ranges[s])
-        edges = self._edges(size, len(workers))
+        workers = self.workers[s]
+        edges = self._edges(s, len(workers))
         where = int(np.searchsorted(workers, self.layout.comm.rank))  # ranks before the group own nothing
         if self.layout.comm.rank in workers:
             return slice(edges[where], edges[where + 1])
         return slice(edges[where], edges[where])
 
-    def _edges(self, size: int, ranks: int) -> list[int]:
-        return [0] + [size] * ranks if self.gathered else split(size, ranks)
+    def _edges(self, s: int, ranks: int) -> list[int]:
+        sizes = [r.stop - r.start for r in self.subdomains.ranges[s]]
+        return [0] + [sum(sizes)] * ranks if self.gathered else snapped(pieces(sizes), split(sum(sizes), ranks))
 
     def _restriction(self, entries: NDArray[np.int64], rows: slice) -> PETSc.Mat:
         local, n = int(self.layout.counts[self.layout.comm.rank]), self.layout.size
@@ -330,8 +331,7 @@ class Decomposition:
 
     def group_layout(self, loss: Loss, s: int) -> ParameterLayout:
         """The layout of subdomain s (one of ``mine``) on its group, for a restricted loss."""
-        size = length(self.subdomains.ranges[s])
-        return ParameterLayout(loss.parameters, self.group, self._edges(size, self.group.size))
+        return ParameterLayout(loss.parameters, self.group, self._edges(s, self.group.size))
 
     def destroy(self) -> None:
         """Destroy the matrices and the communicator. Collective."""

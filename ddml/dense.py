@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from petsc4py import PETSc
 
 from . import kernels
-from .parallel import check_memory, redistributed, split
+from .parallel import check_memory, redistributed
+from .summation import Tree
 
 Array = NDArray[np.float64]
 
@@ -20,8 +21,8 @@ Array = NDArray[np.float64]
 class DenseMatrix(ABC):
     """An n x n matrix of which each rank holds some rows, one behind the other.
 
-    The rows are cut into ``units``, and a product is the sum of the units' contributions: summed in their
-    order it does not depend on the number of ranks.
+    The rows are cut into ``units``, and a product is the sum of the units' contributions: added along the
+    :attr:`tree` it does not depend on the number of ranks.
 
     Parameters
     ----------
@@ -43,7 +44,8 @@ class DenseMatrix(ABC):
     def __init__(self, comm: MPI.Comm, size: int, units: int, dtype: str = "float64") -> None:
         self.comm, self.size = comm, size
         self.edges = self.cut(units)
-        self.shares = split(units, comm.size)  # units of each rank
+        self.tree = Tree(units, comm.size)
+        self.shares = self.tree.edges  # units of each rank
         self.units = range(self.shares[comm.rank], self.shares[comm.rank + 1])
         begin, end = (self.edges[self.shares[r]] for r in (comm.rank, comm.rank + 1))
         self.rows = range(begin, end)

@@ -98,7 +98,8 @@ class Linearisation:
 
     def transpose_product(self, w: Sequence[Tensor], vec: PETSc.Vec, ranges: Sequence[slice] = (slice(None),)) -> None:
         """Write J^T w to ``vec``; only the entries in ``ranges`` are needed, the others are any."""
-        sums = torch.zeros(len(self.parts), self.size, dtype=torch.float64)
+        # each in memory of its own: what a product rounds may depend on how it is aligned
+        sums = [torch.zeros(self.size, dtype=torch.float64) for _ in self.parts]
         if self._rows is not None:
             for rows, weights, into in zip(self._rows, w, sums, strict=True):
                 for r in ranges:
@@ -117,7 +118,7 @@ class Linearisation:
     def diagonal(self, vec: PETSc.Vec) -> None:
         """Write the diagonal of J^T J to ``vec``."""
         squares = (self.transposed(i) for i in range(len(self.parts)))
-        self.objective.reduce_parts(torch.stack([(rows * rows).sum(1) for rows in squares]), vec)
+        self.objective.reduce_parts([(rows * rows).sum(1) for rows in squares], vec)
 
     def gram_product(self, columns: Any) -> Array:
         """The rows of J^T J Y (n_local, k) that belong to this rank's parameters, for Y (n, k) on every rank.
@@ -127,8 +128,12 @@ class Linearisation:
         found = []
         for begin in range(0, columns.shape[1], _COLUMNS):  # a few at a time, to bound the memory
             y = columns[:, begin : begin + _COLUMNS]
-            rows = (self.transposed(i).numpy() for i in range(len(self.parts)))
-            found.append(self.objective.sum_matrices(np.stack([row @ (y.T @ row).T for row in rows])))
+
+            def product(number: int, y: Any = y) -> Array:
+                row = self.transposed(number).numpy()
+                return np.asarray(row @ (y.T @ row).T)
+
+            found.append(self.objective.sum_matrices(product, y.shape[1]))
         return np.concatenate(found, axis=1)
 
     def gram_blocks(self, decomposition: Decomposition) -> dict[int, Array]:

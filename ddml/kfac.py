@@ -90,7 +90,7 @@ class KroneckerNorm(Norm):
                 pieces = [m.reshape(-1).cpu() for pair in part.kronecker_statistics(theta, u) for m in pair]
                 row[:] = torch.cat(pieces).numpy()
         total = self.flat.vector()
-        sub.reduce_parts(torch.from_numpy(found[: len(sub.parts)]), total, self.flat)
+        sub.reduce_parts(list(torch.from_numpy(found[: len(sub.parts)])), total, self.flat)
         new = self.flat.gather(total).numpy().copy()
         total.destroy()
         if not np.isfinite(new).all():

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,17 +19,23 @@ from .errors import InputError
 from .loss import Parameter
 from .options import preset
 from .parallel import split
+from .summation import Tree, fix_order, pieces, snapped
 
 # PETSc computes several dot products as one matrix product if the vectors happen to lie evenly spaced in memory: then
 # the last bits of a run would depend on the allocator. Vectors take this over when they are made.
 ONE_BY_ONE = {"vec_mdot_use_gemv": False, "vec_maxpy_use_gemv": False}
 
 
+Array = NDArray[Any]
+
+
 class ParameterLayout:
     """The global vector of some parameters and its distribution over the ranks of a communicator.
 
     Immutable. A vector made by :meth:`vector` has n entries, parameter tensors one behind the
-    other, row-major; rank p owns entries ``ranges[p]`` to ``ranges[p + 1]``.
+    other, row-major; rank p owns entries ``ranges[p]`` to ``ranges[p + 1]``, which are whole pieces
+    (:func:`ddml.summation.pieces`). Dot products and norms of these vectors and of their duplicates, whoever asks for
+    them, are sums over the pieces in their order: the same bits on any number of ranks.
 
     Parameters
     ----------
@@ -35,22 +44,29 @@ class ParameterLayout:
     comm
         Ranks that share the vector.
     ranges
-        P + 1 boundaries; default: equal shares. Pass
+        P + 1 boundaries, each of which is moved to the next edge of a piece; default: equal shares. Pass
         :meth:`ddml.decomposition.Subdomains.ownership` to make subdomains local to their ranks.
+
+    Attributes
+    ----------
+    edges : list of int
+        Where the pieces begin, and n.
+    ranges : tuple of int
+        The P + 1 boundaries.
     """
 
     def __init__(self, parameters: Sequence[Parameter], comm: MPI.Comm, ranges: Sequence[int] | None = None) -> None:
         self.parameters = tuple(parameters)
         self.comm = comm
         self.size = self.parameters[-1].range.stop
-        self.ranges = tuple(split(self.size, comm.size) if ranges is None else ranges)
-        if len(self.ranges) != comm.size + 1 or self.ranges[0] != 0 or self.ranges[-1] != self.size:
-            raise InputError(
-                f"{comm.size} ranks need {comm.size + 1} boundaries from 0 to {self.size}, got {self.ranges}"
-            )
+        wanted = tuple(split(self.size, comm.size) if ranges is None else ranges)
+        if len(wanted) != comm.size + 1 or wanted[0] != 0 or wanted[-1] != self.size:
+            raise InputError(f"{comm.size} ranks need {comm.size + 1} boundaries from 0 to {self.size}, got {wanted}")
+        if (np.diff(wanted) < 0).any():
+            raise InputError(f"ownership ranges must not overlap, got {wanted}")
+        self.edges = pieces([p.size for p in self.parameters])
+        self.ranges = tuple(snapped(self.edges, wanted))
         self.counts = np.diff(self.ranges)
-        if (self.counts < 0).any():
-            raise InputError(f"ownership ranges must not overlap, got {self.ranges}")
         self._full: dict[torch.dtype, Tensor] = {}
 
     def __repr__(self) -> str:
@@ -66,6 +82,7 @@ class ParameterLayout:
         local = int(self.counts[self.comm.rank])
         with preset(**ONE_BY_ONE):
             vec = PETSc.Vec().createMPI((local, self.size), comm=self.comm)
+        fix_order(vec, self.edges)
         vec.set(0.0)
         return vec
 
@@ -87,35 +104,79 @@ class ParameterLayout:
         with g as array:
             if self.comm.size == 1:
                 array[:] = contributions.numpy()
-            else:
-                self.comm.Reduce_scatter(contributions.numpy(), [array, MPI.DOUBLE], list(self.counts), MPI.SUM)
+                return
+            given = contributions.numpy()
+            mine = array if given.dtype == array.dtype else np.empty(len(array), given.dtype)
+            self.comm.Reduce_scatter(given, mine, list(self.counts), MPI.SUM)
+            array[:] = mine
 
-    def reduce_rows(self, rows: NDArray[np.float64], counts: Sequence[int], g: PETSc.Vec) -> None:
-        """Sum vectors (rows, n), ``counts`` of them on each rank, into the distributed vector g (:meth:`sum_rows`)."""
-        with g as array:
-            array[:] = self.sum_rows(rows, counts)
+    def sum_nodes(self, sums: Sequence[Array], tree: Tree, dtype: Any, rest: tuple[int, ...] = ()) -> Array:
+        r"""Sum vectors or matrices (n, \*rest), one for each node of this rank, over all ranks: its rows. Collective.
 
-    def sum_rows(self, rows: NDArray[np.float64], counts: Sequence[int]) -> NDArray[np.float64]:
-        """Sum vectors or matrices (rows, n, ...), ``counts`` of them on each rank: this rank's share of n. Collective.
-
-        They are summed in their order over all ranks, so that the sum does not depend on who has them.
+        They are added as the tree says, in their own precision, so that the sum does not depend on who has them.
         """
         if self.comm.size == 1:
-            return np.asarray(rows.sum(axis=0))
-        # every rank sends every other the entries that it owns, and gets its own of all rows
-        shape = int(self.counts[self.comm.rank]), *rows.shape[2:]
-        each = self.counts * math.prod(rows.shape[2:])
-        entries = np.concatenate([c.ravel() for c in np.split(rows, self.ranges[1:-1], axis=1)])
-        received = np.empty((sum(counts), *shape))
-        self.comm.Alltoallv(
-            [entries, len(rows) * each, MPI.DOUBLE], [received, math.prod(shape) * np.array(counts), MPI.DOUBLE]
-        )
-        return np.asarray(received.sum(axis=0))
+            return sums[0]
+        # every rank sends every other the entries that it owns, and gets its own of all nodes
+        mine, each = int(self.counts[self.comm.rank]), math.prod(rest)
+        entries = [s[a:b].ravel() for a, b in pairwise(self.ranges) for s in sums]
+        given = np.concatenate(entries) if entries else np.empty(0, dtype)
+        received = np.empty((sum(map(len, tree.nodes)), mine, *rest), dtype)
+        counts = np.array([len(nodes) for nodes in tree.nodes]) * mine * each
+        self.comm.Alltoallv([given, len(sums) * self.counts * each], [received, counts])
+        return np.asarray(tree.total(list(received)))
+
+    @cached_property
+    def pieces(self) -> list[slice]:
+        """The pieces that this rank owns, in its local array."""
+        begin, end = self.ranges[self.comm.rank], self.ranges[self.comm.rank + 1]
+        return [slice(a - begin, b - begin) for a, b in pairwise(self.edges) if begin <= a and b <= end]
+
+    def inner(self, X: Array, Y: Array) -> Array:
+        """X^T Y (k, m) of matrices (n, k) and (n, m), of which this rank has its rows, piece by piece. Collective."""
+        shares = np.array([X[piece].T @ Y[piece] for piece in self.pieces])
+        shares = shares.reshape(len(self.pieces), X.shape[1], Y.shape[1])
+        return np.asarray(sum(np.concatenate(self.comm.allgather(shares))))
+
+    def times(self, X: Array, weights: Array) -> Array:
+        """X W for the rows of X (n, k) that this rank has and W (k, ...), rounded alike however many they are."""
+        parts = [X[piece] @ weights for piece in self.pieces]
+        return np.concatenate([np.empty((0, *weights.shape[1:])), *parts])
+
+    def orthonormal(self, X: Array) -> tuple[Array, Array]:
+        """This rank's rows of Q, and R, with Q R = X (n, k), of which it has its rows. Collective."""
+        factors = [np.linalg.qr(X[piece]) for piece in self.pieces]
+        triangles = [R for here in self.comm.allgather([R for _, R in factors]) for R in here]
+        second, R = np.linalg.qr(np.concatenate(triangles))
+        numbers = range(len(self.edges) - 1)
+        first = next((k for k in numbers if self.edges[k] >= self.ranges[self.comm.rank]), 0)
+        starts = np.cumsum([0, *map(len, triangles)])
+        parts = [Q @ second[starts[first + k] : starts[first + k + 1]] for k, (Q, _) in enumerate(factors)]
+        return np.concatenate([np.empty((0, len(R))), *parts]), R
 
     def _buffer(self, dtype: torch.dtype) -> Tensor:
         if dtype not in self._full:
             self._full[dtype] = torch.empty(self.size, dtype=dtype)
         return self._full[dtype]
+
+
+class Operator:
+    """Python context of a square symmetric matrix (n, n), whose vectors PETSc gets from a layout."""
+
+    def __init__(self, layout: ParameterLayout) -> None:
+        self.layout = layout
+
+    def createVecs(self, mat: PETSc.Mat) -> tuple[PETSc.Vec, PETSc.Vec]:
+        """What PETSc multiplies, and where it writes the product."""
+        return self.layout.vector(), self.layout.vector()
+
+    def matrix(self) -> PETSc.Mat:
+        """The matrix; the caller destroys it. Collective."""
+        local, n = int(self.layout.counts[self.layout.comm.rank]), self.layout.size
+        mat = PETSc.Mat().createPython(((local, n), (local, n)), self, comm=self.layout.comm)
+        mat.setOption(PETSc.Mat.Option.SYMMETRIC, True)
+        mat.setUp()
+        return mat
 
 
 def owned(x: PETSc.Vec) -> Tensor:

@@ -21,6 +21,9 @@ from .errors import InputError
 from .modular import ModularNorm, modular
 from .sample_sets import SampleSet, TensorSamples
 
+# operations, and operations a parameter, that samples must cost for what is done once for them to take a tenth of the
+# time (measured on one core, our choice)
+BLOCK = 2e7, 200.0
 CHANCES = 8  # evaluations that must agree: of a few samples one by chance can (our choice)
 
 
@@ -67,6 +70,8 @@ class Loss(ABC):
         Number of samples.
     gauss_newton : bool
         Whether there is a :meth:`gauss_newton_product`.
+    enough : float
+        Samples that it takes for an evaluation to be nearly as efficient as one of all.
     """
 
     parameters: tuple[Parameter, ...]
@@ -76,6 +81,7 @@ class Loss(ABC):
     dtype: torch.dtype
     device: torch.device
     gauss_newton: bool = False
+    enough: float = 1.0
 
     @property
     def size(self) -> int:
@@ -348,6 +354,7 @@ class ModuleLoss(Loss):
             or float(sum(self.parameters[i].size for i in group))
             for owner, group in groups.items()
         )
+        self.enough = (BLOCK[0] + BLOCK[1] * self.size) / sum(self.costs)
         # evaluations that need no derivative by theta itself are those of a copy whose parameters lie in theta, which
         # takes half the time of functional_call where batches are small
         self._copy = copy.deepcopy(module)

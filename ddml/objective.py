@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from petsc4py import PETSc
 from torch import Tensor
 
-from .layout import ParameterLayout
+from .layout import Operator, ParameterLayout
 from .loss import Loss
 from .parallel import Interrupted, StopRequest, split
+from .summation import Tree
 from .work import WorkCounter
 
 
@@ -35,11 +36,11 @@ class Objective:
         Asked at every evaluation on several ranks: all of them raise
         :class:`ddml.parallel.Interrupted` together once one got a signal.
     blocks
-        0: each rank sums over its samples. Otherwise the samples are cut into this many blocks
-        and the blocks' gradients are summed in their order, so that loss and gradient are the
-        same to the last bit on any number of ranks; costs blocks * n numbers of communication.
+        0: each rank sums over its samples. Otherwise the samples are cut into this many blocks, the leaves of a
+        :class:`ddml.summation.Tree`, so that loss and gradient are the same to the last bit on any number of ranks;
+        each rank sums up the entries that it owns, and is sent little more than one vector by all of the others.
     parts
-        This rank's share of the loss, if it has been cut already.
+        This rank's blocks of the loss, if it has been cut already.
 
     Attributes
     ----------
@@ -78,15 +79,14 @@ class Objective:
         self.metric: Any = None
         self.blocks = blocks
         self.parts = list(self.split_over(self.comm) if parts is None else parts)
-        rows, aligned = max(len(self.parts), 1), -(-loss.size // 8) * 8
-        self._gradient = torch.zeros(rows, aligned, dtype=loss.dtype, device=loss.device)[:, : loss.size]
+        self._spare: list[Tensor] = []
         self._events = {name: PETSc.Log.Event(f"ddml {name}") for name in ("loss", "gradient", "product")}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} of {self.loss.count} samples on {self.comm.size} ranks\n{self.layout!r}"
 
     def split_over(self, comm: MPI.Comm) -> list[Loss]:
-        """This rank's share of the samples when the ranks of ``comm`` split them all."""
+        """This rank's blocks of the samples when the ranks of ``comm`` share them all."""
         edges = split(self.loss.count, self.blocks or comm.size)
         mine = split(len(edges) - 1, comm.size)
         return [self.loss.part(edges[i], edges[i + 1]) for i in range(mine[comm.rank], mine[comm.rank + 1])]
@@ -117,11 +117,13 @@ class Objective:
         with self._events["gradient"]:
             theta = self.parameters(x)
             self.work.add(self.fraction * self.loss.charge(), gradients=1)
-            self._gradient.zero_()
-            values = [p.value_gradient(theta, row) for p, row in zip(self.parts, self._gradient, strict=False)]
-            value = self.sum_parts(values)
-            self.reduce_parts(self._gradient[: len(self.parts)], g)
-            return value
+            values = [0.0] * len(self.parts)
+
+            def evaluate(number: int, row: Tensor) -> None:
+                values[number] = self.parts[number].value_gradient(theta, row)
+
+            self._sum_rows(evaluate, g)
+            return self.sum_parts(values)
 
     def gradient(self, x: PETSc.Vec, g: PETSc.Vec) -> None:
         """The gradient at x, written to g."""
@@ -147,10 +149,25 @@ class Objective:
             theta = self.parameters(x).clone()  # the second gather may use the same buffer
             v = self.parameters(direction)
             self.work.add(2 * self.fraction * self.loss.charge(), products=1)
-            self._gradient.zero_()
-            for part, row in zip(self.parts, self._gradient, strict=False):
-                getattr(part, method)(theta, v, row)
-            self.reduce_parts(self._gradient[: len(self.parts)], product)
+            self._sum_rows(lambda number, row: getattr(self.parts[number], method)(theta, v, row), product)
+
+    def _sum_rows(self, evaluate: Callable[[int, Tensor], None], g: PETSc.Vec) -> None:
+        """Sum over all parts what ``evaluate`` adds to a vector (n,) for one of this rank's, into g."""
+        first, kept = self.tree.edges[self.comm.rank], self._spare
+
+        def leaf(number: int) -> Tensor:
+            row = kept.pop() if kept else self._row()
+            row.zero_()
+            evaluate(number - first, row)
+            return row
+
+        sums = [self.tree.add(node, leaf, kept.append) for node in self.tree.nodes[self.comm.rank]]
+        self._reduce(sums, g, self.layout, np.float32 if self.loss.dtype == torch.float32 else np.float64)
+        kept += sums
+
+    def _row(self) -> Tensor:
+        aligned = -(-self.loss.size // 8) * 8
+        return torch.empty(aligned, dtype=self.loss.dtype, device=self.loss.device)[: self.loss.size]
 
     def initial(self, x: PETSc.Vec) -> None:
         """Write the initial parameters to x."""
@@ -166,7 +183,7 @@ class Objective:
                 raise Interrupted
             return sum(values, 0.0)
         if self.blocks:
-            counts = np.array(self._counts) + 1  # the last number of each rank is its request
+            counts = np.diff(self.tree.edges) + 1  # the last number of each rank is its request
             gathered = np.empty(counts.sum())
             self.comm.Allgatherv(np.array([*values, float(stopped)]), [gathered, counts])
             ends = np.cumsum(counts) - 1
@@ -180,22 +197,39 @@ class Objective:
             raise Interrupted
         return total
 
-    def reduce_parts(self, rows: Tensor, g: PETSc.Vec, layout: ParameterLayout | None = None) -> None:
-        """Sum vectors (parts, n), one for each part of this rank, over all ranks into g, of any layout."""
-        rows, layout = rows.to(dtype=torch.float64, device="cpu"), layout or self.layout
+    def reduce_parts(self, rows: Sequence[Tensor], g: PETSc.Vec, layout: ParameterLayout | None = None) -> None:
+        """Sum vectors (n,), one for each part of this rank, over all ranks into g, of any layout; in place."""
+        rows = [row.to(dtype=torch.float64, device="cpu") for row in rows]
+        self._reduce(self._nodes(rows), g, layout or self.layout, np.float64)
+
+    def sum_matrices(self, product: Callable[[int], NDArray[np.float64]], width: int) -> NDArray[np.float64]:
+        """Sum the matrices (n, width) that ``product`` gives for each part of this rank, over all ranks: its rows."""
+        first, nodes = self.tree.edges[self.comm.rank], self.tree.nodes[self.comm.rank]
+        sums = [self.tree.add(node, lambda i: product(i - first)) for node in nodes]
+        return self.layout.sum_nodes(sums, self.tree, np.float64, (width,))
+
+    def sum_everywhere(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Sum arrays (parts, ...), one for each part of this rank, over all ranks, on every rank. Collective."""
+        sums = [node for nodes in self.comm.allgather(self._nodes(list(rows))) for node in nodes]
+        return np.asarray(self.tree.total(sums))
+
+    def _nodes(self, rows: list[Any]) -> list[Any]:
+        """The sums over this rank's nodes of the tree of its parts' rows, which they are formed in."""
+        first = self.tree.edges[self.comm.rank]
+        return [self.tree.add(node, lambda i: rows[i - first]) for node in self.tree.nodes[self.comm.rank]]
+
+    def _reduce(self, sums: list[Tensor], g: PETSc.Vec, layout: ParameterLayout, dtype: Any) -> None:
+        """Write the sum over all ranks' nodes, of this type of numbers, to g."""
         if not self.blocks:
-            layout.reduce(rows[0], g)
+            layout.reduce(sums[0].cpu(), g)
             return
-        layout.reduce_rows(rows.numpy(), self._counts, g)
+        with g as array:
+            array[:] = layout.sum_nodes([s.cpu().numpy() for s in sums], self.tree, dtype)
 
-    def sum_matrices(self, matrices: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Sum matrices (parts, n, k), one for each part of this rank, over all ranks: this rank's rows (n_local, k)."""
-        return self.layout.sum_rows(matrices, self._counts)
-
-    @cached_property
-    def _counts(self) -> list[int]:
-        """The number of parts of each rank."""
-        return [int(c) for c in np.diff(split(self.blocks or self.comm.size, self.comm.size))]
+    @property
+    def tree(self) -> Tree:
+        """Over the blocks, or over the ranks where these sum for themselves."""
+        return _tree(self.blocks or self.comm.size, self.comm.size)
 
     def attach(self, tao: PETSc.TAO) -> None:
         """Give this objective to a TAO solver: value, gradient, Hessian products, and itself as context."""
@@ -209,11 +243,7 @@ class Objective:
 
     def hessian(self) -> PETSc.Mat:
         """A matrix that multiplies by the Hessian at the point of its context; the caller destroys it."""
-        local = int(self.layout.counts[self.comm.rank])
-        mat = PETSc.Mat().createPython(((local, self.size), (local, self.size)), _Hessian(self), comm=self.comm)
-        mat.setOption(PETSc.Mat.Option.SYMMETRIC, True)
-        mat.setUp()
-        return mat
+        return _Hessian(self).matrix()
 
     @property
     def size(self) -> int:
@@ -221,10 +251,14 @@ class Objective:
         return self.layout.size
 
 
-class _Hessian:
+_tree = lru_cache(maxsize=16)(Tree)
+
+
+class _Hessian(Operator):
     """Python context of the Hessian matrix at a point."""
 
     def __init__(self, objective: Objective) -> None:
+        super().__init__(objective.layout)
         self.objective = objective
         self.point = objective.layout.vector()
         self.diagonal = 0.0

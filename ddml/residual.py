@@ -109,13 +109,10 @@ class ResidualObjective(Objective):
         theta = self.parameters(x)
         self.work.add(self.fraction * self.loss.charge(), products=1)
         w = torch.from_numpy(np.array(weights.array_r)).to(device=self.loss.device, dtype=self.loss.dtype)
-        self._gradient.zero_()
-        begin = 0
-        for i, row in zip(range(len(self.parts)), self._gradient, strict=False):
-            end = begin + self.part(i).residual_count()
-            self.part(i).jacobian_transpose_product(theta, w[begin:end], row)
-            begin = end
-        self.reduce_parts(self._gradient[: len(self.parts)], product)
+        edges = np.cumsum([0, *(self.part(i).residual_count() for i in range(len(self.parts)))])
+        self._sum_rows(
+            lambda i, row: self.part(i).jacobian_transpose_product(theta, w[edges[i] : edges[i + 1]], row), product
+        )
 
     def linear_model(self, x: PETSc.Vec, directions: Sequence[PETSc.Vec]) -> NDArray[np.float64]:
         """W^T W (k + 1, k + 1) for W = [J(x) d_1, ..., J(x) d_k, r(x)]; charged as k gradients and a loss.
@@ -128,12 +125,12 @@ class ResidualObjective(Objective):
         count = len(columns)
         self.work.add(self.fraction * count * self.loss.charge(), products=count)
         self.work.add(self.fraction * self.loss.charge(gradient=False), losses=1)
-        products = []
+        products = np.zeros((len(self.parts), count + 1, count + 1))
         for i in range(len(self.parts)):
             part = self.part(i)
             W = torch.stack([*(part.jacobian_product(theta, d) for d in columns), part.residual(theta)])
-            products.append((W @ W.T).to(dtype=torch.float64, device="cpu").numpy())
-        return np.sum([p for here in self.comm.allgather(products) for p in here], axis=0)
+            products[i] = (W @ W.T).to(dtype=torch.float64, device="cpu").numpy()
+        return self.sum_everywhere(products)
 
     @staticmethod
     def _write(vec: PETSc.Vec, pieces: list[Tensor]) -> None:

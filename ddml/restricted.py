@@ -90,12 +90,10 @@ class RestrictedObjective(Objective):
         here = self._last is not None and np.array_equal(self._last[0], x.array_r)
         if not self.comm.allreduce(here, MPI.LAND) or self._last is None:
             return None
-        rows = np.stack([part.take(part.full_gradient, ranges).double().cpu().numpy() for part in self._frozen()])
-        if self.blocks:
-            return self._last[1], np.concatenate(self.comm.allgather(rows)).sum(axis=0)
-        gradient = rows[0]
-        self.comm.Allreduce(MPI.IN_PLACE, gradient)
-        return self._last[1], gradient
+        rows = np.zeros((len(self.parts), sum(r.stop - r.start for r in ranges)))
+        for row, part in zip(rows, self._frozen(), strict=True):
+            row[:] = part.take(part.full_gradient, ranges).cpu().numpy()
+        return self._last[1], self.sum_everywhere(rows)
 
 
 def restricted(objective: Objective, decomposition: Decomposition) -> dict[int, RestrictedObjective]:

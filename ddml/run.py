@@ -193,6 +193,8 @@ class Run:
             then, now = header.attributes.get(key), self.comm.size if key == "ranks" else self.attributes.get(key)
             if then is not None and then != now:  # older files know fewer
                 self.notes.append(f"{key} was {then} when {path} was written, now it is {now}")
+        if header.attributes.get("summation") != self.attributes.get("summation"):
+            self.notes.append("sums were added in another order when the file was written: the run goes on to rounding")
         if (
             self.context is not None
             and state["solver"]

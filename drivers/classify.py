@@ -34,8 +34,9 @@ RESIDUALS_ONLY = ("gauss_newton",)
 _OWN = [name for name in SOLVERS if name not in RESIDUALS_ONLY]
 _HELP = {
     "chunk": "Samples that go through the network at a time; 0: what suits the widest layer.",
-    "summation_blocks": "Blocks of samples that are summed in a fixed order, so that a run is the same to the last bit "
-    "on any number of ranks up to this; 0 sums by ranks.",
+    "summation_blocks": "Blocks of samples whose sums are added in a fixed order, so that a run is the same to the "
+    "last bit on any number of ranks; no more ranks than blocks are busy; 0 sums by ranks (default: 8 to 512, by what "
+    "an evaluation costs; 0 above -summation_limit).",
     "error_interval": "Iterations between evaluations of the test samples (default: whole batches, as many as let that "
     "take about a tenth of the time).",
 }
@@ -79,7 +80,7 @@ def main(comm: MPI.Comm) -> int:
     with agreed(comm), plugins.blamed(settings.network, dict.fromkeys(known), "network"):
         loss, network, test = build(settings, dataset, scaling)
         chosen = decompose(settings, loss)
-    made = training.Training(comm, settings, loss, chosen, Objective, 0.0)
+    made = training.Training(comm, settings, loss, chosen, Objective, 0.0, settings.batch_size)
     moving = None
     if 0 < settings.batch_size < dataset.count:
         kind = solver_class(settings.solver)

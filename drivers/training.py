@@ -22,7 +22,8 @@ from ddml.loss import Loss
 from ddml.objective import Objective
 from ddml.options import Option
 from ddml.parallel import StopRequest
-from solvers import PETSC_TYPES, SOLVERS, configure, solver_class
+from ddml.summation import efficiency, fixes_order, leaves
+from solvers import PETSC_TYPES, SOLVERS, TO_ROUNDING, configure, solver_class
 from solvers.spqn import subdomains
 
 __all__ = ["HELP", "OPTIONS", "Training", "check_device", "decompose", "help_text", "read_options"]
@@ -40,8 +41,10 @@ OPTIONS = (
            choices=("float64", "float32")),
     Option("device", "cpu", "Where torch computes, as in cpu or cuda; parameters are kept on the host."),
     Option("chunk", 0, "Points that go through the network at a time; 0: what suits the evaluator.", minimum=0),
-    Option("summation_blocks", 12, "Blocks of points that are summed in a fixed order, so that a run is the same to "
-           "the last bit on any number of ranks up to this; 0 sums by ranks.", minimum=0),
+    Option("summation_blocks", None, "Blocks of points whose sums are added in a fixed order, so that a run is the "
+           "same to the last bit on any number of ranks; no more ranks than blocks are busy; 0 sums by ranks (default: 8 "
+           "to 512, by what an evaluation costs; 0 above -summation_limit).", kind=int, minimum=0),
+    Option("summation_limit", 1_000_000, "Parameters above which sums go by ranks.", minimum=0),
     Option("threads", 1, "Threads of torch on each rank.", minimum=1),
     Option("view", False, "Print the solver and the split of the parameters."),
 )  # fmt: skip
@@ -112,6 +115,8 @@ class Training:
         Of the objective.
     fmin
         Default of ``-tao_fmin``.
+    samples
+        Of an evaluation, where it is not of all (mini-batches).
 
     Raises
     ------
@@ -120,18 +125,22 @@ class Training:
     """
 
     def __init__(
-        self, comm: MPI.Comm, settings: Any, loss: Loss, chosen: Subdomains, kind: type[Objective], fmin: float
+        self,
+        comm: MPI.Comm,
+        settings: Any,
+        loss: Loss,
+        chosen: Subdomains,
+        kind: type[Objective],
+        fmin: float,
+        samples: int = 0,
     ) -> None:
         self.comm, self.settings, self.loss = comm, settings, loss
         self.stop = StopRequest()
-        blocks = settings.summation_blocks
-        if blocks:
-            blocks *= -(-comm.size // blocks)  # on more ranks than blocks, every rank needs some
-        self.blocks = blocks
-        # one owner for all parameters: dot products, too, are then the same on any number of ranks
-        ranges = [0] + [loss.size] * comm.size if blocks else chosen.ownership(comm.size)
-        self.layout = ParameterLayout(loss.parameters, comm, ranges)
-        self.objective = kind(loss, self.layout, self.stop, blocks)
+        self.blocks = settings.summation_blocks
+        if self.blocks is None:
+            self.blocks = 0 if loss.size > settings.summation_limit else leaves(samples or loss.count, loss.enough)
+        self.layout = ParameterLayout(loss.parameters, comm, chosen.ownership(comm.size))
+        self.objective = kind(loss, self.layout, self.stop, self.blocks)
         self.x = self.layout.vector()
         self.objective.initial(self.x)
         self.tao = PETSc.TAO().create(comm)
@@ -151,8 +160,19 @@ class Training:
 
     def summation(self) -> str:
         """How samples are summed, in words."""
-        ranks = f"{self.comm.size} rank{'s' * (self.comm.size > 1)}"
-        return f"on {ranks}, sums {f'in fixed order over {self.blocks} blocks' if self.blocks else 'by ranks'}"
+        ranks = self.comm.size
+        words = f"on {ranks} rank{'s' * (ranks > 1)}, "
+        if not self.blocks:
+            above = self.settings.summation_blocks is None
+            limit = self.settings.summation_limit
+            return f"{words}sums by ranks{f' (more than {limit} parameters)' * above}"
+        words += f"sums in fixed order over {self.blocks} blocks of samples"
+        if not fixes_order():
+            words += ", dot products by ranks (kernels/sums.c was not built)"
+        elif self.settings.solver in TO_ROUNDING:
+            words += ", in PETSc's secant matrices by ranks"
+        busy = efficiency(self.blocks, ranks)
+        return words + (f"; they keep {busy:.0%} of the ranks busy" if busy < 0.9 else "")
 
     def run(
         self,
@@ -173,6 +193,7 @@ class Training:
         given = {**vars(settings), **vars(limits), **PETSc.Options().getAll()}
         attributes = {
             "solver": settings.solver, "seed": settings.seed, "dtype": settings.dtype, "summation_blocks": self.blocks,
+            "summation": "by ranks" if not self.blocks else "tree",
             "torch_version": str(torch.__version__), **attributes, **{f"option {k}": str(v) for k, v in given.items()},
         }  # fmt: skip
         run = ddml.run.Run(self.objective, self.tao, self.x, limits, attributes, measure, moving, shown)

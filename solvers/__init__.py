@@ -39,6 +39,9 @@ PETSC_TYPES = (
     *("nls", "ntr", "ntl", "bnls", "bntr", "bntl"),  # with Hessian products
 )
 
+# those whose limited-memory matrices sum by ranks: the same on any number of ranks to rounding only
+TO_ROUNDING = ("lmvm", "bncg", "blmvm", "bqnls", "bqnktr", "bqnktl", "bqnkls", "bnls", "bntr", "bntl")
+
 
 @cache
 def solver_class(name: str) -> Any:
@@ -90,5 +93,5 @@ __all__ = [
     ),
     "NystromPC",
     "SchwarzPC",
-    *("PETSC_TYPES", "SOLVERS", "configure", "solver_class"),
+    *("PETSC_TYPES", "SOLVERS", "TO_ROUNDING", "configure", "solver_class"),
 ]

@@ -16,11 +16,13 @@ from ddml.dense import DenseMatrix
 from ddml.factored import FactorChange, FactoredMatrix
 from ddml.objective import Objective
 from ddml.parallel import redistributed
+from ddml.summation import leaves
 from ddml.symmetric import Change, SymmetricMatrix
 
 from .preconditioners import cholesky
 
 _PARALLEL = 1e-12  # our choice: sine of an angle below which two vectors span a line
+ROWS = 64  # our choice: of H that are worth a vector of their own for what they give to a product
 
 
 class Scaling(NamedTuple):
@@ -61,7 +63,9 @@ class InverseHessian(ABC):
 
     def __init__(self, objective: Objective, vectors: dict[str, PETSc.Vec], dtype: str) -> None:
         self.objective, self.vectors = objective, vectors
-        self.matrix: Any = self.kind(objective.comm, objective.size, objective.blocks or objective.comm.size, dtype)
+        comm = objective.comm
+        units = leaves(objective.size, ROWS) if objective.blocks else comm.size
+        self.matrix: Any = self.kind(comm, objective.size, units, dtype)
         self.pending: tuple[float, ...] | None = None
         self.written: list[PETSc.Vec] = []  # what the last call of kept gave
 
@@ -113,8 +117,11 @@ class InverseHessian(ABC):
         """H g, after the update that H waits for."""
         layout = self.objective.layout
         change = None if self.pending is None else self._change()
-        rows = self.matrix.multiply(layout.gather(g).numpy(), change)
-        layout.reduce_rows(rows, np.diff(self.matrix.shares).tolist(), product)
+        rows, tree = self.matrix.multiply(layout.gather(g).numpy(), change), self.matrix.tree
+        first, nodes = self.matrix.units.start, tree.nodes[layout.comm.rank]
+        with product as array:
+            sums = [tree.add(node, lambda unit: rows[unit - first]) for node in nodes]
+            array[:] = layout.sum_nodes(sums, tree, np.float64)
 
     def _gathered(self, *names: str) -> list[NDArray[np.float64]]:
         return [self.objective.layout.gather(self.vectors[name]).numpy().copy() for name in names]

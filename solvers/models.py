@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-from mpi4py import MPI
 from petsc4py import PETSc
 
 from ddml.composed import sampled
 from ddml.errors import CollectiveError
 from ddml.kfac import KroneckerNorm
+from ddml.layout import Operator, ParameterLayout
 from ddml.norms import Norm
 from ddml.objective import Objective
 from ddml.options import preset
@@ -113,13 +113,13 @@ class Secant(Model):
     first pair and gamma stays 1.
     """
 
-    def __init__(self, kind: str, memory: int, comm: MPI.Comm, norm: Norm) -> None:
+    def __init__(self, kind: str, memory: int, layout: ParameterLayout, norm: Norm) -> None:
         self.metric = norm if isinstance(norm, KroneckerNorm) else None
-        self.pairs, self.comm = SecantModel(memory, kind, self.metric), comm
+        self.pairs = SecantModel(memory, kind, layout, self.metric)
 
     def step(self, x: PETSc.Vec, g: PETSc.Vec, radius: float, s: PETSc.Vec) -> tuple[float, float]:
         """See :meth:`Model.step`."""
-        matrix = self.pairs.matrix(self.comm, g)
+        matrix = self.pairs.matrix()
         if self.metric is None:
             decrease, _ = matrix.solve(g, radius, s)
             return decrease, float(s.norm())
@@ -190,11 +190,7 @@ class Products(Model):
                 f"option -{prefix}model gauss_newton needs a loss that is convex in a network's outputs, as a sum of "
                 "squares of residuals is; use hessian"
             )
-        local = int(objective.layout.counts[objective.comm.rank])
-        sizes = (local, objective.size), (local, objective.size)
-        self.matrix = PETSc.Mat().createPython(sizes, _Curvature(objective, kind, fraction), comm=objective.comm)
-        self.matrix.setOption(PETSc.Mat.Option.SYMMETRIC, True)
-        self.matrix.setUp()
+        self.matrix = _Curvature(objective, kind, fraction).matrix()
         self.norm = norm
         self.prefix = f"{prefix}tr_"
         self.ksp = PETSc.KSP().create(objective.comm)
@@ -206,7 +202,7 @@ class Products(Model):
             pc.setPythonContext(_Metric(norm))
         else:
             pc.setType("none")
-        self.rhs = self.matrix.createVecRight()
+        self.rhs = objective.layout.vector()
         self._options(0.0)
 
     def _options(self, radius: float) -> None:
@@ -233,10 +229,11 @@ class Products(Model):
             thing.destroy()
 
 
-class _Curvature:
+class _Curvature(Operator):
     """Python context of a Hessian or Gauss-Newton matrix at a point, on a part of the samples."""
 
     def __init__(self, objective: Objective, kind: str, fraction: float) -> None:
+        super().__init__(objective.layout)
         self.objective, self.kind, self.fraction = objective, kind, fraction
         self.point = objective.layout.vector()
         self.part, self.version = objective, objective.version

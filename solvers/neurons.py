@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from itertools import pairwise
+
 import numpy as np
 from petsc4py import PETSc
 from scipy import linalg, sparse
@@ -9,55 +12,45 @@ from scipy import linalg, sparse
 from ddml.loss import Loss
 from ddml.objective import Objective
 
-from .preconditioners import Array, cholesky, owned, tall
+from .preconditioners import Array, Tall, cholesky, owned
 
 
 class Neurons:
-    """The coarse space: Z (n, k) with orthonormal columns, J^T J Z, and what is made of them."""
+    """The coarse space: Z (n, k) with orthonormal columns, J^T J Z, and what is made of them; collective."""
 
     def __init__(self, objective: Objective, basis: sparse.csc_array, images: Array) -> None:
         self.images = images
-        mine = basis.tocsr()[owned(objective)]
-        self.Z, self.W = tall(objective, mine), tall(objective, images)  # W = J^T J Z
-        self.gram = objective.comm.allreduce(mine.T @ images)  # Z^T J^T J Z
-        self.small, self.more, self.spare = (self.Z.createVecRight() for _ in range(3))
+        layout, begin = objective.layout, owned(objective).start
+        rows = basis.tocsr()
+        # entries of a piece belong to neighbouring neurons: those of its first and its last entry, and all between
+        columns = [slice(rows.indices[a], rows.indices[b - 1] + 1) for a, b in pairwise(layout.edges)]
+        blocks = [
+            rows[begin + piece.start : begin + piece.stop, columns[bisect_left(layout.edges, begin + piece.start)]]
+            for piece in layout.pieces
+        ]
+        self.Z = Tall(layout, columns, blocks, basis.shape[1])
+        self.W = Tall.dense(layout, images)  # J^T J Z
+        self.gram = self.Z.transpose_times(images)  # Z^T J^T J Z
 
     def damp(self, damping: float) -> None:
         """Add damping * I to J^T J."""
         self.damping = damping
         self.factor = cholesky(self.gram, damping)
 
-    def _solve(self, vec: PETSc.Vec) -> None:
-        if vec.getLocalSize():
-            vec.array[:] = linalg.cho_solve((self.factor, True), vec.array_r, check_finite=False)
-
-    def _images(self, vec: PETSc.Vec, small: PETSc.Vec) -> None:
-        """Z^T A vec."""
-        self.W.multTranspose(vec, small)
-        self.Z.multTranspose(vec, self.spare)  # no multTransposeAdd: it rounds otherwise on several ranks
-        small.axpy(self.damping, self.spare)
+    def _solve(self, small: Array) -> Array:
+        return np.asarray(linalg.cho_solve((self.factor, True), small, check_finite=False))
 
     def project(self, x: PETSc.Vec, rest: PETSc.Vec) -> None:
         """Write (I - A Q) x to ``rest``."""
-        self.Z.multTranspose(x, self.small)
-        self._solve(self.small)
-        self.W.mult(self.small, rest)
-        rest.aypx(-1.0, x)
-        self.small.copy(self.more)
-        self.more.scale(-self.damping)
-        self.Z.multAdd(self.more, rest, rest)
+        self.small = self._solve(self.Z.transpose_times(x.array_r))
+        rest.array[:] = x.array_r - self.W.times(self.small) - self.damping * self.Z.times(self.small)
 
     def correct(self, y: PETSc.Vec) -> None:
         """Make y the sum of (I - Q A) y and Q x with the x of the last projection."""
-        self._images(y, self.more)
-        self._solve(self.more)
-        self.small.axpy(-1.0, self.more)
-        self.Z.multAdd(self.small, y, y)
-
-    def destroy(self) -> None:
-        """Destroy the PETSc objects."""
-        for thing in (self.Z, self.W, self.small, self.more, self.spare):
-            thing.destroy()
+        local = y.array_r
+        images = self.W.transpose_times(local) + self.damping * self.Z.transpose_times(local)
+        change = self.Z.times(self.small - self._solve(images))
+        y.array[:] += change
 
 
 def neuron_basis(loss: Loss, theta: Array) -> sparse.csc_array:

@@ -13,7 +13,7 @@ from ddml.jacobian import Linearisation
 from ddml.objective import Objective
 from ddml.options import Option
 
-from .preconditioners import Array, Preconditioner, cholesky, everywhere, owned, tall
+from .preconditioners import Array, Preconditioner, Tall, cholesky, everywhere, owned
 
 
 class NystromPC(Preconditioner):
@@ -36,7 +36,7 @@ class NystromPC(Preconditioner):
         super().__init__()
         self.basis: Array | None = None
         self.values = np.zeros(0)
-        self.matrix: PETSc.Mat | None = None
+        self.matrix: Tall | None = None
 
     def kind(self) -> str:
         """See :meth:`Preconditioner.kind`."""
@@ -61,29 +61,15 @@ class NystromPC(Preconditioner):
     def _take(self, basis: Array, values: Array) -> None:
         # in one order: what a product rounds depends on it
         self.basis, self.values = np.ascontiguousarray(basis), values
-        self._release()
-        self.matrix = tall(self.objective, basis[owned(self.objective)])
-        self.small = self.matrix.createVecRight()
-
-    def _release(self) -> None:
-        if self.matrix is not None:
-            self.matrix.destroy()
-            self.small.destroy()
-            self.matrix = None
-
-    def destroy(self, pc: PETSc.PC) -> None:
-        """Destroy what was made. Collective."""
-        self._release()
+        self.matrix = Tall.dense(self.objective.layout, self.basis[owned(self.objective)])
 
     def apply(self, pc: PETSc.PC, x: PETSc.Vec, y: PETSc.Vec) -> None:
         """See :meth:`Preconditioner.apply`."""
         assert self.matrix is not None
-        self.matrix.multTranspose(x, self.small)
-        if self.small.getLocalSize():
-            least = max(self.values[-1] + self.damping, np.finfo(float).tiny)
-            self.small.array[:] *= least / (self.values + self.damping) - 1
-        self.matrix.mult(self.small, y)
-        y.axpy(1.0, x)
+        small = self.matrix.transpose_times(x.array_r)
+        least = max(self.values[-1] + self.damping, np.finfo(float).tiny)
+        small *= least / (self.values + self.damping) - 1
+        y.array[:] = self.matrix.times(small) + x.array_r
 
     def state(self) -> dict[str, Any]:
         """See :meth:`Preconditioner.state`."""

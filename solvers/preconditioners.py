@@ -6,8 +6,11 @@ kept while the point and the damping move.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -15,10 +18,11 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 from petsc4py import PETSc
-from scipy import linalg, sparse
+from scipy import linalg
 
 from ddml.errors import InputError
 from ddml.jacobian import Linearisation
+from ddml.layout import Operator, ParameterLayout
 from ddml.objective import Objective
 from ddml.options import Option, read
 from ddml.residual import ResidualObjective
@@ -26,10 +30,11 @@ from ddml.residual import ResidualObjective
 Array = NDArray[np.float64]
 
 
-class NormalEquations:
+class NormalEquations(Operator):
     """Python context of the matrix J^T J + lambda I (n, n) of a residual objective; PETSc calls what is collective."""
 
     def __init__(self, objective: ResidualObjective) -> None:
+        super().__init__(objective.layout)
         self.objective = objective
         self.damping = 0.0
         self.moves = 0  # number of points so far
@@ -47,11 +52,9 @@ class NormalEquations:
         return self._at
 
     def matrix(self) -> PETSc.Mat:
-        """The matrix; the caller destroys it."""
-        local, n = int(self.objective.layout.counts[self.objective.comm.rank]), self.objective.size
-        mat = PETSc.Mat().createPython(((local, n), (local, n)), self, comm=self.objective.comm)
+        """See :meth:`ddml.layout.Operator.matrix`."""
+        mat = super().matrix()
         mat.setOption(PETSc.Mat.Option.SPD, True)
-        mat.setUp()
         return mat
 
     def mult(self, mat: PETSc.Mat, x: PETSc.Vec, y: PETSc.Vec) -> None:
@@ -141,17 +144,54 @@ def owned(objective: Objective) -> slice:
     return slice(ranges[rank], ranges[rank + 1])
 
 
-def tall(objective: Objective, rows: Array | sparse.csr_array) -> PETSc.Mat:
-    """A matrix (n, k) of which this rank has the rows of its parameters; its small vectors (k,) are on rank 0."""
-    comm, columns = objective.comm, rows.shape[1]
-    sizes = ((rows.shape[0], objective.size), (columns if comm.rank == 0 else 0, columns))
-    if isinstance(rows, np.ndarray):
-        mat = PETSc.Mat().createDense(sizes, array=np.asfortranarray(rows), comm=comm)
-    else:
-        csr = rows.indptr.astype(PETSc.IntType), rows.indices.astype(PETSc.IntType), rows.data
-        mat = PETSc.Mat().createAIJ(sizes, csr=csr, comm=comm)
-    mat.assemble()
-    return mat
+class Tall:
+    """A matrix (n, k) of which each rank has the rows of its parameters; products are rounded alike on any ranks.
+
+    Parameters
+    ----------
+    layout
+        Of the parameters.
+    columns
+        Those that are not zero in each piece of the layout, of all pieces.
+    blocks
+        These columns of the rows (entries of a piece, columns) of each piece that this rank owns.
+    width
+        k.
+    """
+
+    def __init__(self, layout: ParameterLayout, columns: Sequence[slice], blocks: Sequence[Any], width: int) -> None:
+        self.layout, self.columns, self.blocks, self.width = layout, columns, blocks, width
+        first = [bisect_left(layout.edges, edge) for edge in layout.ranges]
+        self.counts = [sum(c.stop - c.start for c in columns[a:b]) for a, b in pairwise(first)]
+        self.mine = columns[first[layout.comm.rank] :][: len(blocks)]
+
+    @classmethod
+    def dense(cls, layout: ParameterLayout, rows: Array) -> Tall:
+        """From this rank's rows (n_local, k)."""
+        width = rows.shape[1]
+        blocks = [np.ascontiguousarray(rows[piece]) for piece in layout.pieces]
+        return cls(layout, [slice(0, width)] * (len(layout.edges) - 1), blocks, width)
+
+    def transpose_times(self, X: Array) -> Array:
+        """The product (k, ...) of its transpose with this rank's rows of X (n, ...), on every rank. Collective."""
+        shape = X.shape[1:]
+        parts = [block.T @ X[piece] for block, piece in zip(self.blocks, self.layout.pieces, strict=True)]
+        flat = np.concatenate([np.empty(0), *(part.ravel() for part in parts)])
+        if self.layout.comm.size > 1:
+            counts = np.array(self.counts) * math.prod(shape)
+            mine, flat = flat, np.empty(counts.sum())
+            self.layout.comm.Allgatherv(mine, [flat, counts])
+        product, begin = np.zeros((self.width, *shape)), 0
+        for columns in self.columns:
+            end = begin + (columns.stop - columns.start) * math.prod(shape)
+            product[columns] += flat[begin:end].reshape(-1, *shape)
+            begin = end
+        return product
+
+    def times(self, weights: Array) -> Array:
+        """This rank's entries of the product with weights (k,)."""
+        parts = [block @ weights[columns] for block, columns in zip(self.blocks, self.mine, strict=True)]
+        return np.concatenate([np.empty(0), *parts])
 
 
 def everywhere(objective: Objective, rows: Array) -> Array:

@@ -119,6 +119,6 @@ class LBFGS(Solver):
             direction.scale(-1.0)
         first = 1.0
         if len(self.pairs) == 0:
-            work.abs()  # |g|_1 by hand: the rounding of BLAS's dasum depends on alignment
-            first = self.first_step if self.first_step is not None else min(1.0, 1 / max(work.sum(), 1.0))
+            size = g.norm(PETSc.NormType.NORM_1)
+            first = self.first_step if self.first_step is not None else min(1.0, 1 / max(size, 1.0))
         return self.search(x, f, g, direction, first)

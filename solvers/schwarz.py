@@ -139,7 +139,7 @@ class Schwarz:
         remembers: bool = False,
     ) -> None:
         self.objective = objective
-        self.decomposition = Decomposition(subdomains, objective.layout, parallel, objective.blocks > 0)
+        self.decomposition = Decomposition(subdomains, objective.layout, parallel)
         self.restricted = self._restrict()
         self.local = {s: LocalSolver(o, prefix, steps[s], solver, remembers) for s, o in self.restricted.items()}
         if remembers:

@@ -90,8 +90,6 @@ class SchwarzPC(Preconditioner):
         self.factored = False
 
     def _coarsen(self, basis: sparse.csc_array, images: Array) -> None:
-        if self.coarse is not None:
-            self.coarse.destroy()
         self.coarse = Neurons(self.objective, basis, images)
 
     def damp(self, damping: float) -> None:
@@ -193,8 +191,6 @@ class SchwarzPC(Preconditioner):
     def destroy(self, pc: PETSc.PC) -> None:
         """Destroy what was made. Collective."""
         self._release()
-        if self.coarse is not None:
-            self.coarse.destroy()
         if self.decomposition is not None:
             for vec in (*self.local, self.rest, self.work):
                 vec.destroy()

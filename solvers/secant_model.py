@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from mpi4py import MPI
 from numpy.typing import NDArray
 from petsc4py import PETSc
 
 from ddml.kfac import KroneckerNorm
+from ddml.layout import ParameterLayout
 
-from .subproblem import Spectral, orthonormal
+from .subproblem import Spectral
 
 Array = NDArray[np.float64]
 
@@ -35,14 +35,16 @@ class SecantModel:
         m.
     kind
         ``sr1`` or ``lbfgs``.
+    layout
+        Of the vectors.
     metric
         B is in the coordinates of this norm, and gamma is 1: the norm's matrix is the Hessian before the first pair.
     """
 
     SKIP = 1e-8
 
-    def __init__(self, size: int, kind: str, metric: KroneckerNorm | None = None) -> None:
-        self.size, self.kind, self.metric = size, kind, metric
+    def __init__(self, size: int, kind: str, layout: ParameterLayout, metric: KroneckerNorm | None = None) -> None:
+        self.size, self.kind, self.layout, self.metric = size, kind, layout, metric
         self.gamma = 0.0 if metric is None else 1.0
         self.S: list[PETSc.Vec] = []
         self.Y: list[PETSc.Vec] = []
@@ -68,21 +70,22 @@ class SecantModel:
             self.gamma = y.dot(y) / curvature
         return True
 
-    def matrix(self, comm: MPI.Comm, like: PETSc.Vec) -> Spectral:
-        """B on vectors as ``like``."""
-        local = like.getLocalSize()
+    def matrix(self) -> Spectral:
+        """B."""
+        layout = self.layout
         if len(self) == 0:
-            return Spectral(comm, like.getSize(), self.gamma, np.zeros(0), np.zeros((local, 0)))
+            local = int(layout.counts[layout.comm.rank])
+            return Spectral(layout, self.gamma, np.zeros(0), np.zeros((local, 0)))
         S, Y = self._columns()
         if self.kind == "lbfgs":
-            products = self._sum(comm, S.T @ np.hstack([S, Y]))
+            products = layout.inner(S, np.hstack([S, Y]))
             SS, SY = np.hsplit(products, 2)
             L, D = np.tril(SY, -1), np.diag(np.diag(SY))
             M = -np.linalg.inv(np.block([[self.gamma * SS, L], [L.T, -D]]))
-            return Spectral.of(comm, like.getSize(), self.gamma, np.hstack([self.gamma * S, Y]), M)
+            return Spectral.of(layout, self.gamma, np.hstack([self.gamma * S, Y]), M)
         Psi = Y - self.gamma * S
-        kept, M = self._regular(orthonormal(comm, Psi)[1], self._sum(comm, S.T @ Psi))
-        return Spectral.of(comm, like.getSize(), self.gamma, Psi[:, kept], M)
+        kept, M = self._regular(layout.orthonormal(Psi)[1], layout.inner(S, Psi))
+        return Spectral.of(layout, self.gamma, Psi[:, kept], M)
 
     def _columns(self) -> tuple[Array, Array]:
         """This rank's rows of S and Y (n_local, pairs)."""
@@ -99,12 +102,6 @@ class SecantModel:
         image.destroy()
         S, Y = np.stack(known, axis=2)
         return S, Y
-
-    @staticmethod
-    def _sum(comm: MPI.Comm, local: Array) -> Array:
-        total = np.empty_like(local)
-        comm.Allreduce(np.ascontiguousarray(local), total)
-        return total
 
     def _regular(self, R: Array, products: Array) -> tuple[list[int], Array]:
         """The pairs that SR1 updates are defined for, and M; with Psi^T Psi = R^T R, ``products`` is S^T Psi."""

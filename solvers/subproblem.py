@@ -4,7 +4,7 @@ r"""Exact solution of trust-region subproblems in the 2-norm with a matrix gamma
 
 (Burdakov, Gong, Yuan, Zikrin 2017; Brust, Erway, Marcia 2017). With Psi = Q R and R M R^T = U diag(l) U^T,
 the eigenvalues of B are l + gamma, with eigenvectors P = Q U, and gamma on the complement of P: the problem has as
-many unknowns as Psi has columns, and one more. Q comes from orthogonal factorisations of the ranks' rows and one of
+many unknowns as Psi has columns, and one more. Q comes from orthogonal factorisations of pieces of the rows and one of
 their triangles, so that no digits are lost to Psi^T Psi.
 """
 
@@ -14,9 +14,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from mpi4py import MPI
 from numpy.typing import NDArray
 from petsc4py import PETSc
+
+from ddml.layout import ParameterLayout
 
 Array = NDArray[np.float64]
 EPS = float(np.finfo(float).eps)
@@ -62,24 +63,14 @@ def diagonal_step(values: Array, a: Array, radius: float) -> tuple[Array, float,
     return v, sigma, 0.5 * float(((omega + mu) * v) @ v) + 0.5 * sigma * float(v @ v)
 
 
-def orthonormal(comm: MPI.Comm, rows: Array) -> tuple[Array, Array]:
-    """This rank's rows of Q, and R, of the matrix whose rows (n_local, k) are distributed over ``comm``. Collective."""
-    Q, R = np.linalg.qr(rows)
-    triangles = comm.allgather(R)
-    begin = sum(len(r) for r in triangles[: comm.rank])
-    second, R = np.linalg.qr(np.concatenate(triangles))
-    return Q @ second[begin : begin + Q.shape[1]], R
-
-
 @dataclass(frozen=True)
 class Spectral:
     """B = gamma I + P diag(values - gamma) P^T on distributed vectors.
 
     Attributes
     ----------
-    comm : MPI.Comm
-    size : int
-        n.
+    layout : ParameterLayout
+        Of the vectors.
     gamma : float
     values : array (k,)
         Eigenvalues.
@@ -87,49 +78,50 @@ class Spectral:
         This rank's rows of their eigenvectors.
     """
 
-    comm: MPI.Comm
-    size: int
+    layout: ParameterLayout
     gamma: float
     values: Array
     P: Array
 
     @classmethod
-    def of(cls, comm: MPI.Comm, size: int, gamma: float, Psi: Array, M: Array) -> Spectral:
+    def of(cls, layout: ParameterLayout, gamma: float, Psi: Array, M: Array) -> Spectral:
         """Of gamma I + Psi M Psi^T; Psi (n_local, k) are this rank's rows, M (k, k) is symmetric. Collective."""
-        Q, R = orthonormal(comm, Psi)
+        Q, R = layout.orthonormal(Psi)
         small = R @ M @ R.T
         values, U = np.linalg.eigh((small + small.T) / 2)
-        return cls(comm, size, gamma, values + gamma, Q @ U)
+        return cls(layout, gamma, values + gamma, layout.times(Q, U))
 
-    def _sum(self, local: Array) -> Array:
-        total = np.empty_like(local)
-        self.comm.Allreduce(np.ascontiguousarray(local), total)
-        return total
+    def _coefficients(self, local: Array) -> Array:
+        """P^T x (k,) for this rank's entries of x."""
+        return self.layout.inner(self.P, local[:, None])[:, 0]
 
     def _project(self, g: Array) -> tuple[Array, Array]:
         """Coefficients (k,) of g, and what is orthogonal to P: projected twice, as the first leaves rounding errors."""
-        a = self._sum(self.P.T @ g)
-        rest = g - self.P @ a
-        again = self._sum(self.P.T @ rest)
-        return a + again, rest - self.P @ again
+        a = self._coefficients(g)
+        rest = g - self.layout.times(self.P, a)
+        again = self._coefficients(rest)
+        return a + again, rest - self.layout.times(self.P, again)
+
+    def _length(self, local: Array) -> float:
+        return math.sqrt(float(self.layout.inner(local[:, None], local[:, None])[0, 0]))
 
     def multiply(self, x: PETSc.Vec, product: PETSc.Vec) -> None:
         """Write B x to ``product``. Collective."""
         local = x.array_r
-        a = self._sum(self.P.T @ local)
-        product.array[:] = self.gamma * local + self.P @ ((self.values - self.gamma) * a)
+        a = self._coefficients(local)
+        product.array[:] = self.gamma * local + self.layout.times(self.P, (self.values - self.gamma) * a)
 
     def solve(self, g: PETSc.Vec, radius: float, p: PETSc.Vec) -> tuple[float, float]:
         """Write the minimiser in the ball of that radius to p; the decrease of the model, and sigma. Collective."""
         local = g.array_r
         a, rest = self._project(local)
-        whole = self.size > len(self.values)
-        length = math.sqrt(float(self._sum(np.array([rest @ rest]))[0])) if whole else 0.0
+        whole = self.layout.size > len(self.values)
+        length = self._length(rest) if whole else 0.0
         if length <= 10 * EPS * math.sqrt(float(a @ a) + length**2):  # rounding errors, not a direction
             length = 0.0
         values = np.append(self.values, self.gamma) if whole else self.values
         v, sigma, decrease = diagonal_step(values, np.append(a, length) if whole else a, radius)
-        step = self.P @ v[: len(self.values)]
+        step = self.layout.times(self.P, v[: len(self.values)])
         if whole and length > 0:
             step += rest * (v[-1] / length)
         elif whole and v[-1] != 0:
@@ -142,10 +134,10 @@ class Spectral:
         begin, _ = like.getOwnershipRange()
         inside = (self.P**2).sum(axis=1)
         here = int(inside.argmin()) if len(inside) else -1
-        candidates = self.comm.allgather((float(inside[here]), begin + here) if here >= 0 else (math.inf, -1))
+        candidates = self.layout.comm.allgather((float(inside[here]), begin + here) if here >= 0 else (math.inf, -1))
         chosen = min(candidates)[1]
         unit = np.zeros(len(inside))
         if begin <= chosen < begin + len(inside):
             unit[chosen - begin] = 1.0
         _, rest = self._project(unit)
-        return rest / math.sqrt(float(self._sum(np.array([rest @ rest]))[0]))
+        return rest / self._length(rest)

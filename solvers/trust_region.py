@@ -142,7 +142,7 @@ class TrustRegion(Solver):
         if settings.model == "first":
             self.model = FirstOrder(self.norm, settings.momentum, self.g)
         elif settings.model in ("sr1", "lbfgs"):
-            self.model = Secant(settings.model, settings.memory, objective.comm, self.norm)
+            self.model = Secant(settings.model, settings.memory, objective.layout, self.norm)
         else:
             fraction = settings.curvature_fraction or 1.0
             self.model = Products(objective, settings.model, fraction, self.prefix, self.norm)

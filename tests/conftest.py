@@ -140,14 +140,13 @@ def train() -> Callable[..., SimpleNamespace]:
         iterations: int,
         comm: MPI.Comm = MPI.COMM_WORLD,
         blocks: int = 0,
-        gathered: bool = False,
         start: Any = None,
         state: dict[str, Any] | None = None,
         watch: Callable[[Any, int], None] | None = None,
         **settings: Any,
     ) -> SimpleNamespace:
         name, database = next(_prefixes), PETSc.Options()
-        layout = ParameterLayout(loss.parameters, comm, [0] + [loss.size] * comm.size if gathered else None)
+        layout = ParameterLayout(loss.parameters, comm)
         kind = ResidualObjective if isinstance(loss, ResidualLoss) else Objective
         objective = kind(loss, layout, blocks=blocks)
         x, tao = layout.vector(), PETSc.TAO().create(comm)

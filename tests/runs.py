@@ -16,8 +16,8 @@ from solvers import configure
 
 
 def make_batches(loss: Loss, comm: MPI.Comm, blocks: int = 4, seed: int = 5, **settings: Any) -> Batches:
-    """Batches of an objective whose parameters all have one owner."""
-    layout = ParameterLayout(loss.parameters, comm, [0] + [loss.size] * comm.size)
+    """Batches of an objective."""
+    layout = ParameterLayout(loss.parameters, comm)
     values = {o.name: o.default for o in OPTIONS} | {"batch_size": 30} | settings
     return Batches(Objective(loss, layout, blocks=blocks), SimpleNamespace(**values), seed)
 

@@ -22,6 +22,10 @@ from .pde import PDE, Array, Term
 from .points import TermPoints, product_rule, term_points
 from .program import NotElementwise, Prepared, Program
 
+# operations, and operations a parameter, that points must cost for what is done once for them to take a tenth of the
+# time (measured with the compiled kernels on one core, our choice)
+BLOCK = 5e5, 170.0
+
 _Leaves = dict[tuple[int, int, int], Tensor]  # by position of the derivative, side and field
 
 
@@ -72,6 +76,7 @@ class PDELoss(ResidualLoss):
         self.offsets = {p.name: (p.offset, torch.Size(p.shape)) for p in table[: len(named)]}
         self.tail = slice(table[len(named)].offset if self.coefficients else table[-1].range.stop, table[-1].range.stop)
         self._layers()
+        self.enough = (BLOCK[0] + BLOCK[1] * self.size) / sum(self.costs)
         self.problem_terms = list(problem.terms())
         sets = [problem.points(term, points) for term in self.problem_terms]
         asked = set[Index]().union(

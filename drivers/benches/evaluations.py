@@ -18,6 +18,7 @@ from ddml.layout import ParameterLayout
 from ddml.loss import RestrictedLoss
 from ddml.networks.tanh import TanhNetwork
 from ddml.objective import Objective
+from ddml.summation import leaves
 from ddml.problems import PROBLEMS
 
 from .tools import (
@@ -101,7 +102,7 @@ def restricted(settings: Any) -> None:
 
 def ranks(settings: Any) -> None:
     """Two ranks against one, and the price of sums in a fixed order."""
-    print("\n## Two ranks against one, and sums in a fixed order over 12 blocks, 10,000 points (ms)\n", flush=True)
+    print("\n## Two ranks against one, and sums in a fixed order over blocks, 10,000 points (ms)\n", flush=True)
     print("| problem | network | 1 rank | 2 ranks | speed-up | fixed order, 1 | 2 | price, 1 | 2 |", flush=True)
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     command = [*LAUNCH, "-n", "2", sys.executable, "-m", "mpi4py", BENCH, "-only", "ranks_worker"]
@@ -115,10 +116,9 @@ def ranks_worker(settings: Any) -> None:
         for kind in NETWORKS:
             loss = loss_of(problem, kind, width, depth)
             calls = []
-            for blocks in (0, 12):
+            for blocks in (0, leaves(loss.count, loss.enough)):
                 for where in (MPI.COMM_SELF, comm):
-                    owners = [0] + [loss.size] * where.size if blocks else None
-                    objective = Objective(loss, ParameterLayout(loss.parameters, where, owners), blocks=blocks)
+                    objective = Objective(loss, ParameterLayout(loss.parameters, where), blocks=blocks)
                     x, g = objective.layout.vector(), objective.layout.vector()
                     objective.initial(x)
                     calls.append((where, lambda o=objective, x=x, g=g: o.value_gradient(x, g)))

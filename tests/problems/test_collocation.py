@@ -36,7 +36,7 @@ def made(
     network = TanhNetwork(2, 6, 3, 1).double()
     network.reset_parameters(torch.Generator().manual_seed(0))
     loss = PDELoss(problem(), network, 120)
-    layout = ParameterLayout(loss.parameters, comm, [0] + [loss.size] * comm.size)
+    layout = ParameterLayout(loss.parameters, comm)
     values = {o.name: o.default for o in OPTIONS} | {"resample": kind, "resample_interval": 4} | settings
     return MovingPoints(ResidualObjective(loss, layout, blocks=blocks), SimpleNamespace(**values), seed=3)
 

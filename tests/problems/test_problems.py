@@ -93,7 +93,7 @@ def test_reference_satisfies_the_equation(name: str, points: list[tuple[float, f
 
 def train(problem, comm: MPI.Comm, iterations: int, **network: int) -> tuple[dict[str, float], PDELoss, np.ndarray]:
     loss = make_loss(problem, **network)
-    objective = Objective(loss, ParameterLayout(loss.parameters, comm, [0] + [loss.size] * comm.size), blocks=6)
+    objective = Objective(loss, ParameterLayout(loss.parameters, comm), blocks=6)
     x = objective.layout.vector()
     objective.initial(x)
     tao = PETSc.TAO().create(comm)

@@ -281,7 +281,7 @@ def test_best_lengths_of_columns_that_depend_on_each_other() -> None:
 def residual_run(comm: MPI.Comm, prefix: str, blocks: int = 0, **settings: Any) -> tuple[np.ndarray, np.ndarray]:
     """Losses and parameters of an ASPQN run on an objective with residuals."""
     loss = burgers()
-    layout = ParameterLayout(loss.parameters, comm, [0] + [loss.size] * comm.size)
+    layout = ParameterLayout(loss.parameters, comm)
     objective = ResidualObjective(loss, layout, blocks=blocks)
     for name, value in settings.items():
         PETSc.Options().setValue(prefix + name, value)

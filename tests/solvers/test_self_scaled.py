@@ -100,7 +100,7 @@ def test_the_two_methods_differ(train: Train) -> None:
 def test_with_blocks_a_run_has_the_same_bits_on_any_number_of_ranks(
     train: Train, solver: str, dtype: str, form: str
 ) -> None:
-    settings = {"blocks": 12, "gathered": True, "matrix_dtype": dtype, "matrix_form": form}
+    settings = {"blocks": 12, "matrix_dtype": dtype, "matrix_form": form}
     together = train(burgers(), solver, 30, **settings)
     alone = train(burgers(), solver, 30, comm=MPI.COMM_SELF, **settings)
     assert together.theta.tobytes() == alone.theta.tobytes()
@@ -207,7 +207,7 @@ def test_where_rounding_shows_the_factor_takes_over(
             kept[iteration] = copied(context.state())
 
     loss = rotated(sum_over_rows)
-    settings = {"blocks": 12, "gathered": True}
+    settings = {"blocks": 12}
     whole = train(loss, "ssbroyden", 90, watch=watch, **settings)
     assert (forms[3], forms[60]) == ("symmetric", "factored")
     assert whole.losses[-1] < 1e-6

@@ -262,7 +262,7 @@ RUNS = {
     "aspqn, overlap": ("aspqn", {"subdomains": 3, "overlap": 1, "additive_step": 0.5}),
     "aspqn, coarse": ("aspqn", {"subdomains": 2, "coarse_step": True, "coarse_steps": 2}),
     "aspqn, random": ("aspqn", {"subdomains": 5, "decomposition": "random"}),
-    "aspqn, petsc": ("aspqn", {"subdomains": 2, "sub_tao_type": "lmvm"}),
+    "aspqn, petsc": ("aspqn", {"subdomains": 2, "sub_tao_type": "ntr"}),
     "mspqn, 2": ("mspqn", {"subdomains": 2, "secant": "half"}),
     "mspqn, kept matrices": ("mspqn", {**DENSE, "sub_matrix_dtype": "float32"}),
     "mspqn, colours": ("mspqn_dense", {"side_by_side": 0}),
@@ -281,8 +281,8 @@ def settings_of(name: str) -> tuple[str, dict[str, Any]]:
 def test_with_blocks_a_run_has_the_same_bits_on_any_number_of_ranks(train: Train, name: str) -> None:
     solver, settings = settings_of(name)
     blocks = 3 if solver == "lbfgs" else 4
-    together = train(burgers(), solver, 3, blocks=blocks, gathered=True, **settings)
-    alone = train(burgers(), solver, 3, comm=MPI.COMM_SELF, blocks=blocks, gathered=True, **settings)
+    together = train(burgers(), solver, 3, blocks=blocks, **settings)
+    alone = train(burgers(), solver, 3, comm=MPI.COMM_SELF, blocks=blocks, **settings)
     assert_same_bits(together, alone)
     assert together.losses[-1] < together.losses[0]
     assert together.total == pytest.approx(alone.total, rel=1e-12)
@@ -293,7 +293,7 @@ def test_without_blocks_a_run_is_the_same_to_rounding(train: Train) -> None:
     loss = burgers(20, 4, 400)
     settings = {"subdomains": 4, "local_steps": 5}
     together = train(loss, "aspqn", 10, **settings)
-    alone = train(loss, "aspqn", 10, comm=MPI.COMM_SELF, blocks=2, gathered=True, **settings)
+    alone = train(loss, "aspqn", 10, comm=MPI.COMM_SELF, blocks=2, **settings)
     assert together.losses == pytest.approx(alone.losses, rel=1e-8)
     assert together.losses[-1] < 0.5 * together.losses[0]
 

@@ -8,6 +8,8 @@ from mpi4py import MPI
 from petsc4py import PETSc
 from scipy import linalg, optimize
 
+from ddml.layout import ParameterLayout
+from ddml.loss import parameter_table
 from solvers.secant_model import SecantModel
 from solvers.subproblem import Spectral, diagonal_step
 
@@ -42,8 +44,12 @@ def dense_minimum(B: np.ndarray, g: np.ndarray, radius: float) -> float:
     return model(-a / (omega + top))
 
 
+def laid(size: int, comm: MPI.Comm) -> ParameterLayout:
+    return ParameterLayout(parameter_table([("x", (size,))]), comm)
+
+
 def distributed(values: np.ndarray, comm: MPI.Comm) -> PETSc.Vec:
-    vec = PETSc.Vec().createMPI(len(values), comm=comm)
+    vec = laid(len(values), comm).vector()
     begin, end = vec.getOwnershipRange()
     vec.setArray(values[begin:end])
     return vec
@@ -54,9 +60,7 @@ def gathered(vec: PETSc.Vec, comm: MPI.Comm) -> np.ndarray:
 
 
 def rows(table: np.ndarray, comm: MPI.Comm) -> np.ndarray:
-    vec = PETSc.Vec().createMPI(len(table), comm=comm)
-    begin, end = vec.getOwnershipRange()
-    vec.destroy()
+    begin, end = laid(len(table), comm).ranges[comm.rank :][:2]
     return table[begin:end]
 
 
@@ -90,7 +94,7 @@ def test_random_matrices(seed: int, comm: MPI.Comm) -> None:
     Psi, M = rng.standard_normal((n, k)), rng.standard_normal((k, k))
     M, gamma = M + M.T, float(rng.choice([1.0, -0.5, 0.0, 0.1, 300.0]))
     B, g = gamma * np.eye(n) + Psi @ M @ Psi.T, rng.standard_normal(n)
-    matrix = Spectral.of(comm, n, gamma, rows(Psi, comm), M)
+    matrix = Spectral.of(laid(n, comm), gamma, rows(Psi, comm), M)
     for radius in (1e-6, 1e-2, 1.0, 1e4):
         check(B, g, radius, solve(matrix, g, radius, comm))
 
@@ -114,7 +118,7 @@ def test_the_hard_case(seed: int, where: str, near: float, comm: MPI.Comm) -> No
     g += near * lowest @ rng.standard_normal(lowest.shape[1])
     B = gamma * np.eye(n) + P @ np.diag(values - gamma) @ P.T
     B = (B + B.T) / 2
-    matrix = Spectral.of(comm, n, gamma, rows(P, comm), np.diag(values - gamma))
+    matrix = Spectral.of(laid(n, comm), gamma, rows(P, comm), np.diag(values - gamma))
     for radius in (0.05, 10.0):
         step, decrease, sigma = solve(matrix, g, radius, comm)
         assert decrease == pytest.approx(-dense_minimum(B, g, radius), rel=1e-12)
@@ -132,11 +136,11 @@ def test_degenerate_problems(comm: MPI.Comm) -> None:
     v, _, decrease = diagonal_step(np.array([-1.0, 2.0]), np.zeros(2), 2.0)
     assert np.abs(v) == pytest.approx([2, 0]) and decrease == pytest.approx(2)
     same = np.ones((6, 3))  # Psi without full rank
-    matrix = Spectral.of(comm, 6, 1.0, rows(same, comm), np.diag([1.0, 2.0, -4.0]))
+    matrix = Spectral.of(laid(6, comm), 1.0, rows(same, comm), np.diag([1.0, 2.0, -4.0]))
     g = np.arange(6.0)
     check(np.eye(6) + same @ np.diag([1.0, 2.0, -4.0]) @ same.T, g, 0.7, solve(matrix, g, 0.7, comm))
     wide = np.random.default_rng(0).standard_normal((2, 5))  # more columns than rows
-    matrix = Spectral.of(comm, 2, 0.5, rows(wide, comm), np.eye(5))
+    matrix = Spectral.of(laid(2, comm), 0.5, rows(wide, comm), np.eye(5))
     check(0.5 * np.eye(2) + wide @ wide.T, g[1:3], 0.1, solve(matrix, g[1:3], 0.1, comm))
 
 
@@ -147,7 +151,7 @@ def test_the_step_is_the_papers_formula_with_its_second_factor(tau: float, comm:
     n, k, gamma = 12, 3, 0.2
     Psi, g, Minv = rng.standard_normal((n, k)), rng.standard_normal(n), 2 * np.eye(k)
     p = -g / tau + Psi @ np.linalg.solve(tau * Minv + Psi.T @ Psi, Psi.T @ g) / tau
-    matrix = Spectral.of(comm, n, gamma, rows(Psi, comm), np.linalg.inv(Minv))
+    matrix = Spectral.of(laid(n, comm), gamma, rows(Psi, comm), np.linalg.inv(Minv))
     step, _, sigma = solve(matrix, g, float(np.linalg.norm(p)), comm)
     assert sigma == pytest.approx(tau - gamma, rel=1e-12)
     assert np.abs(step - p).max() <= 1e-13
@@ -175,7 +179,7 @@ def test_compact_matrices_are_the_updates_one_by_one(kind: str, indefinite: bool
     H = rng.standard_normal((n, n))
     H = H + H.T if indefinite else H @ H.T + np.eye(n)
     pairs = [(s := rng.standard_normal(n) * 10.0 ** rng.integers(-6, 2), H @ s) for _ in range(7)]
-    model, stored = SecantModel(m, kind), []
+    model, stored = SecantModel(m, kind, laid(n, comm)), []
     gamma = 0.0
     for s, y in pairs:
         vectors = distributed(s, comm), distributed(y, comm)
@@ -188,7 +192,7 @@ def test_compact_matrices_are_the_updates_one_by_one(kind: str, indefinite: bool
     S, Y = (np.column_stack([pair[i] for pair in stored[-m:]]) for i in (0, 1))
     B = dense_updates(kind, S, Y, gamma)
     x, product = distributed(pairs[0][0], comm), distributed(pairs[0][0], comm)
-    matrix = model.matrix(comm, x)
+    matrix = model.matrix()
     for e in np.eye(n):
         begin, end = x.getOwnershipRange()
         x.setArray(e[begin:end])
@@ -221,7 +225,7 @@ def test_ksp_agrees_where_both_apply(ksp_type: str, definite: bool, radius: floa
     n, k = 20, 5
     Psi, g = rng.standard_normal((n, k)), rng.standard_normal(n)
     M = np.diag([1.0, 2.0, 0.5, 3.0, 1.0 if definite else -0.7])
-    spectral = Spectral.of(comm, n, 1.0, rows(Psi, comm), M)
+    spectral = Spectral.of(laid(n, comm), 1.0, rows(Psi, comm), M)
     exact, decrease, _ = solve(spectral, g, radius, comm)
     vec, p = distributed(-g, comm), distributed(g, comm)
     local = vec.getLocalSize()

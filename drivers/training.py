@@ -42,8 +42,8 @@ OPTIONS = (
     Option("device", "cpu", "Where torch computes, as in cpu or cuda; parameters are kept on the host."),
     Option("chunk", 0, "Points that go through the network at a time; 0: what suits the evaluator.", minimum=0),
     Option("summation_blocks", None, "Blocks of points whose sums are added in a fixed order, so that a run is the "
-           "same to the last bit on any number of ranks; no more ranks than blocks are busy; 0 sums by ranks (default: 8 "
-           "to 512, by what an evaluation costs; 0 above -summation_limit).", kind=int, minimum=0),
+           "same to the last bit on any number of ranks; no more ranks than blocks are busy; 0 sums by ranks (default: "
+           "8 to 512, by what an evaluation costs; 0 above -summation_limit).", kind=int, minimum=0),
     Option("summation_limit", 1_000_000, "Parameters above which sums go by ranks.", minimum=0),
     Option("threads", 1, "Threads of torch on each rank.", minimum=1),
     Option("view", False, "Print the solver and the split of the parameters."),

@@ -140,6 +140,33 @@ def test_hard_periodicity_is_exact() -> None:
     assert ends[0, 0] == pytest.approx(ends[1, 0], abs=1e-12)
 
 
+class ShiftedHeat(users.Heat):
+    """The same, its functions changing their coordinates in place."""
+
+    def embed(self, t, x):
+        t *= 1.0
+        return t, x
+
+    def lift(self, t, x):
+        x -= 0.5
+        return torch.cos(torch.pi * x)
+
+    def factor(self, t, x):
+        x -= 0.5
+        return t * (0.25 - x * x)
+
+
+def test_functions_may_change_their_coordinates_in_place() -> None:
+    expected, loss = make_loss(users.Heat()), make_loss(ShiftedHeat())
+    theta = torch.randn(loss.size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert loss.value(theta) == pytest.approx(expected.value(theta), rel=1e-10)
+    points = np.random.default_rng(0).random((50, 2))
+    given = points.copy()
+    for _ in range(2):
+        np.testing.assert_allclose(loss.fields(theta, given), expected.fields(theta, points), atol=1e-12)
+    np.testing.assert_array_equal(given, points)
+
+
 def test_lift_and_factor_enter_the_derivatives_by_the_product_rule() -> None:
     """Second derivatives of lift + factor * network against nested autograd of the whole."""
     problem = users.Heat()

@@ -41,7 +41,7 @@ _REASONS = {
     PETSc.TAO.ConvergedReason.CONVERGED_GATOL: "the gradient is below tao_gatol",
     PETSc.TAO.ConvergedReason.CONVERGED_GRTOL: "the gradient is below tao_grtol",
     PETSc.TAO.ConvergedReason.CONVERGED_GTTOL: "the gradient is below tao_gttol",
-    PETSc.TAO.ConvergedReason.CONVERGED_STEPTOL: "the step is below tao_steptol",
+    PETSc.TAO.ConvergedReason.CONVERGED_STEPTOL: "the step is below tao_steptol, or what is left to gain is rounding",
     PETSc.TAO.ConvergedReason.CONVERGED_MINF: "the loss is below tao_fmin",
     PETSc.TAO.ConvergedReason.DIVERGED_MAXITS: "max_it is reached",
     PETSc.TAO.ConvergedReason.DIVERGED_MAXFCN: "the limit of evaluations is reached",

@@ -69,8 +69,10 @@ def main(comm: MPI.Comm) -> int:
     fmin = 1e-9 if settings.solver in ("lbfgs", "aspqn", "mspqn") else 0.0  # the paper's
     made = training.Training(comm, settings, loss, chosen, ResidualObjective, fmin)
     with agreed(comm), plugins.blamed(settings.problem, PROBLEMS, "problem"):
-        error = SolutionError(loss, comm, settings.error_points)
-        fresh = collocation.FreshLoss(loss, comm, settings.test_points, settings.seed) if settings.test_points else None
+        error = SolutionError(loss, comm, settings.error_points, made.blocks)
+        fresh = None
+        if settings.test_points:
+            fresh = collocation.FreshLoss(loss, comm, settings.test_points, settings.seed, made.blocks)
     moving = None
     if settings.resample != "never":
         moving = collocation.MovingPoints(made.objective, settings, settings.seed)

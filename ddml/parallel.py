@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -19,6 +19,22 @@ from .errors import CollectiveError, InputError
 def split(count: int, parts: int) -> list[int]:
     """Boundaries (parts + 1) of ``parts`` contiguous ranges of ``range(count)``, sizes differing by at most one."""
     return [count * i // parts for i in range(parts + 1)]
+
+
+def own(count: int, comm: MPI.Comm, blocks: int = 0) -> list[slice]:
+    """This rank's share of ``blocks`` contiguous parts of ``range(count)``; 0: one part a rank."""
+    edges = split(count, blocks or comm.size)
+    mine = split(len(edges) - 1, comm.size)
+    return [slice(edges[i], edges[i + 1]) for i in range(mine[comm.rank], mine[comm.rank + 1])]
+
+
+def summed(comm: MPI.Comm, found: Sequence[Sequence[float]]) -> NDArray[np.float64]:
+    """The sums (k,) over the parts of :func:`own`, in their order, of k numbers for each of this rank's. Collective."""
+    rows = [row for here in comm.allgather(found) for row in here]
+    total = np.zeros(len(rows[0]))
+    for row in rows:  # one by one: numpy's sums are in an order of their own
+        total += row
+    return total
 
 
 @contextmanager

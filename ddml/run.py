@@ -23,7 +23,7 @@ from .parallel import Interrupted, cause
 from .state import vectors_in
 
 OPTIONS = (
-    Option("max_it", 1000, "Outer iterations in all, restarts included.", minimum=0),
+    Option("max_it", 1000, "Outer iterations in all, restarts included.", minimum=1),
     Option("max_work", math.inf, "Stop when this many work units are spent.", above=0.0),
     Option("max_time", math.inf, "Stop after this many seconds, restarts included.", above=0.0),
     Option("target_error", 0.0, "Stop when the relative error is below this.", minimum=0.0),
@@ -41,7 +41,7 @@ _REASONS = {
     PETSc.TAO.ConvergedReason.CONVERGED_GATOL: "the gradient is below tao_gatol",
     PETSc.TAO.ConvergedReason.CONVERGED_GRTOL: "the gradient is below tao_grtol",
     PETSc.TAO.ConvergedReason.CONVERGED_GTTOL: "the gradient is below tao_gttol",
-    PETSc.TAO.ConvergedReason.CONVERGED_STEPTOL: "the step is below tao_steptol",
+    PETSc.TAO.ConvergedReason.CONVERGED_STEPTOL: "the step is below tao_steptol, or what is left to gain is rounding",
     PETSc.TAO.ConvergedReason.CONVERGED_MINF: "the loss is below tao_fmin",
     PETSc.TAO.ConvergedReason.DIVERGED_MAXITS: "max_it is reached",
     PETSc.TAO.ConvergedReason.DIVERGED_MAXFCN: "the limit of evaluations is reached",
@@ -115,6 +115,11 @@ class Run:
         What gives the objective other samples between iterations, if anything does.
     shown
         The history column that is shown beside the loss.
+
+    Raises
+    ------
+    InputError
+        Files that are not there, exist already or are of other runs; no iteration left for a solver that begins afresh.
     """
 
     def __init__(
@@ -153,7 +158,12 @@ class Run:
             checkpoint.check_writable(self.output, self.comm)
         if settings.restart is not None:
             self._load(settings.restart)
-        tao.setMaximumIterations(max(settings.max_it - self.offset, 0))
+        if settings.max_it <= self.offset:
+            raise InputError(
+                f"option -max_it must be more than {self.offset}, where this solver begins in "
+                f"{settings.restart}; got {settings.max_it}"
+            )
+        tao.setMaximumIterations(settings.max_it - self.offset)
         tao.setMonitor(self._monitor)
         self._event = PETSc.Log.Event("ddml checkpoint")
 
@@ -201,6 +211,8 @@ class Run:
             and header.attributes.get("solver") == self.attributes["solver"]
         ):
             self.context.resume(state["solver"])
+            # the solver's own numbers, where it once began afresh from a file of another
+            self.offset = self.first_iteration - int(state["solver"].get("iteration", self.first_iteration))
         else:
             for vec in vectors_in(state["solver"], "solver", self.x).values():
                 vec.destroy()

@@ -69,8 +69,10 @@ def main(comm: MPI.Comm) -> int:
     fmin = 1e-9 if settings.solver in ("lbfgs", "aspqn", "mspqn") else 0.0  # the paper's
     made = training.Training(comm, settings, loss, chosen, ResidualObjective, fmin)
     with agreed(comm), plugins.blamed(settings.problem, PROBLEMS, "problem"):
-        error = SolutionError(loss, comm, settings.error_points)
-        fresh = collocation.FreshLoss(loss, comm, settings.test_points, settings.seed) if settings.test_points else None
+        error = SolutionError(loss, comm, settings.error_points, made.blocks)
+        fresh = None
+        if settings.test_points:
+            fresh = collocation.FreshLoss(loss, comm, settings.test_points, settings.seed, made.blocks)
     moving = None
     if settings.resample != "never":
         moving = collocation.MovingPoints(made.objective, settings, settings.seed)
@@ -129,15 +131,28 @@ def header(settings: Any, loss: PDELoss, network: str, summation: str) -> str:
     moving = ""
     if settings.resample != "never":
         moving = f", the interior ones new every {settings.resample_interval} iterations ({settings.resample})"
-    compiled = "" if len(loss.programs) < len(loss.problem_terms) else ", residuals compiled"
     return (
         f"problem {settings.problem}, {loss.count} points ({terms}){moving}\n"
         f"network {network}, {loss.size} parameters, {settings.dtype} on {settings.device},"
-        f" {loss.evaluator!r} with derivatives up to order {max(len(i) for i in loss.indices)}{compiled}\n"
+        f" {loss.evaluator!r} with derivatives up to order {max(len(i) for i in loss.indices)}\n"
+        f"{residuals(loss)}\n"
         f"solver {settings.solver} {summation}\n"
         + (f"{decompose(settings, loss)!r}\n" if hasattr(solver_class(settings.solver), "decompose") else "")
         + ("" if settings.device != "cpu" or kernels.library() is not None else WITHOUT_KERNELS)
     ).rstrip()
+
+
+def residuals(loss: PDELoss) -> str:
+    """Which terms the kernels evaluate, and which torch and why."""
+    if not loss.in_torch:
+        return "residuals compiled"
+    reasons = set(loss.in_torch.values())
+    if not loss.programs and len(reasons) == 1:
+        return f"residuals in torch ({reasons.pop()})"
+    terms = loss.problem_terms
+    compiled = ", ".join(terms[i].label for i in loss.programs)
+    others = ", ".join(f"{terms[i].label} ({why})" for i, why in loss.in_torch.items())
+    return f"residuals compiled: {compiled or 'none'}; in torch: {others}"
 
 
 def coefficients(loss: PDELoss, run: ddml.run.Run) -> dict[str, str]:

@@ -53,7 +53,7 @@ class Solver(ABC):
     saved: ClassVar[Sequence[str]] = ()
     moves_points: ClassVar[int] = 0
     measures_error: ClassVar[int] = 1
-    failure: ClassVar[int] = PETSc.TAO.ConvergedReason.DIVERGED_LS_FAILURE
+    failure: int = PETSc.TAO.ConvergedReason.DIVERGED_LS_FAILURE
 
     def __init__(self) -> None:
         self.settings = SimpleNamespace(**{o.name: o.default for o in self.options})

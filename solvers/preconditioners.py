@@ -211,7 +211,8 @@ def distributed(objective: Objective, values: Array) -> PETSc.Vec:
 def cholesky(matrix: Array, damping: float) -> Array:
     """The lower Cholesky factor of matrix + damping * I, of which the lower triangle is given.
 
-    Where rounding has left it indefinite, the damping is raised to some roundings of the largest diagonal entry.
+    Where rounding has left it indefinite, the damping is raised to some roundings of the largest diagonal entry; a
+    matrix without scale, zero, becomes I.
     """
     shift = damping
     while True:
@@ -222,4 +223,7 @@ def cholesky(matrix: Array, damping: float) -> Array:
         except linalg.LinAlgError:
             if not np.isfinite(matrix).all():
                 return np.full_like(matrix, np.nan)  # and what it solves is refused, on every rank
-            shift = max(10 * shift, 10 * np.finfo(float).eps * float(np.abs(matrix.diagonal()).max()))
+            scale = float(np.abs(matrix.diagonal()).max()) or float(np.abs(np.tril(matrix)).max())
+            if scale == 0:
+                return np.eye(len(matrix), order="F")
+            shift = max(10 * shift, 10 * np.finfo(float).eps * scale, np.finfo(float).tiny)

@@ -19,7 +19,9 @@ Array = NDArray[np.float64]
 class SecantModel:
     r"""The last m secant pairs (s, y) and B = gamma I + Psi M Psi^T from them.
 
-    With S, Y the pairs in columns, S^T Y = L + D + U and gamma = y^T y / s^T y of the newest pair with s^T y > 0:
+    With S, Y the pairs in columns, S^T Y = L + D + U and gamma = y^T y / s^T y of the newest pair with
+    s^T y > 1e-8 \|s\| \|y\| (without that bound, our choice for ``sr1``, gamma may be so large that rounding in
+    Psi swallows y):
 
     - ``sr1``: Psi = Y - gamma S, M = (D + L + L^T - gamma S^T S)^-1 (Byrd, Nocedal, Schnabel 1994, theorem 5.1). A
       pair takes part if \|s^T (y - B s)\| >= 1e-8 \|s\| \|y - B s\|, with B that of the pairs before it.
@@ -57,7 +59,8 @@ class SecantModel:
         """Store copies of a pair and forget the oldest beyond m; False if it is not stored."""
         curvature, length = s.dot(y), s.norm()
         scale = length * y.norm()
-        if self.size == 0 or not scale > 0 or (self.kind == "lbfgs" and not curvature > self.SKIP * scale):
+        curved = curvature > self.SKIP * scale
+        if self.size == 0 or not scale > 0 or (self.kind == "lbfgs" and not curved):
             return False
         while len(self) >= self.size:
             self.S.pop(0).destroy()
@@ -66,7 +69,7 @@ class SecantModel:
         for vec, vectors in ((s, self.S), (y, self.Y)):
             vectors.append(vec.copy())
             vectors[-1].scale(1 / length)
-        if curvature > 0 and self.metric is None:
+        if curved and self.metric is None:
             self.gamma = y.dot(y) / curvature
         return True
 

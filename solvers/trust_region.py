@@ -22,10 +22,13 @@ from . import radius
 from .base import Solver
 from .line_search import SearchResult
 from .models import FirstOrder, Model, Products, Secant
-from .radius import BOUNDARY, SMALLEST, TrustRadius, complaint
+from .radius import BOUNDARY, ROUNDINGS, SMALLEST, TrustRadius, complaint
 
 # our choice: a local solve ends when less than this part of its budget is left
 LITTLE = 0.01
+
+# our choice: curvature of the loss, in the norm of the radius, up to which a run is known to have come to rounding
+STEEP = 5000.0
 
 OPTIONS = (
     Option("model", "first", "Of the loss in the trust region: first order, secant pairs, exact Hessian products, or "
@@ -88,7 +91,10 @@ class TrustRegion(Solver):
     learn S and the change over it of the gradient of the samples that are in both batches (Berahas, Nocedal, Takac
     2016).
 
-    A run ends where delta is below 1e-14: no step decreases the loss.
+    A run ends where delta is below 1e-14: no step decreases the loss. With d the slope of the model along its step and
+    e as in :class:`solvers.radius.TrustRadius`, a loss of curvature c can decrease by d^2 / 2c: where that is at most e
+    with c = 5,000 (our choice), what is left to gain is lost in rounding and the run has converged; elsewhere it has
+    failed, as it does on wrong gradients.
 
     Models of second order need a norm that comes from a product, the 2-norm or that of K-FAC
     (:class:`ddml.kfac.KroneckerNorm`), which is measured anew on each batch: in the others the subproblem is a hard
@@ -244,6 +250,8 @@ class TrustRegion(Solver):
             room = self.budget - self.norm(s)
             delta = min(delta, room if room > LITTLE * self.budget else 0.0)
         if not delta >= SMALLEST:
+            if not self.radius.value >= SMALLEST:
+                self.failure = self._ending(x)
             return SearchResult(self.f, 0.0, False)
         predicted, length = self.model.step(x, self.g, delta, s)
         trial.waxpy(1.0, x, s)
@@ -260,3 +268,12 @@ class TrustRegion(Solver):
             trial_g.copy(self.g)
         self.norm.aged(x)
         return SearchResult(value, length, True) if accepted else SearchResult(self.f, 0.0, True)
+
+    def _ending(self, x: PETSc.Vec) -> int:
+        """PETSc's reason where no step from x decreases the loss: whether rounding hides what is left to gain."""
+        predicted, length = self.model.step(x, self.g, SMALLEST, self.vectors["s"])
+        slope = predicted / length if length > 0 else 0.0
+        e = ROUNDINGS * self.radius.eps * max(1.0, abs(self.f))
+        hidden = slope**2 <= 2 * STEEP * e
+        reasons = PETSc.TAO.ConvergedReason
+        return int(reasons.CONVERGED_STEPTOL if hidden else reasons.DIVERGED_TR_REDUCTION)

@@ -10,7 +10,7 @@ from .. import kronecker
 from ..costs import suitable_batch
 from ..errors import InputError
 from ..loss import ModuleLoss
-from ..parallel import split
+from ..parallel import own, summed
 from ..sample_sets import SampleSet
 from ..scaled import Samples
 
@@ -98,11 +98,8 @@ class TestSet:
 
     def __init__(self, loss: ClassificationLoss, samples: Samples, comm: MPI.Comm, blocks: int = 0) -> None:
         self.comm, self.count = comm, len(samples)
-        edges = split(self.count, blocks or comm.size)
-        mine = split(len(edges) - 1, comm.size)
         self.parts = [
-            loss.on(samples.part(edges[i], edges[i + 1]), 1 / self.count)
-            for i in range(mine[comm.rank], mine[comm.rank + 1])
+            loss.on(samples.part(part.start, part.stop), 1 / self.count) for part in own(self.count, comm, blocks)
         ]
 
     def __call__(self, theta: Tensor) -> dict[str, float]:
@@ -110,16 +107,13 @@ class TestSet:
 
         A sample with an output that is not finite counts as wrong; of equal outputs the first decides.
         """
-        values, right = [], 0
+        found = []
         for part in self.parts:
-            value = 0.0
+            loss, right = 0.0, 0
             for outputs, targets in part.outputs(theta.to(device=part.device, dtype=part.dtype)):
-                value += float(part.criterion(outputs, targets).sum() * part.weight)
+                loss += float(part.criterion(outputs, targets).sum() * part.weight)
                 hits = (outputs.argmax(dim=1) == targets) & outputs.isfinite().all(dim=1)
                 right += int(hits.sum())
-            values.append(value)
-        gathered = self.comm.allgather((values, right))
-        return {
-            "accuracy": sum(r for _, r in gathered) / self.count,
-            "test_loss": sum((v for here, _ in gathered for v in here), 0.0),
-        }
+            found.append([loss, right])
+        totals = summed(self.comm, found)
+        return {"accuracy": float(totals[1]) / self.count, "test_loss": float(totals[0])}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..objective import Objective
 from ..options import Option
-from ..parallel import split
+from ..parallel import own, split, summed
 from .pde import Array, Interior
 from .pde_loss import PDELoss
 
@@ -114,16 +114,18 @@ class FreshLoss:
         Ranks that share the points.
     count, seed
         Scrambled Sobol points, and their seed.
+    blocks
+        As in :class:`ddml.objective.Objective`: what is summed in a fixed order is the same on any number of ranks to
+        the last bit.
     """
 
-    def __init__(self, loss: PDELoss, comm: MPI.Comm, count: int, seed: int) -> None:
+    def __init__(self, loss: PDELoss, comm: MPI.Comm, count: int, seed: int, blocks: int = 0) -> None:
         self.comm = comm
         terms = [i for i, term in enumerate(loss.problem_terms) if isinstance(term.where, Interior)]
         whole = loss.with_points({i: sobol(count, loss.problem.bounds, seed + i) for i in terms})
-        edges = split(whole.count, comm.size)
-        self.part = whole.part(edges[comm.rank], edges[comm.rank + 1])
+        self.parts = [whole.part(part.start, part.stop) for part in own(whole.count, comm, blocks)]
 
     def __call__(self, theta: Tensor) -> dict[str, float]:
         """The column ``test_loss``. Collective."""
-        theta = theta.to(device=self.part.device, dtype=self.part.dtype)
-        return {"test_loss": float(self.comm.allreduce(self.part.value(theta)))}
+        found = [[part.value(theta.to(device=part.device, dtype=part.dtype))] for part in self.parts]
+        return {"test_loss": float(summed(self.comm, found)[0])}

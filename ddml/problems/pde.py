@@ -103,7 +103,8 @@ class PDE:
         Default network size.
     compiled : bool
         Whether residuals may be traced once and run by the compiled kernels: they must depend on their
-        arguments only. False for those that count their calls, say.
+        arguments and on numbers that do not change. False for those that count their calls, say. Torch evaluates those
+        that compute outside torch, or take numbers for each point from elsewhere, whatever this says.
     """
 
     domain: Mapping[str, tuple[float, float]]

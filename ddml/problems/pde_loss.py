@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import InputError
@@ -27,6 +28,25 @@ from .program import NotElementwise, Prepared, Program
 BLOCK = 5e5, 170.0
 
 _Leaves = dict[tuple[int, int, int], Tensor]  # by position of the derivative, side and field
+
+# points of a term on which its residual is traced, and on which it is checked (our choice)
+TRACED, CHECKED = 16, 64
+
+
+def rows_to_trace(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Numbers of points, of ``count``, on which to trace a residual and on which to check it.
+
+    One at random of each of equal parts of the set, a fifth of them for the trace: at equal distances the points of a
+    Hammersley set may have nearly one value of a coordinate. Few points are all checked.
+    """
+    parts = TRACED + CHECKED
+    if count < parts:
+        every = np.arange(count)
+        return np.resize(every, TRACED), every
+    edges = np.arange(parts + 1) * count // parts
+    rows = np.random.default_rng(0).integers(edges[:-1], edges[1:])
+    chosen = np.arange(TRACED) * parts // TRACED
+    return rows[chosen], np.delete(rows, chosen)
 
 
 class PDELoss(ResidualLoss):
@@ -47,6 +67,13 @@ class PDELoss(ResidualLoss):
 
     The parameters are the network's and behind them the problem's coefficients, which belong to
     the last layer. Samples are numbered term by term.
+
+    Attributes
+    ----------
+    programs : mapping of numbers of terms to Program
+        Residuals that the compiled kernels evaluate.
+    in_torch : mapping of numbers of terms to str
+        Why torch evaluates the others, in a few words.
 
     Raises
     ------
@@ -93,8 +120,12 @@ class PDELoss(ResidualLoss):
             for i, (term, (x, data)) in enumerate(zip(self.problem_terms, sets, strict=True))
         ]
         self.programs: dict[int, Program] = {}
+        self.in_torch: dict[int, str] = {}
         for number, made in enumerate(self.sets):
-            self._compile(number, made)
+            try:
+                self.programs[number] = self._compiled(number, made)
+            except NotElementwise as reason:
+                self.in_torch[number] = str(reason)
         self._finish()
 
     def _finish(self) -> None:
@@ -109,24 +140,42 @@ class PDELoss(ResidualLoss):
         mix = [] if points.mix is None else [points.mix[k, j, :, 0, f] for k, j, f in self.rule]
         return [*points.coordinates, *points.data.values(), *lift, *mix]
 
-    def _compile(self, number: int, points: TermPoints) -> None:
-        """Have the kernels evaluate a term, if they know the network and all that its residual does."""
-        if (
-            not self.problem.compiled
-            or not isinstance(self.evaluator, CompiledJets)
-            or points.inputs.shape[2] == 2
-            or len(points) == 0
-        ):
-            return
-        few = points.rows(slice(0, 16))
+    def _compiled(self, number: int, points: TermPoints) -> Program:
+        """A term's residual for the kernels, traced on some points and checked on others.
+
+        Raises
+        ------
+        NotElementwise
+            If the kernels do not know the network or something that the residual does: torch evaluates it.
+        """
+        if not self.problem.compiled:
+            raise NotElementwise("compiled = False")
+        if not isinstance(self.evaluator, CompiledJets):
+            raise NotElementwise("as the network is")
+        if points.inputs.shape[2] == 2:
+            raise NotElementwise("periodic pairs")
+        if len(points) == 0:
+            raise NotElementwise("no points")
+        traced, checked = (points.rows(torch.from_numpy(rows)) for rows in rows_to_trace(len(points)))
+        try:
+            program = self._trace(number, traced)
+            if not self._agrees(number, program, checked):
+                raise NotElementwise("other values than in torch on points that were not traced")
+        except NotElementwise:
+            raise
+        except Exception as error:  # of the user's code, or of torch on what the code does there
+            raise NotElementwise(f"{type(error.__cause__ or error).__name__} in the trace") from error
+        return program
+
+    def _trace(self, number: int, points: TermPoints) -> Program:
         places = [(k, f) for k in range(len(self.indices)) for f in range(len(self.problem.fields))]
         names = list(points.data)
 
         def residual(fixed: list[Tensor], jets: list[Tensor], coefficients: list[Tensor]) -> list[Tensor]:
             coordinates, fixed = fixed[: len(self.problem.domain)], fixed[len(self.problem.domain) :]
             data, fixed = dict(zip(names, fixed, strict=False)), fixed[len(names) :]
-            lift = dict(zip(places, fixed, strict=False)) if few.lift is not None else {}
-            mix = dict(zip(self.rule, fixed[len(lift) :], strict=True)) if few.mix is not None else {}
+            lift = dict(zip(places, fixed, strict=False)) if points.lift is not None else {}
+            mix = dict(zip(self.rule, fixed[len(lift) :], strict=True)) if points.mix is not None else {}
             network = dict(zip(places, jets, strict=True))
 
             def get(index: Index, f: int, side: int) -> Tensor:
@@ -139,23 +188,22 @@ class PDELoss(ResidualLoss):
 
             return self._residual(self.problem_terms[number], get, coordinates, data, coefficients, len(jets[0]), False)
 
-        try:
-            program = Program(residual, self._fixed(few), places, len(self.coefficients))
-            alone, compiled = self._with([few]), self._with([few])
-            compiled.programs = {number: program}
-            found = []
-            for loss in (alone, compiled):
-                gradient = torch.zeros(self.size, dtype=self.dtype)
-                found.append((loss.value_gradient(self.initial(), gradient), gradient))
-        except (NotElementwise, InputError, RuntimeError):
-            return  # torch evaluates this term
+        return Program(residual, self._fixed(points), places, len(self.coefficients))
+
+    def _agrees(self, number: int, program: Program, points: TermPoints) -> bool:
+        """Whether a program gives torch's loss and gradient at the initial parameters, up to rounding."""
+        torchs, compiled = self._with([points]), self._with([points])
+        torchs.programs, compiled.programs = {}, {number: program}
+        theta, found = self.initial(), []
+        for loss in (torchs, compiled):
+            gradient = torch.zeros(self.size, dtype=self.dtype)
+            found.append((loss.value_gradient(theta, gradient), gradient))
         tolerance = 1e3 * torch.finfo(self.dtype).eps
-        (value, gradient), (expected, expected_gradient) = found[1], found[0]
+        (expected, expected_gradient), (value, gradient) = found
         difference = float((gradient - expected_gradient).abs().max())
-        if abs(value - expected) <= tolerance * expected and difference <= tolerance * float(
+        return abs(value - expected) <= tolerance * expected and difference <= tolerance * float(
             expected_gradient.abs().max()
-        ):
-            self.programs[number] = program
+        )
 
     def _layers(self) -> None:
         numbers = {p.name: i for i, p in enumerate(self.parameters)}
@@ -179,17 +227,21 @@ class PDELoss(ResidualLoss):
         self.layers = tuple(tuple(g) for g in groups)
 
     def _dry_run(self, term: Term, x: Array, data: dict[str, Array]) -> set[Index]:
-        """The derivatives that a term asks for; also checks the user's code on a few points."""
+        """The derivatives that a term asks for; also checks the user's code on the first, a middle and the last point.
+
+        Fields and coefficients are to be differentiated, as in a gradient: code that changes them in place is refused.
+        """
         asked: set[Index] = set()
-        probe = torch.as_tensor(x[:3], dtype=self.dtype, device=self.device)
-        count = len(probe)
+        rows = sorted({0, len(x) // 2, max(len(x) - 1, 0)}) if len(x) else []
+        tensor = partial(torch.tensor, dtype=self.dtype, device=self.device)
+        probe, count = tensor(x[rows]), len(rows)
 
         def get(index: Index, f: int, side: int) -> Tensor:
             asked.add(index)
-            return torch.full((count,), 0.5, dtype=self.dtype, device=self.device)
+            return tensor([0.5] * count).requires_grad_()
 
-        values = {name: torch.as_tensor(v[:3], dtype=self.dtype, device=self.device) for name, v in data.items()}
-        coefficients = [torch.tensor(v, dtype=self.dtype) for v in self.problem.coefficients.values()]
+        values = {name: tensor(v[rows]) for name, v in data.items()}
+        coefficients = [tensor(v).requires_grad_() for v in self.problem.coefficients.values()]
         self._residual(term, get, probe[:, 0].T, values, coefficients, count, probe.shape[1] == 2)
         return asked
 
@@ -210,7 +262,7 @@ class PDELoss(ResidualLoss):
         named = dict(zip(self.coefficients, coefficients, strict=True))
         try:
             result = term.residual(*fields, *coordinates, **named, **data)
-        except InputError:
+        except (InputError, NotElementwise):
             raise
         except Exception as error:
             raise InputError(f"term {term.label} raised {type(error).__name__}: {error}") from error
@@ -356,8 +408,15 @@ class PDELoss(ResidualLoss):
         def get(index: Index, f: int, side: int) -> Tensor:
             return fields[self.position[index], :, side, f]
 
+        return self._residual_at(chunk, get, coefficients)
+
+    def _residual_at(
+        self, chunk: TermPoints, get: Callable[..., Tensor], coefficients: Sequence[Tensor]
+    ) -> list[Tensor]:
+        # copies: code that changes its arguments in place, as in x -= 0.5, would move the points
+        data = {name: values.clone() for name, values in chunk.data.items()}
         return self._residual(
-            self.problem_terms[chunk.term], get, chunk.coordinates, chunk.data, coefficients,
+            self.problem_terms[chunk.term], get, chunk.coordinates.clone(), data, coefficients,
             len(chunk), chunk.inputs.shape[2] == 2,
         )  # fmt: skip
 
@@ -402,10 +461,7 @@ class PDELoss(ResidualLoss):
                 leaves[key] = fields[key[0], :, side, f].detach().requires_grad_()
             return leaves[key]
 
-        return self._residual(
-            self.problem_terms[chunk.term], get, chunk.coordinates, chunk.data, coefficients,
-            len(chunk), chunk.inputs.shape[2] == 2,
-        ), leaves  # fmt: skip
+        return self._residual_at(chunk, get, coefficients), leaves
 
     def _adjoint(self, chunk: TermPoints, leaves: Iterable[tuple[int, int, int]], gradients: Sequence[Any]) -> Tensor:
         """The adjoint (K, N * G, F) of the network's jets from that of the residual's arguments."""
@@ -514,11 +570,10 @@ class PDELoss(ResidualLoss):
         self.plain.bind(theta)
         result = []
         for piece in x.split(4 * self.chunk):
-            columns = list(piece.T)
-            inputs = torch.stack(tuple(self.problem.embed(*columns)), dim=1)
+            inputs = torch.stack(tuple(self.problem.embed(*piece.T.clone())), dim=1)
             value = self.plain.forward(inputs[None])[0]
             for function, combine in ((self.problem.factor, torch.mul), (self.problem.lift, torch.add)):
-                term = function(*columns)
+                term = function(*piece.T.clone())
                 term = torch.stack(term, dim=1) if isinstance(term, tuple) else term[:, None]
                 value = combine(value, term)
             result.append(value.to(torch.float64).cpu().clone())

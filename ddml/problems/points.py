@@ -64,7 +64,7 @@ def term_points(
 
     def jets(function: Callable[..., Any], width: int | None) -> Tensor:
         def columns(p: Tensor) -> Tensor:
-            value = function(*p.T)
+            value = function(*(c.clone() for c in p.T))  # copies: it may change them in place
             parts = list(value) if isinstance(value, tuple | list) else [value]
             parts = parts * width if width and len(parts) == 1 else parts
             shaped = all(isinstance(v, Tensor) and v.shape == p.shape[:1] for v in parts)

@@ -3,7 +3,8 @@
 The user's residual is ordinary torch code. It is traced once, with its backward pass; what depends on the
 coordinates alone is computed by torch for each point and given to the code as arrays, the rest becomes
 operations on numbered values (``program`` in ``ddml/kernels/jets.c``). Residuals that use anything but
-elementwise arithmetic, or whose control flow looks at values, stay in torch.
+elementwise arithmetic, that read the values of a tensor (to branch on them, or to compute in numpy), or that
+use a tensor of more than one number from elsewhere, stay in torch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -23,6 +25,13 @@ _CODES = ("ADD", "SUB", "MUL", "DIV", "NEG", "WHERE", "GT", "GE", "LT", "LE", "E
           "SIN", "COS", "EXP", "LOG", "SINH", "COSH")  # fmt: skip
 _ELEMENTWISE = {code.lower(): code for code in _CODES} | {"rsub": "SUB", "sign": "SGN"}
 _SAME = {"detach", "alias", "clone", "lift_fresh_copy", "lift_fresh", "_to_copy", "view", "expand", "squeeze"}
+
+# methods of tensors through which numbers leave torch; what is computed from them cannot be traced
+_READS = {"numpy", "tolist", "item", "data_ptr", "storage", "untyped_storage"} | {
+    f"__{name}__"
+    for name in ("array", "dlpack", "float", "int", "index", "bool", "complex", "contains", "format", "repr",
+                 "deepcopy", "reduce_ex")
+}  # fmt: skip
 
 
 class _Operation(ctypes.Structure):
@@ -39,7 +48,7 @@ class _Program(ctypes.Structure):
 
 
 class NotElementwise(Exception):
-    """The traced code is not a sequence of operations that the kernels know."""
+    """The traced code is not a sequence of operations that the kernels know; the text says why in a few words."""
 
 
 class _Node:
@@ -75,18 +84,50 @@ class _Trace(TorchDispatchMode):  # type: ignore[misc]
             self.nodes[id(tensor)].fixed = True
 
     def node(self, value: Any) -> Any:
-        """The node of a tensor; other values as they are."""
+        """The node of a tensor; other values as they are.
+
+        A tensor that nothing in the trace has made is one number, the same at all points.
+
+        Raises
+        ------
+        NotElementwise
+            If such a tensor has more: they may belong to the points of the trace.
+        """
         if not isinstance(value, Tensor):
             return value
-        return self.nodes.setdefault(id(value), _Node(value))
+        if id(value) not in self.nodes:
+            if value.numel() != 1:
+                raise NotElementwise("a tensor from elsewhere")
+            self.nodes[id(value)] = _Node(value)
+        return self.nodes[id(value)]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
         arguments, keywords = tree_map(self.node, (list(args), kwargs or {}))
-        if function._schema.is_mutable or not isinstance(result, Tensor):
-            raise NotElementwise(f"operation {function}")
-        self.nodes[id(result)] = _Node(result, function, arguments, keywords)
+        if function._schema.is_mutable:
+            raise NotElementwise("a change in place")
+        if torch.Tag.nondeterministic_seeded in function.tags:
+            raise NotElementwise("random numbers")
+        result = function(*args, **(kwargs or {}))
+        node = _Node(result, function, arguments, keywords)
+        if not isinstance(result, Tensor):
+            raise NotElementwise(f"operation {node.name}")
+        self.nodes[id(result)] = node
         return result
+
+    def check_constants(self) -> None:
+        """Raise NotElementwise if a tensor that no input enters has different numbers, as ``torch.linspace`` has."""
+        for node in self.nodes.values():
+            if not node.moving and not node.fixed and not bool((node.result == node.result.flatten()[:1]).all()):
+                raise NotElementwise(f"different numbers from {node.name}")
+
+
+class _Closed(TorchFunctionMode):  # type: ignore[misc]
+    """Refuses to take numbers out of tensors."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") in _READS:
+            raise NotElementwise(f"values read by {function.__name__}")
+        return function(*args, **(kwargs or {}))
 
 
 @dataclass
@@ -139,7 +180,8 @@ class Program:
         self._scalars = scalars
         trace = _Trace([weight, *leaves, *numbers], self._inputs)
         with trace, torch.enable_grad():
-            pieces = function(self._inputs, leaves, numbers)
+            with _Closed():
+                pieces = function(self._inputs, leaves, numbers)
             live = [r for r in pieces if r.requires_grad]
             if not live:
                 raise NotElementwise("the residual does not depend on the fields")
@@ -148,6 +190,7 @@ class Program:
                 ((weight * r.detach() * r).sum() for r in live[1:]), (weight * live[0].detach() * live[0]).sum()
             )
             bars = torch.autograd.grad(total, [*leaves, *numbers], allow_unused=True)
+        trace.check_constants()
         for kind, tensors in (("weight", [weight]), ("leaf", leaves), ("scalar", numbers)):
             self._names |= {trace.node(t): (kind, i) for i, t in enumerate(tensors)}
         residuals = [self._name(trace.node(r)) for r in pieces]
@@ -173,10 +216,7 @@ class Program:
             self._arrays.append(value)
             name = "array", len(self._arrays) - 1
         else:
-            number = float(value.result.flatten()[0])
-            if not bool((value.result == number).all()):
-                raise NotElementwise("numbers for each point that do not come from the points")
-            name = self._constant(number)
+            name = self._constant(float(value.result.flatten()[0]))
         self._names[value] = name
         return name
 

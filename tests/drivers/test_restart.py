@@ -86,6 +86,9 @@ def test_another_solver_goes_on_from_the_parameters(tmp_path: Path) -> None:
     assert "note: the solver begins afresh" in out
     assert list(history["iteration"]) == list(range(9))
     assert history["loss"][8] < history["loss"][4]
+    out = train(path, 2, 10, *SCHWARZ, "-points", "250")
+    assert "note: the solver begins afresh" not in out
+    assert list(content(path).history["iteration"]) == list(range(11))
 
 
 def to_mpiexec(mpiexec: int, ranks: dict[int, int]) -> int:

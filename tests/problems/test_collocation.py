@@ -129,6 +129,10 @@ def test_the_loss_on_other_points(comm: MPI.Comm) -> None:
     theta = loss.initial()
     fresh = [FreshLoss(loss, ranks, 90, 5)(theta)["test_loss"] for ranks in (comm, MPI.COMM_SELF)]
     assert fresh[0] == pytest.approx(fresh[1], rel=1e-12)
+    for blocks in (1, 4, 7, 200):  # the last: more than there are points
+        same = [FreshLoss(loss, ranks, 90, 5, blocks)(theta)["test_loss"] for ranks in (comm, MPI.COMM_SELF)]
+        assert same[0] == same[1]
+        assert same[0] == pytest.approx(fresh[0], rel=1e-12)
     assert fresh[0] == pytest.approx(loss.with_points({0: sobol(90, loss.problem.bounds, 5)}).value(theta), rel=1e-12)
     assert fresh[0] != loss.value(theta)
 

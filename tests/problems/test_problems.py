@@ -126,6 +126,28 @@ def test_users_problem_is_solved(comm: MPI.Comm, problem, iterations: int, bound
     assert error["error"] < bound
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("blocks", [0, 1, 4, 7, 500])
+def test_the_error_is_that_of_numpy_and_with_blocks_the_same_to_the_last_bit(
+    comm: MPI.Comm, dtype: torch.dtype, blocks: int
+) -> None:
+    problem = users.Heat()
+    network = TanhNetwork(2, 16, 2, 1).to(dtype)
+    network.reset_parameters(torch.Generator().manual_seed(0))
+    loss = PDELoss(problem, network, 100, dtype)
+    theta = loss.initial()
+    found, alone = (SolutionError(loss, ranks, 300, blocks)(theta) for ranks in (comm, MPI.COMM_SELF))
+    if blocks:
+        assert found == alone
+    axes, exact = problem.reference(300)
+    points = np.stack([m.ravel() for m in np.meshgrid(*axes, indexing="ij")], axis=-1)
+    fields = loss.fields(theta, points)
+    distance = np.linalg.norm(fields - exact)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    assert found["error"] == pytest.approx(distance / np.linalg.norm(exact), rel=tolerance)
+    assert found["error_network_norm"] == pytest.approx(distance / np.linalg.norm(fields), rel=tolerance)
+
+
 def test_inverse_problem_finds_the_coefficient(comm: MPI.Comm) -> None:
     error, loss, theta = train(users.Inverse(), comm, 150)
     assert loss.parameters[-1].name == "coefficients.nu"
@@ -138,6 +160,33 @@ def test_hard_periodicity_is_exact() -> None:
     theta = torch.randn(loss.size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     ends = loss.fields(theta, np.array([[0.3, -np.pi], [0.3, np.pi]]))
     assert ends[0, 0] == pytest.approx(ends[1, 0], abs=1e-12)
+
+
+class ShiftedHeat(users.Heat):
+    """The same, its functions changing their coordinates in place."""
+
+    def embed(self, t, x):
+        t *= 1.0
+        return t, x
+
+    def lift(self, t, x):
+        x -= 0.5
+        return torch.cos(torch.pi * x)
+
+    def factor(self, t, x):
+        x -= 0.5
+        return t * (0.25 - x * x)
+
+
+def test_functions_may_change_their_coordinates_in_place() -> None:
+    expected, loss = make_loss(users.Heat()), make_loss(ShiftedHeat())
+    theta = torch.randn(loss.size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert loss.value(theta) == pytest.approx(expected.value(theta), rel=1e-10)
+    points = np.random.default_rng(0).random((50, 2))
+    given = points.copy()
+    for _ in range(2):
+        np.testing.assert_allclose(loss.fields(theta, given), expected.fields(theta, points), atol=1e-12)
+    np.testing.assert_array_equal(given, points)
 
 
 def test_lift_and_factor_enter_the_derivatives_by_the_product_rule() -> None:

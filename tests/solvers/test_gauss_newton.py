@@ -21,7 +21,7 @@ from ddml.parallel import cause
 from ddml.problems import Burgers, PDELoss
 from ddml.residual import ResidualObjective
 from solvers.neurons import neuron_basis
-from solvers.preconditioners import NormalEquations
+from solvers.preconditioners import NormalEquations, cholesky
 
 Train = Callable[..., SimpleNamespace]
 PRECONDITIONERS = ["nystrom", "schwarz", "multiplicative", "cholesky", "jacobi", "none"]
@@ -235,6 +235,28 @@ def test_schwarz_is_its_dense_formula(comm: MPI.Comm, prefix: str, sweep: str, c
     assert found == pytest.approx(expected, abs=1e-6 * np.abs(expected).max())
     assert np.abs(found - found.T).max() < 1e-6 * np.abs(found).max()
     assert np.linalg.eigvalsh(found + found.T)[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("matrix", "damping"),
+    [
+        (np.zeros((4, 4)), 0.0),
+        (np.zeros((4, 4)), 1e-3),
+        (np.array([[0.0, 1.0], [1.0, 0.0]]), 0.0),
+        (np.array([[1.0, 1.0], [1.0, 1.0]]), 0.0),
+        (np.full((2, 2), 1e-310), 0.0),
+        (-np.eye(3), 0.0),
+        (np.diag([1.0, 2.0, 3.0]), 0.0),
+    ],
+)
+def test_any_finite_matrix_has_a_factor(matrix: np.ndarray, damping: float) -> None:
+    """L L^T is the matrix, and where it is not definite also a multiple of I."""
+    factor = cholesky(matrix, damping)
+    assert np.isfinite(factor).all()
+    assert (np.diagonal(factor) > 0).all()
+    rest = np.tril(factor) @ np.tril(factor).T - matrix
+    assert np.abs(rest - rest[0, 0] * np.eye(len(rest))).max() <= 1e-14 * max(np.abs(matrix).max(), rest[0, 0])
+    assert rest[0, 0] >= damping * (1 - 1e-14)
 
 
 def test_one_subdomain_is_a_cholesky_factorisation(comm: MPI.Comm, prefix: str) -> None:

@@ -185,7 +185,7 @@ def test_compact_matrices_are_the_updates_one_by_one(kind: str, indefinite: bool
         vectors = distributed(s, comm), distributed(y, comm)
         if kind == "sr1" or s @ y > 1e-8 * np.linalg.norm(s) * np.linalg.norm(y):
             stored.append((s, y))
-            gamma = y @ y / (s @ y) if s @ y > 0 else gamma
+            gamma = y @ y / (s @ y) if s @ y > 1e-8 * np.linalg.norm(s) * np.linalg.norm(y) else gamma
         assert model.update(*vectors) == (bool(stored) and stored[-1][0] is s)
         for vec in vectors:
             vec.destroy()
@@ -198,6 +198,36 @@ def test_compact_matrices_are_the_updates_one_by_one(kind: str, indefinite: bool
         x.setArray(e[begin:end])
         matrix.multiply(x, product)
         assert np.abs(gathered(product, comm) - B @ e).max() <= 1e-9 * np.abs(B).max()
+    model.clear()
+    x.destroy()
+    product.destroy()
+
+
+@pytest.mark.parametrize("cosine", [1e-15, 1e-12, 1e-9, 1e-7, 1e-3])
+@pytest.mark.parametrize("first", [False, True])
+def test_sr1_meets_the_secant_equation_where_a_pair_has_hardly_any_curvature(
+    cosine: float, first: bool, comm: MPI.Comm
+) -> None:
+    """B s = y for the newest pair that takes part; without one B is 0."""
+    rng = np.random.default_rng(3)
+    n = 12
+    H = rng.standard_normal((n, n))
+    s = rng.standard_normal((3, n))
+    pairs = [] if first else [(d, (H @ H.T) @ d) for d in s[:2]]
+    y = rng.standard_normal(n)
+    y -= (y @ s[2]) / (s[2] @ s[2]) * s[2]
+    y += cosine * np.linalg.norm(y) / np.linalg.norm(s[2]) * s[2]
+    model = SecantModel(5, "sr1")
+    for pair in [*pairs, (s[2], y)]:
+        vectors = [distributed(v, comm) for v in pair]
+        assert model.update(*vectors)
+        for vec in vectors:
+            vec.destroy()
+    x, product = distributed(s[2], comm), distributed(y, comm)
+    model.matrix(comm, x).multiply(x, product)
+    takes_part = not first or cosine > 1e-8
+    found, expected = gathered(product, comm), y if takes_part else 0 * y
+    assert np.linalg.norm(found - expected) <= 1e-7 * np.linalg.norm(y)
     model.clear()
     x.destroy()
     product.destroy()

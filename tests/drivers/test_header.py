@@ -1,0 +1,26 @@
+"""What a driver says it is about to run."""
+
+from pathlib import Path
+
+import pytest
+from launch import SMALL, launch
+
+PROBLEMS = Path(__file__).with_name("mixed_problems.py")
+
+
+@pytest.mark.parametrize(
+    ("problem", "expected"),
+    [
+        ("burgers", "residuals compiled\n"),
+        (
+            f"{PROBLEMS}:Mixed",
+            "residuals compiled: start; in torch: layered (values read by numpy), left (a change in place), "
+            "ends (periodic pairs)\n",
+        ),
+        (f"{PROBLEMS.with_name('faulty_problems.py')}:BecomesNotANumber", "residuals in torch (compiled = False)\n"),
+    ],
+)
+def test_the_header_says_which_residuals_are_compiled(problem: str, expected: str) -> None:
+    done = launch(1, "-problem", problem, *SMALL, "-max_it", 1)
+    assert done.rc == 0, done.err
+    assert expected in done.out

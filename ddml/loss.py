@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -20,6 +21,7 @@ from . import kronecker, work
 from .costs import forward_costs
 from .errors import InputError
 from .modular import ModularNorm, modular
+from .modules import evaluated, not_finite, occurrences, trained
 from .sample_sets import SampleSet, TensorSamples
 
 CHANCES = 8  # evaluations that must agree: of a few samples one by chance can (our choice)
@@ -158,7 +160,8 @@ class Loss(ABC):
         leaf = theta.detach().requires_grad_()
         value = 0.0
         for term in self.terms(leaf, kept):
-            gradient += torch.autograd.grad(term, leaf, retain_graph=True)[0]  # terms may share a graph
+            if term.requires_grad:
+                gradient += torch.autograd.grad(term, leaf, retain_graph=True)[0]  # terms may share a graph
             value += float(term.detach())
         return value
 
@@ -166,6 +169,8 @@ class Loss(ABC):
         """Add the Hessian at theta times ``direction`` (n,) to ``product`` (n,)."""
         leaf = theta.detach().requires_grad_()
         for term in self.terms(leaf, kept):
+            if not term.requires_grad:  # nothing of theta enters it
+                continue
             first = torch.autograd.grad(term, leaf, create_graph=True)[0]
             if first.requires_grad:
                 product += torch.autograd.grad(first, leaf, direction, retain_graph=True)[0]
@@ -361,6 +366,10 @@ class RestrictedLoss(Loss):
 class ModuleLoss(Loss):
     """Mean of a criterion over samples, of any torch module.
 
+    Frozen parameters, those with ``requires_grad`` False when the loss is made, are no part of theta and stay as they
+    are. Tied ones are in theta once, and belong to the first layer that has them. Those that the outputs do not
+    depend on have the gradient 0.
+
     Parameters
     ----------
     module
@@ -378,7 +387,8 @@ class ModuleLoss(Loss):
     ------
     InputError
         If the module is not deterministic (dropout in training mode, batch statistics), or the
-        criterion does not give one number per sample.
+        criterion does not give one number per sample; if nothing is trained, or what is has several precisions; if the
+        first samples give NaN or infinity.
     """
 
     gauss_newton = True
@@ -400,10 +410,13 @@ class ModuleLoss(Loss):
         self.samples = samples
         self.count = len(samples)
         self.weight = 1 / max(self.count, 1)
-        named = list(module.named_parameters())
+        named = trained(module)
         self.parameters = parameter_table([(name, p.shape) for name, p in named])
+        self._trained = [p for _, p in named]
+        self._places = dict(zip(map(id, self._trained), self.parameters, strict=True))
         self.dtype, self.device = named[0][1].dtype, named[0][1].device
-        self._stepped = isinstance(module, nn.Sequential)
+        # a subclass may do more than pass data through its children
+        self._stepped = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
         owners = {name: name.split(".")[0] if self._stepped else name.rpartition(".")[0] for name, _ in named}
         groups: dict[str, list[int]] = {}
         for number, parameter in enumerate(self.parameters):
@@ -420,8 +433,10 @@ class ModuleLoss(Loss):
         )
         # evaluations that need no derivative by theta itself are those of a copy whose parameters lie in theta, which
         # takes half the time of functional_call where batches are small
-        self._copy = copy.deepcopy(module)
-        self._leaves = list(self._copy.parameters())
+        # (frozen ones are shared with it)
+        self._copy = copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad})
+        copied = dict(self._copy.named_parameters())
+        self._leaves = [copied[parameter.name] for parameter in self.parameters]
 
     @property
     def inputs(self) -> Tensor:
@@ -436,12 +451,16 @@ class ModuleLoss(Loss):
     def _check(self) -> None:
         probe = self.samples.part(0, min(self.count, 8))
         half = max(len(probe) // 2, 1)
+        outputs = evaluated(self.module, probe.inputs)
         with torch.no_grad():
-            first = self.criterion(self.module(probe.inputs), probe.targets)
+            first = self.criterion(outputs, probe.targets)
             again = [self.criterion(self.module(probe.inputs[:half]), probe.targets[:half]) for _ in range(CHANCES)]
         if first.shape != (len(probe),):
             shape = f"({len(probe)},)"
             raise InputError(f"the criterion must give one loss per sample, {shape}, got {tuple(first.shape)}")
+        wrong = not_finite(probe.inputs, outputs, first)
+        if wrong:
+            raise InputError(wrong)
         if not all(torch.allclose(first[:half], second, rtol=1e-3, atol=1e-6) for second in again):
             raise InputError(
                 "a sample's output depends on others (batch statistics) or on chance (dropout): "
@@ -464,8 +483,21 @@ class ModuleLoss(Loss):
         return self.on(self.samples.take(rows))
 
     def initial(self) -> Tensor:
-        """The module's parameters."""
-        return torch.cat([p.detach().reshape(-1) for p in self.module.parameters()])
+        """The module's trained parameters."""
+        return torch.cat([p.detach().reshape(-1) for p in self._trained])
+
+    @torch.no_grad()
+    def explain(self, theta: Tensor) -> str:
+        """See :meth:`Loss.explain`: the first sample."""
+        if not torch.isfinite(theta).all():
+            return "the parameters are NaN or infinite"
+        begin = 0
+        for inputs, (outputs, targets) in zip(self.inputs.split(self.batch), self.outputs(theta), strict=True):
+            said = not_finite(inputs, outputs, self.criterion(outputs, targets), begin)
+            if said:
+                return said
+            begin += len(inputs)
+        return super().explain(theta)
 
     def modular_norm(self, masses: Sequence[float] | None = None, convolution: str = "unfolded") -> ModularNorm:
         """See :meth:`Loss.modular_norm`; masses are of the layers with weights, in their order."""
@@ -478,9 +510,10 @@ class ModuleLoss(Loss):
         Positive semidefinite where the criterion is convex in the outputs, as cross entropy is.
         """
         leaf = theta.detach().requires_grad_()
-        views = {p.name: leaf[p.range].view(p.shape) for p in self.parameters}
         direction = direction.to(leaf)
-        for outputs, y in self._batches(lambda x: torch.func.functional_call(self.module, views, (x,)), None):
+        for outputs, y in self._batches(self._forward(self.module, leaf), None):
+            if not outputs.requires_grad:  # nothing of theta enters them
+                continue
             w = torch.zeros_like(outputs, requires_grad=True)
             transposed = torch.autograd.grad(outputs, leaf, w, create_graph=True)[0]
             change = torch.autograd.grad(transposed, w, direction)[0]
@@ -489,6 +522,11 @@ class ModuleLoss(Loss):
             if slope.requires_grad:  # not where the criterion is linear
                 bent = torch.autograd.grad(slope, at, change)[0]
                 product += torch.autograd.grad(outputs, leaf, bent, retain_graph=True)[0]
+
+    def _forward(self, module: nn.Module, theta: Tensor) -> Callable[[Tensor], Tensor]:
+        """The module, or a part of it, at theta, differentiable by it."""
+        views = {n: theta[p.range].view(p.shape) for n, p in occurrences(module, self._places).items()}
+        return lambda x: torch.func.functional_call(module, views, (x,), tie_weights=False)
 
     def _at(self, theta: Tensor, wanted: frozenset[int] = frozenset()) -> nn.Module:
         """The copy of the module at theta; the parameters of these numbers are leaves to differentiate by."""
@@ -499,7 +537,7 @@ class ModuleLoss(Loss):
 
     def _behind(self, module: nn.Module, kept: Any) -> nn.Module:
         """What of a module is left to compute behind a prefix."""
-        return module[kept[0] :] if kept is not None and isinstance(module, nn.Sequential) else module
+        return module if kept is None else nn.Sequential(OrderedDict(list(module._modules.items())[kept[0] :]))  # type: ignore[arg-type]
 
     def _batches(self, forward: Callable[[Tensor], Tensor], kept: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """Outputs and targets, batch by batch."""
@@ -518,16 +556,13 @@ class ModuleLoss(Loss):
         """What enters layer ``first`` of a sequential module, per batch; None for other modules."""
         if not self.keeps(first):
             return None
-        stage, module = self.layer_stage[first], self._at(theta)
-        assert isinstance(module, nn.Sequential)
-        return stage, [module[:stage](x) for x in self.inputs.split(self.batch)] if self.count else []
+        stage = self.layer_stage[first]
+        begin = nn.Sequential(*list(self._at(theta)._modules.values())[:stage])  # type: ignore[arg-type]
+        return stage, [begin(x) for x in self.inputs.split(self.batch)] if self.count else []
 
     def terms(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
         """See :meth:`Loss.terms`."""
-        module = self._behind(self.module, kept)
-        own = {name for name, _ in module.named_parameters()}
-        views = {p.name: theta[p.range].view(p.shape) for p in self.parameters if p.name in own}
-        for outputs, y in self._batches(lambda x: torch.func.functional_call(module, views, (x,)), kept):
+        for outputs, y in self._batches(self._forward(self._behind(self.module, kept), theta), kept):
             yield self.criterion(outputs, y).sum() * self.weight
 
     @torch.no_grad()
@@ -550,8 +585,10 @@ class ModuleLoss(Loss):
         value = 0.0
         for outputs, y in self._batches(module, kept):
             term = self.criterion(outputs, y).sum() * self.weight
-            gradients = torch.autograd.grad(term, [self._leaves[k] for k in numbers])
-            for k, g in zip(numbers, gradients, strict=True):
-                gradient[self.parameters[k].range] += g.reshape(-1)
+            if term.requires_grad:
+                gradients = torch.autograd.grad(term, [self._leaves[k] for k in numbers], allow_unused=True)
+                for k, g in zip(numbers, gradients, strict=True):
+                    if g is not None:
+                        gradient[self.parameters[k].range] += g.reshape(-1)
             value += float(term.detach())
         return value

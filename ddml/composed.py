@@ -8,14 +8,17 @@ from numpy.typing import ArrayLike
 from petsc4py import PETSc
 
 from .errors import InputError
+from .linear import LinearTerm
 from .objective import Objective
 
 
 def sampled(objective: Objective, rows: ArrayLike) -> Objective:
     """The objective of a data set of some samples only (mini-batches, nested subsets), normalised anew.
 
-    ``rows`` are sample numbers of the whole data set, the same on every rank. An evaluation is
-    charged the fraction of the samples; the counter is the objective's own.
+    ``rows`` are sample numbers of the objective's data set, the same on every rank. An evaluation is
+    charged the fraction of the samples; the counter is the objective's own. Linear terms are added as they are,
+    not in parts. What parameters are frozen at is what they are frozen at in the objective, now and later; but the
+    samples stay those of its loss now when that is replaced.
 
     Raises
     ------
@@ -26,49 +29,20 @@ def sampled(objective: Objective, rows: ArrayLike) -> Objective:
     if numbers.size == 0 or numbers.min() < 0 or numbers.max() >= objective.loss.count:
         raise InputError(f"sample numbers must be 0 to {objective.loss.count - 1}, at least one; got {numbers}")
     loss = objective.loss.sampled(torch.as_tensor(numbers, device=objective.loss.device))
-    derived = type(objective)(loss, objective.layout, objective.stop, objective.blocks)
+    derived = objective.derived(loss)
     derived.fraction = objective.fraction * numbers.size / objective.loss.count
-    derived.work, derived.metric = objective.work, objective.metric
     return derived
 
 
-class Shift(Objective):
-    """An objective with the term <dg, theta - theta0>, in the value and in the gradient."""
-
-    dg: PETSc.Vec
-    theta0: PETSc.Vec
-
-    def _shift(self, x: PETSc.Vec) -> float:
-        step = x.duplicate()
-        step.waxpy(-1.0, self.theta0, x)
-        value = float(self.dg.dot(step))
-        step.destroy()
-        return value
-
-    def value(self, x: PETSc.Vec) -> float:
-        """The value at x."""
-        return super().value(x) + self._shift(x)
-
-    def value_gradient(self, x: PETSc.Vec, g: PETSc.Vec) -> float:
-        """The value at x; the gradient, dg included, is written to g."""
-        value = super().value_gradient(x, g)
-        g.axpy(1.0, self.dg)
-        return value + self._shift(x)
-
-
-class ShiftedObjective(Shift):
-    """See :func:`shifted`."""
-
-    def __init__(self, objective: Objective, dg: PETSc.Vec, theta0: PETSc.Vec) -> None:
-        super().__init__(objective.loss, objective.layout, objective.stop, objective.blocks, objective.parts)
-        self.fraction, self.work = objective.fraction, objective.work
-        self.dg, self.theta0 = dg, theta0
-
-
-def shifted(objective: Objective, dg: PETSc.Vec, theta0: PETSc.Vec) -> ShiftedObjective:
+def shifted(objective: Objective, dg: PETSc.Vec, theta0: PETSc.Vec) -> Objective:
     """h(theta) = L(theta) + <dg, theta - theta0>: with dg = g - grad L(theta0), grad h(theta0) = g.
 
     The shift enters the value and the gradient. The vectors stay the caller's and are read at
-    every evaluation; work is charged to the objective.
+    every evaluation; work is charged to the objective. When the objective's loss is replaced, so is that of h. A sum
+    of squares with a linear term is none: h has the Jacobian products of a
+    :class:`ddml.residual.ResidualObjective`, and refuses to give its residual.
     """
-    return ShiftedObjective(objective, dg, theta0)
+    derived = objective.derived(objective.loss, objective.parts)
+    derived.linear = (*objective.linear, LinearTerm(dg, theta0))
+    objective.follow_with(derived)
+    return derived

@@ -8,13 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 from petsc4py import PETSc
 
-from .composed import Shift, sampled
+from .composed import sampled
 from .decomposition import Decomposition, Subdomains
 from .errors import InputError
+from .linear import LinearTerm
 from .loss import Loss
 from .objective import Objective
 from .parallel import split
-from .restricted import RestrictedObjective
+from .restricted import RestrictedObjective, restricted_parts
 
 
 def sample_parts(count: int, parts: int, overlap: float = 0.0, seed: int = 0) -> list[NDArray[np.int64]]:
@@ -43,13 +44,14 @@ def whole_copies(loss: Loss, parts: int) -> Subdomains:
     return Subdomains(loss.size, everything, everything, (1 / parts,) * parts)
 
 
-class ConsistentObjective(Shift, RestrictedObjective):
+class ConsistentObjective(RestrictedObjective):
     r"""The loss on some of the samples with a linear term that makes its gradient at a point that of the whole.
 
     .. math:: h_p(\theta) = L_p(\theta) + \langle \nabla L(\theta_k) - \nabla L_p(\theta_k), \theta - \theta_k \rangle
 
     (Gross, Krause 2009; Trotti et al. 2023). The term is in the value and in the gradient. :meth:`know` sets
-    theta_k; it takes one evaluation of L_p. Everything is collective on the group of the subdomain.
+    theta_k; it takes one evaluation of L_p. Where L has linear terms, L_p has them, too. Everything is collective on
+    the group of the subdomain.
 
     Parameters
     ----------
@@ -69,8 +71,11 @@ class ConsistentObjective(Shift, RestrictedObjective):
         self.whole, self.decomposition, self.s = objective, decomposition, s
         self.widening, self.seed = overlap, seed
         part = self._sampled()
-        super().__init__(part, decomposition, s, part.split_over(decomposition.group))
+        loss, parts = restricted_parts(part, decomposition, s, part.split_over(decomposition.group))
+        super().__init__(loss, decomposition.group_layout(loss, s), part.stop, part.blocks, parts)
+        self.inherit(part)
         self.theta0, self.dg = self.layout.vector(), self.layout.vector()
+        self.linear = (*self.linear, LinearTerm(self.dg, self.theta0))
         self.start = 0.0
 
     def _sampled(self) -> Objective:
@@ -89,10 +94,11 @@ class ConsistentObjective(Shift, RestrictedObjective):
         own = x.duplicate()
         self.start = super().value_gradient(x, own)
         self.dg.waxpy(-1.0, own, g)
-        super().know(x, self.start, own)
+        super().know(x, self.start, g)
         own.destroy()
 
     def destroy(self) -> None:
-        """Destroy the vectors."""
+        """See :meth:`RestrictedObjective.destroy`."""
+        super().destroy()
         self.theta0.destroy()
         self.dg.destroy()

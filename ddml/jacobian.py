@@ -47,10 +47,11 @@ class Linearisation:
     Raises
     ------
     InputError
-        If the ranks of a node would need more than its memory for the rows.
+        If the ranks of a node would need more than its memory for the rows; if the objective has linear terms.
     """
 
     def __init__(self, objective: ResidualObjective, x: PETSc.Vec, assembled: bool) -> None:
+        objective.check_squares()
         self.objective, self.comm, self.size = objective, objective.comm, objective.size
         self.theta = objective.parameters(x).clone()
         self.parts = [objective.part(i) for i in range(len(objective.parts))]

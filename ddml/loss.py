@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from . import kronecker, work
 from .costs import forward_costs
 from .errors import InputError
 from .modular import ModularNorm, modular
+from .modules import evaluated, not_finite, occurrences, trained
 from .sample_sets import SampleSet, TensorSamples
 
 # operations, and operations a parameter, that samples must cost for what is done once for them to take a tenth of the
@@ -163,7 +166,8 @@ class Loss(ABC):
         leaf = theta.detach().requires_grad_()
         value = 0.0
         for term in self.terms(leaf, kept):
-            gradient += torch.autograd.grad(term, leaf, retain_graph=True)[0]  # terms may share a graph
+            if term.requires_grad:
+                gradient += torch.autograd.grad(term, leaf, retain_graph=True)[0]  # terms may share a graph
             value += float(term.detach())
         return value
 
@@ -171,6 +175,8 @@ class Loss(ABC):
         """Add the Hessian at theta times ``direction`` (n,) to ``product`` (n,)."""
         leaf = theta.detach().requires_grad_()
         for term in self.terms(leaf, kept):
+            if not term.requires_grad:  # nothing of theta enters it
+                continue
             first = torch.autograd.grad(term, leaf, create_graph=True)[0]
             if first.requires_grad:
                 product += torch.autograd.grad(first, leaf, direction, retain_graph=True)[0]
@@ -196,15 +202,61 @@ class Loss(ABC):
         return work.charge(self.costs, first, layers, gradient)
 
 
+class Frozen:
+    """Where the restrictions of a loss to the same ranges of theta, and of its parts, are frozen together.
+
+    Attributes
+    ----------
+    theta : Tensor
+        The parameters (n of the whole loss,).
+    full : Tensor
+        The same with those of the subdomain where the last evaluation was.
+    gradient : Tensor
+        Room for a gradient (n of the whole loss,).
+    number : int
+        Grows when what is kept is out of date.
+    kept : WeakKeyDictionary
+        What enters the subdomain, of each loss that has been evaluated since.
+    """
+
+    def __init__(self, loss: Loss) -> None:
+        self.theta = torch.zeros(loss.size, dtype=loss.dtype, device=loss.device)
+        self.full = torch.zeros_like(self.theta)
+        self.gradient = torch.zeros_like(self.theta)
+        self.number = 0
+        self.kept: WeakKeyDictionary[RestrictedLoss, Any] = WeakKeyDictionary()
+
+    def freeze(self, theta: Tensor) -> None:
+        """Freeze at theta, in any precision."""
+        self.theta.copy_(theta)
+        self.full.copy_(self.theta)
+        self.release()
+
+    def release(self) -> None:
+        """Free what is kept."""
+        self.kept.clear()
+        self.number += 1
+
+
 class RestrictedLoss(Loss):
     """A loss as a function of some ranges of theta, the rest frozen (see :func:`ddml.restricted.restricted`).
 
-    What enters the first active layer is computed once, by :meth:`freeze`, and kept; backward
-    passes stop there.
+    What enters the first active layer is computed once behind each :meth:`freeze`, at the first evaluation, and kept;
+    backward passes stop there.
+
+    Parameters
+    ----------
+    loss
+        Of all of theta; it may be a restricted one itself.
+    ranges
+        Sorted and disjoint.
+    frozen
+        That of other losses which are to be frozen together with this one (default: a new one).
     """
 
-    def __init__(self, loss: Loss, ranges: Sequence[slice]) -> None:
+    def __init__(self, loss: Loss, ranges: Sequence[slice], frozen: Frozen | None = None) -> None:
         self.loss = loss
+        self.frozen = Frozen(loss) if frozen is None else frozen
         self.gauss_newton = loss.gauss_newton
         self.ranges = tuple(ranges)
         self.parameters = parameter_table([(f"{r.start}:{r.stop}", (r.stop - r.start,)) for r in ranges])
@@ -213,71 +265,99 @@ class RestrictedLoss(Loss):
         self.count, self.dtype, self.device = loss.count, loss.dtype, loss.device
         self.active = loss.layer_numbers(ranges)
         self.first = min(self.active)
-        self.kept: Any = None
-        self.full = torch.zeros(loss.size, dtype=loss.dtype, device=loss.device)
-        self.full_gradient = torch.zeros_like(self.full)
+        self.enough = loss.enough
+        self.beside: Tensor | None = None
         self.also: frozenset[int] = frozenset()
+        self._charged = tuple(-1 for _ in self._numbers)
 
     def freeze(self, theta: Tensor) -> None:
-        """Freeze all parameters at theta (n of the whole loss,) and keep what enters the subdomain."""
-        self.full.copy_(theta)
-        self.kept = self.loss.prefix(self.full, self.first)
+        """Freeze all parameters at theta (n of the whole loss,), here and in all losses of the same :class:`Frozen`."""
+        self.frozen.freeze(theta)
+
+    @property
+    def kept(self) -> Any:
+        """What enters the subdomain (:meth:`Loss.prefix`)."""
+        kept = self.frozen.kept
+        if self not in kept:
+            kept[self] = self.loss.prefix(self.frozen.theta, self.first)
+        return kept[self]
+
+    @property
+    def _numbers(self) -> tuple[int, ...]:
+        inner = self.loss._numbers if isinstance(self.loss, RestrictedLoss) else ()
+        return (self.frozen.number, *inner)
+
+    @property
+    def _prefix_charges(self) -> tuple[float, ...]:
+        inner = self.loss._prefix_charges if isinstance(self.loss, RestrictedLoss) else ()
+        return (self.prefix_charge(), *inner)
+
+    def owed(self) -> float:
+        """Work units of what the next evaluation has to compute anew before it is behind the prefix; asked for once."""
+        numbers, before = self._numbers, self._charged
+        self._charged = numbers
+        if numbers == before:
+            return 0.0
+        return sum(c for c, now, then in zip(self._prefix_charges, numbers, before, strict=True) if now != then)
 
     def take(self, theta: Tensor, ranges: Sequence[slice] | None = None) -> Tensor:
         """The entries of a full vector that lie in ``ranges`` (default: the subdomain's), as a copy."""
         return torch.cat([theta[r] for r in (self.ranges if ranges is None else ranges)])
 
-    def _insert(self, part: Tensor, full: Tensor) -> Tensor:
+    def insert(self, part: Tensor, full: Tensor | None = None) -> Tensor:
+        """Write the subdomain's entries (n_s,) to a full vector, default: that of the parameters."""
+        full = self.frozen.full if full is None else full
         for parameter, r in zip(self.parameters, self.ranges, strict=True):
             full[r] = part[parameter.range]
         return full
 
     def part(self, begin: int, end: int) -> RestrictedLoss:
-        """See :meth:`Loss.part`; call before :meth:`freeze`."""
-        return RestrictedLoss(self.loss.part(begin, end), self.ranges)
+        """See :meth:`Loss.part`; frozen together with this loss."""
+        return type(self)(self.loss.part(begin, end), self.ranges, self.frozen)
 
     def sampled(self, rows: Tensor) -> RestrictedLoss:
-        """See :meth:`Loss.sampled`; call before :meth:`freeze`."""
-        return RestrictedLoss(self.loss.sampled(rows), self.ranges)
+        """See :meth:`Loss.sampled`; frozen together with this loss."""
+        return type(self)(self.loss.sampled(rows), self.ranges, self.frozen)
 
     def initial(self) -> Tensor:
         """The subdomain's parameters where the loss is frozen."""
-        return self.take(self.full)
+        return self.take(self.frozen.theta)
 
-    def terms(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
-        """See :meth:`Loss.terms`."""
-        full = self.full.clone()
-        pieces, end = [], 0
+    def joined(self, theta: Tensor) -> Tensor:
+        """All parameters (n of the whole loss,), differentiable by those of the subdomain (n_s,)."""
+        full, end = self.frozen.theta, 0
+        pieces = []
         for parameter, r in zip(self.parameters, self.ranges, strict=True):
             pieces += [full[end : r.start], theta[parameter.range]]
             end = r.stop
-        return self.loss.terms(torch.cat([*pieces, full[end:]]), self.kept)
+        return torch.cat([*pieces, full[end:]])
+
+    def terms(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
+        """See :meth:`Loss.terms`."""
+        return self.loss.terms(self.joined(theta), self.kept)
 
     def value(self, theta: Tensor, kept: Any = None) -> float:
         """The loss with these parameters (n_s,) in the subdomain."""
-        return self.loss.value(self._insert(theta, self.full), self.kept)
+        return self.loss.value(self.insert(theta), self.kept)
 
     def value_gradient(
         self, theta: Tensor, gradient: Tensor, kept: Any = None, active: frozenset[int] | None = None
     ) -> float:
         """The loss; its gradient by the subdomain's parameters is added to ``gradient`` (n_s,).
 
-        ``also`` names further layers whose gradient is left in ``full_gradient``.
+        ``also`` names further layers whose gradient is left in ``beside`` (n of the whole loss,).
         """
-        self.full_gradient.zero_()
-        value = self.loss.value_gradient(
-            self._insert(theta, self.full), self.full_gradient, self.kept, self.active | self.also
-        )
+        full = self.frozen.gradient.zero_()
+        value = self.loss.value_gradient(self.insert(theta), full, self.kept, self.active | self.also)
         for parameter, r in zip(self.parameters, self.ranges, strict=True):
-            gradient[parameter.range] += self.full_gradient[r]
+            gradient[parameter.range] += full[r]
+        self.beside = full.clone() if self.also else None
         return value
 
     def gauss_newton_product(self, theta: Tensor, direction: Tensor, product: Tensor) -> None:
         """See :meth:`Loss.gauss_newton_product`; takes as long as that of the whole network."""
-        change, image = torch.zeros_like(self.full), torch.zeros_like(self.full)
-        self.loss.gauss_newton_product(
-            self._insert(theta, self.full), self._insert(direction.to(change), change), image
-        )
+        change, image = torch.zeros_like(self.frozen.full), torch.zeros_like(self.frozen.full)
+        self.loss.gauss_newton_product(self.insert(theta), self.insert(direction.to(change), change), image)
         product += self.take(image)
 
     def modular_norm(self, masses: Sequence[float] | None = None, convolution: str = "unfolded") -> ModularNorm:
@@ -297,6 +377,10 @@ class RestrictedLoss(Loss):
 class ModuleLoss(Loss):
     """Mean of a criterion over samples, of any torch module.
 
+    Frozen parameters, those with ``requires_grad`` False when the loss is made, are no part of theta and stay as they
+    are. Tied ones are in theta once, and belong to the first layer that has them. Those that the outputs do not
+    depend on have the gradient 0.
+
     Parameters
     ----------
     module
@@ -314,7 +398,8 @@ class ModuleLoss(Loss):
     ------
     InputError
         If the module is not deterministic (dropout in training mode, batch statistics), or the
-        criterion does not give one number per sample.
+        criterion does not give one number per sample; if nothing is trained, or what is has several precisions; if the
+        first samples give NaN or infinity.
     """
 
     gauss_newton = True
@@ -336,10 +421,13 @@ class ModuleLoss(Loss):
         self.samples = samples
         self.count = len(samples)
         self.weight = 1 / max(self.count, 1)
-        named = list(module.named_parameters())
+        named = trained(module)
         self.parameters = parameter_table([(name, p.shape) for name, p in named])
+        self._trained = [p for _, p in named]
+        self._places = dict(zip(map(id, self._trained), self.parameters, strict=True))
         self.dtype, self.device = named[0][1].dtype, named[0][1].device
-        self._stepped = isinstance(module, nn.Sequential)
+        # a subclass may do more than pass data through its children
+        self._stepped = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
         owners = {name: name.split(".")[0] if self._stepped else name.rpartition(".")[0] for name, _ in named}
         groups: dict[str, list[int]] = {}
         for number, parameter in enumerate(self.parameters):
@@ -357,8 +445,10 @@ class ModuleLoss(Loss):
         self.enough = (BLOCK[0] + BLOCK[1] * self.size) / sum(self.costs)
         # evaluations that need no derivative by theta itself are those of a copy whose parameters lie in theta, which
         # takes half the time of functional_call where batches are small
-        self._copy = copy.deepcopy(module)
-        self._leaves = list(self._copy.parameters())
+        # (frozen ones are shared with it)
+        self._copy = copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad})
+        copied = dict(self._copy.named_parameters())
+        self._leaves = [copied[parameter.name] for parameter in self.parameters]
 
     @property
     def inputs(self) -> Tensor:
@@ -373,12 +463,16 @@ class ModuleLoss(Loss):
     def _check(self) -> None:
         probe = self.samples.part(0, min(self.count, 8))
         half = max(len(probe) // 2, 1)
+        outputs = evaluated(self.module, probe.inputs)
         with torch.no_grad():
-            first = self.criterion(self.module(probe.inputs), probe.targets)
+            first = self.criterion(outputs, probe.targets)
             again = [self.criterion(self.module(probe.inputs[:half]), probe.targets[:half]) for _ in range(CHANCES)]
         if first.shape != (len(probe),):
             shape = f"({len(probe)},)"
             raise InputError(f"the criterion must give one loss per sample, {shape}, got {tuple(first.shape)}")
+        wrong = not_finite(probe.inputs, outputs, first)
+        if wrong:
+            raise InputError(wrong)
         if not all(torch.allclose(first[:half], second, rtol=1e-3, atol=1e-6) for second in again):
             raise InputError(
                 "a sample's output depends on others (batch statistics) or on chance (dropout): "
@@ -401,8 +495,21 @@ class ModuleLoss(Loss):
         return self.on(self.samples.take(rows))
 
     def initial(self) -> Tensor:
-        """The module's parameters."""
-        return torch.cat([p.detach().reshape(-1) for p in self.module.parameters()])
+        """The module's trained parameters."""
+        return torch.cat([p.detach().reshape(-1) for p in self._trained])
+
+    @torch.no_grad()
+    def explain(self, theta: Tensor) -> str:
+        """See :meth:`Loss.explain`: the first sample."""
+        if not torch.isfinite(theta).all():
+            return "the parameters are NaN or infinite"
+        begin = 0
+        for inputs, (outputs, targets) in zip(self.inputs.split(self.batch), self.outputs(theta), strict=True):
+            said = not_finite(inputs, outputs, self.criterion(outputs, targets), begin)
+            if said:
+                return said
+            begin += len(inputs)
+        return super().explain(theta)
 
     def modular_norm(self, masses: Sequence[float] | None = None, convolution: str = "unfolded") -> ModularNorm:
         """See :meth:`Loss.modular_norm`; masses are of the layers with weights, in their order."""
@@ -415,9 +522,10 @@ class ModuleLoss(Loss):
         Positive semidefinite where the criterion is convex in the outputs, as cross entropy is.
         """
         leaf = theta.detach().requires_grad_()
-        views = {p.name: leaf[p.range].view(p.shape) for p in self.parameters}
         direction = direction.to(leaf)
-        for outputs, y in self._batches(lambda x: torch.func.functional_call(self.module, views, (x,)), None):
+        for outputs, y in self._batches(self._forward(self.module, leaf), None):
+            if not outputs.requires_grad:  # nothing of theta enters them
+                continue
             w = torch.zeros_like(outputs, requires_grad=True)
             transposed = torch.autograd.grad(outputs, leaf, w, create_graph=True)[0]
             change = torch.autograd.grad(transposed, w, direction)[0]
@@ -426,6 +534,11 @@ class ModuleLoss(Loss):
             if slope.requires_grad:  # not where the criterion is linear
                 bent = torch.autograd.grad(slope, at, change)[0]
                 product += torch.autograd.grad(outputs, leaf, bent, retain_graph=True)[0]
+
+    def _forward(self, module: nn.Module, theta: Tensor) -> Callable[[Tensor], Tensor]:
+        """The module, or a part of it, at theta, differentiable by it."""
+        views = {n: theta[p.range].view(p.shape) for n, p in occurrences(module, self._places).items()}
+        return lambda x: torch.func.functional_call(module, views, (x,), tie_weights=False)
 
     def _at(self, theta: Tensor, wanted: frozenset[int] = frozenset()) -> nn.Module:
         """The copy of the module at theta; the parameters of these numbers are leaves to differentiate by."""
@@ -436,7 +549,7 @@ class ModuleLoss(Loss):
 
     def _behind(self, module: nn.Module, kept: Any) -> nn.Module:
         """What of a module is left to compute behind a prefix."""
-        return module[kept[0] :] if kept is not None and isinstance(module, nn.Sequential) else module
+        return module if kept is None else nn.Sequential(OrderedDict(list(module._modules.items())[kept[0] :]))  # type: ignore[arg-type]
 
     def _batches(self, forward: Callable[[Tensor], Tensor], kept: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """Outputs and targets, batch by batch."""
@@ -455,16 +568,13 @@ class ModuleLoss(Loss):
         """What enters layer ``first`` of a sequential module, per batch; None for other modules."""
         if not self.keeps(first):
             return None
-        stage, module = self.layer_stage[first], self._at(theta)
-        assert isinstance(module, nn.Sequential)
-        return stage, [module[:stage](x) for x in self.inputs.split(self.batch)] if self.count else []
+        stage = self.layer_stage[first]
+        begin = nn.Sequential(*list(self._at(theta)._modules.values())[:stage])  # type: ignore[arg-type]
+        return stage, [begin(x) for x in self.inputs.split(self.batch)] if self.count else []
 
     def terms(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
         """See :meth:`Loss.terms`."""
-        module = self._behind(self.module, kept)
-        own = {name for name, _ in module.named_parameters()}
-        views = {p.name: theta[p.range].view(p.shape) for p in self.parameters if p.name in own}
-        for outputs, y in self._batches(lambda x: torch.func.functional_call(module, views, (x,)), kept):
+        for outputs, y in self._batches(self._forward(self._behind(self.module, kept), theta), kept):
             yield self.criterion(outputs, y).sum() * self.weight
 
     @torch.no_grad()
@@ -487,8 +597,10 @@ class ModuleLoss(Loss):
         value = 0.0
         for outputs, y in self._batches(module, kept):
             term = self.criterion(outputs, y).sum() * self.weight
-            gradients = torch.autograd.grad(term, [self._leaves[k] for k in numbers])
-            for k, g in zip(numbers, gradients, strict=True):
-                gradient[self.parameters[k].range] += g.reshape(-1)
+            if term.requires_grad:
+                gradients = torch.autograd.grad(term, [self._leaves[k] for k in numbers], allow_unused=True)
+                for k, g in zip(numbers, gradients, strict=True):
+                    if g is not None:
+                        gradient[self.parameters[k].range] += g.reshape(-1)
             value += float(term.detach())
         return value

@@ -19,6 +19,10 @@ sequence. Any other module is, as far as its weights go, the tuple of its layers
 pass through it, its sensitivity is 1 (our choice, right for a well-normed residual block), or its attribute
 ``sensitivity``.
 
+Frozen parameters are not there, and a layer with no others is a bond. A weight that layers share belongs to the first
+of them; the masses of the others stay in m, so that its uses together may change the output as much as all these
+layers may (our choice).
+
 So for a chain of L layers with equal masses the norm is :math:`L \max_l \sqrt{i_l / o_l}\, \sigma_{\max}(W_l)`
 and the duality map :math:`G_l \mapsto L^{-1} \sqrt{o_l / i_l}\, U_l V_l^T`.
 """
@@ -192,9 +196,12 @@ class _Builder:
         self.taken: set[int] = set()
         self.whole = self._module(network)
 
-    @staticmethod
-    def _weighted(module: nn.Module) -> bool:
-        return any(True for _ in module.parameters(recurse=False))
+    def _weighted(self, module: nn.Module) -> bool:
+        return any(self._known(p) for p in module.parameters(recurse=False))
+
+    def _known(self, tensor: nn.Parameter) -> bool:
+        """Whether it is not frozen."""
+        return tensor.requires_grad or id(tensor) in self.places
 
     def _module(self, module: nn.Module) -> Module:
         if isinstance(module, nn.Sequential):
@@ -206,7 +213,8 @@ class _Builder:
         return Concatenation(layers, sensitivity) if layers else Atom(0.0, (), sensitivity)
 
     def _layer(self, layer: nn.Module) -> Module:
-        own = {name: self._entries(p) for name, p in layer.named_parameters(recurse=False) if id(p) not in self.taken}
+        tensors = [(name, p) for name, p in layer.named_parameters(recurse=False) if self._known(p)]
+        own = {name: self._entries(p) for name, p in tensors if id(p) not in self.taken}
         self.taken |= {id(p) for p in layer.parameters(recurse=False)}
         weight, bias = own.pop("weight", None), own.pop("bias", None)
         column = [] if bias is None else [bias.reshape(-1, 1)]

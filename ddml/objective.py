@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -15,9 +16,10 @@ from petsc4py import PETSc
 from torch import Tensor
 
 from .layout import Operator, ParameterLayout
+from .linear import GatheredTerm, LinearTerm
 from .loss import Loss
 from .parallel import Interrupted, StopRequest, split
-from .summation import Tree
+from .summation import Tree, leaves
 from .work import WorkCounter
 
 
@@ -57,6 +59,8 @@ class Objective:
         loss before there has been on this one; NaN if that is not known.
     metric : KroneckerNorm or None
         What is known of the curvature, for solvers of objectives that are made of this one.
+    linear : tuple of LinearTerm
+        What is added to the loss (:func:`ddml.composed.shifted`), in the value and in the gradient.
     """
 
     def __init__(
@@ -77,6 +81,8 @@ class Objective:
         self.overlap: NDArray[np.int64] | None = None
         self.agreement = math.nan
         self.metric: Any = None
+        self.linear: tuple[LinearTerm, ...] = ()
+        self._followers: WeakSet[Objective] = WeakSet()
         self.blocks = blocks
         self.parts = list(self.split_over(self.comm) if parts is None else parts)
         self._spare: list[Tensor] = []
@@ -100,6 +106,39 @@ class Objective:
         self.fraction = self.fraction if fraction is None else fraction
         self.parts = list(self.split_over(self.comm))
         self.version += 1
+        self.lead()
+
+    def derived(self, loss: Loss, parts: Sequence[Loss] | None = None) -> Objective:
+        """An objective of another loss of the same parameters: with the same linear terms and the same counter of work.
+
+        ``parts`` are this rank's share of the loss, if it has been cut already.
+        """
+        made = self._made(loss, parts)
+        made.fraction, made.work, made.metric, made.linear = self.fraction, self.work, self.metric, self.linear
+        return made
+
+    def _made(self, loss: Loss, parts: Sequence[Loss] | None) -> Objective:
+        return type(self)(loss, self.layout, self.stop, self.blocks_of(loss, parts), parts)
+
+    def blocks_of(self, loss: Loss, parts: Sequence[Loss] | None) -> int:
+        """How many blocks to cut another loss into: no more than this one's, and not wastefully many."""
+        return self.blocks if parts is not None else min(self.blocks, leaves(loss.count, loss.enough))
+
+    def follow_with(self, other: Objective) -> None:
+        """Let an objective of the same loss get whatever this one's is replaced by, from now on."""
+        other.version, other.overlap = self.version, self.overlap
+        self._followers.add(other)
+
+    def lead(self) -> None:
+        """Hand the loss, which is a new one, to those that follow."""
+        for other in list(self._followers):
+            other.loss, other.parts, other.fraction = self.loss, self.parts, self.fraction
+            other.version, other.overlap = self.version, self.overlap
+            other.lead()
+
+    def linear_terms(self) -> list[GatheredTerm]:
+        """The linear terms with their whole vectors, for objectives of some of the parameters. Collective."""
+        return [term.gathered(self.layout) for term in self.linear]
 
     def parameters(self, x: PETSc.Vec) -> Tensor:
         """All parameters at x in the loss's precision, on its device; x's own memory where that is possible."""
@@ -110,7 +149,7 @@ class Objective:
         with self._events["loss"]:
             theta = self.parameters(x)
             self.work.add(self.fraction * self.loss.charge(gradient=False), losses=1)
-            return self.sum_parts([part.value(theta) for part in self.parts])
+            return self._tilted(self.sum_parts([part.value(theta) for part in self.parts]), x)
 
     def value_gradient(self, x: PETSc.Vec, g: PETSc.Vec) -> float:
         """The loss at x; its gradient is written to g."""
@@ -123,7 +162,13 @@ class Objective:
                 values[number] = self.parts[number].value_gradient(theta, row)
 
             self._sum_rows(evaluate, g)
-            return self.sum_parts(values)
+            for term in self.linear:
+                g.axpy(1.0, term.dg)
+            return self._tilted(self.sum_parts(values), x)
+
+    def _tilted(self, value: float, x: PETSc.Vec) -> float:
+        """The value with the linear terms at x."""
+        return sum((term.value(x) for term in self.linear), value)
 
     def gradient(self, x: PETSc.Vec, g: PETSc.Vec) -> None:
         """The gradient at x, written to g."""

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from petsc4py import PETSc
 from torch import Tensor
 
-from .loss import Loss
+from .errors import InputError
+from .loss import Frozen, Loss, RestrictedLoss
 from .objective import Objective
 
 
@@ -70,6 +71,46 @@ class ResidualLoss(Loss):
         return torch.cat(pieces) if pieces else torch.zeros(0, dtype=self.dtype, device=self.device)
 
 
+class RestrictedResidualLoss(RestrictedLoss, ResidualLoss):
+    """A restricted loss of residuals: they are all there, as functions of the subdomain's parameters."""
+
+    loss: ResidualLoss
+
+    def residuals(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
+        """See :meth:`ResidualLoss.residuals`."""
+        return self.loss.residuals(self.joined(theta), self.kept)
+
+    def residual_count(self) -> int:
+        """See :meth:`ResidualLoss.residual_count`."""
+        return self.loss.residual_count()
+
+    def residual(self, theta: Tensor) -> Tensor:
+        """See :meth:`ResidualLoss.residual`; takes as long as that of the whole network."""
+        return self.loss.residual(self.insert(theta))
+
+    def jacobian_product(self, theta: Tensor, direction: Tensor) -> Tensor:
+        """See :meth:`ResidualLoss.jacobian_product`; takes as long as that of the whole network."""
+        change = torch.zeros_like(self.frozen.full)
+        return self.loss.jacobian_product(self.insert(theta), self.insert(direction.to(change), change))
+
+    def jacobian_transpose_product(self, theta: Tensor, weights: Tensor, product: Tensor) -> None:
+        """See :meth:`ResidualLoss.jacobian_transpose_product`; takes as long as that of the whole network."""
+        image = torch.zeros_like(self.frozen.full)
+        self.loss.jacobian_transpose_product(self.insert(theta), weights, image)
+        product += self.take(image)
+
+    def jacobian(self, theta: Tensor) -> Tensor:
+        """See :meth:`ResidualLoss.jacobian`."""
+        rows = self.loss.jacobian(self.insert(theta))
+        return torch.cat([rows[:, r] for r in self.ranges], dim=1)
+
+
+def restricted_loss(loss: Loss, ranges: Sequence[slice], frozen: Frozen | None = None) -> RestrictedLoss:
+    """A restricted loss, with residuals if the loss has them."""
+    kind = RestrictedResidualLoss if isinstance(loss, ResidualLoss) else RestrictedLoss
+    return kind(loss, ranges, frozen)
+
+
 class ResidualObjective(Objective):
     """An objective that also gives r, J v and J^T w; all collective.
 
@@ -91,8 +132,29 @@ class ResidualObjective(Objective):
         assert isinstance(part, ResidualLoss)
         return part
 
+    def check_squares(self) -> None:
+        """Refuse to be what it is not.
+
+        Raises
+        ------
+        InputError
+            If the objective has linear terms.
+        """
+        if self.linear:
+            raise InputError(
+                "an objective with a linear term is no sum of squared residuals: what needs residuals must have it "
+                "without the term, or use another solver"
+            )
+
     def residual(self, x: PETSc.Vec, r: PETSc.Vec) -> None:
-        """Write r at x; charged as a loss."""
+        """Write r at x; charged as a loss.
+
+        Raises
+        ------
+        InputError
+            If the objective has linear terms.
+        """
+        self.check_squares()
         theta = self.parameters(x)
         self.work.add(self.fraction * self.loss.charge(gradient=False), losses=1)
         self._write(r, [self.part(i).residual(theta) for i in range(len(self.parts))])
@@ -119,7 +181,13 @@ class ResidualObjective(Objective):
 
         |r + J D a|^2 is then a quadratic function of a (k,). The sum over the samples is the same to the last bit
         where the objective's are.
+
+        Raises
+        ------
+        InputError
+            If the objective has linear terms.
         """
+        self.check_squares()
         theta = self.parameters(x).clone()
         columns = [self.parameters(d).clone() for d in directions]
         count = len(columns)

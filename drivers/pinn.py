@@ -104,7 +104,7 @@ def build(settings: Any) -> tuple[PDELoss, str]:
     )
     device = check_device(settings.device)
     if hasattr(settings, "solver"):
-        choose(settings, sum(p.numel() for p in network.parameters()))
+        choose(settings, sum(p.numel() for p in network.parameters() if p.requires_grad))
     loss = PDELoss(problem, network, settings.points, dtype, device, settings.chunk)
     if loss.count == 0:
         raise InputError(f"problem '{settings.problem}' has no terms, or none with points")

@@ -114,10 +114,3 @@ class ConfinedSchwarz(Schwarz):
         restricted_x.array[:] = step.array_r
         self.decreases[s] = factor * decrease
         self.slopes[s] = float(gradient.dot(step))
-
-    def destroy(self) -> None:
-        """Destroy the PETSc objects. Collective."""
-        for sub in self.restricted.values():
-            if isinstance(sub, ConsistentObjective):
-                sub.destroy()
-        super().destroy()

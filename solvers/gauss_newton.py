@@ -76,6 +76,7 @@ class GaussNewton(Solver):
         objective = tao.getAppCtx()
         if not isinstance(objective, ResidualObjective):
             raise InputError("solver gauss_newton needs a loss that is a sum of squared residuals")
+        objective.check_squares()
         self.equations = NormalEquations(objective)
         self.matrix = self.equations.matrix()
         self.ksp = PETSc.KSP().create(objective.comm)

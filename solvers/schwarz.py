@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from petsc4py import PETSc
+from torch import Tensor
 
 from ddml.decomposition import Decomposition, Subdomains
 from ddml.errors import InputError
 from ddml.layout import ONE_BY_ONE
+from ddml.linear import GatheredTerm
 from ddml.objective import Objective
 from ddml.options import preset
 from ddml.parallel import Interrupted, cause
 from ddml.restricted import RestrictedObjective, restricted
 from ddml.state import narrowed, widened
-from ddml.work import WorkCounter
 
 from .base import Solver
 
@@ -174,7 +175,7 @@ class Schwarz:
         """Solve in all subdomains from x, and leave theta_s* - R_s x in their vectors."""
         self._follow()
         with self._exchange_event:
-            theta = self.objective.parameters(x)
+            theta, terms = self._frozen_at(x)
             for s in range(len(self.x)):
                 self._load(s, g, lambda local: local.g)
                 self._load(s, x, lambda local: local.x)
@@ -182,7 +183,7 @@ class Schwarz:
         with self._local_event:
             try:
                 for s, local in self.local.items():
-                    self.restricted[s].freeze(theta)
+                    self.restricted[s].freeze(theta, terms)
                     self.restricted[s].know(local.x, f, local.g)
                     local.solve()
                     self.restricted[s].release()
@@ -209,7 +210,7 @@ class Schwarz:
                 if s == 0:
                     self._load(s, g, lambda local: local.g)
                 self._load(s, x, lambda local: local.x)
-                sub.freeze(self.objective.parameters(x))
+                sub.freeze(*self._frozen_at(x))
             if s == 0:
                 sub.know(local.x, f, local.g)
             elif known is not None:
@@ -223,6 +224,11 @@ class Schwarz:
                 self._count([s], False)
                 self._subtract(s, self.x[s])
                 self.decomposition.R[s].multTransposeAdd(self.x[s], x, x)
+
+    def _frozen_at(self, x: PETSc.Vec) -> tuple[Tensor, list[GatheredTerm]]:
+        """What the subdomains' objectives are frozen at. Collective."""
+        terms = self.objective.linear_terms()
+        return self.objective.layout.gather(x), terms
 
     def _follow(self) -> None:
         """Restrict what the objective is now."""
@@ -252,7 +258,7 @@ class Schwarz:
         gathered = self.objective.comm.allgather((mine, interrupted))
         self.objective.work.add_parallel([work for works, _ in gathered for work in works.values()])
         for s in subdomains:
-            self.restricted[s].work = WorkCounter()
+            self.restricted[s].work.reset()  # objectives that were made of it charge the same counter
         if any(flag for _, flag in gathered):
             raise Interrupted
 
@@ -290,6 +296,8 @@ class Schwarz:
         """Destroy the PETSc objects. Collective."""
         for local in self.local.values():
             local.destroy()
+        for restricted_objective in self.restricted.values():
+            restricted_objective.destroy()
         for vec in self.x:
             vec.destroy()
         self.decomposition.destroy()

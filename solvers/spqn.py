@@ -247,6 +247,8 @@ class ASPQN(_SPQN):
             raise InputError(
                 f"option -{self.prefix}additive_step subspace needs a loss that is a sum of squares of residuals"
             )
+        if self.subspace and isinstance(self.objective, ResidualObjective):
+            self.objective.check_squares()
         if self.subspace and self.local:
             self._separate = [tao.getSolution().duplicate() for _ in range(len(self.subdomains))]
 

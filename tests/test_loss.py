@@ -362,7 +362,7 @@ def test_gradients_of_further_layers_come_along() -> None:
     gradient_of(restricted, restricted.initial())
     expected = gradient_of(loss, point(loss))[1]
     last = [loss.parameters[k].range for k in loss.layers[3]]
-    assert close(restricted.take(restricted.full_gradient, last), restricted.take(expected, last), 1e-12)
+    assert close(restricted.take(restricted.beside, last), restricted.take(expected, last), 1e-12)
 
 
 # Refusals -----------------------------------------------------------------------------------------------------------

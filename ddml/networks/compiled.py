@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -178,9 +178,16 @@ class CompiledJets(TaylorJets):
         """See :class:`ddml.networks.jets.Evaluator`."""
 
 
+def known(module: nn.Module, names: Collection[str]) -> bool:
+    """Whether a module is a :class:`TanhNetwork` as it was made: all its parameters trained, none tied."""
+    if not isinstance(module, TanhNetwork) or type(module).forward is not TanhNetwork.forward:
+        return False
+    return all(name in names for s in module.stages for name in (s.weight, s.bias, s.slope) if name)
+
+
 def evaluator(module: nn.Module, offsets: Mapping[str, tuple[int, torch.Size]], indices: Sequence[Index]) -> Evaluator:
     """The fastest evaluator that knows the module, where it is and the derivatives."""
-    if not isinstance(module, TanhNetwork):
+    if not (isinstance(module, TanhNetwork) and known(module, offsets)):
         return NestedJets(module, offsets, indices)
     if max(len(i) for i in indices) > 2:
         return TaylorJets(module, offsets, indices)

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..modules import occurrences
 from .tanh import Stage, TanhNetwork
 
 Index = tuple[int, ...]
@@ -277,6 +278,8 @@ class NestedJets(_ByAutograd):
     ) -> None:
         self.module = module
         self.offsets = offsets
+        known = {id(p): offsets[name] for name, p in module.named_parameters() if name in offsets}
+        self.places = occurrences(module, known)
         self.indices = tuple(indices)
 
     def prefix(self, inputs: Tensor, first: int) -> Tensor:
@@ -285,6 +288,6 @@ class NestedJets(_ByAutograd):
 
     def jets(self, theta: Tensor, inputs: Tensor, first: int = 0) -> Tensor:
         """Jets (K, N, outputs), differentiable by theta; ``inputs`` (K, N, d) must be plain coordinates."""
-        parameters = {n: theta[b : b + s.numel()].view(s) for n, (b, s) in self.offsets.items()}
-        function = partial(torch.func.functional_call, self.module, parameters)
+        parameters = {n: theta[b : b + s.numel()].view(s) for n, (b, s) in self.places.items()}
+        function = partial(torch.func.functional_call, self.module, parameters, tie_weights=False)
         return nested_jets(lambda x: function((x,)), inputs[0], self.indices)

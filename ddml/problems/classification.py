@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from mpi4py import MPI
 from torch import Tensor, nn
 
@@ -10,6 +9,7 @@ from .. import kronecker
 from ..costs import suitable_batch
 from ..errors import InputError
 from ..loss import ModuleLoss
+from ..modules import evaluated, trained
 from ..parallel import own, summed
 from ..sample_sets import SampleSet
 from ..scaled import Samples
@@ -45,8 +45,8 @@ class ClassificationLoss(ModuleLoss):
 
     def __init__(self, module: nn.Module, samples: SampleSet, classes: int, batch: int | None = None) -> None:
         probe = samples.part(0, 2)
-        with torch.no_grad():
-            outputs = module(probe.inputs)
+        trained(module)
+        outputs = evaluated(module, probe.inputs)
         expected = (len(probe), classes)
         if not isinstance(outputs, Tensor) or tuple(outputs.shape) != expected:
             found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
@@ -55,11 +55,14 @@ class ClassificationLoss(ModuleLoss):
 
     def kronecker_layers(self) -> tuple[kronecker.Layer, ...]:
         """See :meth:`ddml.loss.Loss.kronecker_layers`."""
-        return kronecker.layers(self.module, self.parameters)
+        known = kronecker.layers(self.module, self.parameters)
+        everything = frozenset(range(len(self.parameters)))
+        kronecker.check(self._at(self.initial(), everything), known, self.samples.part(0, 2).inputs)
+        return known
 
     def kronecker_statistics(self, theta: Tensor, draws: Tensor) -> list[tuple[Tensor, Tensor]]:
         """See :meth:`ddml.loss.Loss.kronecker_statistics`; labels are drawn from softmax(outputs)."""
-        known = self.kronecker_layers()
+        known = kronecker.layers(self.module, self.parameters)
         module = self._at(theta.detach(), frozenset(range(len(self.parameters))))
         sums: list[tuple[Tensor, Tensor]] = []
         for x, u in zip(self.inputs.split(self.batch), draws.split(self.batch), strict=True):
@@ -72,10 +75,6 @@ class ClassificationLoss(ModuleLoss):
             found = kronecker.statistics(module, known, x, drawn)
             sums = [(A + C, G + D) for (A, G), (C, D) in zip(sums, found, strict=True)] if sums else found
         return [(self.weight * A, self.weight * G) for A, G in sums]
-
-    def explain(self, theta: Tensor) -> str:
-        """See :meth:`ddml.loss.Loss.explain`."""
-        return "the network's outputs or parameters are NaN or infinite"
 
 
 class TestSet:

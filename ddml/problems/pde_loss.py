@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..loss import parameter_table
-from ..networks.compiled import CompiledJets, evaluator
+from ..modules import evaluated, trained
+from ..networks.compiled import CompiledJets, evaluator, known
 from ..networks.jets import Index, closure
 from ..networks.tanh import TanhNetwork
 from ..residual import ResidualLoss
@@ -66,7 +67,9 @@ class PDELoss(ResidualLoss):
         Points that go through the network at a time; 0 for what suits the evaluator.
 
     The parameters are the network's and behind them the problem's coefficients, which belong to
-    the last layer. Samples are numbered term by term.
+    the last layer. Samples are numbered term by term. Frozen parameters of the network, those with ``requires_grad``
+    False, are not among them and stay as they are; tied ones are there once. A
+    :class:`ddml.networks.tanh.TanhNetwork` with such ones is evaluated as any other module.
 
     Attributes
     ----------
@@ -79,7 +82,7 @@ class PDELoss(ResidualLoss):
     ------
     InputError
         If a residual raises, asks for a derivative that does not exist or has the wrong shape;
-        if there are no points.
+        if there are no points; if the network fails or nothing in it is trained.
     """
 
     def __init__(
@@ -96,7 +99,9 @@ class PDELoss(ResidualLoss):
             raise InputError(f"the number of points must be 1 or more, got {points}")
         self.problem, self.network = problem, network.to(dtype=dtype, device=device)
         self.dtype, self.device = dtype, torch.device(device)
-        named = [(name, p.shape) for name, p in network.named_parameters()]
+        chosen = trained(self.network)
+        self.trained = [p for _, p in chosen]
+        named = [(name, p.shape) for name, p in chosen]
         self.coefficients = tuple(problem.coefficients)
         table = parameter_table([*named, *((f"coefficients.{name}", ()) for name in self.coefficients)])
         self.parameters = table
@@ -109,6 +114,8 @@ class PDELoss(ResidualLoss):
         asked = set[Index]().union(
             *(self._dry_run(t, *points) for t, points in zip(self.problem_terms, sets, strict=True))
         )
+        places = torch.as_tensor(sets[0][0][:3, 0], dtype=dtype, device=device)
+        evaluated(self.network, torch.stack(tuple(problem.embed(*places.T)), dim=1))
         self.indices = closure(asked)
         self.position = {index: k for k, index in enumerate(self.indices)}
         self.rule = product_rule(self.indices, len(problem.fields))
@@ -207,7 +214,7 @@ class PDELoss(ResidualLoss):
 
     def _layers(self) -> None:
         numbers = {p.name: i for i, p in enumerate(self.parameters)}
-        if isinstance(self.network, TanhNetwork):
+        if isinstance(self.network, TanhNetwork) and known(self.network, self.offsets):
             groups = [[numbers[name] for name in layer] for layer in self.network.layers]
             stage_of = {
                 name: i for i, s in enumerate(self.network.stages) for name in (s.weight, s.bias, s.slope) if name
@@ -339,7 +346,7 @@ class PDELoss(ResidualLoss):
 
     def initial(self) -> Tensor:
         """The network's parameters and the coefficients' initial values."""
-        values = [p.detach().reshape(-1) for p in self.network.parameters()]
+        values = [p.detach().reshape(-1) for p in self.trained]
         coefficients = torch.tensor(list(self.problem.coefficients.values()), dtype=self.dtype, device=self.device)
         return torch.cat([*values, coefficients])
 

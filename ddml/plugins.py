@@ -47,6 +47,10 @@ def blamed(reference: str, known: dict[str, Any], what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if reference in known or isinstance(error, InputError):
+        if reference in known:
             raise
+        if isinstance(error, InputError):
+            if error.__cause__ is None or reference in str(error):
+                raise
+            raise InputError(f"{what} '{reference}': {error}") from error
         raise InputError(f"{what} '{reference}' raised {type(error).__name__}: {error}") from error

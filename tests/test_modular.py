@@ -143,7 +143,7 @@ def test_the_dual_norm_is_the_sum_of_those_of_the_blocks(make: Any, convolution:
 
 def layer(first: int, size: int, mass: float, sensitivity: float) -> Atom:
     entries = torch.arange(first, first + size).view(1, -1).numpy()
-    return Atom(mass, (Block(entries, 1.0),), sensitivity)
+    return Atom(mass, (Block.of(entries, 1.0),), sensitivity)
 
 
 def test_composition_and_concatenation_as_in_the_paper() -> None:

@@ -88,7 +88,8 @@ class ParameterLayout:
             if self.comm.size == 1:
                 array[:] = contributions.numpy()
             else:
-                self.comm.Reduce_scatter(contributions.numpy(), [array, MPI.DOUBLE], list(self.counts), MPI.SUM)
+                mine = contributions.to(torch.float64).numpy()
+                self.comm.Reduce_scatter(mine, [array, MPI.DOUBLE], list(self.counts), MPI.SUM)
 
     def reduce_rows(self, rows: NDArray[np.float64], counts: Sequence[int], g: PETSc.Vec) -> None:
         """Sum vectors (rows, n), ``counts`` of them on each rank, into the distributed vector g (:meth:`sum_rows`)."""

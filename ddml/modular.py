@@ -325,24 +325,24 @@ class _Builder:
         return Concatenation(layers, sensitivity) if layers else Atom(0.0, (), sensitivity)
 
     def _layer(self, layer: nn.Module) -> Module:
-        own = {name: self._entries(p) for name, p in layer.named_parameters(recurse=False) if id(p) not in self.taken}
+        own = {name: self._place(p) for name, p in layer.named_parameters(recurse=False) if id(p) not in self.taken}
         self.taken |= {id(p) for p in layer.parameters(recurse=False)}
         weight, bias = own.pop("weight", None), own.pop("bias", None)
-        column = [] if bias is None else [bias.reshape(-1, 1)]
+        column = [] if bias is None else [_column(bias)]
         blocks: list[Block] | None = None
         norms = nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm
         if own:
             pass
         elif isinstance(layer, nn.Embedding):
-            blocks = [] if weight is None else [Block.of(weight, weight.shape[1] ** -0.5, True)]
+            blocks = [] if weight is None else [_block([_rows(weight)], weight.shape[1] ** -0.5, True)]
         elif isinstance(layer, nn.Linear):
-            matrix = [] if weight is None else [weight]
-            blocks = _operators([np.hstack([*matrix, *column])] if matrix or column else [])
+            matrix = [] if weight is None else [_rows(weight)]
+            blocks = _operators([[*matrix, *column]] if matrix or column else [])
         elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            blocks = self._convolution(weight, column, layer.groups)
+            blocks = self._convolution(weight, bias, layer.groups)
         elif isinstance(layer, norms):
-            blocks = [] if weight is None else [Block.of(weight.reshape(-1, 1), 2.0, True)]
-            blocks += _operators(column, 2.0)
+            blocks = [] if weight is None else [_block([_column(weight)], 2.0, True)]
+            blocks += _operators([column] if column else [], 2.0)
         if blocks is None:
             raise InputError(
                 f"there is no modular norm for layer {self.names[id(layer)]} of class {type(layer).__name__}, with "
@@ -350,29 +350,59 @@ class _Builder:
             )
         return Atom(self.masses[id(layer)], tuple(blocks))
 
-    def _entries(self, tensor: Tensor) -> Indices:
+    def _place(self, tensor: Tensor) -> Parameter:
         place = self.places.get(id(tensor))
         if place is None:
             raise InputError("the network has parameters that the loss does not know")
-        return np.arange(place.offset, place.offset + place.size).reshape(place.shape)
+        return place
 
-    def _convolution(self, weight: Indices | None, column: list[Indices], groups: int) -> list[Block]:
+    def _convolution(self, weight: Parameter | None, bias: Parameter | None, groups: int) -> list[Block]:
+        column = [] if bias is None else [_column(bias)]
         if weight is None:
-            return _operators(column)
-        out, channels = len(weight) // groups, weight.shape[1]
-        kernels = weight.reshape(groups, out, channels, -1)
+            return _operators([column] if column else [])
+        out, channels, width = weight.shape[0] // groups, weight.shape[1], math.prod(weight.shape[1:])
         if self.convolution == "unfolded":
-            flat = kernels.reshape(groups, out, -1)
-            columns = [c.reshape(groups, out, 1) for c in column]
-            return _operators(np.concatenate([flat, *columns], axis=2))
-        slices = [kernels[g, :, :, k] for g in range(groups) for k in range(kernels.shape[3])]
-        count = kernels.shape[3] + len(column)
-        return _operators(slices, count) + _operators(column, count)
+            return _operators(
+                [
+                    [
+                        Tile((0, 0), (out, width), (width, 1), weight.offset + g * out * width),
+                        *([] if bias is None else [Tile((0, 0), (out, 1), (1, 1), bias.offset + g * out)]),
+                    ]
+                    for g in range(groups)
+                ]
+            )
+        size = width // channels
+        slices = [
+            [Tile((0, 0), (out, channels), (width, size), weight.offset + g * out * width + k)]
+            for g in range(groups)
+            for k in range(size)
+        ]
+        count = size + len(column)
+        return _operators(slices, count) + _operators([column] if column else [], count)
 
 
-def _operators(matrices: Sequence[Indices] | Indices, factor: float = 1.0) -> list[Block]:
+def _rows(place: Parameter) -> Tile:
+    """A tensor as a matrix of its first dimension and all others."""
+    columns = place.size // place.shape[0]
+    return Tile((0, 0), (place.shape[0], columns), (columns, 1), place.offset)
+
+
+def _column(place: Parameter) -> Tile:
+    """A tensor as a matrix of one column."""
+    return Tile((0, 0), (place.size, 1), (1, 1), place.offset)
+
+
+def _block(parts: Sequence[Tile], scale: float, by_rows: bool = False) -> Block:
+    """A block of matrices beside each other."""
+    ends = list(itertools.accumulate((part.shape[1] for part in parts), initial=0))
+    shifted = tuple(replace(part, corner=(0, begin)) for part, begin in zip(parts, ends[:-1], strict=True))
+    return Block(shifted, (parts[0].shape[0], ends[-1]), scale, by_rows)
+
+
+def _operators(matrices: Sequence[Sequence[Tile]], factor: float = 1.0) -> list[Block]:
     """Blocks with ``factor`` times the operator norm from RMS to RMS."""
-    return [Block.of(m, factor * math.sqrt(m.shape[1] / m.shape[0])) for m in matrices]
+    made = [_block(parts, factor) for parts in matrices]
+    return [replace(block, scale=factor * math.sqrt(block.shape[1] / block.shape[0])) for block in made]
 
 
 class ModularNorm:

@@ -182,11 +182,11 @@ class Objective:
 
     def reduce_parts(self, rows: Tensor, g: PETSc.Vec, layout: ParameterLayout | None = None) -> None:
         """Sum vectors (parts, n), one for each part of this rank, over all ranks into g, of any layout."""
-        rows, layout = rows.to(dtype=torch.float64, device="cpu"), layout or self.layout
+        layout = layout or self.layout
         if not self.blocks:
-            layout.reduce(rows[0], g)
+            layout.reduce(rows[0].cpu(), g)
             return
-        layout.reduce_rows(rows.numpy(), self._counts, g)
+        layout.reduce_rows(rows.to(dtype=torch.float64, device="cpu").numpy(), self._counts, g)
 
     def sum_matrices(self, matrices: NDArray[np.float64]) -> NDArray[np.float64]:
         """Sum matrices (parts, n, k), one for each part of this rank, over all ranks: this rank's rows (n_local, k)."""

@@ -105,13 +105,15 @@ def _runs(lines: Indices) -> list[tuple[int, int]]:
 
 
 def _affine(entries: Indices, corner: tuple[int, int]) -> list[Tile]:
-    """A tile of entries whose columns, and whose rows, have equal differences; one a row if that is not enough."""
+    """A tile of entries whose columns, and whose rows, have equal differences; more where torch has no such strides."""
     rows, columns = entries.shape
     first = int(entries[0, 0])
     down = int(entries[1, 0]) - first if rows > 1 else 0
     along = int(entries[0, 1]) - first if columns > 1 else 0
-    if rows > 1 and int(entries[-1, -1]) != first + (rows - 1) * down + (columns - 1) * along:
+    if rows > 1 and (down < 0 or int(entries[-1, -1]) != first + (rows - 1) * down + (columns - 1) * along):
         return [t for i in range(rows) for t in _affine(entries[i : i + 1], (corner[0] + i, corner[1]))]
+    if along < 0:
+        return [t for j in range(columns) for t in _affine(entries[:, j : j + 1], (corner[0], corner[1] + j))]
     return [Tile(corner, (rows, columns), (down, along), first)]
 
 

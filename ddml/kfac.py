@@ -17,7 +17,7 @@ from .errors import CollectiveError, InputError
 from .kronecker import Layer
 from .layout import ParameterLayout
 from .loss import Parameter
-from .norms import Norm, dealt
+from .norms import Norm, apart, dealt
 from .objective import Objective
 from .sample_sets import spread_rows
 
@@ -150,8 +150,11 @@ class KroneckerNorm(Norm):
 
     def steepest(self, g: PETSc.Vec, direction: PETSc.Vec) -> float:
         """See :class:`Norm`: M^-1 g over its norm."""
-        self.inverse(g, direction)
-        size = math.sqrt(max(float(g.dot(direction)), 0.0))
+        given = apart(g, direction)
+        self.inverse(given, direction)
+        size = math.sqrt(max(float(given.dot(direction)), 0.0))
+        if given is not g:
+            given.destroy()
         direction.scale(1 / size if size > 0 else 0.0)
         return size
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import kronecker, work
 from .costs import forward_costs
 from .errors import InputError
-from .modular import ModularNorm, modular
+from .modular import EXACT, TOLERANCE, ModularNorm, modular
 from .modules import evaluated, not_finite, occurrences, trained
 from .sample_sets import SampleSet, TensorSamples
 
@@ -119,8 +119,14 @@ class Loss(ABC):
         """Whether what enters layer ``first`` can be kept by :meth:`prefix`."""
         return False
 
-    def modular_norm(self, masses: Sequence[float] | None = None, convolution: str = "unfolded") -> ModularNorm:
-        """The modular norm of theta, see :mod:`ddml.networks.modular`.
+    def modular_norm(
+        self,
+        masses: Sequence[float] | None = None,
+        convolution: str = "unfolded",
+        tolerance: float = TOLERANCE,
+        exact: int = EXACT,
+    ) -> ModularNorm:
+        """The modular norm of theta, see :mod:`ddml.modular`.
 
         Raises
         ------
@@ -360,9 +366,15 @@ class RestrictedLoss(Loss):
         self.loss.gauss_newton_product(self.insert(theta), self.insert(direction.to(change), change), image)
         product += self.take(image)
 
-    def modular_norm(self, masses: Sequence[float] | None = None, convolution: str = "unfolded") -> ModularNorm:
+    def modular_norm(
+        self,
+        masses: Sequence[float] | None = None,
+        convolution: str = "unfolded",
+        tolerance: float = TOLERANCE,
+        exact: int = EXACT,
+    ) -> ModularNorm:
         """The norm of a vector that is zero outside the subdomain; masses are those of the whole network."""
-        return self.loss.modular_norm(masses, convolution).restricted(self.ranges)
+        return self.loss.modular_norm(masses, convolution, tolerance, exact).restricted(self.ranges)
 
     def charge(self, first: int = 0, active: frozenset[int] | None = None, gradient: bool = True) -> float:
         """Work units of one evaluation behind the kept prefix."""
@@ -511,10 +523,18 @@ class ModuleLoss(Loss):
             begin += len(inputs)
         return super().explain(theta)
 
-    def modular_norm(self, masses: Sequence[float] | None = None, convolution: str = "unfolded") -> ModularNorm:
+    def modular_norm(
+        self,
+        masses: Sequence[float] | None = None,
+        convolution: str = "unfolded",
+        tolerance: float = TOLERANCE,
+        exact: int = EXACT,
+    ) -> ModularNorm:
         """See :meth:`Loss.modular_norm`; masses are of the layers with weights, in their order."""
         structure = modular(self.module, self.parameters, masses, convolution)
-        return ModularNorm(self.size, tuple(structure.blocks()), torch.finfo(self.dtype).eps)
+        # matrix products in half precision lose more than a tolerance of a few per cent
+        like = torch.empty(0, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
+        return ModularNorm(self.size, tuple(structure.blocks()), torch.finfo(self.dtype).eps, like, tolerance, exact)
 
     def gauss_newton_product(self, theta: Tensor, direction: Tensor, product: Tensor) -> None:
         r"""See :meth:`Loss.gauss_newton_product`: the sum of :math:`J^T \nabla^2 c\, J`, c the criterion.

@@ -12,6 +12,7 @@ import torch
 from mpi4py import MPI
 from petsc4py import PETSc
 
+from .errors import InputError
 from .layout import ParameterLayout
 from .modular import ModularNorm
 
@@ -49,7 +50,15 @@ class Norm(ABC):
 
     @abstractmethod
     def steepest(self, g: PETSc.Vec, direction: PETSc.Vec) -> float:
-        """Write a t of norm 1 (0 where g is 0) with the largest <g, t> to ``direction``; that is the dual norm of g."""
+        """Write a t of norm 1 (0 where g is 0) with the largest <g, t> to ``direction``; <g, t>, the dual norm of g.
+
+        ``direction`` may be g itself.
+        """
+
+
+def apart(x: PETSc.Vec, other: PETSc.Vec) -> PETSc.Vec:
+    """x, or a copy of it if ``other`` is the same vector; the caller destroys the copy."""
+    return x.copy() if x.handle == other.handle else x
 
 
 class TwoNorm(Norm):
@@ -78,13 +87,20 @@ class InfinityNorm(Norm):
 
     def steepest(self, g: PETSc.Vec, direction: PETSc.Vec) -> float:
         """See :class:`Norm`: the signs of g."""
-        with g as values, direction as signs:
+        given = apart(g, direction)
+        with given as values, direction as signs:
             np.sign(values, out=signs)
-        return float(g.dot(direction))
+        dual = float(given.dot(direction))
+        if given is not g:
+            given.destroy()
+        return dual
 
 
 class DistributedModularNorm(Norm):
     """The modular norm: the blocks are dealt over the ranks, so that the same bits come out on any number of them.
+
+    The norm of vectors with large matrices is an upper bound, and steepest directions have at most norm 1 and, of the
+    dual norm, all but a tolerance (:mod:`ddml.modular`); what :meth:`steepest` returns is the true inner product.
 
     Parameters
     ----------
@@ -92,11 +108,19 @@ class DistributedModularNorm(Norm):
         Of the gathered vector.
     layout
         Of the distributed ones.
+
+    Raises
+    ------
+    InputError
+        If the norm says nothing of some entries.
     """
 
     def __init__(self, norm: ModularNorm, layout: ParameterLayout) -> None:
         self.norm, self.layout = norm, layout
         self.mine = dealt(norm.costs, layout.comm)
+        known = sum(math.prod(block.shape) for block in norm.blocks)
+        if known != layout.size:
+            raise InputError(f"a modular norm must be of all {layout.size} parameters, this one is of {known}")
 
     def __call__(self, x: PETSc.Vec) -> float:
         """See :class:`Norm`."""
@@ -104,9 +128,18 @@ class DistributedModularNorm(Norm):
 
     def steepest(self, g: PETSc.Vec, direction: PETSc.Vec) -> float:
         """See :class:`Norm`: the duality map."""
-        full = torch.zeros(self.norm.size, dtype=torch.float64)
-        shares = self.norm.dualize_blocks(self.layout.gather(g), full, self.mine)
-        full += 0.0  # -0 becomes 0, as it does where other ranks' zeros are added
+        if self.layout.comm.size == 1:
+            if g.handle != direction.handle:
+                g.copy(direction)
+            with direction as array:
+                full = torch.from_numpy(array)
+                shares = self.norm.dualize_blocks(full, full)
+                full += 0.0  # -0 becomes 0, as it does where other ranks' zeros are added
+            return math.fsum(shares)
+        full = self.layout.gather(g)  # whose buffer serves for the result, too: n numbers less
+        shares = self.norm.dualize_blocks(full, full, self.mine)
+        for b in set(range(len(self.norm.blocks))).difference(self.mine):
+            self.norm.blocks[b].clear(full)
         self.layout.reduce(full, direction)
         return math.fsum(self._collect(shares))
 

@@ -2,7 +2,7 @@
 
 Prints tables with medians and ratios; what is compared is measured side by side in the same
 process, alternately where it is short. Sections: evaluation, restricted, ranks, overhead, balance,
-rounding, solvers, preconditioners; and map and classifiers, which are run only where -only names them.
+rounding, solvers, preconditioners; and map, classifiers and large, which are run only where -only names them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from program import run_program
 import torch
 from benches.classifiers import classifiers
 from benches.evaluations import balance, evaluation, ranks, ranks_worker, restricted
+from benches.large import large, large_worker
 from benches.preconditioners import preconditioners
 from benches.synchronisations import map_worker, solver_map
 from benches.training import overhead, rounding, solvers
@@ -32,7 +33,14 @@ SECTIONS = {
     "preconditioners": preconditioners,
 }
 # only where -only names them
-ASKED = {"map": solver_map, "classifiers": classifiers, "ranks_worker": ranks_worker, "map_worker": map_worker}
+ASKED = {
+    "map": solver_map,
+    "classifiers": classifiers,
+    "large": large,
+    "ranks_worker": ranks_worker,
+    "map_worker": map_worker,
+    "large_worker": large_worker,
+}
 OPTIONS = (
     Option("seconds", 60.0, "Budget of each solver in the sections solvers and map.", above=0.0),
     Option("only", ",".join(SECTIONS), "Sections to run."),
@@ -44,6 +52,9 @@ OPTIONS = (
     Option("methods", "tr,apts,torch", "Words; methods whose names have one of them are in that section."),
     Option("marks", "10,30,60,120", "Work units where that section measures."),
     Option("seeds", "0", "Seeds of the map and of the classifiers: medians are printed."),
+    Option("large_data", "", "Data file of the section large (default: random numbers)."),
+    Option("large_widths", "2048,2048,2048", "Hidden layers of its network."),
+    Option("large_batch", 1000, "Samples of its batches.", minimum=1),
     Option("delay", 0.0, "Of map_worker (ms).", minimum=0.0),
     Option("driver", "pinn", "Of map_worker.", choices=("pinn", "classify")),
     Option("repeats", 7, "Timings of each short measurement.", minimum=1),
@@ -56,7 +67,9 @@ def main(comm: MPI.Comm) -> int:
     torch.set_num_threads(1)
     for name in settings.only.split(","):
         if name not in {**SECTIONS, **ASKED}:
-            raise InputError(f"option -only must name some of {', '.join(SECTIONS)}, map, classifiers; got '{name}'")
+            raise InputError(
+                f"option -only must name some of {', '.join(SECTIONS)}, map, classifiers, large; got '{name}'"
+            )
         {**SECTIONS, **ASKED}[name](settings)
     return 0
 

@@ -48,6 +48,7 @@ class _APTS(TrustRegion):
     """
 
     work_vectors = (*TrustRegion.work_vectors, "correction", "steepest")
+    moves_within = True
 
     def setUp(self, tao: PETSc.TAO) -> None:
         """Build the decomposition and the local solvers. Collective."""
@@ -127,7 +128,7 @@ class _APTS(TrustRegion):
                 blend, length = blend + BLEND, 0.5 * length
                 value = self._evaluate(x, s)
             size = self.norm(s)
-        if math.isfinite(value):
+        if self.model.learns and math.isfinite(value):
             y.waxpy(-1.0, self.g, trial_g)
             self.model.learn(s, y)
         if not self.radius.judge(value, predicted, size >= BOUNDARY * delta):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -74,8 +74,14 @@ class Solver(ABC):
         self.objective = tao.getAppCtx()
         self.search = LineSearch(self.objective, self.prefix)
         # g: at the current point, which moves within an iteration; accepted_g and what is saved change at its end only
-        names = ("g", "accepted_g", *self.work_vectors)
+        shared = self.shared_vectors()
+        names = [name for name in ("g", "accepted_g", *self.work_vectors) if name not in shared]
         self.vectors = {name: tao.getSolution().duplicate() for name in names}
+        self.vectors |= {name: self.vectors[other] for name, other in shared.items()}
+
+    def shared_vectors(self) -> Mapping[str, str]:
+        """Vectors, by name, that are no vectors of their own, and which they are."""
+        return {}
 
     @property
     def g(self) -> PETSc.Vec:

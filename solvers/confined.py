@@ -55,7 +55,8 @@ class ConfinedSchwarz(Schwarz):
         self.decreases: dict[int, float] = {}
         self.slopes: dict[int, float] = {}
         own = {"model": settings.model, "norm": norm_name, "memory": settings.memory, "momentum": 0.0,
-               "convolution": settings.convolution}  # fmt: skip
+               "convolution": settings.convolution, "polar_tolerance": settings.polar_tolerance,
+               "polar_exact": settings.polar_exact}  # fmt: skip
         for name in ("masses", "curvature_fraction"):
             if getattr(settings, name) is not None:
                 own[name] = getattr(settings, name)

@@ -20,16 +20,26 @@ from .secant_model import SecantModel
 
 
 class Model(ABC):
-    """Everything is collective on the objective's communicator."""
+    """Everything is collective on the objective's communicator.
+
+    Attributes
+    ----------
+    learns : bool
+        Whether it makes use of how the gradient changes; if not, y may always be None.
+    """
 
     momentum = 0.0
+    learns = True
 
     @abstractmethod
     def step(self, x: PETSc.Vec, g: PETSc.Vec, radius: float, s: PETSc.Vec) -> tuple[float, float]:
         """Write a step of at most ``radius`` from x, where the gradient is g, to s: decrease predicted, its norm."""
 
     def observe(self, s: PETSc.Vec, y: PETSc.Vec | None) -> None:
-        """The gradient changed by y over the last step s, which may have been rejected; None: it is not finite."""
+        """The gradient changed by y over the last step s, which may have been rejected; None: it is not finite.
+
+        The gradient that the step was made of is still what it was.
+        """
         return
 
     def learn(self, s: PETSc.Vec, y: PETSc.Vec) -> None:
@@ -60,36 +70,44 @@ class FirstOrder(Model):
 
     with D the duality map; the decrease predicted is -<g, s>. Where that is not positive m and d are replaced by g. m
     moves with every trial, so that one that was rejected is followed by one closer to -D(g) (our choice).
+
+    It keeps one vector, m.
     """
+
+    learns = False
 
     def __init__(self, norm: Norm, momentum: float, like: PETSc.Vec) -> None:
         self.norm, self.momentum = norm, momentum
-        self.m, self.next_m, self.d = (like.duplicate() for _ in range(3))
+        self.m = like.duplicate()
+        self._last: tuple[float, PETSc.Vec] | None = None  # mu of the last step, 0 where m was replaced, and its g
         self.forget()
 
     def step(self, x: PETSc.Vec, g: PETSc.Vec, radius: float, s: PETSc.Vec) -> tuple[float, float]:
         """See :meth:`Model.step`."""
         mu = self.momentum
-        g.copy(self.next_m)
+        slope = 0.0
         if mu > 0:
-            self.next_m.axpby(mu, 1 - mu, self.m)
-            self.next_m.copy(self.d)
-            self.d.axpby(1 - mu, mu, g)
-            self.norm.steepest(self.d, s)
-        slope = float(g.dot(s)) if mu > 0 else 0.0
+            g.copy(s)
+            s.axpby(mu, 1 - mu, self.m)
+            s.axpby(1 - mu, mu, g)
+            self.norm.steepest(s, s)
+            slope = float(g.dot(s))
+        self._last = (mu if slope > 0 else 0.0), g
         if not slope > 0:
-            g.copy(self.next_m)
             slope = self.norm.steepest(g, s)
         s.scale(-radius)
         return radius * slope, radius if slope > 0 else 0.0
 
     def observe(self, s: PETSc.Vec, y: PETSc.Vec | None) -> None:
         """See :meth:`Model.observe`."""
-        self.next_m.copy(self.m)
+        if self._last is not None:
+            mu, g = self._last
+            self.m.axpby(1 - mu, mu, g)
 
     def forget(self) -> None:
         """See :meth:`Model.forget`."""
         self.m.set(0.0)
+        self._last = None
 
     def state(self) -> dict[str, Any]:
         """See :meth:`Model.state`."""
@@ -102,8 +120,7 @@ class FirstOrder(Model):
 
     def destroy(self) -> None:
         """See :meth:`Model.destroy`."""
-        for vec in (self.m, self.next_m, self.d):
-            vec.destroy()
+        self.m.destroy()
 
 
 class Secant(Model):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from petsc4py import PETSc
 from ddml.composed import sampled
 from ddml.errors import InputError
 from ddml.kfac import KroneckerNorm
-from ddml.modular import CONVOLUTIONS
+from ddml.modular import CONVOLUTIONS, EXACT, TOLERANCE
 from ddml.norms import DistributedModularNorm, InfinityNorm, Norm, TwoNorm
 from ddml.objective import Objective
 from ddml.options import Option
@@ -42,6 +42,9 @@ OPTIONS = (
     Option("convolution", "unfolded", "Modular norm of a convolution: that of a linear layer on patches, or the "
            "paper's, over its slices.", choices=CONVOLUTIONS),
     Option("masses", None, "Of the layers in the modular norm, in their order, separated by commas (default: all 1)."),
+    Option("polar_tolerance", TOLERANCE, "Part of the dual norm that the direction of a large matrix may lack in the "
+           "modular norm, less than 1; below 0.01 it is exact.", above=0.0),
+    Option("polar_exact", EXACT, "Smaller side up to which a matrix is not large: its direction is exact.", minimum=0),
     Option("curvature_fraction", None, "Of the samples, on which curvature is measured (default: 0.1 for K-FAC "
            "factors, all for products).", kind=float, above=0.0),
     Option("curvature_interval", 10, "Steps on the same samples behind which K-FAC factors are measured again.",
@@ -73,7 +76,10 @@ def make_norm(objective: Objective, name: str, settings: Any, prefix: str) -> No
         raise InputError(
             f"option -{prefix}masses must be numbers separated by commas, got '{settings.masses}'"
         ) from None
-    return DistributedModularNorm(objective.loss.modular_norm(masses, settings.convolution), objective.layout)
+    return DistributedModularNorm(
+        objective.loss.modular_norm(masses, settings.convolution, settings.polar_tolerance, settings.polar_exact),
+        objective.layout,
+    )
 
 
 class TrustRegion(Solver):
@@ -99,11 +105,15 @@ class TrustRegion(Solver):
     Models of second order need a norm that comes from a product, the 2-norm or that of K-FAC
     (:class:`ddml.kfac.KroneckerNorm`), which is measured anew on each batch: in the others the subproblem is a hard
     one of its own.
+
+    With the first-order model it keeps seven vectors (n,): theta, the gradients at theta, at the trial point and where
+    the batch began, theta there, the step, which becomes the trial point, and the momentum.
     """
 
     options: ClassVar[Sequence[Option]] = OPTIONS
     work_vectors: ClassVar[Sequence[str]] = ("s", "trial", "trial_g", "y", "batch_x", "batch_g")
     saved: ClassVar[Sequence[str]] = ("batch_x", "batch_g")
+    moves_within: ClassVar[bool] = False  # theta, in an iteration, before its last evaluation
     failure = PETSc.TAO.ConvergedReason.DIVERGED_TR_REDUCTION
 
     def setFromOptions(self, tao: PETSc.TAO) -> None:
@@ -126,6 +136,10 @@ class TrustRegion(Solver):
             raise InputError(
                 f"option -{self.prefix}model {settings.model} needs -{self.prefix}norm 2 or kfac: with -norm "
                 f"{self.norm_name} there is the first-order model only"
+            )
+        if not settings.polar_tolerance < 1:
+            raise InputError(
+                f"option -{self.prefix}polar_tolerance must be less than 1, got {settings.polar_tolerance:g}"
             )
         if not (settings.curvature_fraction or 0.1) <= 1:
             raise InputError(
@@ -154,6 +168,13 @@ class TrustRegion(Solver):
             self.model = Products(objective, settings.model, fraction, self.prefix, self.norm)
         self.budget = math.inf  # how far a local solve may go from where it begins
         self.point = tao.getSolution()
+
+    def shared_vectors(self) -> Mapping[str, str]:
+        """See :meth:`solvers.base.Solver.shared_vectors`."""
+        if self.settings.model != "first":
+            return {}
+        own = {} if self.moves_within else {"accepted_g": "g"}
+        return {"trial": "s", "y": "trial_g", **own}
 
     def destroy(self, tao: PETSc.TAO) -> None:
         """Destroy what :meth:`setUp` made."""
@@ -216,7 +237,7 @@ class TrustRegion(Solver):
         S.waxpy(-1.0, self.vectors["batch_x"], x)
         promised, found = float(first.dot(S)), float(self.g.dot(S))
         agreement = (1 + found / promised) / 2 if promised < 0 else math.nan
-        if self.settings.overlap_pairs and promised < 0:
+        if self.settings.overlap_pairs and self.model.learns and promised < 0:
             self._learn_on_overlap(x, S)
         self.objective.agreement = agreement
         self.radius.renew(self.f, math.sqrt(0.5) if agreement < 0.25 else 1.0)
@@ -254,12 +275,15 @@ class TrustRegion(Solver):
                 self.failure = self._ending(x)
             return SearchResult(self.f, 0.0, False)
         predicted, length = self.model.step(x, self.g, delta, s)
-        trial.waxpy(1.0, x, s)
+        if trial.handle == s.handle:
+            s.axpy(1.0, x)
+        else:
+            trial.waxpy(1.0, x, s)
         value = self.objective.value_gradient(trial, trial_g)
         finite = math.isfinite(value) and math.isfinite(trial_g.norm())
-        if finite:
+        if self.model.learns and finite:
             y.waxpy(-1.0, self.g, trial_g)
-        self.model.observe(s, y if finite else None)
+        self.model.observe(s, y if self.model.learns and finite else None)
         accepted = self.radius.judge(
             value if finite else math.inf, predicted, length >= BOUNDARY * delta, self.model.momentum > 0
         )

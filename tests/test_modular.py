@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -143,7 +144,7 @@ def test_the_dual_norm_is_the_sum_of_those_of_the_blocks(make: Any, convolution:
 
 def layer(first: int, size: int, mass: float, sensitivity: float) -> Atom:
     entries = torch.arange(first, first + size).view(1, -1).numpy()
-    return Atom(mass, (Block(entries, 1.0),), sensitivity)
+    return Atom(mass, (Block.of(entries, 1.0),), sensitivity)
 
 
 def test_composition_and_concatenation_as_in_the_paper() -> None:
@@ -223,3 +224,58 @@ def test_a_loss_without_modules_says_so(sum_over_rows: Any) -> None:
     loss = sum_over_rows(lambda theta, rows: rows @ theta, torch.ones(3, 2), [2], torch.zeros(2))
     with pytest.raises(InputError, match="choose -norm 2 or infinity"):
         loss.modular_norm()
+
+
+def test_where_any_matrix_is() -> None:
+    """Rows, columns and steps of all kinds, and places without any order."""
+    rng = np.random.default_rng(0)
+    whole = np.arange(240).reshape(12, 20)
+    cases = [
+        whole, whole.T, whole[::2, ::-3], whole[[0, 1, 2, 5, 6, 11]][:, [0, 1, 2, 9, 10, 3]], whole[:1], whole[:, :1],
+        np.hstack([whole[:, 1:].copy(), whole[:, :1] + 300]), np.arange(12)[:, None] * np.arange(1, 21) + 7,
+        rng.permutation(240).reshape(12, 20), np.array([[5]]),
+    ]  # fmt: skip
+    theta = torch.as_tensor(rng.standard_normal(600))
+    for entries in cases:
+        block = Block.of(entries, 1.0)
+        assert np.array_equal(block.entries, entries)
+        assert torch.equal(block.read(theta[1:]), theta[1:][torch.as_tensor(entries.copy())])
+        assert block.largest(theta) == float(theta[torch.as_tensor(entries.copy())].abs().max())
+    block, target = Block.of(cases[3], 1.0), torch.zeros(240, dtype=torch.float64)
+    block.write(block.read(theta), target)
+    expected = torch.zeros(240, dtype=torch.float64)
+    expected[cases[3].ravel()] = theta[cases[3].ravel()]
+    assert torch.equal(target, expected)
+    assert block.inner(theta, block.read(theta).float()) == pytest.approx(float((expected**2).sum()), rel=1e-6)
+    block.clear(target)
+    assert (target == 0).all()
+    assert len(Block.of(np.hstack([whole[:, 1:], whole[:, :1] + 300]), 1.0).tiles) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_large_matrices_are_within_the_tolerance(dtype: torch.dtype) -> None:
+    network = nn.Sequential(nn.Linear(60, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 4)).double()
+    loss = ModuleLoss(network, lambda y, t: ((y - t) ** 2).sum(1), torch.zeros(2, 60).double(), torch.zeros(2, 4))
+    exact = loss.modular_norm()
+    near = ModularNorm(loss.size, exact.blocks, exact.eps, torch.empty(0, dtype=dtype), 0.05, 20)
+    assert [near.large(block) for block in near.blocks] == [True, True, False]
+    draw = torch.Generator().manual_seed(0)
+    for scale in (1.0, 1e-100, 1e100):
+        g = scale * torch.randn(loss.size, dtype=torch.float64, generator=draw)
+        g[: 60 * 40] *= torch.logspace(0, -9, 60 * 40)
+        direction = near.dualize(g)
+        shares = [float((block.read(g) * block.read(direction)).sum()) for block in near.blocks]
+        best = [float((block.read(g) * block.read(exact.dualize(g))).sum()) for block in near.blocks]
+        assert all(0.95 * b <= s <= (1 + 1e-6) * b for s, b in zip(shares, best, strict=True))
+        assert near.dual_norm(g) == pytest.approx(sum(shares), rel=1e-12)
+        assert exact.norm(direction) == pytest.approx(1, abs=0.01)
+        assert (1 - 1e-5) * exact.norm(g) <= near.norm(g) <= 1.0501 * exact.norm(g)
+        g[7] = math.nan
+        assert near.dualize(g).isnan().any()
+        assert not math.isfinite(near.norm(g))
+    g = torch.zeros(loss.size, dtype=torch.float64)
+    assert near.norm(g) == 0
+    assert (near.dualize(g) == 0).all()
+    finest = ModularNorm(loss.size, exact.blocks, exact.eps, torch.empty(0, dtype=dtype), 0.009, 20)
+    g = torch.randn(loss.size, dtype=torch.float64, generator=draw)
+    assert torch.equal(finest.dualize(g), exact.dualize(g))

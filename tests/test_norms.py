@@ -57,6 +57,50 @@ def test_steepest_directions(kind: str, comm: MPI.Comm) -> None:
     direction.destroy()
 
 
+def test_large_matrices_have_the_same_bits_on_any_number_of_ranks(comm: MPI.Comm) -> None:
+    loss = make_loss()
+    layout = ParameterLayout(loss.parameters, comm)
+    modular = loss.modular_norm(tolerance=0.1, exact=2)
+    assert sum(modular.large(block) for block in modular.blocks) == 3
+    norm = DistributedModularNorm(modular, layout)
+    g, direction = layout.vector(), layout.vector()
+    full = np.random.default_rng(0).standard_normal(loss.size)
+    g.setArray(full[slice(*g.getOwnershipRange())])
+    expected = modular.dualize(torch.as_tensor(full)) + 0.0
+    dual = norm.steepest(g, direction)
+    assert layout.gather(direction).numpy().tobytes() == expected.numpy().tobytes()
+    assert dual == modular.dual_norm(torch.as_tensor(full))
+    assert dual == pytest.approx(float(torch.as_tensor(full) @ expected), rel=1e-13)
+    assert 0.9 * loss.modular_norm().dual_norm(torch.as_tensor(full)) < dual
+    assert norm(g) == modular.norm(torch.as_tensor(full))
+    assert layout.gather(g).numpy().tobytes() == full.tobytes()
+    for vec in (g, direction):
+        vec.destroy()
+
+
+@pytest.mark.parametrize("kind", ["2", "infinity", "modular"])
+def test_a_direction_may_take_the_place_of_the_gradient(kind: str, comm: MPI.Comm) -> None:
+    loss = make_loss()
+    layout = ParameterLayout(loss.parameters, comm)
+    modular = DistributedModularNorm(loss.modular_norm(), layout)
+    norm: Norm = {"2": TwoNorm(), "infinity": InfinityNorm()}.get(kind) or modular
+    g, direction = layout.vector(), layout.vector()
+    g.setArray(np.random.default_rng(0).standard_normal(loss.size)[slice(*g.getOwnershipRange())])
+    dual = norm.steepest(g, direction)
+    assert norm.steepest(g, g) == dual
+    assert layout.gather(g).numpy().copy().tobytes() == layout.gather(direction).numpy().tobytes()
+    g.destroy()
+    direction.destroy()
+
+
+def test_a_norm_of_some_parameters_only_is_refused(comm: MPI.Comm) -> None:
+    loss = make_loss()
+    with pytest.raises(InputError, match="of all"):
+        DistributedModularNorm(
+            loss.modular_norm().restricted([loss.parameters[0].range]), ParameterLayout(loss.parameters, comm)
+        )
+
+
 def dense(norm: KroneckerNorm) -> np.ndarray:
     """The norm's matrix."""
     size = norm.objective.size
@@ -102,6 +146,9 @@ def test_kronecker_norm(blocks: int, comm: MPI.Comm) -> None:
     assert norm(x) == pytest.approx(np.sqrt(full_x @ M @ full_x), rel=1e-12)
     solved = np.linalg.solve(M, full_g)
     dual = norm.steepest(g, first)
+    g.copy(second)
+    assert norm.steepest(second, second) == dual
+    assert layout.gather(second).numpy().copy().tobytes() == layout.gather(first).numpy().tobytes()
     assert dual == pytest.approx(np.sqrt(full_g @ solved), rel=1e-11)
     assert layout.gather(first).numpy() == pytest.approx(solved / dual, rel=1e-10, abs=1e-12)
     assert norm(first) == pytest.approx(1, rel=1e-12)

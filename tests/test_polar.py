@@ -1,5 +1,6 @@
 """Polar factors against singular value decompositions, and published iterations on scalars."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,3 +77,89 @@ def test_published_iterations_on_scalars(
 ) -> None:
     X = torch.diag(torch.tensor([0.001, 0.01, 0.1, 0.5, 1.0], dtype=torch.float64))
     assert torch.diag(polar.iterate(X, coefficients, steps)) == pytest.approx(expected, abs=6e-5)
+
+
+SPECTRA = {
+    "flat": torch.ones(40, dtype=torch.float64),
+    "geometric": torch.logspace(0, -12, 40, dtype=torch.float64),
+    "low rank": torch.tensor([1.0, 0.7, 0.2, *[0.0] * 37], dtype=torch.float64),
+    "rank one": torch.tensor([1.0, *[0.0] * 39], dtype=torch.float64),
+    "one large": torch.tensor([1.0, *[1e-3] * 39], dtype=torch.float64),
+    "one large, worst tail": torch.tensor([1.0, *[4e-4] * 39], dtype=torch.float64),
+    "harmonic": 1 / torch.arange(1, 41, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tolerance", [0.01, 0.05, 0.3])
+@pytest.mark.parametrize("spectrum", list(SPECTRA))
+def test_near_factors_keep_their_promise(spectrum: str, tolerance: float, dtype: torch.dtype) -> None:
+    rounding = 100 * torch.finfo(dtype).eps
+    sigma = SPECTRA[spectrum]
+    for rows, columns in ((40, 40), (40, 90), (90, 40)):
+        for scale in (1.0, 1e-5):
+            G = (scale * matrix(rows, columns, sigma)).to(dtype)
+            X = polar.near_factor(G, tolerance)
+            assert X is not None
+            assert X.dtype == dtype
+            exact = torch.linalg.svdvals(G.double())
+            found = float((G.double() * X.double()).sum())
+            assert (1 - tolerance) * float(exact.sum()) <= found <= (1 + rounding) * float(exact.sum())
+            assert float(torch.linalg.matrix_norm(X.double(), 2)) <= 1 + rounding
+
+
+def test_larger_tolerances_take_fewer_products_and_lack_more() -> None:
+    G = matrix(40, 90, SPECTRA["geometric"])
+    lacking = [1 - float((G * polar.near_factor(G, t)).sum()) / float(SPECTRA["geometric"].sum()) for t in (0.01, 0.5)]
+    assert 0 < lacking[0] < 0.01 < lacking[1] < 0.5
+
+
+def test_near_factor_of_nothing_and_with_too_little_precision() -> None:
+    assert (polar.near_factor(torch.zeros(7, 4), 0.05) == 0).all()
+    assert polar.near_factor(matrix(40, 90, SPECTRA["one large"]).bfloat16(), 0.05) is None
+
+
+def composed(s: np.ndarray, first: int) -> np.ndarray:
+    """The polynomials, one after another, of numbers."""
+    for a, b, c in [polar.GROWING] * first + list(polar.FINISHING):
+        s = a * s + b * s**3 + c * s**5
+    return s
+
+
+@pytest.mark.parametrize("first", range(9))
+def test_the_polynomials_have_the_properties_that_the_proof_needs(first: int) -> None:
+    low = polar.LOW / polar.GROWTH**first
+    s = np.concatenate([np.geomspace(1e-9, low, 20_000), np.geomspace(low, 1, 200_000)])
+    image = composed(s, first)
+    assert 0 < image.min() <= image.max() <= 1 + 1e-6
+    assert image[s >= low].min() >= polar.REACHED
+    assert (image >= np.minimum(polar.REACHED * s / low, polar.REACHED) * (1 - 1e-12)).all()
+    for coefficients in (polar.GROWING, *polar.FINISHING):  # rounding errors do not grow
+        a, b, c = coefficients
+        assert a * 1.01 + b * 1.01**3 + c * 1.01**5 <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spectrum", list(SPECTRA))
+def test_norm_bounds_are_bounds(spectrum: str, dtype: torch.dtype) -> None:
+    for rows, columns in ((40, 90), (90, 40), (1, 7), (300, 40)):
+        G = matrix(rows, columns, SPECTRA[spectrum][: min(rows, columns)]).to(dtype)
+        exact = float(torch.linalg.matrix_norm(G.double(), 2))
+        for tolerance in (0.3, 0.05, 0.001):
+            bound = polar.norm_bound(G, tolerance)
+            assert exact * (1 - 100 * torch.finfo(dtype).eps) <= bound <= exact * (1 + 1.001 * tolerance)
+    assert polar.norm_bound(torch.zeros(3, 4), 0.1) == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (600, 5), (513, 700)])
+def test_symmetric_products(shape: tuple[int, int]) -> None:
+    A = matrix(*shape)
+    plus = matrix(shape[0], shape[0], seed=1)
+    plus = plus + plus.T
+    for made, expected in (
+        (polar.symmetric_product(A), A @ A.T),
+        (polar.symmetric_product(A, 2.0, plus, -3.0), 2 * A @ A.T - 3 * plus),
+    ):
+        assert (made - expected).abs().max() < 1e-14 * expected.abs().max()
+        assert torch.equal(made, made.T)
+    assert polar.inner(A, 2 * A) == pytest.approx(2 * float((A**2).sum()), rel=1e-13)

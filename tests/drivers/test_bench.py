@@ -54,3 +54,11 @@ def test_classifiers_have_a_row_for_every_method_that_is_asked_for() -> None:
         assert float(cost) > 0
     accuracies = {row[0]: float(row[2].split("/")[0]) for row in rows}
     assert accuracies["napts modular norm"] > 20  # chance is 10
+
+
+def test_a_large_network_has_a_row_for_one_and_two_ranks() -> None:
+    rows = bench("-only", "large", "-large_widths", "300,270", "-large_batch", "500", "-repeats", "1")[1:]
+    assert [row[:2] for row in rows] == [["1", "319,480"], ["2", "319,480"]]
+    for row in rows:
+        assert all(float(cell) >= 0 for cell in row[2:5])
+        assert float(row[5]) > 0

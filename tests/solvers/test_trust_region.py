@@ -181,6 +181,58 @@ def test_a_resumed_run_goes_on_to_the_last_bit(train: Train, copied: Any, model:
     assert rest.losses.tobytes() == whole.losses[at + 1 :].tobytes()
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_near_directions_of_large_matrices(train: Train, copied: Any, momentum: float) -> None:
+    """Steps within the norm, a true prediction, the same bits in one and in two runs and on all ranks."""
+    loss = classifier()
+    given = {"momentum": momentum, "delta0": 0.3, "polar_exact": 2, "polar_tolerance": 0.3}
+    promises: list[tuple[float, float, float]] = []
+
+    def watch(context: Any, iteration: int) -> None:
+        if iteration == 3:
+            s = context.g.duplicate()
+            predicted, length = context.model.step(context.point, context.g, 0.2, s)
+            promises.append((predicted, -float(context.g.dot(s)), length))
+            full = context.objective.layout.gather(s).numpy()
+            promises.append((norm_of_chain(full), 0.2, norm_of_chain(full)))
+            s.destroy()
+
+    train(loss, "tr", 3, watch=watch, **given)
+    (predicted, true, length), (largest, delta, _) = promises
+    assert predicted == pytest.approx(true, rel=1e-12)
+    assert length == delta
+    assert 0.99 * delta <= largest <= delta * (1 + 1e-12)
+    exact = train(loss, "tr", 60, **{**given, "polar_exact": 256})
+    seen = Batches([], 1000, at=20, copied=copied)
+    near = train(loss, "tr", 60, blocks=12, gathered=True, watch=seen, **given)
+    assert np.abs(near.theta[1] - exact.theta[1]).max() > 1e-6
+    assert near.losses[-1] < max(2 * exact.losses[-1], 0.01 * exact.losses[0])
+    alone = train(loss, "tr", 60, comm=MPI.COMM_SELF, blocks=12, gathered=True, **given)
+    assert alone.theta.tobytes() == near.theta.tobytes()
+    rest = train(loss, "tr", 60, blocks=12, gathered=True, start=near.theta[20], state=seen.state, **given)
+    assert rest.theta.tobytes() == near.theta[21:].tobytes()
+
+
+def norm_of_chain(theta: np.ndarray) -> float:
+    """The modular norm of the chain 6-5-4-3, by singular values."""
+    found, end = [], 0
+    for inputs, outputs in ((6, 5), (5, 4), (4, 3)):
+        begin, end = end, end + (inputs + 1) * outputs
+        W = np.column_stack([theta[begin : end - outputs].reshape(outputs, inputs), theta[end - outputs : end]])
+        found.append(3 * math.sqrt((inputs + 1) / outputs) * np.linalg.norm(W, 2))
+    return max(found)
+
+
+def test_a_first_order_method_keeps_seven_vectors(train: Train) -> None:
+    held: list[int] = []
+
+    def watch(context: Any, iteration: int) -> None:
+        held.append(len({vec.handle for vec in context.vectors.values()}))
+
+    train(classifier(), "tr", 2, watch=watch)
+    assert set(held) == {5}  # besides theta and the momentum
+
+
 @every
 def test_a_run_file_goes_on_on_another_number_of_ranks(
     train: Train, copied: Any, comm: MPI.Comm, shared_tmp: Path, model: str, norm: str
@@ -608,6 +660,9 @@ def test_the_last_line_of_a_run_at_rounding_says_so(comm: MPI.Comm, prefix: str,
         ({"shrink": 1.0}, "must be less than 1"),
         ({"accept": 0.8}, "must be less than -"),
         ({"momentum": 1.0}, "must be less than 1"),
+        ({"polar_tolerance": 1.0}, "polar_tolerance must be less than 1"),
+        ({"polar_tolerance": 0.0}, "polar_tolerance must be more than 0"),
+        ({"polar_exact": -1}, "polar_exact must be 0 or more"),
         ({"masses": "1,x"}, "numbers separated by commas"),
         ({"masses": "1,2"}, "3 masses are needed"),
     ],

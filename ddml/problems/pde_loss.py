@@ -114,8 +114,9 @@ class PDELoss(ResidualLoss):
         asked = set[Index]().union(
             *(self._dry_run(t, *points) for t, points in zip(self.problem_terms, sets, strict=True))
         )
-        places = torch.as_tensor(sets[0][0][:3, 0], dtype=dtype, device=device)
-        evaluated(self.network, torch.stack(tuple(problem.embed(*places.T)), dim=1))
+        for points_of_term, _ in sets[:1]:
+            places = torch.as_tensor(points_of_term[:3, 0], dtype=dtype, device=device)
+            evaluated(self.network, torch.stack(tuple(problem.embed(*places.T)), dim=1))
         self.indices = closure(asked)
         self.position = {index: k for k, index in enumerate(self.indices)}
         self.rule = product_rule(self.indices, len(problem.fields))

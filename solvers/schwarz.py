@@ -87,8 +87,11 @@ class LocalSolver:
         if tao.getIterationNumber() == self.steps - 1:
             self.objective.also(self.layers)
 
-    def solve(self, also: frozenset[int] = frozenset()) -> None:
-        """Minimise from ``self.x``; the last iteration also computes the gradient of the layers ``also``."""
+    def solve(self, also: frozenset[int] = frozenset()) -> float:
+        """Minimise from ``self.x``: the loss there; the last iteration also computes the gradient of layers ``also``.
+
+        Collective on the objective's communicator.
+        """
         self.layers = also
         self.objective.also(frozenset())
         try:
@@ -96,11 +99,13 @@ class LocalSolver:
                 self.tao.solve()
         finally:
             self.objective.also(frozenset())
+        reached = float(self.tao.getSolutionStatus()[1])
         if self.context is not None:
             self.context.remembers = self.remembers
         else:  # PETSc's lmvm, for one, remembers scales from solve to solve
             self.tao.destroy()
             self._create()
+        return reached
 
     def destroy(self) -> None:
         """Destroy the PETSc objects."""
@@ -184,7 +189,7 @@ class Schwarz:
                 for s, local in self.local.items():
                     self.restricted[s].freeze(theta)
                     self.restricted[s].know(local.x, f, local.g)
-                    local.solve()
+                    self._finish(s, local.solve())
                     self.restricted[s].release()
             except Exception as error:  # of a stop request the other groups do not know yet: they wait below
                 if cause(error, Interrupted) is None:
@@ -194,6 +199,10 @@ class Schwarz:
             self._count(list(self.local), interrupted)
             for s, difference in enumerate(self.x):
                 self._subtract(s, difference)
+
+    def _finish(self, s: int, reached: float) -> None:
+        """What follows a local solve of the additive kind that ended with this loss. Collective on the group."""
+        return
 
     def multiplicative(self, x: PETSc.Vec, f: float, g: PETSc.Vec) -> None:
         """Let each subdomain in turn minimise from the x that the ones before it left; f, g as at x. Collective.

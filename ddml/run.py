@@ -15,7 +15,7 @@ from petsc4py import PETSc
 from torch import Tensor
 
 from . import checkpoint
-from .errors import CollectiveError, InputError, NonFiniteError
+from .errors import InputError, NonFiniteError
 from .history import History
 from .objective import Objective
 from .options import Option
@@ -299,7 +299,7 @@ class Run:
         try:
             self._solve()
         except Exception as error:
-            for kind in (NonFiniteError, CollectiveError):  # the same on every rank
+            for kind in (NonFiniteError, InputError):
                 ours = cause(error, kind)
                 if ours is not None:
                     raise InputError(str(ours)) from error

@@ -78,6 +78,11 @@ class Solver(ABC):
         self.vectors = {name: tao.getSolution().duplicate() for name in names}
 
     @property
+    def needed(self) -> int:
+        """Bytes of the dense matrices that :meth:`setUp` has made on this rank, and the solver will fill."""
+        return 0
+
+    @property
     def g(self) -> PETSc.Vec:
         """The gradient at the current point."""
         return self.vectors["g"]

@@ -12,6 +12,7 @@ from ddml.decomposition import Subdomains
 from ddml.norms import Norm
 from ddml.objective import Objective
 from ddml.options import preset
+from ddml.parallel import agreed
 from ddml.restricted import RestrictedObjective
 
 from .schwarz import Schwarz
@@ -73,9 +74,10 @@ class ConfinedSchwarz(Schwarz):
         with preset(**{f"{prefix}sub_{name}": value for name, value in own.items()} if solver == "tr" else {}):
             super().__init__(objective, subdomains, True, f"{prefix}sub_", [steps] * len(subdomains), solver)
         self.norms: dict[int, Norm] = {}
-        for s, local_objective in self.restricted.items():
-            local_objective.stop = None  # an iteration of the global method is finished before a run stops
-            self.norms[s] = make_norm(local_objective, norm_name, settings, prefix)
+        with agreed(objective.comm):
+            for s, local_objective in self.restricted.items():
+                local_objective.stop = None  # an iteration of the global method is finished before a run stops
+                self.norms[s] = make_norm(local_objective, norm_name, settings, prefix)
         self.steps = {s: local.x.duplicate() for s, local in self.local.items()}
 
     def _restrict(self) -> dict[int, RestrictedObjective]:

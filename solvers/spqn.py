@@ -90,12 +90,15 @@ class _SPQN(LBFGS):
         loss = self.objective.loss
         self.subdomains = self.decompose(loss, self.prefix)
         if self.settings.local_steps > 0:
-            self.local = [self._schwarz(chosen) for chosen in self._colours()]
+            for chosen in self._colours():
+                self.local.append(self._schwarz(chosen))
             self._half = tao.getSolution().duplicate()
         if self.settings.coarse_step:
             first = {min(loss.layer_numbers(core)) for core in self.subdomains.cores}
             coarse = Subdomains.of_layers(loss, [sorted(first)])
-            self.coarse = Schwarz(self.objective, coarse, False, f"{self.prefix}coarse_", [self.settings.coarse_steps])
+            self.coarse = Schwarz(
+                self.objective, coarse, False, f"{self.prefix}coarse_", [self.settings.coarse_steps], beside=self.local
+            )
 
     def _colours(self) -> list[Subdomains]:
         """Subdomains that are corrected together."""
@@ -109,8 +112,9 @@ class _SPQN(LBFGS):
             costs = tuple(cost * count for cost, count in zip(chosen.costs, steps, strict=True))
             chosen = replace(chosen, costs=costs)  # of all local iterations: who works on what follows from them
         return Schwarz(
-            self.objective, chosen, self.parallel, f"{self.prefix}sub_", steps, settings.local_solver, self.keeps
-        )
+            self.objective, chosen, self.parallel, f"{self.prefix}sub_", steps, settings.local_solver, self.keeps,
+            self.local,
+        )  # fmt: skip
 
     def destroy(self, tao: PETSc.TAO) -> None:
         """Destroy what :meth:`setUp` made."""

@@ -130,7 +130,7 @@ class _APTS(TrustRegion):
         if math.isfinite(value):
             y.waxpy(-1.0, self.g, trial_g)
             self.model.learn(s, y)
-        if not self.radius.judge(value, predicted, size >= BOUNDARY * delta):
+        if not self.radius.judge(value, predicted, size >= BOUNDARY * delta, size=size):
             self.corrections_refused += 1
             return 0.0
         trial.copy(x)

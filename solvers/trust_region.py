@@ -253,7 +253,7 @@ class TrustRegion(Solver):
             y.waxpy(-1.0, self.g, trial_g)
         self.model.observe(s, y if finite else None)
         accepted = self.radius.judge(
-            value if finite else math.inf, predicted, length >= BOUNDARY * delta, self.model.momentum > 0
+            value if finite else math.inf, predicted, length >= BOUNDARY * delta, self.model.momentum > 0, length
         )
         if accepted:
             trial.copy(x)

@@ -71,9 +71,8 @@ class LocalSolver:
         with blamed(self.solver, dict.fromkeys((*SOLVERS, *PETSC_TYPES)), "local solver"):
             configure(self.tao, self.solver)
         self.objective.attach(self.tao)
-        defaults = {"momentum": 1.0, "first_step": "scaled"}
         stop = {"tao_max_it": steps, "tao_gatol": 0.0, "tao_grtol": 0.0, "tao_gttol": 0.0}
-        own = {prefix + name: value for name, value in {**defaults, **stop}.items()}
+        own = {prefix + name: value for name, value in stop.items()}
         with preset(**own, **ONE_BY_ONE):
             self.tao.setFromOptions()
             self.tao.setUp()

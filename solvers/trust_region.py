@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -96,6 +96,7 @@ class TrustRegion(Solver):
     """
 
     options: ClassVar[Sequence[Option]] = OPTIONS
+    local_defaults: ClassVar[Mapping[str, Any]] = {"momentum": 0.0}
     work_vectors: ClassVar[Sequence[str]] = ("s", "trial", "trial_g", "y", "batch_x", "batch_g")
     saved: ClassVar[Sequence[str]] = ("batch_x", "batch_g")
     failure = PETSc.TAO.ConvergedReason.DIVERGED_TR_REDUCTION

@@ -55,6 +55,8 @@ class _APTS(TrustRegion):
         self.whole_iterations = True
         self.corrections_refused = 0
         self.local: ConfinedSchwarz | None = None
+        if self.count() == 1:
+            self.notes.append("there is one subdomain: the method is the undivided trust-region method")
         if self.settings.local_steps > 0 and self.count() > 1:
             self.local = self._make_local()
 

@@ -137,9 +137,9 @@ class Run:
         self.output: str | None = settings.output or settings.restart
         self.reason = ""
         self.measured: dict[str, float] = {}  # at the end of the run, if not in the history
-        self.notes: list[str] = []
         context = tao.getPythonContext() if tao.getType() == "python" else None
         self.context = context if hasattr(context, "state") else None
+        self.notes: list[str] = list(getattr(context, "notes", ()))
         self.last = x.duplicate()  # parameters after the last complete iteration
         self.before = 0.0  # seconds of earlier runs
         self.first_iteration = 0
@@ -153,7 +153,13 @@ class Run:
             checkpoint.check_writable(self.output, self.comm)
         if settings.restart is not None:
             self._load(settings.restart)
-        tao.setMaximumIterations(max(settings.max_it - self.offset, 0))
+        # PETSc takes no 0: what is done already is noticed in _limit, and in execute
+        tao.setMaximumIterations(max(settings.max_it - self.offset, 1))
+        self.done = (
+            settings.restart is not None
+            and (self.offset > 0 or self.first_iteration == 0)
+            and settings.max_it <= self.first_iteration
+        )
         tao.setMonitor(self._monitor)
         self._event = PETSc.Log.Event("ddml checkpoint")
 
@@ -255,6 +261,8 @@ class Run:
         s = self.settings
         if self.objective.stop is not None and self.comm.allreduce(self.objective.stop.requested, MPI.LOR):
             return "a signal asked to stop"
+        if s.max_it == 0:
+            return "max_it is reached"
         if now >= s.max_time:
             return "max_time is reached"
         if self.objective.work.total >= s.max_work:
@@ -276,7 +284,7 @@ class Run:
         with self._event:
             state = {
                 "work": self.objective.work.settled,
-                "solver": self.context.state() if self.context is not None else {},
+                "solver": self.context.state() if self.context is not None and not self.done else {},
             }
             if self.moving is not None:
                 state["samples"] = self.moving.state()
@@ -293,8 +301,15 @@ class Run:
         ------
         InputError
             If the loss is not finite where the run starts, or the solver refuses what it is given.
+
+        Where the run file has all iterations and the solver would begin afresh, nothing is done.
         """
         self.started = time.perf_counter()
+        if self.done:
+            self.reason = "max_it is reached"
+            if self.output != self.settings.restart:  # else the file stays what it is
+                self.save()
+            return True
         self._open_bar()
         try:
             self._solve()
@@ -304,6 +319,9 @@ class Run:
                 if ours is not None:
                     raise InputError(str(ours)) from error
             if cause(error, Interrupted) is None:
+                if self.context is None and isinstance(error, PETSc.Error) and error.__cause__ is None:
+                    text = str(error).splitlines()[-1].partition("] ")[2]
+                    raise InputError(f"PETSc's {self.tao.getType()} cannot go on here: {text}") from error
                 raise
             self.reason = "a signal asked to stop"
         finally:
@@ -324,7 +342,7 @@ class Run:
         going = True
         while going:
             end = min(self.settings.max_it, (self.offset // self.moving.interval + 1) * self.moving.interval)
-            self.tao.setMaximumIterations(max(end - self.offset, 0))
+            self.tao.setMaximumIterations(max(end - self.offset, 1))
             self.tao.solve()
             going = self.tao.getConvergedReason() == PETSc.TAO.ConvergedReason.DIVERGED_MAXITS
             going = going and end < self.settings.max_it

@@ -243,10 +243,12 @@ def dense_secant(kind: str, M: np.ndarray, loss: Any, iterations: int, delta: fl
         trial, gradient = value_gradient(loss, theta + s)
         y, e = gradient - g, 10 * 2.0**-52 * max(1, abs(f))
         rho = (f - trial + e) / (predicted + e)
-        accepted = rho > 1e-4 and trial <= f
-        if rho < 0.25 or not accepted:
+        accepted, size = rho > 1e-4 and trial <= f, math.sqrt(s @ M @ s)
+        if not accepted:
+            delta = min(delta, size) / 2
+        elif rho < 0.25:
             delta /= 2
-        elif rho > 0.75 and math.sqrt(s @ M @ s) >= 0.9 * delta:
+        elif rho > 0.75 and size >= 0.9 * delta:
             delta *= 2
         r = y - B @ s
         if kind == "sr1":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from .parallel import check_memory, redistributed
 from .summation import Tree
 
 Array = NDArray[np.float64]
+REMEDY = "use more nodes, matrix_form symmetric, matrix_dtype float32, or -solver lbfgs -memory 50"
 
 
 class DenseMatrix(ABC):
@@ -39,6 +41,11 @@ class DenseMatrix(ABC):
     ------
     InputError
         If the ranks of a node would need more than its memory for the matrix.
+
+    Attributes
+    ----------
+    needed : int
+        Bytes of what is stored on this rank; they are taken at the first use.
     """
 
     def __init__(self, comm: MPI.Comm, size: int, units: int, dtype: str = "float64") -> None:
@@ -49,14 +56,15 @@ class DenseMatrix(ABC):
         self.units = range(self.shares[comm.rank], self.shares[comm.rank + 1])
         begin, end = (self.edges[self.shares[r]] for r in (comm.rank, comm.rank + 1))
         self.rows = range(begin, end)
-        count = self.place(end) - self.place(begin)
-        check_memory(
-            comm, count * np.dtype(dtype).itemsize,
-            f"a dense matrix for {size} parameters",
-            "use more nodes, matrix_form symmetric, matrix_dtype float32, or -solver lbfgs -memory 50",
-        )  # fmt: skip
-        self.values = np.zeros(count, dtype)
+        self.count, self.dtype = self.place(end) - self.place(begin), dtype
+        self.needed = self.count * np.dtype(dtype).itemsize
+        check_memory(comm, self.needed, f"a dense matrix for {size} parameters", REMEDY)
         self.products = np.zeros((len(self.units), size))
+
+    @cached_property
+    def values(self) -> NDArray[Any]:
+        """What is stored: zeros at first. The memory is taken here, so that several matrices can be summed before."""
+        return np.zeros(self.count, self.dtype)
 
     @abstractmethod
     def cut(self, units: int) -> list[int]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -13,7 +14,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 from petsc4py import PETSc
 
-from .errors import CollectiveError, InputError
+from .errors import CollectiveError, InputError, NonFiniteError
 
 
 def split(count: int, parts: int) -> list[int]:
@@ -39,26 +40,71 @@ def summed(comm: MPI.Comm, found: Sequence[Sequence[float]]) -> NDArray[np.float
 
 @contextmanager
 def agreed(comm: MPI.Comm) -> Iterator[None]:
-    """Run a block without collective calls; an exception on one rank becomes the same exception on all.
+    """Run a block; an exception on one rank becomes the same exception on all, with the text of the first.
 
-    Collective on ``comm``. An :class:`InputError` stays one; anything else that another rank
-    raised appears as a RuntimeError with its text, its own rank keeps the original as the cause.
+    Collective on ``comm``. The block makes no collective calls on it, but it may on parts of it (groups that work side
+    by side), or calls that fail on all ranks together. :class:`InputError` becomes a CollectiveError; NonFiniteError
+    and :class:`Interrupted` stay what they are, also where PETSc has wrapped them; anything else appears as a
+    RuntimeError, of which its own rank keeps the original as the cause.
+
+    A rank with an exception other than Interrupted waits 4 s (our choice) for the others: those that are still at work
+    then, or wait for this one in a call of the block, cannot agree, and it raises what it has on its own.
     """
     error: Exception | None = None
     try:
         yield
     except Exception as e:
         error = e
-    texts = comm.allgather(None if error is None else (isinstance(error, InputError), f"{error}", type(error).__name__))
+    arrival = comm.Ibarrier()
+    if error is None or cause(error, Interrupted) is not None:
+        arrival.Wait()
+    elif not _patiently(arrival.Test):
+        raise error
+    texts = comm.allgather(None if error is None else _described(error, comm.rank))
     failed = next((rank for rank, text in enumerate(texts) if text is not None), None)
     if failed is None:
         return
-    if isinstance(error, InputError) and failed == comm.rank:
-        raise error
-    ours, text, kind = texts[failed]
-    if ours:
-        raise InputError(text) from error
-    raise RuntimeError(f"{kind} on rank {failed}: {text}") from error
+    kind, text = texts[failed]
+    raise kind(text) from error
+
+
+def _described(error: Exception, rank: int) -> tuple[type[Exception], str]:
+    """What all ranks raise for an exception of one, and the text."""
+    for kind, common in ((Interrupted, Interrupted), (InputError, CollectiveError), (NonFiniteError, NonFiniteError)):
+        found = cause(error, kind)
+        if found is not None:
+            return common, str(found)
+    *_, root = _chain(error)
+    return RuntimeError, f"{type(root).__name__} on rank {rank}: {root}"
+
+
+def ranks_that_meet(comm: MPI.Comm) -> list[int]:
+    """Ranks that call this within 4 s (our choice), this one included: for errors that should be on all of them."""
+    others = [rank for rank in range(comm.size) if rank != comm.rank]
+    sent = [comm.isend(comm.rank, rank, _MEETING) for rank in others]
+    met = {comm.rank}
+
+    def complete() -> bool:
+        while comm.iprobe(tag=_MEETING):
+            met.add(comm.recv(tag=_MEETING))
+        return len(met) == comm.size
+
+    if _patiently(complete):
+        MPI.Request.waitall(sent)
+    return sorted(met)
+
+
+def _patiently(test: Callable[[], bool]) -> bool:
+    """Ask until it is true or the patience is over."""
+    end = time.monotonic() + _PATIENCE
+    while not test():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+_PATIENCE, _MEETING = 4.0, 4711  # seconds; tag of messages
 
 
 def check_memory(comm: MPI.Comm, needed: int, what: str, remedy: str) -> None:
@@ -91,9 +137,16 @@ class Interrupted(Exception):
 
 def cause(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
     """The exception of some kind that an error goes back to, if any: PETSc wraps what its callbacks raise."""
-    while error is not None and not isinstance(error, kind):
+    return next((link for link in _chain(error) if isinstance(link, kind)), None)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and those that it goes back to; one that was raised from what it had caused makes a ring."""
+    seen: list[BaseException] = []
+    while error is not None and all(error is not link for link in seen):
+        seen.append(error)
+        yield error
         error = error.__cause__ or error.__context__
-    return error
 
 
 class StopRequest:

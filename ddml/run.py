@@ -15,7 +15,7 @@ from petsc4py import PETSc
 from torch import Tensor
 
 from . import checkpoint
-from .errors import CollectiveError, InputError, NonFiniteError
+from .errors import InputError, NonFiniteError
 from .history import History
 from .objective import Objective
 from .options import Option
@@ -142,9 +142,9 @@ class Run:
         self.output: str | None = settings.output or settings.restart
         self.reason = ""
         self.measured: dict[str, float] = {}  # at the end of the run, if not in the history
-        self.notes: list[str] = []
         context = tao.getPythonContext() if tao.getType() == "python" else None
         self.context = context if hasattr(context, "state") else None
+        self.notes: list[str] = list(getattr(context, "notes", ()))
         self.last = x.duplicate()  # parameters after the last complete iteration
         self.before = 0.0  # seconds of earlier runs
         self.first_iteration = 0
@@ -158,12 +158,13 @@ class Run:
             checkpoint.check_writable(self.output, self.comm)
         if settings.restart is not None:
             self._load(settings.restart)
-        if settings.max_it <= self.offset:
-            raise InputError(
-                f"option -max_it must be more than {self.offset}, where this solver begins in "
-                f"{settings.restart}; got {settings.max_it}"
-            )
-        tao.setMaximumIterations(settings.max_it - self.offset)
+        # PETSc takes no 0: what is done already is noticed in _limit, and in execute
+        tao.setMaximumIterations(max(settings.max_it - self.offset, 1))
+        self.done = (
+            settings.restart is not None
+            and (self.offset > 0 or self.first_iteration == 0)
+            and settings.max_it <= self.first_iteration
+        )
         tao.setMonitor(self._monitor)
         self._event = PETSc.Log.Event("ddml checkpoint")
 
@@ -269,6 +270,8 @@ class Run:
         s = self.settings
         if self.objective.stop is not None and self.comm.allreduce(self.objective.stop.requested, MPI.LOR):
             return "a signal asked to stop"
+        if s.max_it == 0:
+            return "max_it is reached"
         if now >= s.max_time:
             return "max_time is reached"
         if self.objective.work.total >= s.max_work:
@@ -290,7 +293,7 @@ class Run:
         with self._event:
             state = {
                 "work": self.objective.work.settled,
-                "solver": self.context.state() if self.context is not None else {},
+                "solver": self.context.state() if self.context is not None and not self.done else {},
             }
             if self.moving is not None:
                 state["samples"] = self.moving.state()
@@ -307,17 +310,27 @@ class Run:
         ------
         InputError
             If the loss is not finite where the run starts, or the solver refuses what it is given.
+
+        Where the run file has all iterations and the solver would begin afresh, nothing is done.
         """
         self.started = time.perf_counter()
+        if self.done:
+            self.reason = "max_it is reached"
+            if self.output != self.settings.restart:  # else the file stays what it is
+                self.save()
+            return True
         self._open_bar()
         try:
             self._solve()
         except Exception as error:
-            for kind in (NonFiniteError, CollectiveError):  # the same on every rank
+            for kind in (NonFiniteError, InputError):
                 ours = cause(error, kind)
                 if ours is not None:
                     raise InputError(str(ours)) from error
             if cause(error, Interrupted) is None:
+                if self.context is None and isinstance(error, PETSc.Error) and error.__cause__ is None:
+                    text = str(error).splitlines()[-1].partition("] ")[2]
+                    raise InputError(f"PETSc's {self.tao.getType()} cannot go on here: {text}") from error
                 raise
             self.reason = "a signal asked to stop"
         finally:
@@ -338,7 +351,7 @@ class Run:
         going = True
         while going:
             end = min(self.settings.max_it, (self.offset // self.moving.interval + 1) * self.moving.interval)
-            self.tao.setMaximumIterations(max(end - self.offset, 0))
+            self.tao.setMaximumIterations(max(end - self.offset, 1))
             self.tao.solve()
             going = self.tao.getConvergedReason() == PETSc.TAO.ConvergedReason.DIVERGED_MAXITS
             going = going and end < self.settings.max_it

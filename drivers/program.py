@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 from ddml.errors import InputError
+from ddml.parallel import ranks_that_meet
 
 if not PETSc.Options().hasName("options_left"):  # drivers refuse unknown options themselves
     PETSc.Options().setValue("options_left", False)
@@ -26,15 +28,19 @@ if not PETSc.Options().hasName("options_left"):  # drivers refuse unknown option
 def run_program(main: Callable[[MPI.Comm], int]) -> None:
     """Run a driver and end the process with its exit code.
 
-    An InputError, which is the same on every rank, is printed once; exit code 1. Any other
-    exception ends the whole job, whatever the other ranks are doing.
+    An InputError is printed once; exit code 1. It should be the same on every rank: where others do not have it within
+    some seconds, it ends the whole job. So does any other exception, whatever the other ranks are doing.
     """
     world = MPI.COMM_WORLD
     try:
         code = main(world)
     except InputError as error:
-        if world.rank == 0:
+        together = ranks_that_meet(world)
+        if world.rank == together[0]:
             print("error:", *str(error).splitlines(), file=sys.stderr, flush=True)
+        if len(together) < world.size:
+            time.sleep(0.0 if world.rank == together[0] else 1.0)  # who prints comes first
+            world.Abort(1)
         code = 1
     except SystemExit as end:  # of argparse after its help
         code = int(bool(end.code))

@@ -76,8 +76,30 @@ def read_options(table: Sequence[Option], limits: Sequence[Option]) -> tuple[Any
     if stray:
         raise InputError(f"'{stray[0]}' is neither an option nor the value of one; -help lists the options")
     settings = options.read(table), options.read(limits)
+    settings[0].solver = chosen_solver(settings[0].solver)
     torch.set_num_threads(settings[0].threads)
     return settings
+
+
+def chosen_solver(name: str) -> str:
+    """The solver that ``-solver``, whose value or default this is, and PETSc's ``-tao_type`` ask for.
+
+    Raises
+    ------
+    InputError
+        If they contradict each other, or there is none of that type here; ``-tao_max_it``.
+    """
+    database = PETSc.Options()
+    if database.hasName("tao_max_it"):
+        raise InputError("option -tao_max_it is -max_it here, which also counts the iterations before a restart")
+    if not database.hasName("tao_type"):
+        return name
+    kind = database.getString("tao_type")
+    if kind not in PETSC_TYPES:
+        raise InputError(f"option -tao_type must be one of {', '.join(PETSC_TYPES)}; got '{kind}'; others by -solver")
+    if database.hasName("solver") and name != kind:
+        raise InputError(f"options -solver {name} and -tao_type {kind} ask for two solvers: give one")
+    return kind
 
 
 def check_device(name: str) -> torch.device:

@@ -33,9 +33,10 @@ SOLVERS: dict[str, type[Solver]] = {
     "napts": NAPTS,
 }
 
-# PETSc's types for unconstrained minimisation, which take our objectives as they are
+# PETSc's types for unconstrained minimisation, which take our objectives as they are; not bqnkls, which shifts a
+# quasi-Newton matrix that PETSc cannot solve with then
 PETSC_TYPES = (
-    *("lmvm", "cg", "bncg", "blmvm", "bqnls", "bqnktr", "bqnktl", "bqnkls", "nm"),
+    *("lmvm", "cg", "bncg", "blmvm", "bqnls", "bqnktr", "bqnktl", "nm"),
     *("nls", "ntr", "ntl", "bnls", "bntr", "bntl"),  # with Hessian products
 )
 

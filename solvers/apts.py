@@ -56,6 +56,8 @@ class _APTS(TrustRegion):
         self.whole_iterations = True
         self.corrections_refused = 0
         self.local: ConfinedSchwarz | None = None
+        if self.count() == 1:
+            self.notes.append("there is one subdomain: the method is the undivided trust-region method")
         if self.settings.local_steps > 0 and self.count() > 1:
             self.local = self._make_local()
 
@@ -131,7 +133,7 @@ class _APTS(TrustRegion):
         if self.model.learns and math.isfinite(value):
             y.waxpy(-1.0, self.g, trial_g)
             self.model.learn(s, y)
-        if not self.radius.judge(value, predicted, size >= BOUNDARY * delta):
+        if not self.radius.judge(value, predicted, size >= BOUNDARY * delta, size=size):
             self.corrections_refused += 1
             return 0.0
         trial.copy(x)

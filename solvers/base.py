@@ -11,7 +11,8 @@ from petsc4py import PETSc
 
 from ddml.errors import InputError
 from ddml.objective import Objective
-from ddml.options import Option, read
+from ddml.options import Option, read, with_defaults
+from ddml.restricted import RestrictedObjective
 
 from .line_search import LineSearch, SearchResult
 
@@ -31,6 +32,8 @@ class Solver(ABC):
     ----------
     options : tuple of Option
         What the solver reads.
+    local_defaults : dict
+        Defaults of options that are others where the solver is a local one.
     settings : namespace
         The values in force.
     work_vectors, saved : tuple of str
@@ -43,12 +46,15 @@ class Solver(ABC):
         PETSc's reason where :meth:`iterate` cannot go on.
     whole_iterations : bool
         Whether a request to stop waits for the end of an iteration, which changes what :meth:`kept` gives meanwhile.
+    notes : list of str
+        What a user should know of the method as it has been set up.
     remembers : bool
         Whether :meth:`solve` begins with what the last one, of an objective that may have changed since, has
         learnt of curvature, instead of afresh.
     """
 
     options: ClassVar[Sequence[Option]] = ()
+    local_defaults: ClassVar[Mapping[str, Any]] = {}
     work_vectors: ClassVar[Sequence[str]] = ()
     saved: ClassVar[Sequence[str]] = ()
     moves_points: ClassVar[int] = 0
@@ -58,6 +64,7 @@ class Solver(ABC):
     def __init__(self) -> None:
         self.settings = SimpleNamespace(**{o.name: o.default for o in self.options})
         self.prefix = ""
+        self.notes: list[str] = []
         self.objective: Objective
         self.vectors: dict[str, PETSc.Vec] = {}
         self.f, self.iteration, self._version = 0.0, 0, 0
@@ -65,9 +72,10 @@ class Solver(ABC):
         self.remembers = self.whole_iterations = False
 
     def setFromOptions(self, tao: PETSc.TAO) -> None:
-        """Read the options. Collective."""
+        """Read the options; of an objective on a subdomain with :attr:`local_defaults`. Collective."""
         self.prefix = tao.getOptionsPrefix() or ""
-        self.settings = read(self.options, self.prefix)
+        inside = isinstance(tao.getAppCtx(), RestrictedObjective)
+        self.settings = read(with_defaults(self.options, **self.local_defaults if inside else {}), self.prefix)
 
     def setUp(self, tao: PETSc.TAO) -> None:
         """Build what the solver needs. Collective."""
@@ -82,6 +90,11 @@ class Solver(ABC):
     def shared_vectors(self) -> Mapping[str, str]:
         """Vectors, by name, that are no vectors of their own, and which they are."""
         return {}
+
+    @property
+    def needed(self) -> int:
+        """Bytes of the dense matrices that :meth:`setUp` has made on this rank, and the solver will fill."""
+        return 0
 
     @property
     def g(self) -> PETSc.Vec:

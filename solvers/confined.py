@@ -12,10 +12,13 @@ from ddml.decomposition import Subdomains
 from ddml.norms import Norm
 from ddml.objective import Objective
 from ddml.options import preset
+from ddml.parallel import agreed
 from ddml.restricted import RestrictedObjective
 
 from .schwarz import Schwarz
 from .trust_region import TrustRegion, make_norm
+
+ROUNDING = 1e-10  # relative excess over a budget that counts as rounding (our choice)
 
 
 class ConfinedSchwarz(Schwarz):
@@ -23,7 +26,8 @@ class ConfinedSchwarz(Schwarz):
 
     Local solvers that are trust-region methods keep the budget themselves: they begin with a radius of budget over
     steps and never go farther than the budget, in the norm, the model and the memory of the global method unless
-    options with ``sub_`` say otherwise. What others do is shortened (our choice), and the decrease they found with it.
+    options with ``sub_`` say otherwise. What others do is shortened (our choice), and the loss evaluated there: one
+    local evaluation more.
 
     Parameters
     ----------
@@ -38,6 +42,14 @@ class ConfinedSchwarz(Schwarz):
     samples
         (overlap, seed) of sample subdomains, if it is those: ``subdomains`` are then
         :func:`ddml.consistent.whole_copies`.
+
+    Attributes
+    ----------
+    decreases, slopes : dict of float
+        h_s(R_s x) - h_s(theta_s*) and <R_s g, theta_s* - R_s x> of every subdomain s in the last call of
+        :meth:`confined`, the same on all ranks.
+    promise : float
+        What that call returned.
     """
 
     def __init__(
@@ -51,7 +63,7 @@ class ConfinedSchwarz(Schwarz):
         solver: str,
         samples: tuple[float, int] | None = None,
     ) -> None:
-        self.samples, self.budget, self.f = samples, math.inf, 0.0
+        self.samples, self.budget, self.f, self.promise = samples, math.inf, 0.0, 0.0
         self.decreases: dict[int, float] = {}
         self.slopes: dict[int, float] = {}
         own = {"model": settings.model, "norm": norm_name, "memory": settings.memory, "momentum": 0.0,
@@ -63,9 +75,11 @@ class ConfinedSchwarz(Schwarz):
         with preset(**{f"{prefix}sub_{name}": value for name, value in own.items()} if solver == "tr" else {}):
             super().__init__(objective, subdomains, True, f"{prefix}sub_", [steps] * len(subdomains), solver)
         self.norms: dict[int, Norm] = {}
-        for s, local_objective in self.restricted.items():
-            local_objective.stop = None  # an iteration of the global method is finished before a run stops
-            self.norms[s] = make_norm(local_objective, norm_name, settings, prefix)
+        with agreed(objective.comm):
+            for s, local_objective in self.restricted.items():
+                local_objective.stop = None  # an iteration of the global method is finished before a run stops
+                self.norms[s] = make_norm(local_objective, norm_name, settings, prefix)
+        self.steps = {s: local.x.duplicate() for s, local in self.local.items()}
 
     def _restrict(self) -> dict[int, RestrictedObjective]:
         if self.samples is None:
@@ -89,29 +103,32 @@ class ConfinedSchwarz(Schwarz):
         self.additive(x, f, g, correction)
         leads = self.decomposition.group.rank == 0
         gathered = self.objective.comm.allgather((self.decreases, self.slopes) if leads else ({}, {}))
-        sums = [0.0, 0.0]
-        for kind in (0, 1):
-            values = {s: value for found in gathered for s, value in found[kind].items()}
-            sums[kind] = math.fsum(values[s] for s in sorted(values))
+        self.decreases, self.slopes = ({s: v for found in gathered for s, v in found[kind].items()} for kind in (0, 1))
+        decrease, slopes = (math.fsum(v[s] for s in sorted(v)) for v in (self.decreases, self.slopes))
         slope = float(g.dot(correction))
-        return sums[0] * slope / sums[1] if sums[1] < 0 and slope < 0 else 0.0
+        self.promise = decrease * slope / slopes if slopes < 0 and slope < 0 else 0.0
+        return self.promise
 
-    def _subtract(self, s: int, restricted_x: PETSc.Vec) -> None:
-        super()._subtract(s, restricted_x)
-        local = self.local.get(s)
-        if local is None:
-            return
-        sub = self.restricted[s]
+    def _finish(self, s: int, reached: float) -> None:
+        """Keep the step within the budget, and note what it brings; one that is not finite counts as zero."""
+        local, sub, step = self.local[s], self.restricted[s], self.steps[s]
         start = sub.start if isinstance(sub, ConsistentObjective) else self.f
-        # the gradient that was loaded before the solve has served
-        gradient, step = local.g, local.x
-        step.array[:] = restricted_x.array_r
-        decrease, size = start - float(local.tao.getSolutionStatus()[1]), self.norms[s](step)
-        factor = 1.0 if size <= self.budget else self.budget / size
-        if not (math.isfinite(decrease) and math.isfinite(size)):
-            decrease = factor = 0.0
+        begin = self.x[s].array_r  # R_s x
+        step.array[:] = local.x.array_r - begin
+        if not (math.isfinite(reached) and math.isfinite(step.norm())):
             step.set(0.0)
-        step.scale(factor)
-        restricted_x.array[:] = step.array_r
-        self.decreases[s] = factor * decrease
-        self.slopes[s] = float(gradient.dot(step))
+            local.x.array[:] = begin
+            reached = start
+        size = self.norms[s](step)
+        if size > self.budget * (1 + ROUNDING):
+            step.scale(self.budget / size)
+            local.x.array[:] = begin + step.array_r
+            reached = sub.value(local.x)
+        self.decreases[s] = start - reached
+        self.slopes[s] = float(local.g.dot(step))  # the whole's gradient, which was loaded before the solve
+
+    def destroy(self) -> None:
+        """Destroy the PETSc objects. Collective."""
+        for step in self.steps.values():
+            step.destroy()
+        super().destroy()

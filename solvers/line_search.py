@@ -16,6 +16,7 @@ from ddml.options import preset
 GROWTH = 1e4
 BACKTRACK = 0.1
 RETRIES = 16
+OUT_OF_RANGE = 63  # PETSC_ERR_ARG_OUTOFRANGE: how the search ends where rounding has turned its interval round
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,12 @@ class LineSearch:
             for _ in range(RETRIES):
                 self._start, self._beyond = (f, g0), False
                 self.search.setInitialStepLength(first)
-                value, step, reason = self.search.apply(x, g, direction)
+                try:
+                    value, step, reason = self.search.apply(x, g, direction)
+                except PETSc.Error as error:
+                    if error.ierr != OUT_OF_RANGE:
+                        raise
+                    value, step, reason = math.inf, 0.0, None
                 # without a Wolfe point (say, at the limit of evaluations) a decrease is still progress
                 if math.isfinite(value) and (reason == PETSc.TAOLineSearch.ConvergedReason.SUCCESS or value < f):
                     return SearchResult(value, step, True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from petsc4py import PETSc
@@ -36,6 +36,7 @@ class LBFGS(Solver):
                choices=("step", "half")),
     )  # fmt: skip
 
+    local_defaults: ClassVar[Mapping[str, Any]] = {"momentum": 1.0, "first_step": "scaled"}
     work_vectors = ("direction", "start_g", "work", "v", "half_g", "last_s")
     saved = ("v", "half_g", "last_s")
 

@@ -48,8 +48,9 @@ class TrustRadius:
     .. math:: \rho = (f_{ref} - f_+ + e) / (\text{predicted decrease} + e)
 
     (Conn, Gould, Toint 2000, section 17.4.2 for e, 10.1 for the window). A trial is accepted if rho is above
-    ``accept`` and f_+ is at most f_ref; delta shrinks if rho is below ``shrink_below`` or the trial is rejected, and
-    grows if rho is above ``grow_above``, the step was limited by delta, and the prediction is more than 10 e.
+    ``accept`` and f_+ is at most f_ref. delta shrinks if rho is below ``shrink_below``, and from the norm of the step,
+    if that is less, where the trial is rejected: no step is tried twice. It grows if rho is above ``grow_above``, the
+    step was limited by delta, and the prediction is more than 10 e.
     Losses that are not finite are rejected.
 
     Attributes
@@ -84,7 +85,9 @@ class TrustRadius:
         """f_ref."""
         return max(self.recent)
 
-    def judge(self, trial: float, predicted: float, limited: bool = True, momentum: bool = False) -> bool:
+    def judge(
+        self, trial: float, predicted: float, limited: bool = True, momentum: bool = False, size: float = math.inf
+    ) -> bool:
         """Whether a trial point with this loss is accepted; delta follows.
 
         Parameters
@@ -97,6 +100,8 @@ class TrustRadius:
             Whether the step would have been longer with a larger delta.
         momentum
             Whether the step has some.
+        size
+            Norm of the step: after a refusal delta is less, so that the same step is not tried again.
         """
         s, grow_above = self.settings, self.settings.grow_above or GROW_ABOVE[momentum]
         e = ROUNDINGS * self.eps * max(1.0, abs(self.reference))
@@ -104,7 +109,9 @@ class TrustRadius:
         if math.isfinite(trial) and predicted + e > 0:
             rho = (self.reference - trial + e) / (predicted + e)
         accepted = rho > s.accept and trial <= self.reference
-        if not accepted or rho < s.shrink_below:
+        if not accepted:
+            self.value = min(self.value, size) * s.shrink
+        elif rho < s.shrink_below:
             self.value *= s.shrink
         elif rho > grow_above and limited and predicted > ROUNDINGS * e:
             self.value = min(self.value * s.grow, self.largest)

@@ -15,12 +15,15 @@ from ddml.errors import InputError
 from ddml.layout import ONE_BY_ONE
 from ddml.linear import GatheredTerm
 from ddml.objective import Objective
-from ddml.options import preset
-from ddml.parallel import Interrupted, cause
+from ddml.options import preset, understood
+from ddml.parallel import agreed, check_memory
+from ddml.plugins import blamed
 from ddml.restricted import RestrictedObjective, restricted
 from ddml.state import narrowed, widened
 
 from .base import Solver
+
+LOCAL_REMEDY = "use more nodes, smaller subdomains, -sub_matrix_dtype float32, or another -local_solver"
 
 
 class LocalSolver:
@@ -60,17 +63,17 @@ class LocalSolver:
         self._create()
 
     def _create(self) -> None:
-        from . import configure  # which knows all solvers, also those that are made of local ones
+        from . import PETSC_TYPES, SOLVERS, configure  # which know all solvers, also those that are made of local ones
 
         prefix, steps = self.prefix, self.given_steps
         self.tao = PETSc.TAO().create(self.objective.comm)
         self.tao.setOptionsPrefix(prefix)
         self.tao.setSolution(self.x)
-        configure(self.tao, self.solver)
+        with blamed(self.solver, dict.fromkeys((*SOLVERS, *PETSC_TYPES)), "local solver"):
+            configure(self.tao, self.solver)
         self.objective.attach(self.tao)
-        defaults = {"momentum": 1.0, "first_step": "scaled"}
         stop = {"tao_max_it": steps, "tao_gatol": 0.0, "tao_grtol": 0.0, "tao_gttol": 0.0}
-        own = {prefix + name: value for name, value in {**defaults, **stop}.items()}
+        own = {prefix + name: value for name, value in stop.items()}
         with preset(**own, **ONE_BY_ONE):
             self.tao.setFromOptions()
             self.tao.setUp()
@@ -78,6 +81,11 @@ class LocalSolver:
         self.tao.setMonitor(self._before_last)
         if self.remembers and not isinstance(self.context, Solver):
             raise InputError(f"a local solver that keeps its memory must be one of ours, not '{self.tao.getType()}'")
+
+    @property
+    def needed(self) -> int:
+        """Bytes of the dense matrices of this solver on this rank."""
+        return self.context.needed if isinstance(self.context, Solver) else 0
 
     @property
     def context(self) -> Solver | None:
@@ -88,8 +96,11 @@ class LocalSolver:
         if tao.getIterationNumber() == self.steps - 1:
             self.objective.also(self.layers)
 
-    def solve(self, also: frozenset[int] = frozenset()) -> None:
-        """Minimise from ``self.x``; the last iteration also computes the gradient of the layers ``also``."""
+    def solve(self, also: frozenset[int] = frozenset()) -> float:
+        """Minimise from ``self.x``: the loss there; the last iteration also computes the gradient of layers ``also``.
+
+        Collective on the objective's communicator.
+        """
         self.layers = also
         self.objective.also(frozenset())
         try:
@@ -97,11 +108,13 @@ class LocalSolver:
                 self.tao.solve()
         finally:
             self.objective.also(frozenset())
+        reached = float(self.tao.getSolutionStatus()[1])
         if self.context is not None:
             self.context.remembers = self.remembers
         else:  # PETSc's lmvm, for one, remembers scales from solve to solve
             self.tao.destroy()
             self._create()
+        return reached
 
     def destroy(self) -> None:
         """Destroy the PETSc objects."""
@@ -127,6 +140,18 @@ class Schwarz:
         Iterations of each local solver.
     solver, remembers
         Of each :class:`LocalSolver`; those that remember finish what they have begun when a run is to stop.
+    beside
+        Other corrections, whose local solvers keep their matrices at the same time.
+
+    Raises
+    ------
+    CollectiveError
+        What any local solver refuses; more dense matrices of all of them than a node has memory.
+
+    Attributes
+    ----------
+    needed : int
+        Bytes of the dense matrices of the local solvers on this rank.
     """
 
     def __init__(
@@ -138,11 +163,16 @@ class Schwarz:
         steps: Sequence[int],
         solver: str = "lbfgs",
         remembers: bool = False,
+        beside: Sequence[Schwarz] = (),
     ) -> None:
         self.objective = objective
         self.decomposition = Decomposition(subdomains, objective.layout, parallel)
-        self.restricted = self._restrict()
-        self.local = {s: LocalSolver(o, prefix, steps[s], solver, remembers) for s, o in self.restricted.items()}
+        with agreed(objective.comm), understood():
+            self.restricted = self._restrict()
+            self.local = {s: LocalSolver(o, prefix, steps[s], solver, remembers) for s, o in self.restricted.items()}
+        self.needed = sum(local.needed for local in self.local.values())
+        everything = self.needed + sum(other.needed for other in beside)
+        check_memory(objective.comm, everything, "what the local solvers keep in dense matrices", LOCAL_REMEDY)
         if remembers:
             for restricted_objective in self.restricted.values():
                 restricted_objective.stop = None
@@ -179,22 +209,20 @@ class Schwarz:
             for s in range(len(self.x)):
                 self._load(s, g, lambda local: local.g)
                 self._load(s, x, lambda local: local.x)
-        interrupted = False
-        with self._local_event:
-            try:
-                for s, local in self.local.items():
-                    self.restricted[s].freeze(theta, terms)
-                    self.restricted[s].know(local.x, f, local.g)
-                    local.solve()
-                    self.restricted[s].release()
-            except Exception as error:  # of a stop request the other groups do not know yet: they wait below
-                if cause(error, Interrupted) is None:
-                    raise
-                interrupted = True
+        with self._local_event, agreed(self.objective.comm):  # on errors, and on a stop that one group has noticed
+            for s, local in self.local.items():
+                self.restricted[s].freeze(theta, terms)
+                self.restricted[s].know(local.x, f, local.g)
+                self._finish(s, local.solve())
+                self.restricted[s].release()
         with self._exchange_event:
-            self._count(list(self.local), interrupted)
+            self._count(list(self.local))
             for s, difference in enumerate(self.x):
                 self._subtract(s, difference)
+
+    def _finish(self, s: int, reached: float) -> None:
+        """What follows a local solve of the additive kind that ended with this loss. Collective on the group."""
+        return
 
     def multiplicative(self, x: PETSc.Vec, f: float, g: PETSc.Vec) -> None:
         """Let each subdomain in turn minimise from the x that the ones before it left; f, g as at x. Collective.
@@ -216,12 +244,12 @@ class Schwarz:
             elif known is not None:
                 local.g.array[:] = known[1][self.decomposition.local_range(s)]
                 sub.know(local.x, known[0], local.g)
-            with self._local_event:
+            with self._local_event, agreed(self.objective.comm):
                 local.solve(frozenset() if last else self.layers[s + 1])
             with self._exchange_event:
                 known = None if last else sub.also_gradient(local.x, self.decomposition.subdomains.ranges[s + 1])
                 sub.release()
-                self._count([s], False)
+                self._count([s])
                 self._subtract(s, self.x[s])
                 self.decomposition.R[s].multTransposeAdd(self.x[s], x, x)
 
@@ -235,9 +263,10 @@ class Schwarz:
         if self.version == self.objective.version:
             return
         self.version = self.objective.version
-        parts = self.objective.split_over(self.decomposition.group)
-        for restricted_objective in self.restricted.values():
-            restricted_objective.follow(self.objective, parts)
+        with agreed(self.objective.comm):
+            parts = self.objective.split_over(self.decomposition.group)
+            for restricted_objective in self.restricted.values():
+                restricted_objective.follow(self.objective, parts)
 
     def _load(self, s: int, vec: PETSc.Vec, target: Callable[[LocalSolver], PETSc.Vec]) -> None:
         """Restrict a global vector to subdomain s and hand it to the local solver, if it is here."""
@@ -251,16 +280,13 @@ class Schwarz:
         if s in self.local:
             restricted_x.array[:] += self.local[s].x.array_r
 
-    def _count(self, subdomains: list[int], interrupted: bool) -> None:
-        """Charge the local work to the objective; raise Interrupted everywhere if anybody was."""
+    def _count(self, subdomains: list[int]) -> None:
+        """Charge the local work to the objective."""
         leads = self.decomposition.group.rank == 0
-        mine = {s: self.restricted[s].work for s in subdomains if leads}
-        gathered = self.objective.comm.allgather((mine, interrupted))
-        self.objective.work.add_parallel([work for works, _ in gathered for work in works.values()])
+        gathered = self.objective.comm.allgather({s: self.restricted[s].work for s in subdomains if leads})
+        self.objective.work.add_parallel([work for works in gathered for work in works.values()])
         for s in subdomains:
             self.restricted[s].work.reset()  # objectives that were made of it charge the same counter
-        if any(flag for _, flag in gathered):
-            raise Interrupted
 
     def kinds(self) -> list[tuple[str, int]]:
         """Class of the local solver, and size, of each subdomain. Collective."""

@@ -14,7 +14,7 @@ from ddml.decomposition import Decomposition, Subdomains, length
 from ddml.jacobian import Linearisation
 from ddml.objective import Objective
 from ddml.options import Option, with_defaults
-from ddml.parallel import redistributed
+from ddml.parallel import agreed, check_memory, redistributed
 
 from .neurons import Neurons, neuron_basis
 from .preconditioners import Array, Preconditioner, cholesky, distributed, owned
@@ -70,12 +70,22 @@ class SchwarzPC(Preconditioner):
         return bool(self.settings.sweep == "additive")
 
     def prepare(self) -> None:
-        """See :meth:`Preconditioner.prepare`."""
+        """See :meth:`Preconditioner.prepare`.
+
+        Raises
+        ------
+        CollectiveError
+            If the blocks of all subdomains of a node and their factors need more than its memory.
+        """
         if self.decomposition is not None:
             return
         loss, layout = self.objective.loss, self.objective.layout
         chosen = self.subdomains or Subdomains.windows(loss, min(2, len(loss.layers)))
         self.decomposition = Decomposition(chosen, layout, parallel=True, gathered=True)
+        led = [s for s, workers in enumerate(self.decomposition.workers) if workers[0] == layout.comm.rank]
+        needed = sum(2 * 8 * length(chosen.ranges[s]) ** 2 for s in led)  # blocks and their factors
+        what = f"what {len(chosen)} subdomains keep in dense matrices"
+        check_memory(layout.comm, needed, what, "use more nodes, smaller subdomains, or -preconditioner nystrom")
         self.local = [self.decomposition.vector(s) for s in range(len(self.decomposition.R))]
         self.rest, self.work = self.objective.layout.vector(), self.objective.layout.vector()
 
@@ -98,7 +108,8 @@ class SchwarzPC(Preconditioner):
         if self.factored and 1 / slack <= damping / self.damping <= slack:
             return
         self.damping, self.factored = damping, True
-        self.factors = {s: cholesky(b, damping) for s, b in self.blocks.items()}
+        with agreed(self.objective.comm):
+            self.factors = {s: cholesky(b, damping) for s, b in self.blocks.items()}
         if self.coarse is not None:
             self.coarse.damp(damping)
 

@@ -75,6 +75,11 @@ class SelfScaled(Solver):
         self.form = form
         self.inverse: InverseHessian = FORMS[form](self.objective, self.vectors, dtype)
 
+    @property
+    def needed(self) -> int:
+        """See :attr:`solvers.base.Solver.needed`."""
+        return int(self.inverse.matrix.needed)
+
     def destroy(self, tao: PETSc.TAO) -> None:
         """Destroy what :meth:`setUp` made."""
         if self.vectors:

@@ -27,7 +27,7 @@ DECOMPOSITION = (
     Option("subdomains", None, "Number of subdomains (default: one a layer).", kind=int, minimum=1),
     Option("decomposition", "layers", "Subdomains are groups of layers, of parameter tensors, of tensors at random, or "
            "all windows of neighbouring layers.", choices=("layers", "tensors", "random", "windows")),
-    Option("window", 2, "Layers in each window.", minimum=1),
+    Option("window", None, "Layers in each window (default: 2, or 1 if there is one).", kind=int, minimum=1),
     Option("window_shift", 1, "Layers by which each window is shifted against the one before.", minimum=1),
     Option("overlap", 0, "Layers (or tensors) that neighbouring subdomains share on each side.", minimum=0),
     Option("balance", "layers", "Groups of equally many layers, or of equal cost of a local gradient.",
@@ -49,7 +49,7 @@ def subdomains(loss: Loss, prefix: str = "", table: Sequence[Option] = DECOMPOSI
         for name in ("subdomains", "overlap", "balance"):
             if getattr(chosen, name) != next(o.default for o in DECOMPOSITION if o.name == name):
                 raise InputError(f"option -{prefix}{name} does not go with -{prefix}decomposition windows: use -window")
-        return Subdomains.windows(loss, chosen.window, chosen.window_shift)
+        return Subdomains.windows(loss, chosen.window or min(2, len(loss.layers)), chosen.window_shift)
     if chosen.decomposition == "layers":
         return Subdomains.by_layers(loss, chosen.subdomains or len(loss.layers), chosen.overlap, chosen.balance)
     if chosen.balance != "layers":
@@ -89,13 +89,18 @@ class _SPQN(LBFGS):
         self.keeps = self.whole_iterations = self.settings.local_memory == "keep"
         loss = self.objective.loss
         self.subdomains = self.decompose(loss, self.prefix)
+        if len(self.subdomains) == 1:
+            self.notes.append("there is one subdomain: local solves are of the undivided network")
         if self.settings.local_steps > 0:
-            self.local = [self._schwarz(chosen) for chosen in self._colours()]
+            for chosen in self._colours():
+                self.local.append(self._schwarz(chosen))
             self._half = tao.getSolution().duplicate()
         if self.settings.coarse_step:
             first = {min(loss.layer_numbers(core)) for core in self.subdomains.cores}
             coarse = Subdomains.of_layers(loss, [sorted(first)])
-            self.coarse = Schwarz(self.objective, coarse, False, f"{self.prefix}coarse_", [self.settings.coarse_steps])
+            self.coarse = Schwarz(
+                self.objective, coarse, False, f"{self.prefix}coarse_", [self.settings.coarse_steps], beside=self.local
+            )
 
     def _colours(self) -> list[Subdomains]:
         """Subdomains that are corrected together."""
@@ -109,8 +114,9 @@ class _SPQN(LBFGS):
             costs = tuple(cost * count for cost, count in zip(chosen.costs, steps, strict=True))
             chosen = replace(chosen, costs=costs)  # of all local iterations: who works on what follows from them
         return Schwarz(
-            self.objective, chosen, self.parallel, f"{self.prefix}sub_", steps, settings.local_solver, self.keeps
-        )
+            self.objective, chosen, self.parallel, f"{self.prefix}sub_", steps, settings.local_solver, self.keeps,
+            self.local,
+        )  # fmt: skip
 
     def destroy(self, tao: PETSc.TAO) -> None:
         """Destroy what :meth:`setUp` made."""

@@ -111,6 +111,7 @@ class TrustRegion(Solver):
     """
 
     options: ClassVar[Sequence[Option]] = OPTIONS
+    local_defaults: ClassVar[Mapping[str, Any]] = {"momentum": 0.0}
     work_vectors: ClassVar[Sequence[str]] = ("s", "trial", "trial_g", "y", "batch_x", "batch_g")
     saved: ClassVar[Sequence[str]] = ("batch_x", "batch_g")
     moves_within: ClassVar[bool] = False  # theta, in an iteration, before its last evaluation
@@ -285,7 +286,7 @@ class TrustRegion(Solver):
             y.waxpy(-1.0, self.g, trial_g)
         self.model.observe(s, y if self.model.learns and finite else None)
         accepted = self.radius.judge(
-            value if finite else math.inf, predicted, length >= BOUNDARY * delta, self.model.momentum > 0
+            value if finite else math.inf, predicted, length >= BOUNDARY * delta, self.model.momentum > 0, length
         )
         if accepted:
             trial.copy(x)

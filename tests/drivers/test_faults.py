@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from launch import HERE, SMALL, content, launch
 
 FAULTY = HERE / "faulty_problems.py"
+LOCAL = HERE / "faulty_solvers.py"
 
 
 def test_exception_on_one_rank_ends_all() -> None:
@@ -35,3 +39,23 @@ def test_state_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path: 
     run = content(path)
     assert len(run.history["loss"]) > 1
     assert np.isfinite(run.theta).all() and np.isfinite(run.history["loss"]).all()
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    "options",
+    [
+        f"-solver aspqn -local_solver {LOCAL}:CannotBeMade",
+        f"-solver apts_weights -decomposition layers -local_solver {LOCAL}:Faulty -sub_fault 3",
+        f"-solver apts_data -local_solver {LOCAL}:Faulty -sub_fault 0 -sub_alone",
+        f"-solver mspqn -local_solver {LOCAL}:Faulty -sub_fault 2 -sub_alone",
+    ],
+)
+def test_what_one_local_solver_refuses_ends_all(options: str, ranks: int) -> None:
+    """On its group or on one rank of it, in the set-up or under way: one line, and nobody waits for ever."""
+    result = launch(ranks, "-widths", 16, "-max_it", 50, *options.split(), driver="classify.py", timeout=60)
+    end = time.time()
+    assert result.rc == 1, result.err
+    assert len(re.findall("^error: ", result.err, re.MULTILINE)) == 1, result.err
+    assert "a local solver has had enough" in result.err and "Traceback" not in result.err
+    assert end - min(map(float, re.findall(r"^fault (\S+)", result.err, re.MULTILINE))) < 10

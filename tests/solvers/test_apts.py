@@ -160,11 +160,65 @@ def test_corrections_stay_in_the_trust_region_and_keep_their_promise(
     seen.clear()
     train(classifier(), solver, 1, delta0=1e-5, **settings)
     delta, size, predicted, slope = seen[0]
-    if settings.get("local_solver") is None:
-        assert predicted == pytest.approx(slope, rel=1e-3)
-        assert size > 0.2 * delta
-    else:  # what is shortened keeps its part of the decrease found, less than the slope along it
-        assert 0.2 * slope < predicted < slope
+    assert predicted == pytest.approx(slope, rel=1e-3)
+    assert size > 0.2 * delta
+
+
+class Promises:
+    """Holds the decreases that local solves report against plain evaluations of the local objectives."""
+
+    def __init__(self) -> None:
+        self.theta: np.ndarray | None = None
+        self.count, self.shortened = 0, 0
+
+    def __call__(self, context: Any, iteration: int) -> None:
+        layout, loss, begin = context.objective.layout, context.objective.loss, self.theta
+        self.theta = layout.gather(context.point).numpy().copy()
+        if begin is None:
+            return
+        local, decomposition = context.local, context.local.decomposition
+        value, gradient = value_gradient(loss, begin)
+        data = local.samples is not None
+        rows = sample_parts(loss.count, len(local.x), *local.samples) if data else []
+        decreases, slopes, correction = [], [], np.zeros(loss.size)
+        for s, ranges in enumerate(decomposition.subdomains.ranges):
+            step = np.concatenate(layout.comm.allgather(local.x[s].array_r.copy()))
+            entries = np.concatenate([np.arange(r.start, r.stop) for r in ranges])
+            moved = begin.copy()
+            moved[entries] += step
+            correction[entries] += decomposition.subdomains.weights[entries] * step
+            slopes.append(gradient[entries] @ step)
+            if data:
+                part = loss.sampled(torch.as_tensor(rows[s]))
+                before, own = value_gradient(part, begin)
+                decreases.append(before - value_gradient(part, moved)[0] - (gradient - own) @ step)
+            else:
+                decreases.append(value - value_gradient(loss, moved)[0])
+        assert [local.decreases[s] for s in range(len(local.x))] == pytest.approx(decreases, rel=1e-12, abs=1e-15)
+        promise = sum(decreases) * (gradient @ correction) / sum(slopes)
+        assert local.promise == pytest.approx(promise, rel=1e-12, abs=1e-15)
+        self.count += min(decreases) > 1e-3
+
+
+@pytest.mark.parametrize("local", [{"local_solver": "lmvm"}, {"sub_tao_type": "bntr"}, {"local_solver": "bncg"},
+                                   {"local_solver": "lbfgs"}, {"local_solver": "ssbroyden"}, {}])  # fmt: skip
+@pytest.mark.parametrize(
+    ("solver", "settings"),
+    [
+        ("apts_weights", {}),
+        ("apts_weights", {"norm": "2", "decomposition": "layers"}),
+        ("apts_data", {}),
+        ("apts_data", {"norm": "2", "subdomains": 3, "sample_overlap": 0.2}),
+        ("napts", {}),
+    ],
+)
+@pytest.mark.parametrize("delta0", [0.5, 20.0])
+def test_the_promise_is_the_true_decrease(
+    train: Train, solver: str, settings: dict[str, Any], local: dict[str, Any], delta0: float
+) -> None:
+    promises = Promises()
+    train(classifier(), solver, 5, watch=promises, delta0=delta0, delta_max=20.0, **settings, **local)
+    assert promises.count >= 3
 
 
 @all_of_them

@@ -1,5 +1,6 @@
 """Trust-region methods against dense implementations."""
 
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -296,10 +297,12 @@ def dense_secant(kind: str, M: np.ndarray, loss: Any, iterations: int, delta: fl
         trial, gradient = value_gradient(loss, theta + s)
         y, e = gradient - g, 10 * 2.0**-52 * max(1, abs(f))
         rho = (f - trial + e) / (predicted + e)
-        accepted = rho > 1e-4 and trial <= f
-        if rho < 0.25 or not accepted:
+        accepted, size = rho > 1e-4 and trial <= f, math.sqrt(s @ M @ s)
+        if not accepted:
+            delta = min(delta, size) / 2
+        elif rho < 0.25:
             delta /= 2
-        elif rho > 0.75 and math.sqrt(s @ M @ s) >= 0.9 * delta:
+        elif rho > 0.75 and size >= 0.9 * delta:
             delta *= 2
         r = y - B @ s
         if kind == "sr1":
@@ -498,6 +501,34 @@ def test_it_grows_above_another_ratio_with_momentum(given: float | None, momentu
     radius.begin(1.0)
     assert radius.judge(1.01 - limit, 1.0, True, momentum) and radius.value == 1.0
     assert radius.judge(1.0 - 2 * limit, 1.0, True, momentum) and radius.value == 2.0
+
+
+def test_a_refused_interior_step_is_not_tried_again(train: Train, sum_over_rows: Any) -> None:
+    """A Newton step that lies well inside of the radius and increases the loss."""
+    trials: list[np.ndarray] = []
+
+    def well(theta: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return rows[:, 0] * (2 - torch.exp(-(theta[0] ** 2) / 2)) + rows[:, 0] * theta[1] ** 2
+
+    def watch(context: Any, iteration: int) -> None:
+        if iteration:
+            trials.append(context.objective.layout.gather(context.vectors["trial"]).numpy().copy())
+
+    loss = sum_over_rows(well, np.ones((4, 1)), [1, 1], np.array([0.9, 0.1]))
+    run = train(loss, "tr", 8, watch=watch, model="hessian", delta0=100.0)
+    assert run.steps[1] == 0  # refused
+    assert np.abs(trials[0]).max() < 10  # and short
+    assert all((one != other).any() for one, other in itertools.pairwise(trials[:4]))
+    assert run.losses[-1] < run.losses[0]
+
+
+def test_after_a_refusal_the_radius_is_less_than_the_step() -> None:
+    radius = TrustRadius(settings(), "modular", float(np.finfo(np.float32).eps))
+    radius.begin(2.0)
+    radius.value = 8.0
+    assert not radius.judge(3.0, 1.0, size=1.5) and radius.value == 0.75
+    assert not radius.judge(3.0, 1.0, size=1.5) and radius.value == 0.375
+    assert radius.judge(1.99, 1.0, size=0.1) and radius.value == 0.1875
 
 
 def test_the_window() -> None:

@@ -14,6 +14,9 @@ from petsc4py import PETSc
 
 from .layout import ParameterLayout
 from .modular import ModularNorm
+from .objective import Objective
+
+EIGENVALUES = 9  # multiply-adds of a symmetric eigenproblem, over the cube of its size
 
 
 class Norm(ABC):
@@ -92,18 +95,29 @@ class DistributedModularNorm(Norm):
         Of the gathered vector.
     layout
         Of the distributed ones.
+    objective
+        Is charged what the norm computes.
     """
 
-    def __init__(self, norm: ModularNorm, layout: ParameterLayout) -> None:
-        self.norm, self.layout = norm, layout
+    def __init__(self, norm: ModularNorm, layout: ParameterLayout, objective: Objective | None = None) -> None:
+        self.norm, self.layout, self.objective = norm, layout, objective
         self.mine = dealt(norm.costs, layout.comm)
+
+    def _charge(self, products: int, copies: int) -> None:
+        if self.objective is None:
+            return
+        costs = zip(self.norm.costs, (min(block.entries.shape) ** 3 for block in self.norm.blocks), strict=True)
+        operations = sum(products * cost + EIGENVALUES * min(cost, cube) for cost, cube in costs)
+        self.objective.compute(operations, fresh=copies * self.norm.size)
 
     def __call__(self, x: PETSc.Vec) -> float:
         """See :class:`Norm`."""
+        self._charge(1, 2)
         return max(self._collect(self.norm.norms(self.layout.gather(x), self.mine)), default=0.0)
 
     def steepest(self, g: PETSc.Vec, direction: PETSc.Vec) -> float:
         """See :class:`Norm`: the duality map."""
+        self._charge(5, 10)
         full = torch.zeros(self.norm.size, dtype=torch.float64)
         shares = self.norm.dualize_blocks(self.layout.gather(g), full, self.mine)
         full += 0.0  # -0 becomes 0, as it does where other ranks' zeros are added

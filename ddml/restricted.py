@@ -106,5 +106,5 @@ def restricted(objective: Objective, decomposition: Decomposition) -> dict[int, 
     enters the subdomain is then computed once and kept, and backward passes stop there.
     Collective on the decomposition's communicator.
     """
-    parts = objective.split_over(decomposition.group)
+    parts = objective.parts_for(decomposition.group)
     return {s: RestrictedObjective(objective, decomposition, s, parts) for s in decomposition.mine}

@@ -2,7 +2,7 @@
 
 Prints tables with medians and ratios; what is compared is measured side by side in the same
 process, alternately where it is short. Sections: evaluation, restricted, ranks, overhead, balance,
-rounding, solvers, preconditioners; and map and classifiers, which are run only where -only names them.
+rounding, solvers, preconditioners; and map, classifiers and work, which are run only where -only names them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from benches.evaluations import balance, evaluation, ranks, ranks_worker, restri
 from benches.preconditioners import preconditioners
 from benches.synchronisations import map_worker, solver_map
 from benches.training import overhead, rounding, solvers
+from benches.work import work
 from mpi4py import MPI
 
 from ddml import options
@@ -32,7 +33,13 @@ SECTIONS = {
     "preconditioners": preconditioners,
 }
 # only where -only names them
-ASKED = {"map": solver_map, "classifiers": classifiers, "ranks_worker": ranks_worker, "map_worker": map_worker}
+ASKED = {
+    "map": solver_map,
+    "classifiers": classifiers,
+    "work": work,
+    "ranks_worker": ranks_worker,
+    "map_worker": map_worker,
+}
 OPTIONS = (
     Option("seconds", 60.0, "Budget of each solver in the sections solvers and map.", above=0.0),
     Option("only", ",".join(SECTIONS), "Sections to run."),
@@ -56,7 +63,9 @@ def main(comm: MPI.Comm) -> int:
     torch.set_num_threads(1)
     for name in settings.only.split(","):
         if name not in {**SECTIONS, **ASKED}:
-            raise InputError(f"option -only must name some of {', '.join(SECTIONS)}, map, classifiers; got '{name}'")
+            raise InputError(
+                f"option -only must name some of {', '.join(SECTIONS)}, map, classifiers, work; got '{name}'"
+            )
         {**SECTIONS, **ASKED}[name](settings)
     return 0
 

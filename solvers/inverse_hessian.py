@@ -113,6 +113,7 @@ class InverseHessian(ABC):
         """H g, after the update that H waits for."""
         layout = self.objective.layout
         change = None if self.pending is None else self._change()
+        self.objective.compute(0.0, self.matrix.place(self.matrix.size))
         rows = self.matrix.multiply(layout.gather(g).numpy(), change)
         layout.reduce_rows(rows, np.diff(self.matrix.shares).tolist(), product)
 

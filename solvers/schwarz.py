@@ -229,7 +229,7 @@ class Schwarz:
         if self.version == self.objective.version:
             return
         self.version = self.objective.version
-        parts = self.objective.split_over(self.decomposition.group)
+        parts = self.objective.parts_for(self.decomposition.group)
         for restricted_objective in self.restricted.values():
             restricted_objective.follow(self.objective, parts)
 

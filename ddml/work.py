@@ -19,9 +19,10 @@ whose lowest is m, passes
 
 with k_f = 0 for the first layer. A loss is charged F, a gradient F + A + W, the prefix that is kept for layer f its
 share of the forward pass and k_f, a Hessian product F + 3 A + 3 W + 2 V and a Gauss-Newton product F + 3 A + 3 W,
-which are the passes of torch's second derivatives; each over F + A + W of the whole network. What losses of residuals
-do otherwise they say themselves (:class:`ddml.residual.ResidualLoss`). An evaluation on a fraction of the samples is
-charged that fraction. Linear algebra beside the network is charged its multiply-adds and the numbers that it moves
+which are the passes of torch's second derivatives (those of convolutions take up to half as much again); each over
+F + A + W of the whole network. What losses of residuals do otherwise they say themselves
+(:class:`ddml.residual.ResidualLoss`). An evaluation on a fraction of the samples is charged that fraction. Linear
+algebra beside the network is charged its multiply-adds and the numbers that it moves
 (:meth:`ddml.objective.Objective.compute`), over the multiply-adds of a work unit. Whatever is charged does not depend
 on the number of ranks.
 

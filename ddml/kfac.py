@@ -66,6 +66,7 @@ class KroneckerNorm(Norm):
         self.flat = ParameterLayout((Parameter("factors", (self.places[-1],), 0),), comm)
         self.refreshes = self.age = 0
         self._roots: tuple[int, dict[int, tuple[Tensor, Tensor]]] = (0, {})  # see roots
+        self._inside: dict[tuple[tuple[int, int], ...], RestrictedKroneckerNorm] = {}
 
     def refresh(self, x: PETSc.Vec) -> None:
         """See :class:`Norm`.
@@ -98,6 +99,12 @@ class KroneckerNorm(Norm):
             raise CollectiveError("the K-FAC norm is not finite: the network's outputs or their gradients are not")
         self.factors = self.MEMORY * self.factors + (1 - self.MEMORY) * new if version else new
         self.refreshes, self.age = version + 1, 0
+        self._charge_roots()
+
+    def _charge_roots(self) -> None:
+        """Charge the factorisations, where what is charged does not depend on where a run was interrupted."""
+        sizes = [size for layer in self.layers for size in layer.sizes]
+        self.objective.compute(sum(size**3 / 6 for size in sizes), fresh=sum(size**2 for size in sizes))
 
     def aged(self, x: PETSc.Vec) -> None:
         """See :class:`Norm`."""
@@ -133,8 +140,6 @@ class KroneckerNorm(Norm):
     def roots(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Lower triangles, the Cholesky factors of A + a I and G + c I, of this rank's layers."""
         if self._roots[0] != self.version:
-            sizes = [size for layer in self.layers for size in layer.sizes]
-            self.objective.compute(sum(size**3 / 6 for size in sizes), fresh=sum(size**2 for size in sizes))
             made = {b: [torch.linalg.cholesky(factor) for factor in self.damped(b)] for b in self.mine}
             self._roots = self.version, {b: (A, G) for b, (A, G) in made.items()}
         return self._roots[1]
@@ -146,7 +151,12 @@ class KroneckerNorm(Norm):
 
         What it computes is charged to ``objective`` (default: the whole norm's).
         """
-        return RestrictedKroneckerNorm(self, layout, ranges, self.objective if objective is None else objective)
+        key = tuple((r.start, r.stop) for r in ranges)
+        made = self._inside.get(key)
+        if made is None or made.layout is not layout:
+            objective = self.objective if objective is None else objective
+            made = self._inside[key] = RestrictedKroneckerNorm(self, layout, ranges, objective)
+        return made
 
     def __call__(self, x: PETSc.Vec) -> float:
         """See :class:`Norm`."""
@@ -243,8 +253,9 @@ class RestrictedKroneckerNorm(KroneckerNorm):
         return self.whole.version
 
     def refresh(self, x: PETSc.Vec) -> None:
-        """See :class:`Norm`."""
-        return
+        """See :class:`Norm`; a solve that begins behind a refresh of the whole norm factorises."""
+        if self.whole.age == 0:
+            self._charge_roots()
 
     def aged(self, x: PETSc.Vec) -> None:
         """See :class:`Norm`."""

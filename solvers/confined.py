@@ -13,6 +13,7 @@ from ddml.norms import Norm
 from ddml.objective import Objective
 from ddml.options import preset
 from ddml.restricted import RestrictedObjective
+from ddml.work import WorkCounter
 
 from .schwarz import Schwarz
 from .trust_region import TrustRegion, make_norm
@@ -87,7 +88,12 @@ class ConfinedSchwarz(Schwarz):
                 local.context.confine(budget, budget / local.steps)
         self.additive(x, f, g, correction)
         leads = self.decomposition.group.rank == 0
-        gathered = self.objective.comm.allgather((self.decreases, self.slopes) if leads else ({}, {}))
+        works = {s: restricted_objective.work for s, restricted_objective in self.restricted.items()}
+        gathered = self.objective.comm.allgather((self.decreases, self.slopes, works) if leads else ({}, {}, {}))
+        # of the norms of the corrections
+        self.objective.work.add_parallel([work for *_, found in gathered for work in found.values()])
+        for restricted_objective in self.restricted.values():
+            restricted_objective.work = WorkCounter()
         sums = [0.0, 0.0]
         for kind in (0, 1):
             values = {s: value for found in gathered for s, value in found[kind].items()}

@@ -14,7 +14,7 @@ from ddml.norms import DistributedModularNorm, InfinityNorm, Norm, TwoNorm
 from ddml.objective import Objective
 from ddml.problems.classification import ClassificationLoss
 from ddml.sample_sets import TensorSamples, spread_rows
-from ddml.work import FRESH
+from ddml.work import DOUBLE, FRESH
 
 
 def make_loss() -> ClassificationLoss:
@@ -97,7 +97,8 @@ def test_kronecker_norm(blocks: int, comm: MPI.Comm) -> None:
     # a gradient and the products of rows with themselves on 8 samples of 12, and the sums over blocks, twice
     squares = [10**2 + 3**2, 49**2 + 9**2, 10**2 + 4**2]  # with 16 rows of patches for each sample in the first layer
     products = 8 * (loss.operations + 16 * squares[0] + squares[1] + squares[2])
-    refresh = products + FRESH * max(blocks, 1) * sum(squares)
+    factors = DOUBLE * sum(side**3 for side in (10, 3, 49, 9, 10, 4)) / 6
+    refresh = products + factors + FRESH * (max(blocks, 1) + 1) * sum(squares)
     assert objective.work.total == pytest.approx(2 * refresh / (12 * loss.operations), rel=1e-13)
     M, rng = dense(norm), np.random.default_rng(5)
     begin, end = x.getOwnershipRange()

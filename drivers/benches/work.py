@@ -27,7 +27,14 @@ from .tools import loss_of
 
 BLOCKS = 12
 IMAGES, PIXELS, BATCH = 60_000, (1, 28, 28), 10_000  # noise, as much as MNIST has
-CLASSIFIER, PLAIN, MOVED = "784-32-32-10", "burgers 20x8, 10,000 points", "burgers 20x8, 5,000 points that move"
+CLASSIFIER = "784-32-32-10"
+PLAIN, MOVED = "burgers 20x8, 10,000 points", "burgers 20x8, 5,000 points that move"
+WIDE = "klein_gordon 50x6, 2,000 points that move"
+EQUATIONS = {
+    PLAIN: ("burgers", 20, 8, 10_000),
+    MOVED: ("burgers", 20, 8, 5_000),
+    WIDE: ("klein_gordon", 50, 6, 2_000),
+}
 
 
 class Row(NamedTuple):
@@ -53,6 +60,8 @@ ROWS = (
     Row("aspqn", PLAIN, "aspqn", {}, 4),
     Row("mspqn_dense", MOVED, "mspqn_dense", {}, 15),
     Row("gauss_newton", MOVED, "gauss_newton", {}, 10),
+    Row("ssbroyden", WIDE, "ssbroyden", {}, 250),
+    Row("mspqn_dense", WIDE, "mspqn_dense", {}, 8),
 )
 
 
@@ -76,7 +85,7 @@ def work(_: Any) -> None:
 
 def measured(row: Row) -> Measured:
     """Run a solver; after every iteration its samples are evaluated once more, on the side."""
-    loss = _classifier() if row.case == CLASSIFIER else loss_of("burgers", "mlp", 20, 8, _points(row.case))
+    loss = _classifier() if row.case == CLASSIFIER else _equation(*EQUATIONS[row.case])
     kind = ResidualObjective if isinstance(loss, ResidualLoss) else Objective
     objective = kind(loss, ParameterLayout(loss.parameters, MPI.COMM_SELF), blocks=BLOCKS)
     moving = _moving(row, objective)
@@ -120,8 +129,8 @@ def _defaults(table: Sequence[Option], **chosen: Any) -> Any:
     return SimpleNamespace(**{option.name: option.default for option in table} | chosen)
 
 
-def _points(case: str) -> int:
-    return 10_000 if case == PLAIN else 5_000
+def _equation(problem: str, width: int, depth: int, points: int) -> Loss:
+    return loss_of(problem, "mlp", width, depth, points)
 
 
 def _classifier() -> Loss:

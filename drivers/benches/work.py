@@ -60,7 +60,7 @@ ROWS = (
     Row("aspqn", PLAIN, "aspqn", {}, 4),
     Row("mspqn_dense", MOVED, "mspqn_dense", {}, 15),
     Row("gauss_newton", MOVED, "gauss_newton", {}, 10),
-    Row("ssbroyden", WIDE, "ssbroyden", {}, 250),
+    Row("ssbroyden", WIDE, "ssbroyden", {}, 120),
     Row("mspqn_dense", WIDE, "mspqn_dense", {}, 8),
 )
 

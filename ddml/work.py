@@ -42,7 +42,7 @@ from typing import NamedTuple
 ACTIVATION, TANH, CRITERION, KEPT = 70.0, 25.0, 800.0, 100.0
 # and in dense linear algebra in double precision: a multiply-add; a number of a matrix that passes by in a product with
 # a vector; a number of an array that is made anew
-DOUBLE, PASSED, FRESH = 2.0, 23.0, 320.0
+DOUBLE, PASSED, FRESH = 2.0, 25.0, 350.0
 
 
 @dataclass(frozen=True)

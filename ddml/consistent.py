@@ -80,7 +80,10 @@ class ConsistentObjective(RestrictedObjective):
 
     def _sampled(self) -> Objective:
         parts = len(self.decomposition.subdomains)
-        return sampled(self.whole, sample_parts(self.whole.loss.count, parts, self.widening, self.seed)[self.s])
+        part = sampled(self.whole, sample_parts(self.whole.loss.count, parts, self.widening, self.seed)[self.s])
+        # no group has more ranks than this, and a block is then as large as one of the whole objective
+        part.blocks = -(-self.whole.blocks // parts)
+        return part
 
     def follow(self, objective: Objective, parts: object) -> None:
         """Take the part of the samples that the whole objective has now."""

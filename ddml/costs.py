@@ -114,6 +114,31 @@ def forward_costs(module: nn.Module, inputs: Tensor) -> dict[str, float]:
     return costs
 
 
+@torch.no_grad()
+def forward_numbers(module: nn.Module, inputs: Tensor) -> dict[str, tuple[int, int]]:
+    """How many numbers of a sample enter and leave each part of ``module`` that is called, by its name.
+
+    Of ``inputs`` (B, ...); where a part is called several times what it gives adds up. The module itself has the
+    empty name.
+    """
+    found: dict[str, tuple[int, int]] = {}
+
+    def count(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, given: Any, outputs: Any) -> None:
+            entering, leaving = _numbers(list(given)) // len(inputs), _numbers(outputs) // len(inputs)
+            found[name] = entering, leaving + found.get(name, (0, 0))[1]
+
+        return hook
+
+    hooks = [part.register_forward_hook(count(name)) for name, part in module.named_modules()]
+    try:
+        module(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
 CACHED = 1 << 21  # numbers in the widest layer of a batch that went fastest (measured on CPUs, our choice)
 
 

@@ -25,7 +25,7 @@ class Linearisation:
 
     Vectors of residual space are lists of tensors in double precision, one for each part of the
     samples that this rank has; vectors of parameters are (n,), the same on every rank. Charged as
-    a gradient.
+    a loss, and where the rows are stored as :meth:`ddml.residual.ResidualLoss.rows_charge` says.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ class Linearisation:
     x
         The point.
     assembled
-        Whether the rows of J are stored, m n numbers in all; products are then not charged. Without,
+        Whether the rows of J are stored, m n numbers in all, which then pass by in every product. Without,
         every product is one pass through the network.
 
     Attributes
@@ -43,6 +43,8 @@ class Linearisation:
         |r|^2.
     residual : list of Tensor
         r.
+    count : int
+        m, the number of residuals.
 
     Raises
     ------
@@ -55,8 +57,9 @@ class Linearisation:
         self.objective, self.comm, self.size = objective, objective.comm, objective.size
         self.theta = objective.parameters(x).clone()
         self.parts = [objective.part(i) for i in range(len(objective.parts))]
-        objective.work.add(objective.fraction * objective.loss.charge(), gradients=1)
+        objective.work.add(objective.fraction * objective.loss.charge(gradient=False), losses=1)
         self.residual = [_double(part.residual(self.theta)) for part in self.parts]
+        self.count = int(self.comm.allreduce(sum(map(len, self.residual))))
         self.value = self.total([float(r @ r) for r in self.residual])
         self._rows: list[Tensor] | None = None
         if assembled:
@@ -64,12 +67,8 @@ class Linearisation:
                 self.comm, 8 * self.size * sum(map(len, self.residual)),
                 f"the Jacobian of {self.count} residuals by {self.size} parameters", "use more nodes or -jacobian free",
             )  # fmt: skip
+            self._charge_rows()
             self._rows = [self._columns(part) for part in self.parts]
-
-    @property
-    def count(self) -> int:
-        """m, the number of residuals."""
-        return int(self.comm.allreduce(sum(map(len, self.residual))))
 
     def residual_at(self, x: PETSc.Vec) -> list[Tensor]:
         """The residual at another point; charged as a loss."""
@@ -85,6 +84,15 @@ class Linearisation:
     def _columns(self, part: ResidualLoss) -> Tensor:
         return _double(part.jacobian(self.theta).T).contiguous()
 
+    def _charge_rows(self) -> None:
+        self.objective.work.add(self.objective.fraction * self.objective.loss.rows_charge(self.count))
+
+    def _pass(self, operations: float = 0.0, ranges: Sequence[slice] = (slice(None),)) -> None:
+        """Charge what is done with all rows once: multiply-adds, and the numbers that pass by."""
+        if self._rows is None:
+            self._charge_rows()
+        self.objective.compute(operations, self.count * sum(len(range(*r.indices(self.size))) for r in ranges))
+
     def transposed(self, number: int) -> Tensor:
         """J^T (n, m_p) of a part of this rank's samples, computed anew if it is not stored; not collective."""
         return self._columns(self.parts[number]) if self._rows is None else self._rows[number]
@@ -92,8 +100,9 @@ class Linearisation:
     def product(self, v: Tensor, ranges: Sequence[slice] = (slice(None),)) -> list[Tensor]:
         """J v for v (n,) that is zero outside of some ranges."""
         if self._rows is not None:
+            self._pass(ranges=ranges)
             return [sum(torch.mv(rows[r].T, v[r]) for r in ranges) for rows in self._rows]  # type: ignore[misc]
-        self._charge()
+        self._charge(self.objective.loss.jacobian_charge())
         v = v.to(device=self.theta.device, dtype=self.theta.dtype)
         return [_double(part.jacobian_product(self.theta, v)) for part in self.parts]
 
@@ -102,22 +111,24 @@ class Linearisation:
         # each in memory of its own: what a product rounds may depend on how it is aligned
         sums = [torch.zeros(self.size, dtype=torch.float64) for _ in self.parts]
         if self._rows is not None:
+            self._pass(ranges=ranges)
             for rows, weights, into in zip(self._rows, w, sums, strict=True):
                 for r in ranges:
                     torch.mv(rows[r], weights, out=into[r])
         else:
-            self._charge()
+            self._charge(self.objective.loss.transpose_charge())
             for part, weights, into in zip(self.parts, w, sums, strict=True):
                 whole = torch.zeros_like(self.theta)
                 part.jacobian_transpose_product(self.theta, weights.to(self.theta), whole)
                 into.copy_(whole)
         self.objective.reduce_parts(sums, vec)
 
-    def _charge(self) -> None:
-        self.objective.work.add(self.objective.fraction * self.objective.loss.charge(), products=1)
+    def _charge(self, units: float) -> None:
+        self.objective.work.add(self.objective.fraction * units, products=1)
 
     def diagonal(self, vec: PETSc.Vec) -> None:
         """Write the diagonal of J^T J to ``vec``."""
+        self._pass()
         squares = (self.transposed(i) for i in range(len(self.parts)))
         self.objective.reduce_parts([(rows * rows).sum(1) for rows in squares], vec)
 
@@ -129,6 +140,7 @@ class Linearisation:
         found = []
         for begin in range(0, columns.shape[1], _COLUMNS):  # a few at a time, to bound the memory
             y = columns[:, begin : begin + _COLUMNS]
+            self._pass(2 * self.count * self.size * y.shape[1])
 
             def product(number: int, y: Any = y) -> Array:
                 row = self.transposed(number).numpy()
@@ -147,6 +159,8 @@ class Linearisation:
         led = [[s for s, leader in enumerate(leaders) if leader == rank] for rank in range(self.comm.size)]
         widths = self.comm.allgather([len(r) for r in self.residual])
         blocks = {}
+        for own in ranges:  # half of a symmetric product
+            self._pass(self.count * length(own) ** 2 / 2, own)
         for turn in range(max(map(len, led))):
             now = [mine[turn] if turn < len(mine) else None for mine in led]
             pieces = self._columns_to([() if s is None else ranges[s] for s in now], widths)
@@ -187,6 +201,7 @@ class Linearisation:
         owners = [rank for rank, w in enumerate(widths) for _ in w]
         first = owners.index(self.comm.rank) if self.comm.rank in owners else 0
         edges, count = np.concatenate([[0], np.cumsum(flat)]), len(flat)
+        self._pass(self.count**2 * self.size / 2)
         products = {}
         for q, width in enumerate(flat):
             mine = owners[q] == self.comm.rank

@@ -66,6 +66,7 @@ class KroneckerNorm(Norm):
         self.flat = ParameterLayout((Parameter("factors", (self.places[-1],), 0),), comm)
         self.refreshes = self.age = 0
         self._roots: tuple[int, dict[int, tuple[Tensor, Tensor]]] = (0, {})  # see roots
+        self._inside: dict[tuple[tuple[int, int], ...], RestrictedKroneckerNorm] = {}
 
     def refresh(self, x: PETSc.Vec) -> None:
         """See :class:`Norm`.
@@ -81,7 +82,8 @@ class KroneckerNorm(Norm):
         edges = np.cumsum([0, *objective.comm.allgather(sum(part.count for part in sub.parts))])
         draws = np.random.default_rng([1, version]).random(int(edges[-1]))[edges[objective.comm.rank] :]
         theta = sub.parameters(x)
-        sub.work.add(sub.fraction * sub.loss.charge())
+        sub.work.add(sub.fraction * sub.loss.kronecker_charge())
+        sub.compute(0.0, fresh=max(sub.blocks, 1) * len(self.factors))
         found, begin = np.zeros((max(len(sub.parts), 1), len(self.factors))), 0
         for row, part in zip(found, sub.parts, strict=False):
             u = torch.from_numpy(draws[begin : begin + part.count])
@@ -97,6 +99,12 @@ class KroneckerNorm(Norm):
             raise CollectiveError("the K-FAC norm is not finite: the network's outputs or their gradients are not")
         self.factors = self.MEMORY * self.factors + (1 - self.MEMORY) * new if version else new
         self.refreshes, self.age = version + 1, 0
+        self._charge_roots()
+
+    def _charge_roots(self) -> None:
+        """Charge the factorisations, where what is charged does not depend on where a run was interrupted."""
+        sizes = [size for layer in self.layers for size in layer.sizes]
+        self.objective.compute(sum(size**3 / 6 for size in sizes), fresh=sum(size**2 for size in sizes))
 
     def aged(self, x: PETSc.Vec) -> None:
         """See :class:`Norm`."""
@@ -136,9 +144,19 @@ class KroneckerNorm(Norm):
             self._roots = self.version, {b: (A, G) for b, (A, G) in made.items()}
         return self._roots[1]
 
-    def restricted(self, layout: ParameterLayout, ranges: Sequence[slice]) -> RestrictedKroneckerNorm:
-        """The norm of vectors that are 0 outside ``ranges`` of theta, for what is inside, in another layout."""
-        return RestrictedKroneckerNorm(self, layout, ranges)
+    def restricted(
+        self, layout: ParameterLayout, ranges: Sequence[slice], objective: Objective | None = None
+    ) -> RestrictedKroneckerNorm:
+        """The norm of vectors that are 0 outside ``ranges`` of theta, for what is inside, in another layout.
+
+        What it computes is charged to ``objective`` (default: the whole norm's).
+        """
+        key = tuple((r.start, r.stop) for r in ranges)
+        made = self._inside.get(key)
+        if made is None or made.layout is not layout:
+            objective = self.objective if objective is None else objective
+            made = self._inside[key] = RestrictedKroneckerNorm(self, layout, ranges, objective)
+        return made
 
     def __call__(self, x: PETSc.Vec) -> float:
         """See :class:`Norm`."""
@@ -160,22 +178,31 @@ class KroneckerNorm(Norm):
 
     def coordinates(self, x: PETSc.Vec, image: PETSc.Vec) -> None:
         """Write L^T x, whose 2-norm is the norm of x, to ``image``."""
-        self._apply(lambda X, A, G: G.T @ X @ A, x, image)
+        self._apply(1, lambda X, A, G: G.T @ X @ A, x, image)
 
     def vector(self, coordinates: PETSc.Vec, x: PETSc.Vec) -> None:
         """Write the x with these :meth:`coordinates`, L^-T times them."""
-        self._apply(lambda X, A, G: _left(G.T, _right(X, A), upper=True), coordinates, x)
+        self._apply(1, lambda X, A, G: _left(G.T, _right(X, A), upper=True), coordinates, x)
 
     def covector(self, g: PETSc.Vec, image: PETSc.Vec) -> None:
         """Write L^-1 g, the gradient by the coordinates, to ``image``."""
-        self._apply(lambda X, A, G: _left(G, _right(X, A.T, upper=True)), g, image)
+        self._apply(1, lambda X, A, G: _left(G, _right(X, A.T, upper=True)), g, image)
 
     def inverse(self, g: PETSc.Vec, x: PETSc.Vec) -> None:
         """Write M^-1 g to x."""
-        self._apply(lambda X, A, G: torch.cholesky_solve(torch.cholesky_solve(X.T, A).T, G), g, x)
+        self._apply(2, lambda X, A, G: torch.cholesky_solve(torch.cholesky_solve(X.T, A).T, G), g, x)
 
-    def _apply(self, function: Callable[[Tensor, Tensor, Tensor], Tensor], x: PETSc.Vec, image: PETSc.Vec) -> None:
+    def _apply(
+        self, times: int, function: Callable[[Tensor, Tensor, Tensor], Tensor], x: PETSc.Vec, image: PETSc.Vec
+    ) -> None:
+        """Write what a function does to each layer's matrix, so many products with both triangles."""
         roots = self.roots
+        triangles = [(layer.entries.size, sum(layer.sizes), sum(s**2 for s in layer.sizes)) for layer in self.layers]
+        self.objective.compute(
+            times / 2 * sum(entries * sides for entries, sides, _ in triangles),
+            times / 2 * sum(squares for *_, squares in triangles),
+            2 * self.layout.size,
+        )
         given, full = self.layout.gather(x), torch.zeros(self.layout.size, dtype=torch.float64)
         for b in self.mine:
             entries = torch.from_numpy(self.layers[b].entries)
@@ -201,8 +228,10 @@ class RestrictedKroneckerNorm(KroneckerNorm):
         If a layer is cut otherwise than into its weight and its bias.
     """
 
-    def __init__(self, whole: KroneckerNorm, layout: ParameterLayout, ranges: Sequence[slice]) -> None:
-        self.whole, self.layout = whole, layout
+    def __init__(
+        self, whole: KroneckerNorm, layout: ParameterLayout, ranges: Sequence[slice], objective: Objective
+    ) -> None:
+        self.whole, self.layout, self.objective = whole, layout, objective
         place = np.full(whole.layout.size, -1)
         place[np.concatenate([np.arange(r.start, r.stop) for r in ranges])] = np.arange(layout.size)
         self.parts: list[tuple[int, NDArray[np.int64], NDArray[np.int64]]] = []  # layer, its rows and columns inside
@@ -227,8 +256,9 @@ class RestrictedKroneckerNorm(KroneckerNorm):
         return self.whole.version
 
     def refresh(self, x: PETSc.Vec) -> None:
-        """See :class:`Norm`."""
-        return
+        """See :class:`Norm`; a solve that begins behind a refresh of the whole norm factorises."""
+        if self.whole.age == 0:
+            self._charge_roots()
 
     def aged(self, x: PETSc.Vec) -> None:
         """See :class:`Norm`."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import kronecker, work
-from .costs import forward_costs
+from .costs import forward_costs, forward_numbers
 from .errors import InputError
 from .modular import EXACT, TOLERANCE, ModularNorm, modular
 from .modules import evaluated, not_finite, occurrences, trained
@@ -68,7 +68,9 @@ class Loss(ABC):
         Parameter numbers of each layer, in the order in which data pass through them: the atoms
         of a decomposition.
     costs : tuple of float
-        Relative cost of one forward pass through each layer, see :mod:`ddml.work`.
+        Multiply-adds of a sample's product with the weights of each layer, see :mod:`ddml.work`.
+    besides : Besides
+        What a sample takes besides, see there.
     count : int
         Number of samples.
     gauss_newton : bool
@@ -80,6 +82,7 @@ class Loss(ABC):
     parameters: tuple[Parameter, ...]
     layers: tuple[tuple[int, ...], ...]
     costs: tuple[float, ...]
+    besides = work.Besides()
     count: int
     dtype: torch.dtype
     device: torch.device
@@ -157,6 +160,16 @@ class Loss(ABC):
         """
         raise InputError(f"a {type(self).__name__} has no K-FAC norm: choose another -norm")
 
+    def kronecker_charge(self) -> float:
+        """Work units of :meth:`kronecker_statistics` on all samples.
+
+        Raises
+        ------
+        InputError
+            If there are none.
+        """
+        raise InputError(f"a {type(self).__name__} has no K-FAC norm: choose another -norm")
+
     @torch.no_grad()
     def value(self, theta: Tensor, kept: Any = None) -> float:
         """The loss at theta; ``kept`` from :meth:`prefix` with the same parameters before its layer."""
@@ -187,8 +200,12 @@ class Loss(ABC):
             if first.requires_grad:
                 product += torch.autograd.grad(first, leaf, direction, retain_graph=True)[0]
 
-    def gauss_newton_product(self, theta: Tensor, direction: Tensor, product: Tensor) -> None:
+    def gauss_newton_product(
+        self, theta: Tensor, direction: Tensor, product: Tensor, kept: Any = None, active: frozenset[int] | None = None
+    ) -> None:
         """Add the Gauss-Newton matrix at theta times ``direction`` (n,) to ``product`` (n,).
+
+        ``kept`` and ``active`` as for :meth:`value_gradient`; the direction is 0 outside of the active layers.
 
         Raises
         ------
@@ -202,10 +219,32 @@ class Loss(ABC):
         touched = [any(r.start < p.range.stop and p.range.start < r.stop for r in ranges) for p in self.parameters]
         return frozenset(i for i, layer in enumerate(self.layers) if any(touched[k] for k in layer))
 
-    def charge(self, first: int = 0, active: frozenset[int] | None = None, gradient: bool = True) -> float:
-        """Work units of an evaluation on all samples, see :func:`ddml.work.charge`."""
+    def passes(self, first: int = 0, active: frozenset[int] | None = None) -> work.Passes:
+        """Multiply-adds of an evaluation for a sample: from layer ``first`` on, by ``active`` layers (default: all)."""
         layers = frozenset(range(len(self.layers))) if active is None else active
-        return work.charge(self.costs, first, layers, gradient)
+        return work.passes(self.costs, self.besides, first, layers)
+
+    @property
+    def operations(self) -> float:
+        """Multiply-adds of a loss and gradient of the whole network for a sample."""
+        return self.besides.repeats * self.passes().gradient
+
+    def charge(self, first: int = 0, active: frozenset[int] | None = None, gradient: bool = True) -> float:
+        """Work units of an evaluation on all samples, see :mod:`ddml.work`."""
+        found = self.passes(first, active)
+        return (found.gradient if gradient else found.forward) / self.passes().gradient
+
+    def prefix_charge(self, first: int) -> float:
+        """Work units of :meth:`prefix`."""
+        return work.prefix(self.costs, self.besides, first) / self.passes().gradient if self.keeps(first) else 0.0
+
+    def hessian_charge(self, first: int = 0, active: frozenset[int] | None = None) -> float:
+        """Work units of :meth:`hessian_product` on all samples."""
+        return self.passes(first, active).hessian / self.passes().gradient
+
+    def gauss_newton_charge(self, first: int = 0, active: frozenset[int] | None = None) -> float:
+        """Work units of :meth:`gauss_newton_product` on all samples."""
+        return self.passes(first, active).gauss_newton / self.passes().gradient
 
 
 class Frozen:
@@ -360,10 +399,14 @@ class RestrictedLoss(Loss):
         self.beside = full.clone() if self.also else None
         return value
 
-    def gauss_newton_product(self, theta: Tensor, direction: Tensor, product: Tensor) -> None:
-        """See :meth:`Loss.gauss_newton_product`; takes as long as that of the whole network."""
+    def gauss_newton_product(
+        self, theta: Tensor, direction: Tensor, product: Tensor, kept: Any = None, active: frozenset[int] | None = None
+    ) -> None:
+        """See :meth:`Loss.gauss_newton_product`: behind the kept prefix, linearised in the active layers."""
         change, image = torch.zeros_like(self.frozen.full), torch.zeros_like(self.frozen.full)
-        self.loss.gauss_newton_product(self.insert(theta), self.insert(direction.to(change), change), image)
+        self.loss.gauss_newton_product(
+            self.insert(theta), self.insert(direction.to(change), change), image, self.kept, self.active
+        )
         product += self.take(image)
 
     def modular_norm(
@@ -376,14 +419,32 @@ class RestrictedLoss(Loss):
         """The norm of a vector that is zero outside the subdomain; masses are those of the whole network."""
         return self.loss.modular_norm(masses, convolution, tolerance, exact).restricted(self.ranges)
 
+    @property
+    def _begin(self) -> int:
+        """The layer where evaluations start."""
+        return self.first if self.loss.keeps(self.first) else 0
+
+    @property
+    def operations(self) -> float:
+        """Those of the whole network: work units are its."""
+        return self.loss.operations
+
     def charge(self, first: int = 0, active: frozenset[int] | None = None, gradient: bool = True) -> float:
         """Work units of one evaluation behind the kept prefix."""
-        first = self.first if self.loss.keeps(self.first) else 0
-        return self.loss.charge(first, self.active | self.also, gradient)
+        return self.loss.charge(self._begin, self.active | self.also, gradient)
 
-    def prefix_charge(self) -> float:
+    def prefix_charge(self, first: int = 0) -> float:
         """Work units of :meth:`freeze`."""
-        return 1 / 3 - self.loss.charge(self.first, gradient=False) if self.loss.keeps(self.first) else 0.0
+        return self.loss.prefix_charge(self.first)
+
+    def hessian_charge(self, first: int = 0, active: frozenset[int] | None = None) -> float:
+        """Work units of a Hessian product: torch differentiates by all layers from the first active one on."""
+        begin = self._begin
+        return self.loss.hessian_charge(begin, frozenset(range(begin, len(self.loss.layers))))
+
+    def gauss_newton_charge(self, first: int = 0, active: frozenset[int] | None = None) -> float:
+        """Work units of a Gauss-Newton product behind the kept prefix."""
+        return self.loss.gauss_newton_charge(self._begin, self.active)
 
 
 class ModuleLoss(Loss):
@@ -455,12 +516,29 @@ class ModuleLoss(Loss):
             for owner, group in groups.items()
         )
         self.enough = (BLOCK[0] + BLOCK[1] * self.size) / sum(self.costs)
+        self.besides = self._besides(tuple(groups))
         # evaluations that need no derivative by theta itself are those of a copy whose parameters lie in theta, which
         # takes half the time of functional_call where batches are small
         # (frozen ones are shared with it)
         self._copy = copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad})
         copied = dict(self._copy.named_parameters())
         self._leaves = [copied[parameter.name] for parameter in self.parameters]
+
+    def _besides(self, owners: Sequence[str]) -> work.Besides:
+        """What a sample takes besides products, by the numbers that enter and leave the module's parts."""
+        if not self.count:
+            return work.Besides()
+        numbers = forward_numbers(self.module, self.samples.part(0, 1).inputs)
+        given = dict.fromkeys(owners, 0)
+        for name, part in self.module.named_modules():
+            owner = name.split(".")[0] if self._stepped else name
+            if owner in given and name in numbers and any(True for _ in part.parameters(recurse=False)):
+                given[owner] += numbers[name][1]
+        return work.Besides(
+            tuple(work.ACTIVATION * given[owner] for owner in owners),
+            tuple(work.KEPT * numbers[owner][0] if owner in numbers else 0.0 for owner in owners),
+            work.CRITERION * numbers[""][1],
+        )
 
     @property
     def inputs(self) -> Tensor:
@@ -536,24 +614,32 @@ class ModuleLoss(Loss):
         like = torch.empty(0, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
         return ModularNorm(self.size, tuple(structure.blocks()), torch.finfo(self.dtype).eps, like, tolerance, exact)
 
-    def gauss_newton_product(self, theta: Tensor, direction: Tensor, product: Tensor) -> None:
+    def gauss_newton_product(
+        self, theta: Tensor, direction: Tensor, product: Tensor, kept: Any = None, active: frozenset[int] | None = None
+    ) -> None:
         r"""See :meth:`Loss.gauss_newton_product`: the sum of :math:`J^T \nabla^2 c\, J`, c the criterion.
 
         Positive semidefinite where the criterion is convex in the outputs, as cross entropy is.
         """
-        leaf = theta.detach().requires_grad_()
-        direction = direction.to(leaf)
-        for outputs, y in self._batches(self._forward(self.module, leaf), None):
+        wanted = sorted(k for i, layer in enumerate(self.layers) if active is None or i in active for k in layer)
+        module = self._behind(self._at(theta.detach(), frozenset(wanted)), kept)
+        leaves, ranges = [self._leaves[k] for k in wanted], [self.parameters[k].range for k in wanted]
+        directions = [direction[r].to(leaf).view_as(leaf) for r, leaf in zip(ranges, leaves, strict=True)]
+        for outputs, y in self._batches(module, kept):
             if not outputs.requires_grad:  # nothing of theta enters them
                 continue
             w = torch.zeros_like(outputs, requires_grad=True)
-            transposed = torch.autograd.grad(outputs, leaf, w, create_graph=True)[0]
-            change = torch.autograd.grad(transposed, w, direction)[0]
+            transposed = torch.autograd.grad(outputs, leaves, w, create_graph=True, allow_unused=True)
+            moved = [(g, d) for g, d in zip(transposed, directions, strict=True) if g is not None]
+            change = torch.autograd.grad([g for g, _ in moved], w, [d for _, d in moved])[0]
             at = outputs.detach().requires_grad_()
             slope = torch.autograd.grad(self.criterion(at, y).sum() * self.weight, at, create_graph=True)[0]
             if slope.requires_grad:  # not where the criterion is linear
                 bent = torch.autograd.grad(slope, at, change)[0]
-                product += torch.autograd.grad(outputs, leaf, bent, retain_graph=True)[0]
+                found = torch.autograd.grad(outputs, leaves, bent, allow_unused=True)
+                for r, image in zip(ranges, found, strict=True):
+                    if image is not None:
+                        product[r] += image.reshape(-1)
 
     def _forward(self, module: nn.Module, theta: Tensor) -> Callable[[Tensor], Tensor]:
         """The module, or a part of it, at theta, differentiable by it."""

@@ -15,6 +15,11 @@ from petsc4py import PETSc
 from .errors import InputError
 from .layout import ParameterLayout
 from .modular import ModularNorm
+from .objective import Objective
+
+# multiply-adds: of a symmetric eigenproblem over the cube of its size; in double precision, of an exact polar factor
+# beside that, and of a near one, over those of a product with the transpose (the latter by its time)
+EIGENVALUES, EXACT_FACTOR, NEAR_FACTOR = 9, 5, 3.3
 
 
 class Norm(ABC):
@@ -108,6 +113,8 @@ class DistributedModularNorm(Norm):
         Of the gathered vector.
     layout
         Of the distributed ones.
+    objective
+        Is charged what the norm computes.
 
     Raises
     ------
@@ -115,19 +122,35 @@ class DistributedModularNorm(Norm):
         If the norm says nothing of some entries.
     """
 
-    def __init__(self, norm: ModularNorm, layout: ParameterLayout) -> None:
-        self.norm, self.layout = norm, layout
+    def __init__(self, norm: ModularNorm, layout: ParameterLayout, objective: Objective | None = None) -> None:
+        self.norm, self.layout, self.objective = norm, layout, objective
         self.mine = dealt(norm.costs, layout.comm)
         known = sum(math.prod(block.shape) for block in norm.blocks)
         if known != layout.size:
             raise InputError(f"a modular norm must be of all {layout.size} parameters, this one is of {known}")
 
+    def _charge(self, factors: bool, copies: int) -> None:
+        if self.objective is None:
+            return
+        operations = 0.0
+        for block in self.norm.blocks:
+            m, n = sorted(block.shape)
+            if block.by_rows:
+                operations += m * n
+            elif self.norm.large(block):
+                operations += (NEAR_FACTOR if factors else 1) * m**2 * n
+            else:
+                operations += (EXACT_FACTOR if factors else 1) * m**2 * n + EIGENVALUES * m**3
+        self.objective.compute(operations, fresh=copies * self.norm.size)
+
     def __call__(self, x: PETSc.Vec) -> float:
         """See :class:`Norm`."""
+        self._charge(False, 2)
         return max(self._collect(self.norm.norms(self.layout.gather(x), self.mine)), default=0.0)
 
     def steepest(self, g: PETSc.Vec, direction: PETSc.Vec) -> float:
         """See :class:`Norm`: the duality map."""
+        self._charge(True, 10)
         if self.layout.comm.size == 1:
             if g.handle != direction.handle:
                 g.copy(direction)

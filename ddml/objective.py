@@ -20,7 +20,7 @@ from .linear import GatheredTerm, LinearTerm
 from .loss import Loss
 from .parallel import Interrupted, StopRequest, split
 from .summation import Tree, leaves
-from .work import WorkCounter
+from .work import DOUBLE, FRESH, PASSED, WorkCounter
 
 
 class Objective:
@@ -96,6 +96,10 @@ class Objective:
         edges = split(self.loss.count, self.blocks or comm.size)
         mine = split(len(edges) - 1, comm.size)
         return [self.loss.part(edges[i], edges[i + 1]) for i in range(mine[comm.rank], mine[comm.rank + 1])]
+
+    def parts_for(self, comm: MPI.Comm) -> list[Loss]:
+        """As :meth:`split_over`; where ``comm`` has as many ranks as the objective's, its own parts."""
+        return list(self.parts) if comm.size == self.comm.size else self.split_over(comm)
 
     def replace(self, loss: Loss, fraction: float | None = None, overlap: NDArray[np.int64] | None = None) -> None:
         """Minimise another loss of the same parameters from now on, say with other samples. Collective.
@@ -176,7 +180,7 @@ class Objective:
 
     def hessian_product(self, x: PETSc.Vec, direction: PETSc.Vec, product: PETSc.Vec) -> None:
         """The Hessian at x times ``direction``, written to ``product``."""
-        self._multiply("hessian_product", x, direction, product)
+        self._multiply("hessian_product", self.loss.hessian_charge(), x, direction, product)
 
     def gauss_newton_product(self, x: PETSc.Vec, direction: PETSc.Vec, product: PETSc.Vec) -> None:
         """The Gauss-Newton matrix at x times ``direction``, written to ``product``.
@@ -186,14 +190,25 @@ class Objective:
         InputError
             If the loss has none.
         """
-        self._multiply("gauss_newton_product", x, direction, product)
+        self._multiply("gauss_newton_product", self.loss.gauss_newton_charge(), x, direction, product)
 
-    def _multiply(self, method: str, x: PETSc.Vec, direction: PETSc.Vec, product: PETSc.Vec) -> None:
-        """A product that the losses have under that name; charged as two gradients."""
+    def compute(self, operations: float, numbers: float = 0.0, fresh: float = 0.0) -> None:
+        """Charge linear algebra: multiply-adds in double precision, numbers that pass by, those of new large arrays.
+
+        Parameters
+        ----------
+        operations, numbers, fresh
+            Of all ranks together, and the same on any number of ranks, see :mod:`ddml.work`.
+        """
+        spent = DOUBLE * operations + PASSED * numbers + FRESH * fresh
+        self.work.add(spent * self.fraction / (self.loss.count * self.loss.operations))
+
+    def _multiply(self, method: str, units: float, x: PETSc.Vec, direction: PETSc.Vec, product: PETSc.Vec) -> None:
+        """A product that the losses have under that name and its work units on all samples."""
         with self._events["product"]:
             theta = self.parameters(x).clone()  # the second gather may use the same buffer
             v = self.parameters(direction)
-            self.work.add(2 * self.fraction * self.loss.charge(), products=1)
+            self.work.add(self.fraction * units, products=1)
             self._sum_rows(lambda number, row: getattr(self.parts[number], method)(theta, v, row), product)
 
     def _sum_rows(self, evaluate: Callable[[int, Tensor], None], g: PETSc.Vec) -> None:

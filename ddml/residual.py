@@ -15,6 +15,7 @@ from torch import Tensor
 from .errors import InputError
 from .loss import Frozen, Loss, RestrictedLoss
 from .objective import Objective
+from .work import FRESH
 
 
 class ResidualLoss(Loss):
@@ -57,8 +58,10 @@ class ResidualLoss(Loss):
             product += torch.autograd.grad(r, leaf, weights[begin : begin + len(r)], retain_graph=True)[0]
             begin += len(r)
 
-    def gauss_newton_product(self, theta: Tensor, direction: Tensor, product: Tensor) -> None:
-        """See :meth:`ddml.loss.Loss.gauss_newton_product`: 2 J^T J times the direction."""
+    def gauss_newton_product(
+        self, theta: Tensor, direction: Tensor, product: Tensor, kept: Any = None, active: frozenset[int] | None = None
+    ) -> None:
+        """See :meth:`ddml.loss.Loss.gauss_newton_product`: 2 J^T J times the direction, through the whole network."""
         self.jacobian_transpose_product(theta, 2 * self.jacobian_product(theta, direction), product)
 
     def jacobian(self, theta: Tensor) -> Tensor:
@@ -66,6 +69,30 @@ class ResidualLoss(Loss):
         leaf = theta.detach().requires_grad_()
         rows = [torch.autograd.grad(x, leaf, retain_graph=True)[0] for r in self.residuals(leaf) for x in r]
         return torch.stack(rows) if rows else theta.new_zeros(0, self.size)
+
+    def jacobian_charge(self) -> float:
+        """Work units of :meth:`jacobian_product`: a forward pass and two backward ones."""
+        whole = self.passes()
+        return (whole.forward + 2 * (whole.adjoint + whole.weights)) / whole.gradient
+
+    def transpose_charge(self) -> float:
+        """Work units of :meth:`jacobian_transpose_product`."""
+        return 1.0
+
+    def rows_charge(self, count: int) -> float:
+        """Work units of :meth:`jacobian` with that many rows in all: a backward pass for each, and what is stored."""
+        whole = self.passes()
+        return (whole.forward + (whole.adjoint + whole.weights) * count / self.count) / whole.gradient + self.stored(
+            count
+        )
+
+    def stored(self, count: int) -> float:
+        """Work units of writing a Jacobian with that many rows."""
+        return FRESH * count * self.size / (self.count * self.operations)
+
+    def gauss_newton_charge(self, first: int = 0, active: frozenset[int] | None = None) -> float:
+        """See :meth:`ddml.loss.Loss.gauss_newton_charge`."""
+        return self.jacobian_charge() + self.transpose_charge()
 
     def _joined(self, pieces: list[Tensor]) -> Tensor:
         return torch.cat(pieces) if pieces else torch.zeros(0, dtype=self.dtype, device=self.device)
@@ -160,16 +187,16 @@ class ResidualObjective(Objective):
         self._write(r, [self.part(i).residual(theta) for i in range(len(self.parts))])
 
     def jacobian_product(self, x: PETSc.Vec, direction: PETSc.Vec, product: PETSc.Vec) -> None:
-        """Write J(x) v to ``product``; charged as a gradient."""
+        """Write J(x) v to ``product``."""
         theta = self.parameters(x).clone()
         v = self.parameters(direction)
-        self.work.add(self.fraction * self.loss.charge(), products=1)
+        self.work.add(self.fraction * self.loss.jacobian_charge(), products=1)
         self._write(product, [self.part(i).jacobian_product(theta, v) for i in range(len(self.parts))])
 
     def jacobian_transpose_product(self, x: PETSc.Vec, weights: PETSc.Vec, product: PETSc.Vec) -> None:
-        """Write J(x)^T w to ``product``; charged as a gradient."""
+        """Write J(x)^T w to ``product``."""
         theta = self.parameters(x)
-        self.work.add(self.fraction * self.loss.charge(), products=1)
+        self.work.add(self.fraction * self.loss.transpose_charge(), products=1)
         w = torch.from_numpy(np.array(weights.array_r)).to(device=self.loss.device, dtype=self.loss.dtype)
         edges = np.cumsum([0, *(self.part(i).residual_count() for i in range(len(self.parts)))])
         self._sum_rows(
@@ -177,7 +204,7 @@ class ResidualObjective(Objective):
         )
 
     def linear_model(self, x: PETSc.Vec, directions: Sequence[PETSc.Vec]) -> NDArray[np.float64]:
-        """W^T W (k + 1, k + 1) for W = [J(x) d_1, ..., J(x) d_k, r(x)]; charged as k gradients and a loss.
+        """W^T W (k + 1, k + 1) for W = [J(x) d_1, ..., J(x) d_k, r(x)]; charged as k products and a loss.
 
         |r + J D a|^2 is then a quadratic function of a (k,). The sum over the samples is the same to the last bit
         where the objective's are.
@@ -191,7 +218,7 @@ class ResidualObjective(Objective):
         theta = self.parameters(x).clone()
         columns = [self.parameters(d).clone() for d in directions]
         count = len(columns)
-        self.work.add(self.fraction * count * self.loss.charge(), products=count)
+        self.work.add(self.fraction * count * self.loss.jacobian_charge(), products=count)
         self.work.add(self.fraction * self.loss.charge(gradient=False), losses=1)
         products = np.zeros((len(self.parts), count + 1, count + 1))
         for i in range(len(self.parts)):

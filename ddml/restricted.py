@@ -178,7 +178,7 @@ def restricted(objective: Objective, decomposition: Decomposition) -> dict[int, 
     The caller destroys them. Collective on the decomposition's communicator.
     """
     kind = RestrictedResidualObjective if isinstance(objective, ResidualObjective) else RestrictedObjective
-    parts = objective.split_over(decomposition.group)
+    parts = objective.parts_for(decomposition.group)
     found = {}
     for s in decomposition.mine:
         loss, own = restricted_parts(objective, decomposition, s, parts)

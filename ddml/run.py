@@ -255,6 +255,7 @@ class Run:
         self._show(iteration)
         if self.moving is not None and iteration > 0 and iteration % self.moving.interval == 0:
             self.moving.move(self.objective.parameters(self.x))
+            work.settle()  # the state has the new samples
         stop = self._limit(now)
         if stop:
             self.reason = stop

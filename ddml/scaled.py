@@ -41,12 +41,13 @@ class Scaling:
 
     def apply(self, values: Tensor) -> Tensor:
         """Scale floating-point values (B, C, ...) in place."""
-        if self.kind == "none":
-            return values
-        if self.kind == "unit":
-            return values.div_(float(self.scale))
-        for numbers, operation in ((self.shift, values.sub_), (self.scale, values.div_)):
-            operation(torch.as_tensor(numbers).to(values).view(1, -1, *[1] * (values.ndim - 2)))
+        rows = max((1 << 16) // max(values[:1].numel(), 1), 1)  # that stay in the cache
+        for piece in values.split(rows) if self.kind != "none" else ():
+            if self.kind == "unit":
+                piece.div_(float(self.scale))
+                continue
+            for numbers, operation in ((self.shift, piece.sub_), (self.scale, piece.div_)):
+                operation(torch.as_tensor(numbers).to(values).view(1, -1, *[1] * (values.ndim - 2)))
         return values
 
 

@@ -2,7 +2,7 @@
 
 Prints tables with medians and ratios; what is compared is measured side by side in the same
 process, alternately where it is short. Sections: evaluation, restricted, ranks, overhead, balance,
-rounding, solvers, preconditioners; and map, classifiers and large, which are run only where -only names them.
+rounding, solvers, preconditioners; and map, classifiers, work and large, which are run only where -only names them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from benches.large import large, large_worker
 from benches.preconditioners import preconditioners
 from benches.synchronisations import map_worker, solver_map
 from benches.training import overhead, rounding, solvers
+from benches.work import work
 from mpi4py import MPI
 
 from ddml import options
@@ -36,6 +37,7 @@ SECTIONS = {
 ASKED = {
     "map": solver_map,
     "classifiers": classifiers,
+    "work": work,
     "large": large,
     "ranks_worker": ranks_worker,
     "map_worker": map_worker,
@@ -68,7 +70,7 @@ def main(comm: MPI.Comm) -> int:
     for name in settings.only.split(","):
         if name not in {**SECTIONS, **ASKED}:
             raise InputError(
-                f"option -only must name some of {', '.join(SECTIONS)}, map, classifiers, large; got '{name}'"
+                f"option -only must name some of {', '.join(SECTIONS)}, map, classifiers, work, large; got '{name}'"
             )
         {**SECTIONS, **ASKED}[name](settings)
     return 0

@@ -102,7 +102,13 @@ class ConfinedSchwarz(Schwarz):
                 local.context.confine(budget, budget / local.steps)
         self.additive(x, f, g, correction)
         leads = self.decomposition.group.rank == 0
-        gathered = self.objective.comm.allgather((self.decreases, self.slopes) if leads else ({}, {}))
+        works = {s: restricted_objective.work for s, restricted_objective in self.restricted.items()}
+        mine = (self.decreases, self.slopes, works) if leads else ({}, {}, {})
+        gathered = self.objective.comm.allgather(mine)
+        # of the norms of the corrections
+        self.objective.work.add_parallel([work for *_, found in gathered for work in found.values()])
+        for restricted_objective in self.restricted.values():
+            restricted_objective.work.reset()
         self.decreases, self.slopes = ({s: v for found in gathered for s, v in found[kind].items()} for kind in (0, 1))
         decrease, slopes = (math.fsum(v[s] for s in sorted(v)) for v in (self.decreases, self.slopes))
         slope = float(g.dot(correction))

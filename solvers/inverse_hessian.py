@@ -117,6 +117,7 @@ class InverseHessian(ABC):
         """H g, after the update that H waits for."""
         layout = self.objective.layout
         change = None if self.pending is None else self._change()
+        self.objective.compute(0.0, self.matrix.place(self.matrix.size))
         rows, tree = self.matrix.multiply(layout.gather(g).numpy(), change), self.matrix.tree
         first, nodes = self.matrix.units.start, tree.nodes[layout.comm.rank]
         with product as array:

@@ -15,6 +15,10 @@ from ddml.options import Option
 
 from .preconditioners import Array, Preconditioner, Tall, cholesky, everywhere, owned
 
+DECOMPOSED = (
+    8  # multiply-adds of what follows the products, over n l^2: two QR, triangles, singular values (our estimate)
+)
+
 
 class NystromPC(Preconditioner):
     r"""Randomised Nystrom preconditioner of rank l (Frangella, Tropp, Udell 2023, algorithms 2.1 and 5.3).
@@ -51,6 +55,7 @@ class NystromPC(Preconditioner):
             test = np.random.default_rng(self.settings.rank_seed).standard_normal((n, rank))
             test = linalg.qr(test, mode="economic", check_finite=False)[0]
         product = everywhere(self.objective, at.gram_product(test))
+        self.objective.compute(DECOMPOSED * n * rank**2)
         # a small shift, undone below, keeps the Cholesky factorisation positive definite
         shift = np.finfo(float).eps * np.sqrt(n) * linalg.norm(product, 2)
         factor = cholesky(test.T @ product, shift)
@@ -66,6 +71,7 @@ class NystromPC(Preconditioner):
     def apply(self, pc: PETSc.PC, x: PETSc.Vec, y: PETSc.Vec) -> None:
         """See :meth:`Preconditioner.apply`."""
         assert self.matrix is not None
+        self.objective.compute(0.0, 2 * self.objective.size * len(self.values))
         small = self.matrix.transpose_times(x.array_r)
         least = max(self.values[-1] + self.damping, np.finfo(float).tiny)
         small *= least / (self.values + self.damping) - 1

@@ -264,7 +264,7 @@ class Schwarz:
             return
         self.version = self.objective.version
         with agreed(self.objective.comm):
-            parts = self.objective.split_over(self.decomposition.group)
+            parts = self.objective.parts_for(self.decomposition.group)
             for restricted_objective in self.restricted.values():
                 restricted_objective.follow(self.objective, parts)
 

@@ -67,7 +67,7 @@ def make_norm(objective: Objective, name: str, settings: Any, prefix: str) -> No
         return InfinityNorm()
     if name == "kfac":
         if isinstance(objective, RestrictedObjective) and objective.metric is not None:
-            return objective.metric.restricted(objective.layout, objective.loss.ranges)
+            return objective.metric.restricted(objective.layout, objective.loss.ranges, objective)
         objective.metric = KroneckerNorm(objective, settings.curvature_fraction or 0.1, settings.curvature_interval)
         return objective.metric
     try:
@@ -76,10 +76,8 @@ def make_norm(objective: Objective, name: str, settings: Any, prefix: str) -> No
         raise InputError(
             f"option -{prefix}masses must be numbers separated by commas, got '{settings.masses}'"
         ) from None
-    return DistributedModularNorm(
-        objective.loss.modular_norm(masses, settings.convolution, settings.polar_tolerance, settings.polar_exact),
-        objective.layout,
-    )
+    modular = objective.loss.modular_norm(masses, settings.convolution, settings.polar_tolerance, settings.polar_exact)
+    return DistributedModularNorm(modular, objective.layout, objective)
 
 
 class TrustRegion(Solver):

@@ -150,13 +150,9 @@ def test_random_tensors_depend_on_the_seed_only() -> None:
     assert first.ranges != Subdomains.by_tensors(LOSS, 4).ranges
 
 
-def whole(loss: PDELoss) -> float:
-    return 3 * sum(loss.costs) - loss.costs[0]
-
-
 def layer_cost(loss: PDELoss, a: int, b: int) -> float:
-    """Forward behind the kept prefix, adjoint behind the first active layer, weights of the active ones."""
-    return (sum(loss.costs[a:]) + sum(loss.costs[a + 1 :]) + sum(loss.costs[a:b])) / whole(loss)
+    """Of a gradient by layers a to b behind the kept prefix."""
+    return loss.charge(a if loss.keeps(a) else 0, frozenset(range(a, b)))
 
 
 @pytest.mark.parametrize("depth", [2, 5, 8])

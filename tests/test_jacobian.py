@@ -14,7 +14,9 @@ from ddml.jacobian import Linearisation
 from ddml.layout import ParameterLayout
 from ddml.networks.tanh import TanhNetwork
 from ddml.problems import Burgers, PDELoss
+from ddml.problems.pde_loss import AUTOGRAD
 from ddml.residual import ResidualObjective
+from ddml.work import DOUBLE, FRESH, PASSED
 
 ASSEMBLED = pytest.mark.parametrize("assembled", [True, False])
 
@@ -127,16 +129,39 @@ def test_in_fixed_order_everything_has_the_same_bits_on_any_number_of_ranks(comm
 
 
 def test_work_is_charged(comm: MPI.Comm) -> None:
+    """Stored rows by the numbers that are made and those that pass by, products without rows by passes."""
     case = Case(comm, 0)
-    work = case.objective.work
-    assert work.total == pytest.approx(1)
-    case.at.product(torch.zeros(case.loss.size, dtype=torch.float64))
-    case.at.residual_at(case.x)
-    assert work.total == pytest.approx(4 / 3)
+    loss, total, m = case.loss, lambda: case.objective.work.total, 61
+    forward, adjoint, *_ = loss.passes()
+    unit = 61 * loss.operations
+    residual, rows = 61 * 4 * forward, 61 * (4 * (2 * forward + adjoint) + AUTOGRAD) + FRESH * m * loss.size
+    assert len(loss.indices) == 4
+    assert total() == pytest.approx((residual + rows) / unit, rel=1e-13)
+
+    def spent(call: Any) -> float:
+        before = total()
+        call()
+        return (total() - before) * unit
+
+    once = PASSED * m * loss.size
+    v = torch.zeros(loss.size, dtype=torch.float64)
+    assert spent(lambda: case.at.product(v)) == pytest.approx(once, rel=1e-10)
+    part = (slice(0, 5), slice(10, 17))
+    assert spent(lambda: case.at.product(v, part)) == pytest.approx(PASSED * m * 12, rel=1e-10)
+    assert spent(lambda: case.at.transpose_product(case.at.residual, case.vec)) == pytest.approx(once, rel=1e-10)
+    assert spent(lambda: case.at.residual_at(case.x)) == pytest.approx(residual, rel=1e-10)
+    assert spent(lambda: case.at.diagonal(case.vec)) == pytest.approx(once, rel=1e-10)
+    products = DOUBLE * 2 * m * loss.size * 7
+    assert spent(lambda: case.at.gram_product(np.zeros((loss.size, 7)))) == pytest.approx(products + once, rel=1e-10)
     free = Case(comm, 0, assembled=False)
-    free.at.transpose_product(free.at.product(torch.zeros(free.loss.size, dtype=torch.float64)), free.vec)
-    assert free.objective.work.total == pytest.approx(3)
+    free.objective.work.reset()
+    free.at.transpose_product(free.at.product(v), free.vec)
+    passes = loss.jacobian_charge() + loss.transpose_charge()
+    assert free.objective.work.total == pytest.approx(passes, rel=1e-13)
     assert free.objective.work.products == 2
+    free.objective.work.reset()
+    free.at.diagonal(free.vec)
+    assert free.objective.work.total == pytest.approx((rows + once) / unit, rel=1e-10)
 
 
 def test_a_jacobian_that_does_not_fit_is_refused(comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from ddml.networks.tanh import TanhNetwork
 from ddml.objective import Objective
 from ddml.parallel import Interrupted, StopRequest
 from ddml.problems import Burgers, PDELoss
+from ddml.problems.pde_loss import AUTOGRAD
 from ddml.residual import ResidualObjective
 from ddml.restricted import restricted
 
@@ -299,9 +300,9 @@ def test_evaluations_of_the_whole_are_charged_as_documented(comm: MPI.Comm, name
     objective = Objective(loss, layout)
     x, y = put(layout, points(loss, 1)[0]), layout.vector()
     calls = [
-        (lambda: objective.value(x), 1 / 3, "losses"),
+        (lambda: objective.value(x), loss.charge(gradient=False), "losses"),
         (lambda: objective.value_gradient(x, y), 1.0, "gradients"),
-        (lambda: objective.hessian_product(x, x, y), 2.0, "products"),
+        (lambda: objective.hessian_product(x, x, y), loss.hessian_charge(), "products"),
     ]
     for call, units, kind in calls:
         before = objective.work.state()
@@ -331,7 +332,11 @@ def test_jacobian_products_are_charged_as_documented(comm: MPI.Comm) -> None:
     ):
         call()
         totals.append(objective.work.total)
-    assert np.diff([0.0, *totals]) == pytest.approx([1 / 3, 1.0, 1.0], rel=1e-13)
+    forward, adjoint, weights, _ = loss.passes()
+    whole, residual = forward + adjoint + weights, AUTOGRAD / len(loss.indices)
+    # the kernels go forward once for the residual and again for its derivative; a tangent is as much as a point
+    expected = [forward / whole, (4 * forward + residual) / whole, (whole + forward + residual) / whole]
+    assert np.diff([0.0, *totals]) == pytest.approx(expected, rel=1e-13)
 
 
 @losses
@@ -343,22 +348,20 @@ def test_restricted_evaluations_are_charged_by_what_is_left(comm: MPI.Comm, name
     theta = points(loss, 1)[0]
     value, gradient = serial(loss, theta)
     decomposition = Decomposition(Subdomains.by_layers(loss, 2), layout, parallel)
-    c, whole = loss.costs, 3 * sum(loss.costs) - loss.costs[0]
     for s, part in restricted(objective, decomposition).items():
         layers = sorted(loss.layer_numbers(part.loss.ranges))
         first = layers[0] if loss.keeps(layers[0]) else 0
         part.freeze(torch.tensor(theta))
-        assert part.work.total == pytest.approx(sum(c[:first]) / sum(c) / 3, abs=1e-15)
+        assert part.work.total == pytest.approx(loss.prefix_charge(first), abs=1e-15)
         part.work.reset()
         x, g = part.layout.vector(), part.layout.vector()
         mine = np.concatenate([theta[r] for r in decomposition.subdomains.ranges[s]])
         x.setArray(mine[slice(*x.getOwnershipRange())])
         assert part.value(x) == pytest.approx(value, rel=1e-12)
-        assert part.work.total == pytest.approx(sum(c[first:]) / sum(c) / 3, rel=1e-13)
+        assert part.work.total == pytest.approx(loss.charge(first, gradient=False), rel=1e-13)
         part.work.reset()
         assert part.value_gradient(x, g) == pytest.approx(value, rel=1e-12)
-        units = (sum(c[first:]) + sum(c[layers[0] + 1 :]) + sum(c[i] for i in layers)) / whole
-        assert part.work.total == pytest.approx(units, rel=1e-13)
+        assert part.work.total == pytest.approx(loss.charge(first, frozenset(layers)), rel=1e-13)
         chosen = np.concatenate([gradient[r] for r in decomposition.subdomains.ranges[s]])
         assert close(part.layout, g, chosen)
         part.work.reset()
@@ -367,7 +370,8 @@ def test_restricted_evaluations_are_charged_by_what_is_left(comm: MPI.Comm, name
         assert np.array_equal(g.array_r, x.array_r)
         assert part.work.gradients == 0
         part.hessian_product(x, g, g.duplicate())
-        assert part.work.total == pytest.approx(2 * units, rel=1e-13)
+        behind = frozenset(range(first, len(loss.layers)))  # torch differentiates by all of them
+        assert part.work.total == pytest.approx(loss.hessian_charge(first, behind), rel=1e-13)
     assert objective.work.total == 0
     decomposition.destroy()
 

@@ -6,7 +6,7 @@ from mpi4py import MPI
 from torch import Tensor, nn
 
 from .. import kronecker
-from ..costs import suitable_batch
+from ..costs import forward_numbers, suitable_batch
 from ..errors import InputError
 from ..loss import ModuleLoss
 from ..modules import evaluated, trained
@@ -75,6 +75,14 @@ class ClassificationLoss(ModuleLoss):
             found = kronecker.statistics(module, known, x, drawn)
             sums = [(A + C, G + D) for (A, G), (C, D) in zip(sums, found, strict=True)] if sums else found
         return [(self.weight * A, self.weight * G) for A, G in sums]
+
+    def kronecker_charge(self) -> float:
+        """See :meth:`ddml.loss.Loss.kronecker_charge`: a gradient, and a a^T and gamma gamma^T of every row."""
+        numbers = forward_numbers(self.module, self.samples.part(0, 1).inputs)
+        known = self.kronecker_layers()
+        rows = [numbers[layer.name][1] / layer.sizes[1] for layer in known]
+        products = sum(r * sum(size**2 for size in layer.sizes) for r, layer in zip(rows, known, strict=True))
+        return 1.0 + products / self.operations
 
 
 class TestSet:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .. import work
 from ..errors import InputError
 from ..loss import parameter_table
 from ..modules import evaluated, trained
@@ -27,6 +28,9 @@ from .program import NotElementwise, Prepared, Program
 # operations, and operations a parameter, that points must cost for what is done once for them to take a tenth of the
 # time (measured with the compiled kernels on one core, our choice)
 BLOCK = 5e5, 170.0
+# multiply-adds of torch's derivative of a residual at a point, and how many times longer torch takes for second
+# derivatives by theta than the kernels for as many passes (measured, our choice)
+AUTOGRAD, DOUBLE_BACKWARD = 12_000.0, 15.0
 
 _Leaves = dict[tuple[int, int, int], Tensor]  # by position of the derivative, side and field
 
@@ -120,6 +124,7 @@ class PDELoss(ResidualLoss):
         self.indices = closure(asked)
         self.position = {index: k for k, index in enumerate(self.indices)}
         self.rule = product_rule(self.indices, len(problem.fields))
+        self.besides = self._besides()
         self.evaluator = evaluator(network, self.offsets, self.indices)
         self.plain = evaluator(network, self.offsets, ((),))
         self.chunk = chunk or self.evaluator.chunk
@@ -221,9 +226,8 @@ class PDELoss(ResidualLoss):
                 name: i for i, s in enumerate(self.network.stages) for name in (s.weight, s.bias, s.slope) if name
             }
             self.layer_stages = [sorted({stage_of[n] for n in layer}) for layer in self.network.layers]
-            # a product with the weights, and about 15 operations a neuron in the activation (our estimate)
-            cost = [self.offsets[s.weight][1].numel() + 15 * self.offsets[s.weight][1][0] for s in self.network.stages]
-            self.costs = tuple(float(sum(cost[i] for i in stages)) for stages in self.layer_stages)
+            shapes = [self.offsets[s.weight][1] for s in self.network.stages]
+            self.costs = tuple(float(sum(shapes[i].numel() + shapes[i][0] for i in own)) for own in self.layer_stages)
         else:
             leaves: dict[str, list[int]] = {}
             for name, number in list(numbers.items())[: len(self.offsets)]:
@@ -233,6 +237,19 @@ class PDELoss(ResidualLoss):
             self.costs = tuple(float(sum(self.parameters[i].size for i in g)) for g in groups)
         groups[-1] = groups[-1] + list(range(len(self.offsets), len(self.parameters)))
         self.layers = tuple(tuple(g) for g in groups)
+
+    def _besides(self) -> work.Besides:
+        """What a point takes besides products with weights, for each derivative that is propagated."""
+        if not isinstance(self.network, TanhNetwork):
+            return work.Besides(repeats=len(self.indices))
+        stages, sizes = self.network.stages, [self.offsets[s.weight][1] for s in self.network.stages]
+        bent = [size[0] if stage.activation else 0 for stage, size in zip(stages, sizes, strict=True)]
+        return work.Besides(
+            tuple(work.TANH * sum(bent[i] for i in own) for own in self.layer_stages),
+            tuple(work.KEPT * sizes[own[0]][1] for own in self.layer_stages),
+            work.TANH * len(self.problem.fields),
+            len(self.indices),
+        )
 
     def _dry_run(self, term: Term, x: Array, data: dict[str, Array]) -> set[Index]:
         """The derivatives that a term asks for; also checks the user's code on the first, a middle and the last point.
@@ -570,6 +587,32 @@ class PDELoss(ResidualLoss):
         if not pieces:
             return super().jacobian(theta)
         return (torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]).T
+
+    def hessian_charge(self, first: int = 0, active: frozenset[int] | None = None) -> float:
+        """See :meth:`ddml.loss.Loss.hessian_charge`: torch does it."""
+        slower = DOUBLE_BACKWARD if isinstance(self.evaluator, CompiledJets) else 1.0
+        return slower * super().hessian_charge(first, active)
+
+    def jacobian_charge(self) -> float:
+        """See :meth:`ddml.residual.ResidualLoss.jacobian_charge`: forward, again, and with its tangent."""
+        return self._linearised_charge(4, 0)
+
+    def transpose_charge(self) -> float:
+        """See :meth:`ddml.residual.ResidualLoss.transpose_charge`: forward, again, and backward."""
+        return self._linearised_charge(2, 1) + self.passes().weights / self.passes().gradient
+
+    def rows_charge(self, count: int) -> float:
+        """See :meth:`ddml.residual.ResidualLoss.rows_charge`: all rows in one backward pass."""
+        return self._linearised_charge(2, 1) + self.stored(count)
+
+    def candidates_charge(self, count: int) -> float:
+        """Work units of :meth:`residual_size` at so many points: as a loss, and what torch makes the points of."""
+        return count / self.count * (self.charge(gradient=False) + 2 * AUTOGRAD / self.operations)
+
+    def _linearised_charge(self, forward: int, adjoint: int) -> float:
+        whole = self.passes()
+        spent = forward * whole.forward + adjoint * whole.adjoint
+        return (spent + AUTOGRAD / self.besides.repeats) / whole.gradient
 
     @torch.no_grad()
     def fields(self, theta: Tensor, points: Array) -> Array:

@@ -1,5 +1,6 @@
 """Networks for classification: their sizes, their costs against counted operations, what they refuse."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from ddml.errors import InputError
 from ddml.loss import ModuleLoss
 from ddml.networks.classifiers import OPTIONS, build_classifier, parse_widths
 from ddml.problems.classification import cross_entropy
+from ddml.work import Besides
 
 MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
 
@@ -105,11 +107,10 @@ def test_costs_of_any_module() -> None:
     assert not tree._forward_hooks
 
 
-def counted(loss: ModuleLoss, *arguments: Any) -> int:
-    """Operations of a loss and gradient, as torch counts them."""
-    gradient = torch.zeros(loss.size, dtype=torch.float64)
+def counted(call: Callable[[], object]) -> int:
+    """Operations of a call, as torch counts them."""
     with FlopCounterMode(display=False) as counter:
-        loss.value_gradient(loss.initial(), gradient, *arguments)
+        call()
     return counter.get_total_flops()
 
 
@@ -117,16 +118,33 @@ def counted(loss: ModuleLoss, *arguments: Any) -> int:
     ("network", "shape", "tolerance"),
     [("mlp", MNIST, 1e-3), ("cnn", CIFAR, 1e-3), ("residual", CIFAR, 0.05)],  # adjoints inside a block are not charged
 )
-def test_charges_are_counted_operations(network: str, shape: tuple[int, ...], tolerance: float) -> None:
+def test_passes_are_counted_operations(network: str, shape: tuple[int, ...], tolerance: float) -> None:
+    """Of products with weights, which are all that torch counts."""
     loss = loss_of(built(shape, network=network)[0], shape)
-    whole = counted(loss)
-    theta = loss.initial()
+    loss.besides = Besides()
+    theta, gradient = loss.initial(), torch.zeros(loss.size, dtype=torch.float64)
+    whole = counted(lambda: loss.value_gradient(theta, gradient))
+
+    def close(call: Callable[[], object], units: float, slack: float = 0.03) -> bool:
+        return counted(call) / whole == pytest.approx(units, rel=slack, abs=tolerance)
+
+    assert close(lambda: loss.value(theta), loss.charge(gradient=False))
     for first in range(len(loss.layers)):
+        kept = loss.prefix(theta, first)
+        assert (kept is None) == (not loss.keeps(first))
+        assert close(lambda first=first: loss.prefix(theta, first), loss.prefix_charge(first))
         for active in (frozenset([first]), frozenset(range(first, len(loss.layers)))):
-            kept = loss.prefix(theta, first)
-            assert (kept is None) == (not loss.keeps(first))
-            found = counted(loss, kept, active) / whole
-            assert found == pytest.approx(loss.charge(first, active), rel=0.03, abs=tolerance), (first, active)
+            arguments = theta, gradient, kept, active
+            assert close(lambda arguments=arguments: loss.value_gradient(*arguments), loss.charge(first, active))
+            direction = torch.zeros_like(theta)
+            for k in (k for i in active for k in loss.layers[i]):
+                direction[loss.parameters[k].range] = 1.0
+            product = theta, direction, gradient, kept, active
+            units = loss.gauss_newton_charge(first, active)
+            if network == "mlp":  # torch's second derivatives of convolutions take up to half as much again
+                assert close(lambda product=product: loss.gauss_newton_product(*product), units)
+    if network == "mlp":
+        assert close(lambda: loss.hessian_product(theta, theta, gradient), loss.hessian_charge())
 
 
 def test_stages_may_have_names() -> None:

@@ -16,6 +16,7 @@ from ddml.layout import ParameterLayout
 from ddml.networks.tanh import TanhNetwork
 from ddml.problems import Burgers, Interior, PDELoss, Points, Term
 from ddml.problems.collocation import OPTIONS, FreshLoss, MovingPoints, sobol
+from ddml.problems.pde_loss import AUTOGRAD
 from ddml.residual import ResidualObjective
 
 
@@ -122,6 +123,19 @@ def test_the_residual_without_gradients_is_that_of_the_differentiable_path(comm:
     alone = loss.with_points({0: points})
     first = torch.cat([r.detach() for r in alone.residuals(theta)])[:17]
     assert loss.residual_size(0, points, theta) == pytest.approx(np.abs(first.numpy()) * 17**0.5, rel=1e-11)
+
+
+def test_candidates_are_charged_as_losses(comm: MPI.Comm) -> None:
+    """And for what torch makes of points; points of Sobol's sequence take no evaluation."""
+    moving = made(comm)
+    loss, work = moving.loss, moving.objective.work
+    moving.move(loss.initial())
+    expected = 5 * 120 * (4 * loss.passes().forward + 2 * AUTOGRAD)
+    assert len(loss.indices) == 4
+    assert work.total == pytest.approx(expected / (120 * loss.operations), rel=1e-13)
+    blind = made(comm, "sobol")
+    blind.move(loss.initial())
+    assert blind.objective.work.total == 0
 
 
 def test_the_loss_on_other_points(comm: MPI.Comm) -> None:

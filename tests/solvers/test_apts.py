@@ -292,8 +292,9 @@ def test_a_forced_decrease_blends_with_the_direction_that_goes_down(
 def test_samples_are_charged_by_their_number(train: Train) -> None:
     """One iteration with N parts, k local steps: N (k + 1) / N evaluations in all, (k + 1) / N on the critical path."""
     run = train(
-        classifier(), "apts_data", 1, subdomains=4, sample_overlap=0.0, local_steps=3, delta0=0.01, sub_grow=1.0
-    )
+        classifier(), "apts_data", 1, subdomains=4, sample_overlap=0.0, local_steps=3, delta0=0.01, sub_grow=1.0,
+        norm="2",
+    )  # fmt: skip
     assert run.total[1] - run.total[0] == pytest.approx(2 + 4)
     assert run.critical[1] - run.critical[0] == pytest.approx(2 + 4 / 4)
 

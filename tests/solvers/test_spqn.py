@@ -185,12 +185,10 @@ class Bookkeeper:
                 records.append(Counter())
 
 
-def documented_units(costs: tuple[float, ...], active: frozenset[int], keeps: bool) -> tuple[float, float]:
-    """A gradient by the active layers behind the kept prefix, and that prefix, by the formula of ddml.work."""
-    first = min(active) if keeps else 0
-    forward, behind = sum(costs[first:]), sum(costs[min(active) + 1 :])
-    whole = 2 * sum(costs) + sum(costs[1:])
-    return (forward + behind + sum(costs[i] for i in active)) / whole, sum(costs[:first]) / sum(costs) / 3
+def documented_units(loss: Loss, active: frozenset[int]) -> tuple[float, float]:
+    """A gradient by the active layers behind the kept prefix, and that prefix, as charged alone."""
+    first = min(active) if loss.keeps(min(active)) else 0
+    return loss.charge(first, active), loss.prefix_charge(min(active))
 
 
 LOSSES = {"burgers": burgers, "least squares": None}
@@ -227,12 +225,11 @@ def test_an_iteration_takes_the_documented_number_of_evaluations(
         assert run.gradients[iteration] - run.gradients[iteration - 1] == evaluations["whole"] + sum(local.values())
         units = {}
         for s in layers:
-            plain, prefix = documented_units(loss.costs, s, loss.keeps(min(s)))
+            plain, prefix = documented_units(loss, s)
             units[s] = prefix + local[s] * plain
             for (where, wanted), times in extended.items():
                 if where == s:  # the last local iteration computes the gradient of the next subdomain, too
-                    whole = 3 * sum(loss.costs) - loss.costs[0]
-                    units[s] += times * sum(loss.costs[i] for i in wanted - s) / whole
+                    units[s] += times * sum(loss.costs[i] for i in wanted - s) / loss.passes().gradient
         total, critical = (np.diff(column)[iteration - 1] for column in (run.total, run.critical))
         longest = max(units.values()) if solver == "aspqn" else sum(units.values())
         assert total == pytest.approx(evaluations["whole"] + sum(units.values()), rel=1e-12)

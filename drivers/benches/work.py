@@ -1,0 +1,152 @@
+"""Section work: processor time of a charged work unit, over that of a loss-and-gradient evaluation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import classify
+import numpy as np
+from mpi4py import MPI
+from petsc4py import PETSc
+
+from ddml.batches import Batches
+from ddml.data import DataSet
+from ddml.layout import ParameterLayout
+from ddml.loss import Loss
+from ddml.objective import Objective
+from ddml.options import Option
+from ddml.problems import collocation
+from ddml.residual import ResidualLoss, ResidualObjective
+from ddml.scaled import Scaling
+from solvers import configure, solver_class
+
+from .tools import loss_of
+
+BLOCKS = 12
+IMAGES, PIXELS, BATCH = 60_000, (1, 28, 28), 10_000  # noise, as much as MNIST has
+CLASSIFIER = "784-32-32-10"
+PLAIN, MOVED = "burgers 20x8, 10,000 points", "burgers 20x8, 5,000 points that move"
+WIDE = "klein_gordon 50x6, 2,000 points that move"
+EQUATIONS = {
+    PLAIN: ("burgers", 20, 8, 10_000),
+    MOVED: ("burgers", 20, 8, 5_000),
+    WIDE: ("klein_gordon", 50, 6, 2_000),
+}
+
+
+class Row(NamedTuple):
+    """A solver of the README's tables: what it trains, its options, and the iterations that are measured."""
+
+    label: str
+    case: str
+    solver: str
+    given: dict[str, Any]
+    iterations: int
+
+
+ROWS = (
+    Row("tr", CLASSIFIER, "tr", {}, 90),
+    Row("tr kfac lbfgs", CLASSIFIER, "tr", {"norm": "kfac", "model": "lbfgs", "memory": 1}, 90),
+    Row("apts_weights", CLASSIFIER, "apts_weights", {}, 25),
+    Row("apts_data, 4 parts", CLASSIFIER, "apts_data", {"subdomains": 4}, 25),
+    Row("napts", CLASSIFIER, "napts", {}, 25),
+    Row("lbfgs", CLASSIFIER, "lbfgs", {}, 60),
+    Row("ssbroyden", MOVED, "ssbroyden", {}, 500),
+    Row("lbfgs", PLAIN, "lbfgs", {}, 150),
+    Row("mspqn", PLAIN, "mspqn", {}, 4),
+    Row("aspqn", PLAIN, "aspqn", {}, 4),
+    Row("mspqn_dense", MOVED, "mspqn_dense", {}, 15),
+    Row("gauss_newton", MOVED, "gauss_newton", {}, 10),
+    Row("ssbroyden", WIDE, "ssbroyden", {}, 120),
+    Row("mspqn_dense", WIDE, "mspqn_dense", {}, 8),
+)
+
+
+class Measured(NamedTuple):
+    """Work units that a run was charged, its processor seconds, and those of a unit of evaluations beside it."""
+
+    units: float
+    seconds: float
+    evaluation: float
+
+
+def work(_: Any) -> None:
+    """Every solver of the README on one rank."""
+    print("\n## Processor time of a work unit, over that of a loss-and-gradient evaluation in the same run\n")
+    print("| solver | case | units | ratio |\n|---|---|---|---|", flush=True)
+    for row in ROWS:
+        found = measured(row)
+        ratio = found.seconds / found.units / found.evaluation
+        print(f"| {row.label} | {row.case} | {found.units:.1f} | {ratio:.2f} |", flush=True)
+
+
+def measured(row: Row) -> Measured:
+    """Run a solver; after every iteration its samples are evaluated once more, on the side."""
+    loss = _classifier() if row.case == CLASSIFIER else _equation(*EQUATIONS[row.case])
+    kind = ResidualObjective if isinstance(loss, ResidualLoss) else Objective
+    objective = kind(loss, ParameterLayout(loss.parameters, MPI.COMM_SELF), blocks=BLOCKS)
+    moving = _moving(row, objective)
+    x, tao = objective.layout.vector(), PETSc.TAO().create(MPI.COMM_SELF)
+    objective.initial(x)
+    g, prefix = x.duplicate(), f"work{time.perf_counter_ns()}_"
+    tao.setOptionsPrefix(prefix)
+    configure(tao, row.solver)
+    objective.attach(tao)
+    tao.setSolution(x)
+    tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
+    tao.setMaximumIterations(row.iterations)
+    for name, value in row.given.items():
+        PETSc.Options().setValue(prefix + name, value)
+    tao.setFromOptions()
+    tao.setUp()
+    solver, beside, started = [0.0], [0.0, 0.0], [time.process_time()]  # seconds; seconds and units; since when
+
+    def monitor(tao: PETSc.TAO) -> None:
+        solver[0] += time.process_time() - started[0]
+        pure = kind(objective.loss, objective.layout, blocks=BLOCKS, parts=objective.parts)
+        begin = time.process_time()
+        pure.value_gradient(x, g)
+        beside[0] += time.process_time() - begin
+        beside[1] += objective.fraction
+        started[0] = time.process_time()
+        iteration = tao.getIterationNumber()
+        if moving is not None and 0 < iteration < row.iterations and iteration % moving.interval == 0:
+            moving.move(objective.parameters(x))
+
+    tao.setMonitor(monitor)
+    tao.solve()
+    for thing in (tao, x, g):
+        thing.destroy()
+    for name in row.given:
+        PETSc.Options().delValue(prefix + name)
+    return Measured(objective.work.total, solver[0], beside[0] / beside[1])
+
+
+def _defaults(table: Sequence[Option], **chosen: Any) -> Any:
+    return SimpleNamespace(**{option.name: option.default for option in table} | chosen)
+
+
+def _equation(problem: str, width: int, depth: int, points: int) -> Loss:
+    return loss_of(problem, "mlp", width, depth, points)
+
+
+def _classifier() -> Loss:
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (IMAGES, *PIXELS), dtype=np.uint8), rng.integers(0, 10, IMAGES)
+    dataset = DataSet(images, labels, images[:10], labels[:10])
+    settings = _defaults(classify.OPTIONS)
+    return classify.build(settings, dataset, Scaling(dataset, settings.scaling, MPI.COMM_SELF))[0]
+
+
+def _moving(row: Row, objective: Objective) -> Any:
+    """What changes the samples between iterations, as a driver does it by default."""
+    if row.case == CLASSIFIER:
+        return Batches(objective, _defaults(classify.OPTIONS, batch_size=BATCH), 0)
+    if row.case == PLAIN:
+        return None
+    interval = solver_class(row.solver).moves_points
+    settings = _defaults(collocation.OPTIONS, resample="residual", resample_interval=interval)
+    return collocation.MovingPoints(objective, settings, 0)

@@ -24,9 +24,6 @@ from .modular import EXACT, TOLERANCE, ModularNorm, modular
 from .modules import evaluated, not_finite, occurrences, trained
 from .sample_sets import SampleSet, TensorSamples
 
-# operations, and operations a parameter, that samples must cost for what is done once for them to take a tenth of the
-# time (measured on one core, our choice)
-BLOCK = 2e7, 200.0
 CHANCES = 8  # evaluations that must agree: of a few samples one by chance can (our choice)
 
 
@@ -75,8 +72,9 @@ class Loss(ABC):
         Number of samples.
     gauss_newton : bool
         Whether there is a :meth:`gauss_newton_product`.
-    enough : float
-        Samples that it takes for an evaluation to be nearly as efficient as one of all.
+    once : tuple of float
+        Multiply-adds, and multiply-adds a parameter, that samples must cost for what is done once in each evaluation
+        to take a tenth of the time (measured on one core, our choice).
     """
 
     parameters: tuple[Parameter, ...]
@@ -87,7 +85,7 @@ class Loss(ABC):
     dtype: torch.dtype
     device: torch.device
     gauss_newton: bool = False
-    enough: float = 1.0
+    once: tuple[float, float] = (0.0, 0.0)
 
     @property
     def size(self) -> int:
@@ -229,6 +227,11 @@ class Loss(ABC):
         """Multiply-adds of a loss and gradient of the whole network for a sample."""
         return self.besides.repeats * self.passes().gradient
 
+    @property
+    def enough(self) -> float:
+        """Samples that it takes for an evaluation to be nearly as efficient as one of all."""
+        return max((self.once[0] + self.once[1] * self.size) / self.operations, 1.0)
+
     def charge(self, first: int = 0, active: frozenset[int] | None = None, gradient: bool = True) -> float:
         """Work units of an evaluation on all samples, see :mod:`ddml.work`."""
         found = self.passes(first, active)
@@ -310,7 +313,6 @@ class RestrictedLoss(Loss):
         self.count, self.dtype, self.device = loss.count, loss.dtype, loss.device
         self.active = loss.layer_numbers(ranges)
         self.first = min(self.active)
-        self.enough = loss.enough
         self.beside: Tensor | None = None
         self.also: frozenset[int] = frozenset()
         self._charged = tuple(-1 for _ in self._numbers)
@@ -420,6 +422,11 @@ class RestrictedLoss(Loss):
         return self.loss.modular_norm(masses, convolution, tolerance, exact).restricted(self.ranges)
 
     @property
+    def enough(self) -> float:
+        """See :attr:`Loss.enough`: as many as of the whole network."""
+        return self.loss.enough
+
+    @property
     def _begin(self) -> int:
         """The layer where evaluations start."""
         return self.first if self.loss.keeps(self.first) else 0
@@ -476,6 +483,7 @@ class ModuleLoss(Loss):
     """
 
     gauss_newton = True
+    once = 6e7, 500.0
 
     def __init__(
         self,
@@ -515,7 +523,6 @@ class ModuleLoss(Loss):
             or float(sum(self.parameters[i].size for i in group))
             for owner, group in groups.items()
         )
-        self.enough = (BLOCK[0] + BLOCK[1] * self.size) / sum(self.costs)
         self.besides = self._besides(tuple(groups))
         # evaluations that need no derivative by theta itself are those of a copy whose parameters lie in theta, which
         # takes half the time of functional_call where batches are small

@@ -25,9 +25,6 @@ from .pde import PDE, Array, Term
 from .points import TermPoints, product_rule, term_points
 from .program import NotElementwise, Prepared, Program
 
-# operations, and operations a parameter, that points must cost for what is done once for them to take a tenth of the
-# time (measured with the compiled kernels on one core, our choice)
-BLOCK = 5e5, 170.0
 # multiply-adds of torch's derivative of a residual at a point, and how many times longer torch takes for second
 # derivatives by theta than the kernels for as many passes (measured, our choice)
 AUTOGRAD, DOUBLE_BACKWARD = 12_000.0, 15.0
@@ -89,6 +86,8 @@ class PDELoss(ResidualLoss):
         if there are no points; if the network fails or nothing in it is trained.
     """
 
+    once = 1.5e7, 3000.0  # with the compiled kernels
+
     def __init__(
         self,
         problem: PDE,
@@ -112,7 +111,6 @@ class PDELoss(ResidualLoss):
         self.offsets = {p.name: (p.offset, torch.Size(p.shape)) for p in table[: len(named)]}
         self.tail = slice(table[len(named)].offset if self.coefficients else table[-1].range.stop, table[-1].range.stop)
         self._layers()
-        self.enough = (BLOCK[0] + BLOCK[1] * self.size) / sum(self.costs)
         self.problem_terms = list(problem.terms())
         sets = [problem.points(term, points) for term in self.problem_terms]
         asked = set[Index]().union(
@@ -240,7 +238,7 @@ class PDELoss(ResidualLoss):
 
     def _besides(self) -> work.Besides:
         """What a point takes besides products with weights, for each derivative that is propagated."""
-        if not isinstance(self.network, TanhNetwork):
+        if not isinstance(self.network, TanhNetwork) or not self.layer_stages:
             return work.Besides(repeats=len(self.indices))
         stages, sizes = self.network.stages, [self.offsets[s.weight][1] for s in self.network.stages]
         bent = [size[0] if stage.activation else 0 for stage, size in zip(stages, sizes, strict=True)]

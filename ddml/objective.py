@@ -226,8 +226,8 @@ class Objective:
         kept += sums
 
     def _row(self) -> Tensor:
-        aligned = -(-self.loss.size // 8) * 8
-        return torch.empty(aligned, dtype=self.loss.dtype, device=self.loss.device)[: self.loss.size]
+        dtype = torch.float32 if self.loss.dtype == torch.float32 else torch.float64
+        return torch.empty(self.loss.size, dtype=dtype, device=self.loss.device)
 
     def initial(self, x: PETSc.Vec) -> None:
         """Write the initial parameters to x."""

@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 from mpi4py import MPI
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddml.decomposition import Subdomains
 from ddml.layout import ParameterLayout
 from ddml.loss import RestrictedLoss
 from ddml.networks.tanh import TanhNetwork
 from ddml.objective import Objective
-from ddml.summation import leaves
 from ddml.problems import PROBLEMS
+from ddml.problems.classification import ClassificationLoss
+from ddml.sample_sets import TensorSamples
+from ddml.summation import leaves
 
 from .tools import (
     BENCH,
@@ -100,6 +102,13 @@ def restricted(settings: Any) -> None:
             print(f"- {problem} {width}x{depth} {kind}: {row}", flush=True)
 
 
+def wide(width: int) -> ClassificationLoss:
+    """A classifier of 10,000 images of noise."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
+    return ClassificationLoss(network, TensorSamples(torch.randn(10_000, 784), torch.arange(10_000) % 10), 10)
+
+
 def ranks(settings: Any) -> None:
     """Two ranks against one, and the price of sums in a fixed order."""
     print("\n## Two ranks against one, and sums in a fixed order over blocks, 10,000 points (ms)\n", flush=True)
@@ -112,33 +121,38 @@ def ranks(settings: Any) -> None:
 def ranks_worker(settings: Any) -> None:
     """What the ranks of the section ranks do."""
     comm = MPI.COMM_WORLD
-    for problem, width, depth in CASES:
-        for kind in NETWORKS:
-            loss = loss_of(problem, kind, width, depth)
-            calls = []
-            for blocks in (0, leaves(loss.count, loss.enough)):
-                for where in (MPI.COMM_SELF, comm):
-                    objective = Objective(loss, ParameterLayout(loss.parameters, where), blocks=blocks)
-                    x, g = objective.layout.vector(), objective.layout.vector()
-                    objective.initial(x)
-                    calls.append((where, lambda o=objective, x=x, g=g: o.value_gradient(x, g)))
-            times: list[list[float]] = [[] for _ in calls]
-            for repeat in range(settings.repeats + 1):
-                for (where, call), taken in zip(calls, times, strict=True):
-                    comm.Barrier()
-                    start = time.perf_counter()
-                    if where.size > 1 or comm.rank == 0:
-                        call()
-                    if repeat:
-                        taken.append(1e3 * (time.perf_counter() - start))
-                    alone(comm, lambda: None)
-            if comm.rank == 0:
-                one, two, one_fixed, two_fixed = (statistics.median(t) for t in times)
-                print(
-                    f"| {problem} {width}x{depth} | {kind} | {one:.0f} | {two:.0f} | {one / two:.2f}"
-                    f" | {one_fixed:.0f} | {two_fixed:.0f} | {one_fixed / one:.2f} | {two_fixed / two:.2f} |",
-                    flush=True,
-                )
+    losses = [
+        (f"{problem} {width}x{depth}", kind, partial(loss_of, problem, kind, width, depth))
+        for problem, width, depth in CASES
+        for kind in NETWORKS
+    ]
+    losses += [(f"784-{width}-{width}-10, float32", "classifier", partial(wide, width)) for width in (32, 512)]
+    for title, kind, make in losses:
+        loss = make()
+        calls = []
+        for blocks in (0, leaves(loss.count, loss.enough)):
+            for where in (MPI.COMM_SELF, comm):
+                objective = Objective(loss, ParameterLayout(loss.parameters, where), blocks=blocks)
+                x, g = objective.layout.vector(), objective.layout.vector()
+                objective.initial(x)
+                calls.append((where, lambda o=objective, x=x, g=g: o.value_gradient(x, g)))
+        times: list[list[float]] = [[] for _ in calls]
+        for repeat in range(settings.repeats + 1):
+            for (where, call), taken in zip(calls, times, strict=True):
+                comm.Barrier()
+                start = time.perf_counter()
+                if where.size > 1 or comm.rank == 0:
+                    call()
+                if repeat:
+                    taken.append(1e3 * (time.perf_counter() - start))
+                alone(comm, lambda: None)
+        if comm.rank == 0:
+            one, two, one_fixed, two_fixed = (statistics.median(t) for t in times)
+            print(
+                f"| {title} | {kind} | {one:.1f} | {two:.1f} | {one / two:.2f}"
+                f" | {one_fixed:.1f} | {two_fixed:.1f} | {one_fixed / one:.2f} | {two_fixed / two:.2f} |",
+                flush=True,
+            )
     for problem, width, depth in CASES:
         spent = []
         for where in (MPI.COMM_SELF, comm):

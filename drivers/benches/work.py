@@ -21,11 +21,11 @@ from ddml.options import Option
 from ddml.problems import collocation
 from ddml.residual import ResidualLoss, ResidualObjective
 from ddml.scaled import Scaling
+from ddml.summation import leaves
 from solvers import configure, solver_class
 
 from .tools import loss_of
 
-BLOCKS = 12
 IMAGES, PIXELS, BATCH = 60_000, (1, 28, 28), 10_000  # noise, as much as MNIST has
 CLASSIFIER = "784-32-32-10"
 PLAIN, MOVED = "burgers 20x8, 10,000 points", "burgers 20x8, 5,000 points that move"
@@ -87,7 +87,9 @@ def measured(row: Row) -> Measured:
     """Run a solver; after every iteration its samples are evaluated once more, on the side."""
     loss = _classifier() if row.case == CLASSIFIER else _equation(*EQUATIONS[row.case])
     kind = ResidualObjective if isinstance(loss, ResidualLoss) else Objective
-    objective = kind(loss, ParameterLayout(loss.parameters, MPI.COMM_SELF), blocks=BLOCKS)
+    samples = BATCH if row.case == CLASSIFIER else loss.count
+    blocks = leaves(samples, loss.enough)  # as the drivers choose them
+    objective = kind(loss, ParameterLayout(loss.parameters, MPI.COMM_SELF), blocks=blocks)
     moving = _moving(row, objective)
     x, tao = objective.layout.vector(), PETSc.TAO().create(MPI.COMM_SELF)
     objective.initial(x)
@@ -106,7 +108,7 @@ def measured(row: Row) -> Measured:
 
     def monitor(tao: PETSc.TAO) -> None:
         solver[0] += time.process_time() - started[0]
-        pure = kind(objective.loss, objective.layout, blocks=BLOCKS, parts=objective.parts)
+        pure = kind(objective.loss, objective.layout, blocks=blocks, parts=objective.parts)
         begin = time.process_time()
         pure.value_gradient(x, g)
         beside[0] += time.process_time() - begin

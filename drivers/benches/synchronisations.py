@@ -42,7 +42,7 @@ def delayed(seconds: float) -> Iterator[Counter[str]]:
         return wrapper
 
     with ExitStack() as stack:
-        for name in ("gather", "reduce", "reduce_rows"):
+        for name in ("gather", "reduce", "sum_nodes"):
             changed = slow(getattr(ParameterLayout, name), lambda layout: layout.comm.size)
             stack.enter_context(mock.patch.object(ParameterLayout, name, changed))
         changed = slow(Schwarz._side_by_side, lambda schwarz: schwarz.objective.comm.size, 2)

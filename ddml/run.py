@@ -23,7 +23,7 @@ from .parallel import Interrupted, cause
 from .state import vectors_in
 
 OPTIONS = (
-    Option("max_it", 1000, "Outer iterations in all, restarts included.", minimum=1),
+    Option("max_it", 1000, "Outer iterations in all, restarts included.", minimum=0),
     Option("max_work", math.inf, "Stop when this many work units are spent.", above=0.0),
     Option("max_time", math.inf, "Stop after this many seconds, restarts included.", above=0.0),
     Option("target_error", 0.0, "Stop when the relative error is below this.", minimum=0.0),

@@ -18,6 +18,7 @@ from program import run_program
 from ddml import checkpoint, plot
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout, owned
+from ddml.loss import parameter_table
 from ddml.networks.build import OPTIONS as NETWORK_OPTIONS
 from ddml.parallel import agreed
 
@@ -40,7 +41,7 @@ def main(comm: MPI.Comm) -> int:
     runs, first = [], None
     for label, path in zip(labels, arguments.runs, strict=True):
         header = checkpoint.inspect(path, comm)
-        layout = ParameterLayout([_Parameter(p) for p in header.parameters], comm)
+        layout = ParameterLayout(parameter_table([(p.name, p.shape) for p in header.parameters]), comm)
         theta = layout.vector()
         _, history = checkpoint.read(path, theta)
         runs.append((f"{label} ({header.attributes.get('solver', '')})", history))
@@ -96,14 +97,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; -help explains the options")
-
-
-class _Parameter:
-    """A run file's parameter with what a layout asks for."""
-
-    def __init__(self, entry: checkpoint.ParameterEntry) -> None:
-        self.name, self.shape, self.offset = entry.name, entry.shape, entry.offset
-        self.range = slice(entry.offset, entry.offset + int(np.prod(entry.shape, dtype=int)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -50,6 +51,7 @@ def run_program(main: Callable[[MPI.Comm], int]) -> None:
         world.Abort(1)
         raise
     sys.stdout.flush()
+    gc.collect()  # on all ranks: PETSc waits for ever at the end if what it is to destroy differs
     if code:
         # mpi4py answers a SystemExit with MPI_Abort, whose pages of text would hide the one line above
         PETSc._finalize()

@@ -483,7 +483,7 @@ class ModuleLoss(Loss):
     """
 
     gauss_newton = True
-    once = 6e7, 500.0
+    once = 6e7, 1000.0
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ from ddml.symmetric import Change, SymmetricMatrix
 from .preconditioners import cholesky
 
 _PARALLEL = 1e-12  # our choice: sine of an angle below which two vectors span a line
-ROWS = 64  # our choice: of H that are worth a vector of their own for what they give to a product
+ROWS = 128  # our choice: of H that are worth a vector of their own for what they give to a product
 
 
 class Scaling(NamedTuple):

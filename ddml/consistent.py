@@ -82,7 +82,7 @@ class ConsistentObjective(RestrictedObjective):
         parts = len(self.decomposition.subdomains)
         part = sampled(self.whole, sample_parts(self.whole.loss.count, parts, self.widening, self.seed)[self.s])
         # no group has more ranks than this, and a block is then as large as one of the whole objective
-        part.blocks = -(-self.whole.blocks // parts)
+        part.cut_into(-(-self.whole.blocks // parts))
         return part
 
     def follow(self, objective: Objective, parts: object) -> None:

@@ -128,6 +128,11 @@ class Objective:
         """How many blocks to cut another loss into: no more than this one's, and not wastefully many."""
         return self.blocks if parts is not None else min(self.blocks, leaves(loss.count, loss.enough))
 
+    def cut_into(self, blocks: int) -> None:
+        """Cut the samples into so many blocks from now on."""
+        self.blocks = blocks
+        self.parts = list(self.split_over(self.comm))
+
     def follow_with(self, other: Objective) -> None:
         """Let an objective of the same loss get whatever this one's is replaced by, from now on."""
         other.version, other.overlap = self.version, self.overlap

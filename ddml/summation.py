@@ -31,7 +31,7 @@ Array = NDArray[Any]
 # Our choices. With so many leaves every number of ranks up to 64 is busy for 90 % of the time; vector entries in a
 # piece, and how many pieces there are at least and at most
 MOST_LEAVES, LEAST_LEAVES = 512, 8
-PIECE, LEAST_PIECES, MOST_PIECES = 256, 16, 128
+PIECE, LEAST_PIECES, MOST_PIECES = 1024, 16, 128
 
 Node = tuple[int, int]
 """The leaves (begin, end) below a node of the tree."""

@@ -21,6 +21,7 @@ from ddml.summation import (
     LEAST_LEAVES,
     MOST_LEAVES,
     MOST_PIECES,
+    PIECE,
     Tree,
     efficiency,
     fixes_order,
@@ -99,7 +100,7 @@ def test_pieces_are_those_of_the_vector_and_of_its_tensors(sizes: tuple[int, ...
     assert edges[-1] == sum(sizes)
     assert edges == sorted(set(edges))
     assert set(np.cumsum(sizes)) <= set(edges)
-    assert max(np.diff(edges)) <= max(-(-sum(sizes) // MOST_PIECES), 256)
+    assert max(np.diff(edges)) <= max(-(-sum(sizes) // MOST_PIECES), 2 * PIECE)
     assert snapped(edges, edges) == edges
     for wanted in range(0, sum(sizes), 97):
         found = snapped(edges, [wanted])[0]

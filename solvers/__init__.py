@@ -41,7 +41,7 @@ PETSC_TYPES = (
 )
 
 # those whose limited-memory matrices sum by ranks: the same on any number of ranks to rounding only
-TO_ROUNDING = ("lmvm", "bncg", "blmvm", "bqnls", "bqnktr", "bqnktl", "bqnkls", "bnls", "bntr", "bntl")
+TO_ROUNDING = ("lmvm", "bncg", "blmvm", "bqnls", "bqnktr", "bqnktl", "bnls", "bntr", "bntl")
 
 
 @cache

@@ -46,7 +46,7 @@ setup(
     version="0.1.0",
     description="Train neural networks with domain decomposition and multilevel methods on MPI and PETSc",
     packages=find_packages(include=["ddml", "ddml.*", "solvers", "solvers.*"]),
-    package_data={"ddml": ["digits.npz"]},
+    package_data={"ddml.data": ["digits.npz"]},
     ext_modules=[
         Extension(
             f"ddml.kernels._{name}",

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddml import data
-from ddml.data import Source
+from ddml.data.files import Source, write
 from ddml.errors import InputError
 
 Array = NDArray[Any]
@@ -180,7 +179,7 @@ def main(words: Sequence[str] | None = None) -> None:
         if not arguments.output.resolve().parent.is_dir():
             raise InputError(f"cannot write {arguments.output}: there is no such folder")
         content = {"mnist": mnist, "cifar10": cifar10, "folder": folder, "arrays": arrays}[arguments.kind](arguments)
-        data.write(arguments.output, **content)
+        write(arguments.output, **content)
     except InputError as error:
         sys.exit(f"error: {error}")
     print(f"wrote {arguments.output}: {content['train'].count} samples, {content['test'].count} to test with")

@@ -11,3 +11,7 @@ class NonFiniteError(ArithmeticError):
 
 class CollectiveError(InputError):
     """An InputError that all ranks raise together, also in the middle of a run."""
+
+
+class RunFileError(InputError):
+    """A run file cannot be read or written; the message is one line: what was expected, found and can be done."""

@@ -16,9 +16,9 @@ from petsc4py import PETSc
 from torch import Tensor
 
 from .errors import InputError
-from .loss import Parameter
 from .options import preset
 from .parallel import split
+from .parameters import Parameter
 from .summation import Tree, fix_order, pieces, snapped
 
 # PETSc computes several dot products as one matrix product if the vectors happen to lie evenly spaced in memory: then
@@ -40,12 +40,12 @@ class ParameterLayout:
     Parameters
     ----------
     parameters
-        The table of a :class:`ddml.loss.Loss`.
+        The table of a :class:`ddml.losses.loss.Loss`.
     comm
         Ranks that share the vector.
     ranges
         P + 1 boundaries, each of which is moved to the next edge of a piece; default: equal shares. Pass
-        :meth:`ddml.decomposition.Subdomains.ownership` to make subdomains local to their ranks.
+        :meth:`ddml.decomposition.subdomains.Subdomains.ownership` to make subdomains local to their ranks.
 
     Attributes
     ----------

@@ -14,7 +14,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 from petsc4py import PETSc
 
-from .errors import CollectiveError, InputError, NonFiniteError
+from .errors import CollectiveError, InputError, NonFiniteError, RunFileError
 
 
 def split(count: int, parts: int) -> list[int]:
@@ -170,3 +170,33 @@ class StopRequest:
         """Raise :class:`Interrupted` on all ranks of ``comm`` if any of them was asked to stop. Collective."""
         if comm.allreduce(self.requested, MPI.LOR):
             raise Interrupted
+
+
+@contextmanager
+def agreed_file(comm: MPI.Comm, action: str, advice: str) -> Iterator[None]:
+    """Make an error of the file system inside the block on any rank a RunFileError on all ranks.
+
+    Collective on `comm` at the end of the block, so the block itself must hold no collective call.
+
+    Parameters
+    ----------
+    comm : MPI.Comm
+        The ranks that enter the block.
+    action, advice : str
+        First and last part of the message that an OSError is turned into.
+
+    Raises
+    ------
+    RunFileError
+        On all ranks, for an OSError or InputError on any rank.
+    RuntimeError
+        On all ranks, for any other error on any rank.
+    """
+    try:
+        with agreed(comm):
+            try:
+                yield
+            except OSError as error:
+                raise RunFileError(f"{action}: {error.strerror or error} (rank {comm.rank}); {advice}") from error
+    except InputError as error:
+        raise RunFileError(f"{error}") from error

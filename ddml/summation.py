@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from petsc4py import PETSc
 
-from . import kernels
+from ddml import kernels
+
 from .parallel import split
 
 Array = NDArray[Any]

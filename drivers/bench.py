@@ -7,7 +7,7 @@ rounding, solvers, preconditioners; and map, classifiers, work and large, which 
 
 from __future__ import annotations
 
-from program import run_program
+from common.program import run_program
 
 import torch
 from benches.classifiers import classifiers

@@ -6,7 +6,7 @@ where there are batches; accuracy and test_loss are those of the test samples.
 
 from __future__ import annotations
 
-from program import run_program  # first: it initialises PETSc
+from common.program import run_program  # first: it initialises PETSc
 
 import math
 from dataclasses import replace
@@ -15,20 +15,22 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
-import ddml.run
-import training
-from ddml import batches, data, plugins
-from ddml.batches import Batches
+import ddml.runs.run
+from common import training
+from ddml.sampling import batches
+from ddml.data import data_set, files
+from ddml import plugins
+from ddml.sampling.batches import Batches
 from ddml.errors import InputError
 from ddml.networks import classifiers
-from ddml.objective import Objective
+from ddml.objectives.objective import Objective
 from ddml.options import Option, with_defaults
 from ddml.parallel import agreed
 from ddml.problems.classification import ClassificationLoss, TestSet
-from ddml.scaled import SCALINGS, Samples, Scaling
+from ddml.data.scaling import SCALINGS, Samples, Scaling
 from solvers import PETSC_TYPES, SOLVERS, solver_class
-from solvers.trust_region import TrustRegion
-from training import check_device, decompose
+from solvers.trust_region.trust_region import TrustRegion
+from common.training import check_device, decompose
 
 RESIDUALS_ONLY = ("gauss_newton",)
 _OWN = [name for name in SOLVERS if name not in RESIDUALS_ONLY]
@@ -42,8 +44,8 @@ _HELP = {
 }
 
 OPTIONS = (
-    Option("data", "digits", f"One of {', '.join(data.DATA)}; or a data file .h5 (see data/README.md); or "
-           "path/to/file.py:Name, called without arguments for a ddml.data.DataSet."),
+    Option("data", "digits", f"One of {', '.join(files.DATA)}; or a data file .h5 (see data/README.md); or "
+           "path/to/file.py:Name, called without arguments for a ddml.data.data_set.DataSet."),
     Option("samples", None, "Train on the first so many samples only (default: all).", kind=int, minimum=1),
     Option("scaling", "standard", "Inputs divided by the data set's maximum, or of mean 0 and deviation 1 in each "
            "channel, or as they are.", choices=SCALINGS),
@@ -55,7 +57,7 @@ OPTIONS = (
 )  # fmt: skip
 
 LIMITS = (
-    *(replace(o, help=_HELP.get(o.name, o.help)) for o in ddml.run.OPTIONS if o.name != "target_error"),
+    *(replace(o, help=_HELP.get(o.name, o.help)) for o in ddml.runs.run.OPTIONS if o.name != "target_error"),
     Option("target_accuracy", 1.01, "Stop when the accuracy reaches this (default: never).", above=0.0),
 )
 
@@ -72,7 +74,7 @@ def main(comm: MPI.Comm) -> int:
         raise InputError(
             f"solver '{settings.solver}' is for losses that are sums of squares, as those of drivers/pinn.py"
         )
-    dataset = data.load(settings.data, comm, settings.samples)
+    dataset = files.load(settings.data, comm, settings.samples)
     if settings.batch_size > dataset.count:
         raise InputError(f"option -batch_size must be at most {dataset.count}, the samples; got {settings.batch_size}")
     scaling = Scaling(dataset, settings.scaling, comm)
@@ -105,7 +107,7 @@ def main(comm: MPI.Comm) -> int:
     return code
 
 
-def build(settings: Any, dataset: data.DataSet, scaling: Scaling) -> tuple[ClassificationLoss, str, Samples]:
+def build(settings: Any, dataset: data_set.DataSet, scaling: Scaling) -> tuple[ClassificationLoss, str, Samples]:
     """The loss on the training samples, the network in words, and the test samples."""
     network, words = classifiers.build_classifier(settings, dataset.shape, len(dataset.classes))
     device, dtype = check_device(settings.device), getattr(torch, settings.dtype)
@@ -117,7 +119,7 @@ def build(settings: Any, dataset: data.DataSet, scaling: Scaling) -> tuple[Class
 
 def header(
     settings: Any,
-    dataset: data.DataSet,
+    dataset: data_set.DataSet,
     loss: ClassificationLoss,
     network: str,
     moving: Batches | None,

@@ -5,7 +5,7 @@ One problem, one network, one solver; -help explains every option.
 
 from __future__ import annotations
 
-from program import run_program  # first: it initialises PETSc
+from common.program import run_program  # first: it initialises PETSc
 
 from typing import Any
 
@@ -14,19 +14,20 @@ from mpi4py import MPI
 from petsc4py import PETSc
 from torch import Tensor
 
-import ddml.run
-import training
+import ddml.runs.run
+from common import training
 from ddml import kernels, plugins
 from ddml.errors import InputError
 from ddml.networks.build import OPTIONS as NETWORK_OPTIONS
 from ddml.networks.build import build_network
 from ddml.options import Option
 from ddml.parallel import agreed
-from ddml.problems import PDE, PROBLEMS, PDELoss, collocation
-from ddml.problems.accuracy import SolutionError
-from ddml.residual import ResidualObjective
+from ddml.problems import PDE, PROBLEMS, PDELoss
+from ddml.problems.pde import collocation
+from ddml.problems.pde.accuracy import SolutionError
+from ddml.objectives.residual import ResidualObjective
 from solvers import PETSC_TYPES, SOLVERS, NystromPC, SchwarzPC, solver_class
-from training import check_device, decompose
+from common.training import check_device, decompose
 
 WITHOUT_KERNELS = "note: the kernels were not built (make env does it with a C compiler): torch does their work, slower"
 LARGE = 25_000  # parameters for which a dense inverse Hessian takes 2.5 GB in all
@@ -52,7 +53,7 @@ def help_text() -> str:
     for pc in (NystromPC, SchwarzPC):
         more += ["", f"Options of -gn_pc_type python -gn_pc_python_type solvers.{pc.__name__}, with gn_ before them:"]
         more += map(str, pc.options)
-    return training.help_text(__doc__ or "", (*OPTIONS, *ddml.run.OPTIONS), more=more)
+    return training.help_text(__doc__ or "", (*OPTIONS, *ddml.runs.run.OPTIONS), more=more)
 
 
 def main(comm: MPI.Comm) -> int:
@@ -61,7 +62,7 @@ def main(comm: MPI.Comm) -> int:
         if comm.rank == 0:
             print(help_text())
         return 0
-    settings, limits = training.read_options(OPTIONS, ddml.run.OPTIONS)
+    settings, limits = training.read_options(OPTIONS, ddml.runs.run.OPTIONS)
     with agreed(comm), plugins.blamed(settings.problem, PROBLEMS, "problem"):
         loss, network = build(settings)
         chosen = decompose(settings, loss)
@@ -80,7 +81,7 @@ def main(comm: MPI.Comm) -> int:
     def measure(theta: Tensor) -> dict[str, float]:
         return {**error(theta), **(fresh(theta) if fresh else {})}
 
-    def closing(run: ddml.run.Run) -> list[str]:
+    def closing(run: ddml.runs.run.Run) -> list[str]:
         return [f"{name} = {value}" for name, value in coefficients(loss, run).items()]
 
     attributes = {
@@ -155,7 +156,7 @@ def residuals(loss: PDELoss) -> str:
     return f"residuals compiled: {compiled or 'none'}; in torch: {others}"
 
 
-def coefficients(loss: PDELoss, run: ddml.run.Run) -> dict[str, str]:
+def coefficients(loss: PDELoss, run: ddml.runs.run.Run) -> dict[str, str]:
     """Trained coefficients of the equation, with what they should be where that is known."""
     if not loss.coefficients:
         return {}

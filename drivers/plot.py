@@ -13,12 +13,12 @@ from typing import NoReturn
 
 import numpy as np
 from mpi4py import MPI
-from program import run_program
+from common.program import run_program
 
-from ddml import checkpoint, plot
+from ddml.runs import run_file, figures
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout, owned
-from ddml.loss import parameter_table
+from ddml.parameters import parameter_table
 from ddml.networks.build import OPTIONS as NETWORK_OPTIONS
 from ddml.parallel import agreed
 
@@ -40,14 +40,14 @@ def main(comm: MPI.Comm) -> int:
     output = Path(arguments.output)
     runs, first = [], None
     for label, path in zip(labels, arguments.runs, strict=True):
-        header = checkpoint.inspect(path, comm)
+        header = run_file.inspect(path, comm)
         layout = ParameterLayout(parameter_table([(p.name, p.shape) for p in header.parameters]), comm)
         theta = layout.vector()
-        _, history = checkpoint.read(path, theta)
+        _, history = run_file.read(path, theta)
         runs.append((f"{label} ({header.attributes.get('solver', '')})", history))
         first = first or (header, theta)
-    figure = plot.new_figure()
-    plot.convergence(figure, runs)
+    figure = figures.new_figure()
+    figures.convergence(figure, runs)
     with agreed(comm):
         try:
             figure.savefig(output)
@@ -61,7 +61,7 @@ def main(comm: MPI.Comm) -> int:
     return 0
 
 
-def draw_maps(header: checkpoint.Header, theta: object, target: Path) -> None:
+def draw_maps(header: run_file.Header, theta: object, target: Path) -> None:
     """Solution, reference and error of a PINN's run file."""
     from pinn import build
 
@@ -87,8 +87,8 @@ def draw_maps(header: checkpoint.Header, theta: object, target: Path) -> None:
         (name, fields[:, f].reshape(shape), None if reference is None else reference[:, f].reshape(shape))
         for f, name in enumerate(loss.problem.fields)
     ]
-    figure = plot.new_figure()
-    plot.maps(figure, axes[0], axes[1] if len(axes) == 2 else None, list(loss.problem.domain), panels)
+    figure = figures.new_figure()
+    figures.maps(figure, axes[0], axes[1] if len(axes) == 2 else None, list(loss.problem.domain), panels)
     figure.savefig(target)
 
 

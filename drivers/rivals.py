@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ddml.batches import Batches
+from ddml.sampling.batches import Batches
 from ddml.errors import InputError
-from ddml.history import History
+from ddml.runs.history import History
 from ddml.problems.classification import ClassificationLoss
 
 REST = 3e-3  # rate of the Adam that takes what Muon does not

@@ -7,17 +7,16 @@ from petsc4py import PETSc
 
 from ddml.errors import InputError
 from ddml.plugins import load
-
-from .apts import APTSData, APTSWeights
-from .base import Solver
-from .gauss_newton import GaussNewton
-from .napts import NAPTS
-from .nystrom import NystromPC
-from .quasi_newton import LBFGS
-from .schwarz_pc import SchwarzPC
-from .self_scaled import SSBFGS, SSBroyden
-from .spqn import ASPQN, MSPQN, DenseMSPQN
-from .trust_region import TrustRegion
+from solvers.base import Solver
+from solvers.gauss_newton.gauss_newton import GaussNewton
+from solvers.gauss_newton.nystrom import NystromPC
+from solvers.gauss_newton.schwarz_pc import SchwarzPC
+from solvers.quasi_newton.lbfgs import LBFGS
+from solvers.quasi_newton.self_scaled import SSBFGS, SSBroyden
+from solvers.schwarz.apts import APTSData, APTSWeights
+from solvers.schwarz.napts import NAPTS
+from solvers.schwarz.spqn import ASPQN, MSPQN, DenseMSPQN
+from solvers.trust_region.trust_region import TrustRegion
 
 SOLVERS: dict[str, type[Solver]] = {
     "ssbroyden": SSBroyden,

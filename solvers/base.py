@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 from petsc4py import PETSc
 
 from ddml.errors import InputError
-from ddml.objective import Objective
+from ddml.objectives.objective import Objective
+from ddml.objectives.restricted import RestrictedObjective
 from ddml.options import Option, read, with_defaults
-from ddml.restricted import RestrictedObjective
 
 from .line_search import LineSearch, SearchResult
 
@@ -25,7 +25,7 @@ class Solver(ABC):
     A subclass defines :meth:`iterate`, and if it keeps more than vectors from one iteration to the
     next also :meth:`begin`, :meth:`kept` and :meth:`restore`: then its runs restart to the last bit.
 
-    The objective must have been given with :meth:`ddml.objective.Objective.attach`. Options are
+    The objective must have been given with :meth:`ddml.objectives.objective.Objective.attach`. Options are
     read once, under the prefix of the TAO object.
 
     Attributes

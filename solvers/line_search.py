@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from petsc4py import PETSc
 
-from ddml.objective import Objective
+from ddml.objectives.objective import Objective
 from ddml.options import preset
 
 # A first trial where the loss is not finite or has grown beyond all use for interpolation is given

@@ -16,9 +16,11 @@ from petsc4py import PETSc
 from torch import Tensor
 
 from ddml.layout import ParameterLayout
-from ddml.loss import Loss, parameter_table
-from ddml.objective import Objective
-from ddml.residual import ResidualLoss, ResidualObjective
+from ddml.losses.loss import Loss
+from ddml.losses.residual import ResidualLoss
+from ddml.objectives.objective import Objective
+from ddml.objectives.residual import ResidualObjective
+from ddml.parameters import parameter_table
 from solvers import configure
 
 torch.set_num_threads(1)
@@ -26,9 +28,9 @@ torch.set_num_threads(1)
 # what knows nothing of ranks runs on one only
 if MPI.COMM_WORLD.size > 1:
     collect_ignore = [
-        "networks", "problems/test_references.py", "problems/test_program.py",
-        "test_history.py", "test_kronecker.py", "test_loss.py", "test_modular.py", "test_options.py", "test_plot.py",
-        "test_polar.py", "test_prepare.py", "test_samples.py",
+        "jets", "networks", "data/test_samples.py", "linalg/test_polar.py", "losses/test_kronecker.py",
+        "losses/test_loss.py", "norms/test_modular.py", "problems/test_references.py", "problems/test_program.py",
+        "runs/test_figures.py", "runs/test_history.py", "test_options.py", "test_prepare.py",
     ]  # fmt: skip
 
 

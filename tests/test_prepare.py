@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from ddml import data
+from ddml.data import data_set, files
 
 ROOT = Path(__file__).parents[1]
 OFFICIAL = Path(os.environ.get("DDML_DATA", ROOT.parent / "shared" / "data"))
@@ -22,9 +22,9 @@ _spec.loader.exec_module(prepare)
 RNG = np.random.default_rng(0)
 
 
-def made(path: Path, *words: Any) -> data.DataSet:
+def made(path: Path, *words: Any) -> data_set.DataSet:
     prepare.main([*map(str, words), "-o", str(path)])
-    return data.read(str(path), MPI.COMM_SELF)
+    return files.read(str(path), MPI.COMM_SELF)
 
 
 def refused(capsys: pytest.CaptureFixture[str], path: Path, *words: Any) -> str:

@@ -12,11 +12,11 @@ from mpi4py import MPI
 from petsc4py import PETSc
 from torch import nn
 
+from ddml.data.sample_sets import TensorSamples
 from ddml.layout import ParameterLayout
-from ddml.loss import parameter_table
-from ddml.objective import Objective
+from ddml.objectives.objective import Objective
+from ddml.parameters import parameter_table
 from ddml.problems.classification import ClassificationLoss
-from ddml.sample_sets import TensorSamples
 from ddml.summation import (
     LEAST_LEAVES,
     MOST_LEAVES,

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import plugins
-from ..errors import InputError
-from ..options import Option
+from ddml import plugins
+from ddml.errors import InputError
+from ddml.options import Option
+
 from .tanh import TanhNetwork
 
 OPTIONS = (

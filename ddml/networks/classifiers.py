@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import plugins
-from ..errors import InputError
-from ..options import Option
+from ddml import plugins
+from ddml.errors import InputError
+from ddml.options import Option
 
 OPTIONS = (
     Option("network", "mlp", "mlp (widths of -widths, ReLU), cnn (LeNet: two convolutions and three linear layers), "

@@ -1,12 +1,12 @@
 """Problems: what is to be solved."""
 
-from .allen_cahn import AllenCahn
-from .burgers import Burgers
-from .diffusion_advection import DiffusionAdvection
-from .fields import Field
-from .klein_gordon import KleinGordon
-from .pde import PDE, Face, Interior, Periodic, Points, Term
-from .pde_loss import PDELoss
+from ddml.problems.equations.allen_cahn import AllenCahn
+from ddml.problems.equations.burgers import Burgers
+from ddml.problems.equations.diffusion_advection import DiffusionAdvection
+from ddml.problems.equations.klein_gordon import KleinGordon
+from ddml.problems.pde.fields import Field
+from ddml.problems.pde.loss import PDELoss
+from ddml.problems.pde.pde import PDE, Face, Interior, Periodic, Points, Term
 
 PROBLEMS: dict[str, type[PDE]] = {
     "burgers": Burgers,

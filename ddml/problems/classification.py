@@ -5,14 +5,14 @@ from __future__ import annotations
 from mpi4py import MPI
 from torch import Tensor, nn
 
-from .. import kronecker
-from ..costs import forward_numbers, suitable_batch
-from ..errors import InputError
-from ..loss import ModuleLoss
-from ..modules import evaluated, trained
-from ..parallel import own, summed
-from ..sample_sets import SampleSet
-from ..scaled import Samples
+from ddml.data.sample_sets import SampleSet
+from ddml.data.scaling import Samples
+from ddml.errors import InputError
+from ddml.losses import kronecker
+from ddml.losses.costs import forward_numbers, suitable_batch
+from ddml.losses.module import ModuleLoss
+from ddml.losses.modules import evaluated, trained
+from ddml.parallel import own, summed
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ class ClassificationLoss(ModuleLoss):
     """Mean cross entropy over samples.
 
     Parts and batches hold the numbers of their samples only; inputs are made of the stored values when a part is first
-    evaluated. See :class:`ddml.loss.ModuleLoss` for what a module must be.
+    evaluated. See :class:`ddml.losses.module.ModuleLoss` for what a module must be.
 
     Parameters
     ----------
@@ -35,12 +35,12 @@ class ClassificationLoss(ModuleLoss):
     classes
         K.
     batch
-        Samples per forward pass (default: :func:`ddml.costs.suitable_batch`).
+        Samples per forward pass (default: :func:`ddml.losses.costs.suitable_batch`).
 
     Raises
     ------
     InputError
-        If the outputs have another shape, or see :class:`ddml.loss.ModuleLoss`.
+        If the outputs have another shape, or see :class:`ddml.losses.module.ModuleLoss`.
     """
 
     def __init__(self, module: nn.Module, samples: SampleSet, classes: int, batch: int | None = None) -> None:
@@ -54,14 +54,14 @@ class ClassificationLoss(ModuleLoss):
         self._build(module, cross_entropy, samples, batch or suitable_batch(module, probe.inputs))
 
     def kronecker_layers(self) -> tuple[kronecker.Layer, ...]:
-        """See :meth:`ddml.loss.Loss.kronecker_layers`."""
+        """See :meth:`ddml.losses.loss.Loss.kronecker_layers`."""
         known = kronecker.layers(self.module, self.parameters)
         everything = frozenset(range(len(self.parameters)))
         kronecker.check(self._at(self.initial(), everything), known, self.samples.part(0, 2).inputs)
         return known
 
     def kronecker_statistics(self, theta: Tensor, draws: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """See :meth:`ddml.loss.Loss.kronecker_statistics`; labels are drawn from softmax(outputs)."""
+        """See :meth:`ddml.losses.loss.Loss.kronecker_statistics`; labels are drawn from softmax(outputs)."""
         known = kronecker.layers(self.module, self.parameters)
         module = self._at(theta.detach(), frozenset(range(len(self.parameters))))
         sums: list[tuple[Tensor, Tensor]] = []
@@ -77,7 +77,7 @@ class ClassificationLoss(ModuleLoss):
         return [(self.weight * A, self.weight * G) for A, G in sums]
 
     def kronecker_charge(self) -> float:
-        """See :meth:`ddml.loss.Loss.kronecker_charge`: a gradient, and a a^T and gamma gamma^T of every row."""
+        """See :meth:`ddml.losses.loss.Loss.kronecker_charge`: a gradient, and a a^T and gamma gamma^T of every row."""
         numbers = forward_numbers(self.module, self.samples.part(0, 1).inputs)
         known = self.kronecker_layers()
         rows = [numbers.get(layer.name, (0, 0))[1] / layer.sizes[1] for layer in known]
@@ -97,8 +97,8 @@ class TestSet:
     comm
         Ranks that share them.
     blocks
-        As in :class:`ddml.objective.Objective`: what is summed in a fixed order is the same on any number of ranks to
-        the last bit.
+        As in :class:`ddml.objectives.objective.Objective`: what is summed in a fixed order is the same on any number of
+        ranks to the last bit.
     """
 
     __test__ = False  # for pytest

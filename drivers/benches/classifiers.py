@@ -15,13 +15,13 @@ import rivals
 import torch
 from mpi4py import MPI
 
-from ddml import data
-from ddml.batches import Batches
-from ddml.history import History
+from ddml.data import files
+from ddml.sampling.batches import Batches
+from ddml.runs.history import History
 from ddml.layout import ParameterLayout
-from ddml.objective import Objective
+from ddml.objectives.objective import Objective
 from ddml.problems.classification import TestSet
-from ddml.scaled import Scaling
+from ddml.data.scaling import Scaling
 
 from .tools import LAUNCH, finished_run
 
@@ -78,7 +78,7 @@ def classifiers(settings: Any) -> None:
     print("\n## Test accuracy (%) / loss of the batch, by work units; ms a work unit; one rank\n")
     for case in settings.classifiers.split(","):
         name, network, batch, samples = _parts(case)
-        dataset = data.load(name, MPI.COMM_SELF, samples)
+        dataset = files.load(name, MPI.COMM_SELF, samples)
         interval = max(-(-dataset.count // (3 * batch)), 3) if batch else 1
         dataset.free()
         print(f"### {case}\n\n| method | " + " | ".join(f"{m:g}" for m in marks) + " | critical | rejected | ms |")
@@ -157,7 +157,7 @@ def _rival(
     defaults = {option.name: option.default for option in classify.OPTIONS}
     chosen = {**defaults, "network": network, "seed": seed, "batch_size": batch}
     settings = SimpleNamespace(**chosen)
-    dataset = data.load(file, MPI.COMM_SELF, samples)
+    dataset = files.load(file, MPI.COMM_SELF, samples)
     loss, _, test = classify.build(settings, dataset, Scaling(dataset, settings.scaling, MPI.COMM_SELF))
     batches = None
     if 0 < batch < dataset.count:

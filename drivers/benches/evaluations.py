@@ -13,14 +13,14 @@ import torch
 from mpi4py import MPI
 from torch import Tensor, nn
 
-from ddml.decomposition import Subdomains
+from ddml.decomposition.subdomains import Subdomains
 from ddml.layout import ParameterLayout
-from ddml.loss import RestrictedLoss
+from ddml.losses.restricted import RestrictedLoss
 from ddml.networks.tanh import TanhNetwork
-from ddml.objective import Objective
+from ddml.objectives.objective import Objective
 from ddml.problems import PROBLEMS
 from ddml.problems.classification import ClassificationLoss
-from ddml.sample_sets import TensorSamples
+from ddml.data.sample_sets import TensorSamples
 from ddml.summation import leaves
 
 from .tools import (

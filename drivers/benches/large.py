@@ -19,14 +19,14 @@ from mpi4py import MPI
 from petsc4py import PETSc
 from torch import Tensor, nn
 
-from ddml import data
-from ddml.batches import Batches
+from ddml.data import files
+from ddml.sampling.batches import Batches
 from ddml.layout import ParameterLayout
-from ddml.modular import EXACT
-from ddml.objective import Objective
+from ddml.norms.modular import EXACT
+from ddml.objectives.objective import Objective
 from ddml.problems.classification import ClassificationLoss
-from ddml.sample_sets import SampleSet, TensorSamples
-from ddml.scaled import Samples, Scaling
+from ddml.data.sample_sets import SampleSet, TensorSamples
+from ddml.data.scaling import Samples, Scaling
 from solvers import configure
 
 from .tools import BENCH, LAUNCH, alone, without_mpi
@@ -49,7 +49,7 @@ def single_precision(grad: Tensor, coefficients: tuple[float, float, float], ste
 def samples_of(name: str) -> SampleSet:
     """The first samples of a data file, or random ones of ten classes, of 784 numbers each."""
     if name:
-        dataset = data.load(name, MPI.COMM_SELF, SAMPLES)
+        dataset = files.load(name, MPI.COMM_SELF, SAMPLES)
         scaling = Scaling(dataset, "standard", MPI.COMM_SELF)
         return Samples(dataset.inputs, dataset.labels, scaling, torch.float32, torch.device("cpu"))
     draw = torch.Generator().manual_seed(0)

@@ -10,11 +10,11 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 from ddml import options
-from ddml.jacobian import Linearisation
+from ddml.objectives.linearisation import Linearisation
 from ddml.layout import ParameterLayout
-from ddml.residual import ResidualObjective
-from solvers.gauss_newton import PRECONDITIONERS
-from solvers.preconditioners import NormalEquations
+from ddml.objectives.residual import ResidualObjective
+from solvers.gauss_newton.gauss_newton import PRECONDITIONERS
+from solvers.gauss_newton.preconditioners import NormalEquations
 
 from .tools import loss_of, medians, minimise
 

@@ -15,9 +15,9 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from ddml.history import History
+from ddml.runs.history import History
 from ddml.layout import ParameterLayout
-from solvers.schwarz import Schwarz
+from solvers.schwarz.schwarz import Schwarz
 
 from .classifiers import case_options
 from .tools import BENCH, LAUNCH, finished_run

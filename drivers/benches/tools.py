@@ -19,15 +19,16 @@ from mpi4py import MPI
 from petsc4py import PETSc
 from torch import Tensor
 
-from ddml import checkpoint, kernels
-from ddml.history import History
+from ddml.runs import run_file
+from ddml import kernels
+from ddml.runs.history import History
 from ddml.layout import ParameterLayout, owned
-from ddml.loss import RestrictedLoss
+from ddml.losses.restricted import RestrictedLoss
 from ddml.networks.tanh import TanhNetwork
-from ddml.objective import Objective
+from ddml.objectives.objective import Objective
 from ddml.problems import PROBLEMS, PDELoss
-from ddml.problems.accuracy import SolutionError
-from ddml.state import vectors_in
+from ddml.problems.pde.accuracy import SolutionError
+from ddml.states import vectors_in
 from solvers import configure
 
 CASES = (("burgers", 20, 8), ("klein_gordon", 50, 6))
@@ -100,9 +101,9 @@ def finished_run(command: Sequence[str]) -> Finished:
         done = subprocess.run(
             [*command, "-output", file], check=True, env=without_mpi(), capture_output=True, text=True
         )
-        size = checkpoint.inspect(file, MPI.COMM_SELF).size
+        size = run_file.inspect(file, MPI.COMM_SELF).size
         vec = PETSc.Vec().createSeq(size, comm=MPI.COMM_SELF)
-        state, history = checkpoint.read(file, vec)
+        state, history = run_file.read(file, vec)
         for each in (vec, *vectors_in(state, "state", vec).values()):
             each.destroy()
     return Finished(history, size, done.stdout, state["solver"] or {})

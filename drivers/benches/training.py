@@ -11,7 +11,7 @@ import torch
 from mpi4py import MPI
 
 from ddml.problems import PDELoss
-from ddml.problems.accuracy import SolutionError
+from ddml.problems.pde.accuracy import SolutionError
 
 from .tools import CASES, NETWORKS, loss_of, minimise
 

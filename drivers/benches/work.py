@@ -12,15 +12,16 @@ import numpy as np
 from mpi4py import MPI
 from petsc4py import PETSc
 
-from ddml.batches import Batches
-from ddml.data import DataSet
+from ddml.sampling.batches import Batches
+from ddml.data.data_set import DataSet
 from ddml.layout import ParameterLayout
-from ddml.loss import Loss
-from ddml.objective import Objective
+from ddml.losses.loss import Loss
+from ddml.objectives.objective import Objective
 from ddml.options import Option
-from ddml.problems import collocation
-from ddml.residual import ResidualLoss, ResidualObjective
-from ddml.scaled import Scaling
+from ddml.problems.pde import collocation
+from ddml.losses.residual import ResidualLoss
+from ddml.objectives.residual import ResidualObjective
+from ddml.data.scaling import Scaling
 from ddml.summation import leaves
 from solvers import configure, solver_class
 

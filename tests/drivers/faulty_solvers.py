@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from mpi4py import MPI
 from petsc4py import PETSc
 
-from ddml.consistent import ConsistentObjective
 from ddml.errors import InputError
+from ddml.objectives.consistent import ConsistentObjective
 from ddml.options import Option
 from solvers import LBFGS
 

@@ -10,7 +10,7 @@ from mpi4py import MPI
 from ddml.errors import InputError
 from ddml.networks.tanh import TanhNetwork
 from ddml.problems import PDELoss
-from ddml.problems.accuracy import SolutionError
+from ddml.problems.pde.accuracy import SolutionError
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ from launch import ROOT
 from mpi4py import MPI
 from torch import nn
 
-from ddml import data
-from ddml.batches import OPTIONS, Batches
+from ddml.data import files
+from ddml.data.scaling import Samples, Scaling
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout
 from ddml.networks.classifiers import mlp
-from ddml.objective import Objective
+from ddml.objectives.objective import Objective
 from ddml.problems.classification import ClassificationLoss, TestSet
-from ddml.scaled import Samples, Scaling
+from ddml.sampling.batches import OPTIONS, Batches
 
 sys.path.insert(0, str(ROOT / "drivers"))
 import rivals
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def made(batch_size: int = 300) -> tuple[ClassificationLoss, Batches | None, TestSet]:
-    digits = data.digits()
+    digits = files.digits()
     scaling = Scaling(digits, "unit", MPI.COMM_SELF)
     with torch.random.fork_rng():
         torch.manual_seed(0)

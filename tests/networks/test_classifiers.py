@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddml.costs import forward_costs, suitable_batch
 from ddml.errors import InputError
-from ddml.loss import ModuleLoss
+from ddml.losses.costs import forward_costs, suitable_batch
+from ddml.losses.module import ModuleLoss
+from ddml.losses.work import Besides
 from ddml.networks.classifiers import OPTIONS, build_classifier, parse_widths
 from ddml.problems.classification import cross_entropy
-from ddml.work import Besides
 
 MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
 

@@ -8,13 +8,13 @@ import torch
 from mpi4py import MPI
 from torch import Tensor, nn
 
-from ddml import data
-from ddml.data import DataSet
+from ddml.data import files
+from ddml.data.data_set import DataSet
+from ddml.data.scaling import Samples, Scaling
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout
-from ddml.objective import Objective
+from ddml.objectives.objective import Objective
 from ddml.problems.classification import ClassificationLoss, TestSet
-from ddml.scaled import Samples, Scaling
 
 CPU = torch.device("cpu")
 
@@ -36,7 +36,7 @@ def samples_of(dataset: DataSet, comm: MPI.Comm, dtype: torch.dtype = torch.floa
 @pytest.mark.parametrize("blocks", [0, 5])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_loss_gradient_and_accuracy_are_those_of_plain_torch(comm: MPI.Comm, blocks: int, dtype: torch.dtype) -> None:
-    digits, module = data.load("digits", comm), network(dtype)
+    digits, module = files.load("digits", comm), network(dtype)
     train, test = samples_of(digits, comm, dtype)
     loss = ClassificationLoss(module, train, 10, batch=100)
     objective = Objective(loss, ParameterLayout(loss.parameters, comm), blocks=blocks)
@@ -67,7 +67,7 @@ def test_loss_gradient_and_accuracy_are_those_of_plain_torch(comm: MPI.Comm, blo
 
 
 def test_a_rank_makes_inputs_of_its_share_only(comm: MPI.Comm) -> None:
-    digits = data.load("digits", comm)
+    digits = files.load("digits", comm)
     loss = ClassificationLoss(network(), samples_of(digits, comm)[0], 10)
     objective = Objective(loss, ParameterLayout(loss.parameters, comm))
     x = objective.layout.vector()

@@ -10,14 +10,14 @@ import pytest
 import torch
 from mpi4py import MPI
 from petsc4py import PETSc
-from runs import Training
+from whole_runs import Training
 
 from ddml.layout import ParameterLayout
 from ddml.networks.tanh import TanhNetwork
+from ddml.objectives.residual import ResidualObjective
 from ddml.problems import Burgers, Interior, PDELoss, Points, Term
-from ddml.problems.collocation import OPTIONS, FreshLoss, MovingPoints, sobol
-from ddml.problems.pde_loss import AUTOGRAD
-from ddml.residual import ResidualObjective
+from ddml.problems.pde.collocation import OPTIONS, FreshLoss, MovingPoints, sobol
+from ddml.problems.pde.loss import AUTOGRAD
 
 
 class BurgersWithData(Burgers):

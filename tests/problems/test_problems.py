@@ -9,13 +9,13 @@ import user_problems as users
 from mpi4py import MPI
 from petsc4py import PETSc
 
+from ddml.jets.jets import closure, nested_jets
 from ddml.layout import ParameterLayout
-from ddml.networks.jets import closure, nested_jets
 from ddml.networks.tanh import TanhNetwork
-from ddml.objective import Objective
+from ddml.objectives.objective import Objective
 from ddml.options import preset
 from ddml.problems import PROBLEMS, Field, PDELoss
-from ddml.problems.accuracy import SolutionError
+from ddml.problems.pde.accuracy import SolutionError
 from solvers import configure
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddml.data.sequences import hammersley
 from ddml.errors import InputError
-from ddml.networks.fused import FusedJets
+from ddml.jets.fused import FusedJets
 from ddml.networks.tanh import TanhNetwork
 from ddml.problems import PDE, PROBLEMS, Interior, PDELoss, Points, Term
-from ddml.problems.pde_loss import rows_to_trace
-from ddml.problems.program import NotElementwise, Program
-from ddml.samples import hammersley
+from ddml.problems.pde.loss import rows_to_trace
+from ddml.problems.pde.program import NotElementwise, Program
 
 PARTS = {
     "arithmetic": lambda u, t, x: 2 - u.t + u * u.x / (3 + t) - 0.1 * u.xx + (-u) * x,

@@ -10,8 +10,8 @@ from numpy.polynomial.legendre import leggauss
 from scipy.integrate import solve_ivp
 from scipy.io import loadmat
 
-from ddml.problems import references
-from ddml.problems.references import Array, allen_cahn, burgers, cached, diffusion_advection
+from ddml.problems.equations import references
+from ddml.problems.equations.references import Array, allen_cahn, burgers, cached, diffusion_advection
 
 SHOCK = Path(__file__).parents[3] / "shared" / "data" / "pinn_reference" / "burgers_shock.mat"
 VISCOSITY = 0.01 / np.pi

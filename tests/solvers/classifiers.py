@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ddml.loss import ModuleLoss
+from ddml.data.sample_sets import TensorSamples
+from ddml.losses.module import ModuleLoss
 from ddml.problems.classification import ClassificationLoss
-from ddml.sample_sets import TensorSamples
 
 
 def classifier(samples: int = 60, seed: int = 0, dtype: torch.dtype = torch.float64) -> ClassificationLoss:

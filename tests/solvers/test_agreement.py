@@ -13,12 +13,12 @@ from classifiers import classifier
 from mpi4py import MPI
 from petsc4py import PETSc
 
-from ddml.decomposition import Subdomains
+from ddml.decomposition.subdomains import Subdomains
 from ddml.errors import CollectiveError, InputError, NonFiniteError
 from ddml.layout import ParameterLayout
-from ddml.objective import Objective
+from ddml.objectives.objective import Objective
 from ddml.parallel import Interrupted, agreed, cause
-from solvers.schwarz import Schwarz
+from solvers.schwarz.schwarz import Schwarz
 
 Train = Callable[..., SimpleNamespace]
 FAULTY = Path(__file__).resolve().parents[1] / "drivers" / "faulty_solvers.py"

@@ -11,11 +11,11 @@ from classifiers import batches, classifier, value_gradient
 from mpi4py import MPI
 from petsc4py import PETSc
 
-from ddml.consistent import ConsistentObjective, sample_parts, whole_copies
-from ddml.decomposition import Decomposition
+from ddml.decomposition.decomposition import Decomposition
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout
-from ddml.objective import Objective
+from ddml.objectives.consistent import ConsistentObjective, sample_parts, whole_copies
+from ddml.objectives.objective import Objective
 
 Train = Callable[..., SimpleNamespace]
 WEIGHTS: list[tuple[str, dict[str, Any]]] = [
@@ -140,7 +140,7 @@ def test_corrections_stay_in_the_trust_region_and_keep_their_promise(
     train: Train, monkeypatch: Any, solver: str, settings: dict[str, Any]
 ) -> None:
     """Every sum of local steps, before anything shortens it; and its promise to first order where it is short."""
-    from solvers.apts import APTSData, APTSWeights
+    from solvers.schwarz.apts import APTSData, APTSWeights
 
     kind = APTSData if solver == "apts_data" else APTSWeights
     original, seen = kind._correction, []
@@ -262,7 +262,7 @@ def test_a_forced_decrease_blends_with_the_direction_that_goes_down(
     train: Train, monkeypatch: Any, solver: str
 ) -> None:
     """A correction uphill: without the blend it is refused, with it some part of steepest descent is taken."""
-    from solvers.apts import APTSData, APTSWeights
+    from solvers.schwarz.apts import APTSData, APTSWeights
 
     tried: list[tuple[float, float]] = []
 

@@ -9,9 +9,9 @@ from petsc4py import PETSc
 
 from ddml.layout import ParameterLayout
 from ddml.networks.tanh import TanhNetwork
+from ddml.objectives.residual import ResidualObjective
 from ddml.parallel import Interrupted, StopRequest, cause
 from ddml.problems import Burgers, PDELoss
-from ddml.residual import ResidualObjective
 from solvers import configure
 
 DENSE = {"decomposition": "windows", "local_solver": "ssbroyden", "local_memory": "keep", "local_steps": 2}

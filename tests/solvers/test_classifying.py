@@ -10,12 +10,12 @@ import pytest
 import torch
 from mpi4py import MPI
 from petsc4py import PETSc
-from runs import Training, make_batches
 from torch import nn
+from whole_runs import Training, make_batches
 
-from ddml import data
+from ddml.data import files
+from ddml.data.sample_sets import TensorSamples
 from ddml.problems.classification import ClassificationLoss
-from ddml.sample_sets import TensorSamples
 from solvers import SOLVERS
 
 OFFICIAL = Path(os.environ.get("DDML_DATA", Path(__file__).parents[3] / "shared" / "data")) / "mnist"
@@ -38,7 +38,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def digits(count: int) -> TensorSamples:
-    found = data.digits()
+    found = files.digits()
     return TensorSamples(torch.as_tensor(found.inputs[:count] / 16.0), torch.as_tensor(found.labels[:count]))
 
 

@@ -12,16 +12,17 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 from ddml.errors import InputError
-from ddml.jacobian import Linearisation
 from ddml.layout import ParameterLayout
-from ddml.loss import Loss
+from ddml.linalg.small import cholesky
+from ddml.losses.loss import Loss
 from ddml.networks.tanh import TanhNetwork
+from ddml.objectives.linearisation import Linearisation
+from ddml.objectives.residual import ResidualObjective
 from ddml.options import preset
 from ddml.parallel import cause
 from ddml.problems import Burgers, PDELoss
-from ddml.residual import ResidualObjective
-from solvers.neurons import neuron_basis
-from solvers.preconditioners import NormalEquations, cholesky
+from solvers.gauss_newton.neurons import neuron_basis
+from solvers.gauss_newton.preconditioners import NormalEquations
 
 Train = Callable[..., SimpleNamespace]
 PRECONDITIONERS = ["nystrom", "schwarz", "multiplicative", "cholesky", "jacobi", "none"]

@@ -10,8 +10,8 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 from ddml.layout import ParameterLayout
-from ddml.loss import Loss
-from ddml.objective import Objective
+from ddml.losses.loss import Loss
+from ddml.objectives.objective import Objective
 from solvers.line_search import LineSearch
 
 

@@ -10,7 +10,7 @@ from classifiers import batches, classifier
 from mpi4py import MPI
 from scipy import linalg, optimize
 
-from solvers.napts import small_step
+from solvers.schwarz.napts import small_step
 
 Train = Callable[..., SimpleNamespace]
 CASES: list[dict[str, Any]] = [{}, {"norm": "2", "decomposition": "layers"}, {"norm": "infinity", "nonmonotone": 2}]
@@ -71,8 +71,8 @@ def test_without_window_and_coarse_directions_it_is_apts(train: Train, settings:
 def test_combined_corrections_promise_no_less_and_save_the_global_step(
     train: Train, monkeypatch: Any, settings: dict[str, Any]
 ) -> None:
-    from solvers.apts import APTSWeights
-    from solvers.napts import NAPTS
+    from solvers.schwarz.apts import APTSWeights
+    from solvers.schwarz.napts import NAPTS
 
     base, whole, seen = APTSWeights._correction, NAPTS._correction, []
 
@@ -97,7 +97,7 @@ def test_combined_corrections_promise_no_less_and_save_the_global_step(
 
 
 def test_a_global_step_follows_where_a_correction_is_refused(train: Train, monkeypatch: Any) -> None:
-    from solvers.napts import NAPTS
+    from solvers.schwarz.napts import NAPTS
 
     seen: list[tuple[str, float]] = []
 

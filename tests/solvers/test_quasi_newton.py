@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from petsc4py import PETSc
 
-from ddml.loss import Loss
+from ddml.losses.loss import Loss
 from solvers import LBFGS
 
 Train = Callable[..., SimpleNamespace]

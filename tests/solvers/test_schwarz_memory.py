@@ -11,19 +11,19 @@ import torch
 from mpi4py import MPI
 from petsc4py import PETSc
 
-from ddml.decomposition import Subdomains
+from ddml.decomposition.subdomains import Subdomains
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout
-from ddml.loss import Loss
+from ddml.losses.loss import Loss
 from ddml.networks.tanh import TanhNetwork
-from ddml.objective import Objective
+from ddml.objectives.objective import Objective
+from ddml.objectives.residual import ResidualObjective
 from ddml.options import understood
 from ddml.problems import Burgers, PDELoss
-from ddml.residual import ResidualObjective
 from solvers import configure
-from solvers.inverse_hessian import InverseHessian
-from solvers.schwarz import Schwarz
-from solvers.spqn import best_lengths
+from solvers.quasi_newton.inverse_hessian import InverseHessian
+from solvers.schwarz.schwarz import Schwarz
+from solvers.schwarz.spqn import best_lengths
 
 Train = Callable[..., SimpleNamespace]
 Make = Callable[..., Loss]
@@ -320,7 +320,7 @@ def test_the_search_begins_at_the_dense_minimiser_in_the_subspace(
     comm: MPI.Comm, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The correction is D a with a from numpy's least squares, with d_s as the local solves gave them."""
-    from solvers.spqn import ASPQN
+    from solvers.schwarz.spqn import ASPQN
 
     seen: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     original = ASPQN._search_subspace

@@ -6,8 +6,8 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 from ddml.layout import ParameterLayout
-from ddml.loss import parameter_table
-from solvers.secant import SecantMemory
+from ddml.parameters import parameter_table
+from solvers.quasi_newton.secant import SecantMemory
 
 
 def vector(comm: MPI.Comm, values: np.ndarray) -> PETSc.Vec:

@@ -11,7 +11,7 @@ import torch
 from mpi4py import MPI
 
 from ddml.errors import InputError
-from ddml.loss import Loss
+from ddml.losses.loss import Loss
 from ddml.networks.tanh import TanhNetwork
 from ddml.problems import Burgers, PDELoss
 

@@ -12,17 +12,17 @@ import torch
 from mpi4py import MPI
 from petsc4py import PETSc
 
-from ddml.decomposition import Subdomains
+from ddml.decomposition.options import subdomains
+from ddml.decomposition.subdomains import Subdomains
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout
-from ddml.loss import Loss
+from ddml.losses.loss import Loss
 from ddml.networks.tanh import TanhNetwork
-from ddml.objective import Objective
+from ddml.objectives.objective import Objective
+from ddml.objectives.restricted import RestrictedObjective
 from ddml.problems import Burgers, PDELoss
-from ddml.restricted import RestrictedObjective
 from solvers.line_search import LineSearch
-from solvers.schwarz import Schwarz
-from solvers.spqn import subdomains
+from solvers.schwarz.schwarz import Schwarz
 
 Train = Callable[..., SimpleNamespace]
 Make = Callable[..., Loss]

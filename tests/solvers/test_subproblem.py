@@ -9,9 +9,9 @@ from petsc4py import PETSc
 from scipy import linalg, optimize
 
 from ddml.layout import ParameterLayout
-from ddml.loss import parameter_table
-from solvers.secant_model import SecantModel
-from solvers.subproblem import Spectral, diagonal_step
+from ddml.parameters import parameter_table
+from solvers.trust_region.secant_model import SecantModel
+from solvers.trust_region.subproblem import Spectral, diagonal_step
 
 
 def dense_minimum(B: np.ndarray, g: np.ndarray, radius: float) -> float:

@@ -16,19 +16,19 @@ import torch
 from classifiers import batches, classifier, value_gradient
 from mpi4py import MPI
 from petsc4py import PETSc
-from runs import Training
+from whole_runs import Training
 
-from ddml import checkpoint
 from ddml.errors import InputError
-from ddml.history import History
-from ddml.kfac import KroneckerNorm
 from ddml.layout import ParameterLayout
-from ddml.loss import Loss
+from ddml.losses.loss import Loss
 from ddml.networks.tanh import TanhNetwork
-from ddml.objective import Objective
+from ddml.norms.kronecker import KroneckerNorm
+from ddml.objectives.objective import Objective
 from ddml.parallel import cause
 from ddml.problems import Burgers, PDELoss
-from solvers.radius import TrustRadius
+from ddml.runs import run_file
+from ddml.runs.history import History
+from solvers.trust_region.radius import TrustRadius
 
 Train = Callable[..., SimpleNamespace]
 Make = Callable[..., Loss]
@@ -248,10 +248,8 @@ def test_a_run_file_goes_on_on_another_number_of_ranks(
     begin, end = x.getOwnershipRange()
     x.setArray(whole.theta[7][begin:end])
     path = str(shared_tmp / "run.h5")
-    checkpoint.write(
-        path, x, parameters=loss.parameters, state={"solver": watch.state}, history=History(), attributes={}
-    )
-    state, _ = checkpoint.read(path, y)
+    run_file.write(path, x, parameters=loss.parameters, state={"solver": watch.state}, history=History(), attributes={})
+    state, _ = run_file.read(path, y)
     rest = train(loss, "tr", 15, comm=MPI.COMM_SELF, start=y.array_r.copy(), state=state["solver"], **settings)
     assert np.abs(rest.theta - whole.theta[8:]).max() <= 1e-10
     x.destroy()

@@ -1,0 +1,1 @@
+"""Data sets, their files, scaling, numbers of samples and sequences of points."""

@@ -1,0 +1,204 @@
+"""Data sets for classification, and the HDF5 file that holds one.
+
+A data file has these datasets and attributes:
+
+- ``inputs`` (N, d) or (N, C, H, W): training samples, uint8, float32 or float64; axis 1 is the channel;
+- ``labels`` (N,): their classes, integers from 0;
+- ``test_inputs``, ``test_labels``: the same for the samples that are never trained on;
+- attributes ``format`` ("ddml data"), ``classes`` (their names), ``origin`` (where the samples come from) and
+  ``maximum`` (the value that stands for 1: 255 for uint8 and 1 for floats unless it is given).
+
+Where the samples lie
+---------------------
+Batches are drawn from the whole set, so that nothing depends on the number of ranks, and the rows that a rank works
+on change with every batch: any rank may need any row. So every node holds the stored values (one byte each for
+images) once, in memory that its ranks share; each rank reads an equal share of the rows into it. What a rank evaluates,
+its own share of a batch and no more, becomes numbers of the network's precision when it is first asked for
+(:class:`Samples`). On one rank the memory is ordinary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import NDArray
+
+from ddml.errors import InputError
+from ddml.parallel import agreed, split
+
+DTYPES = (np.uint8, np.float32, np.float64)
+PIECE = 64 << 20  # bytes that are read or looked at in one go
+
+Array = NDArray[Any]
+
+
+class DataSet:
+    """Samples of some classes, to train on and to test with; every rank sees all of them.
+
+    Parameters
+    ----------
+    inputs, test_inputs
+        (N, ...) and (N_test, ...), samples in the first dimension, channels or features in the second, of the same
+        shape otherwise; uint8, float32 or float64.
+    labels, test_labels
+        (N,) and (N_test,), integers from 0 to the number of classes - 1.
+    classes
+        Names of the classes (default: their numbers, up to the largest label there is).
+    origin
+        Where the samples come from, in words.
+    maximum
+        The value that stands for 1; 255 for uint8 and 1 for floats by default.
+
+    Raises
+    ------
+    InputError
+        Shapes or types that do not fit together. Values are looked at by :meth:`check`.
+    """
+
+    def __init__(
+        self,
+        inputs: Any,
+        labels: Any,
+        test_inputs: Any,
+        test_labels: Any,
+        classes: Sequence[str] = (),
+        origin: str = "",
+        maximum: float | None = None,
+    ) -> None:
+        self.inputs, self.test_inputs = np.ascontiguousarray(inputs), np.ascontiguousarray(test_inputs)
+        self.labels, self.test_labels = np.ascontiguousarray(labels), np.ascontiguousarray(test_labels)
+        check_shapes({name: (array.shape, array.dtype) for name, array in self.arrays().items()})
+        self.labels, self.test_labels = self.labels.astype(np.int64), self.test_labels.astype(np.int64)
+        largest = max(self.labels.max(), self.test_labels.max())
+        self.classes = tuple(map(str, classes)) or tuple(str(i) for i in range(largest + 1))
+        self.origin = str(origin)
+        self.maximum = largest(maximum, self.inputs.dtype)
+        self._windows: list[MPI.Win] = []
+
+    def __repr__(self) -> str:
+        shape, classes = "x".join(map(str, self.shape)), len(self.classes)
+        return f"{self.origin or 'data'}: {self.count} + {len(self.test_labels)} samples {shape}, {classes} classes"
+
+    @property
+    def count(self) -> int:
+        """N, the number of training samples."""
+        return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample."""
+        return self.inputs.shape[1:]
+
+    def arrays(self) -> dict[str, Array]:
+        """The four arrays by their names in a data file."""
+        return {name: getattr(self, name) for name in ("inputs", "labels", "test_inputs", "test_labels")}
+
+    def check(self, comm: MPI.Comm) -> None:
+        """Look at the values, each rank at its share of the rows. Collective.
+
+        Raises
+        ------
+        InputError
+            On all ranks: labels out of range, inputs that are not finite.
+        """
+        with agreed(comm):
+            for name, array in self.arrays().items():
+                edges = split(len(array), comm.size)
+                check_rows(name, array, edges[comm.rank], edges[comm.rank + 1], len(self.classes))
+
+    def fence(self) -> None:
+        """Make what any rank of the node has written seen by all of them. Collective."""
+        for window in self._windows:
+            window.Fence()
+
+    def free(self) -> None:
+        """Give the shared memory back; samples that were made before must not be used any more. Collective.
+
+        Not needed at the end of a program, and not to be done where one rank alone fails.
+        """
+        for name, array in self.arrays().items():
+            setattr(self, name, np.empty((0, *array.shape[1:]), array.dtype))
+        for window in self._windows:
+            window.Free()
+        self._windows = []
+
+
+def largest(given: float | None, dtype: Any) -> float:
+    """The value that stands for 1, as given or by the type of the numbers."""
+    maximum = (255.0 if np.dtype(dtype) == np.uint8 else 1.0) if given is None else float(given)
+    if not 0 < maximum < np.inf:
+        raise InputError(f"the maximum of a data set must be a number above 0, got {maximum}")
+    return maximum
+
+
+def row_pieces(array: Any, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that take some megabytes each."""
+    rows = max(PIECE // max(int(np.prod(array.shape[1:], dtype=int)) * array.dtype.itemsize, 1), 1)
+    return ((first, min(first + rows, end)) for first in range(begin, end, rows))
+
+
+def check_shapes(arrays: dict[str, tuple[tuple[int, ...], Any]]) -> None:
+    """Raise an InputError unless arrays of these shapes and types make a data set."""
+    for name, (shape, dtype) in arrays.items():
+        labels = name.endswith("labels")
+        if labels and (len(shape) != 1 or np.dtype(dtype).kind not in "iu"):
+            raise InputError(f"{name} must be integers (N,), got {np.dtype(dtype)} {shape}")
+        if not labels and (len(shape) < 2 or np.dtype(dtype) not in DTYPES):
+            raise InputError(f"{name} must be uint8, float32 or float64 (N, ...), got {np.dtype(dtype)} {shape}")
+        if 0 in shape:
+            raise InputError(f"{name} is empty: {shape}")
+    for test in ("", "test_"):
+        (shape, _), (labels_shape, _) = arrays[f"{test}inputs"], arrays[f"{test}labels"]
+        if shape[0] != labels_shape[0]:
+            raise InputError(f"{test}inputs has {shape[0]} samples, but {test}labels {labels_shape[0]}")
+    first, second = (arrays[name] for name in ("inputs", "test_inputs"))
+    if first[0][1:] != second[0][1:] or first[1] != second[1]:
+        raise InputError(
+            f"test_inputs must have samples as inputs has, {first[1]} {first[0][1:]}; got {second[1]} {second[0][1:]}"
+        )
+
+
+def check_rows(name: str, array: Array, begin: int, end: int, classes: int) -> None:
+    """Raise an InputError for a label that is out of range, or inputs that are not finite, in these rows."""
+    for first, last in row_pieces(array, begin, end):
+        rows = array[first:last]
+        wrong: Any
+        if name.endswith("labels"):
+            wrong = np.logical_or(rows < 0, rows >= classes)
+            what = f"must be from 0 to {classes - 1}, for {classes} classes"
+        elif rows.dtype.kind == "f":
+            wrong = ~np.isfinite(rows).all(axis=tuple(range(1, rows.ndim)))
+            what = "must be finite"
+        else:
+            return
+        if np.any(wrong):
+            row = int(np.flatnonzero(wrong)[0])
+            value = f"{rows[row]}" if name.endswith("labels") else "NaN or infinity"
+            raise InputError(f"{name} {what}; sample {first + row} has {value}")
+
+
+def allocated(
+    shapes: dict[str, tuple[tuple[int, ...], Any]],
+    node: MPI.Comm,
+    classes: Sequence[str],
+    origin: str,
+    maximum: float,
+) -> DataSet:
+    """A data set of uninitialised arrays, in memory that the ranks of a node share. Collective."""
+    made, arrays = object.__new__(DataSet), {}
+    made._windows = []
+    for name, (shape, dtype) in shapes.items():
+        dtype = np.dtype(np.int64 if name.endswith("labels") else dtype)
+        if node.size == 1:
+            arrays[name] = np.empty(shape, dtype)
+            continue
+        size = int(np.prod(shape, dtype=int)) * dtype.itemsize if node.rank == 0 else 0
+        window = MPI.Win.Allocate_shared(size, dtype.itemsize, comm=cast(MPI.Intracomm, node))
+        window.Fence()
+        made._windows.append(window)
+        arrays[name] = np.ndarray(shape, dtype, buffer=cast(Any, window.Shared_query(0)[0]))
+    made.__dict__.update(arrays, classes=tuple(classes), origin=origin, maximum=maximum)
+    return made

@@ -1,0 +1,124 @@
+"""Rows of a data set as numbers that a network takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .data_set import DataSet
+
+SCALINGS = ("unit", "standard", "none")
+_ROWS = 4096  # that are summed in one go, the same on any number of ranks
+
+
+class Scaling:
+    """How stored values become inputs: (value - shift) / scale, channel by channel.
+
+    ``unit``: divided by the data set's maximum, so that images lie in [0, 1]. ``standard``: with mean 0 and
+    standard deviation 1 in each channel (axis 1 of the inputs) over the training samples; a channel that is constant
+    is only centred. ``none``: the values as they are. The test samples are treated as the training samples.
+
+    Collective on ``comm``: the statistics are rank 0's, so that all ranks, however many, have the same.
+
+    Attributes
+    ----------
+    shift, scale : ndarray, shape (C,), or float
+    """
+
+    def __init__(self, dataset: DataSet, kind: str, comm: MPI.Comm) -> None:
+        self.kind = kind
+        self.shift: NDArray[np.float64] | float = 0.0
+        self.scale: NDArray[np.float64] | float = dataset.maximum if kind == "unit" else 1.0
+        if kind == "standard":
+            self.shift, self.scale = comm.bcast(_moments(dataset.inputs) if comm.rank == 0 else None)
+
+    def apply(self, values: Tensor) -> Tensor:
+        """Scale floating-point values (B, C, ...) in place."""
+        rows = max((1 << 16) // max(values[:1].numel(), 1), 1)  # that stay in the cache
+        for piece in values.split(rows) if self.kind != "none" else ():
+            if self.kind == "unit":
+                piece.div_(float(self.scale))
+                continue
+            for numbers, operation in ((self.shift, piece.sub_), (self.scale, piece.div_)):
+                operation(torch.as_tensor(numbers).to(values).view(1, -1, *[1] * (values.ndim - 2)))
+        return values
+
+
+def _moments(inputs: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation (C,) of each channel of (N, C, ...), 1 where it is constant."""
+    rest = tuple(i for i in range(inputs.ndim) if i != 1)
+    count = inputs.size // inputs.shape[1]
+    pieces = range(0, len(inputs), _ROWS)
+    mean = sum(inputs[i : i + _ROWS].sum(axis=rest, dtype=np.float64) for i in pieces) / count
+    shape = (1, -1, *[1] * (inputs.ndim - 2))
+    squares = sum(((inputs[i : i + _ROWS] - mean.reshape(shape)) ** 2).sum(axis=rest) for i in pieces)
+    deviation = np.sqrt(squares / count)
+    return mean, np.where(deviation > 0, deviation, 1.0)
+
+
+class Samples:
+    """Some samples; they are scaled and converted when :attr:`inputs` or :attr:`targets` is first asked for.
+
+    Parameters
+    ----------
+    inputs, labels
+        Stored values (N, ...) and classes (N,) of a whole set.
+    scaling
+        Of the values.
+    dtype, device
+        Of the inputs.
+    rows
+        Numbers of the samples, by default all.
+    """
+
+    def __init__(
+        self,
+        inputs: NDArray[Any],
+        labels: NDArray[np.int64],
+        scaling: Scaling,
+        dtype: torch.dtype,
+        device: torch.device,
+        rows: Sequence[int] | NDArray[np.int64] | None = None,
+    ) -> None:
+        self._inputs, self._labels, self.scaling = inputs, labels, scaling
+        self.dtype, self.device = dtype, device
+        self.rows = range(len(labels)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _of(self, rows: Any) -> Samples:
+        return Samples(self._inputs, self._labels, self.scaling, self.dtype, self.device, rows)
+
+    def part(self, begin: int, end: int) -> Samples:
+        """Those from ``begin`` to ``end``."""
+        return self._of(self.rows[begin:end])
+
+    def take(self, rows: Tensor) -> Samples:
+        """Those of these numbers (int64), counted among these samples."""
+        mine = self.rows
+        mine = np.arange(mine.start, mine.stop) if isinstance(mine, range) else np.asarray(mine, dtype=np.int64)
+        return self._of(mine[rows.cpu().numpy()])
+
+    @property
+    def _index(self) -> Any:
+        rows = self.rows
+        return slice(rows.start, rows.stop) if isinstance(rows, range) else rows
+
+    @cached_property
+    def inputs(self) -> Tensor:
+        """The scaled inputs (B, ...)."""
+        stored = torch.from_numpy(self._inputs[self._index])
+        return self.scaling.apply(stored.to(device=self.device, dtype=self.dtype, copy=True))
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """The classes (B,), int64."""
+        return torch.from_numpy(self._labels[self._index]).to(self.device)

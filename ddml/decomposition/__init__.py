@@ -1,0 +1,1 @@
+"""Subdomains of the parameters: which entries, and the matrices between them and the whole."""

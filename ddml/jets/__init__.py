@@ -1,0 +1,1 @@
+"""Derivatives of networks by their inputs: evaluators in torch and compiled."""

@@ -1,0 +1,1 @@
+"""Dense matrices over ranks, polar factors, small factorisations."""

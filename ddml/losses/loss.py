@@ -1,0 +1,215 @@
+"""Losses on one process: torch code from a parameter vector to a number and its derivatives.
+
+A loss knows nothing of MPI or PETSc. :class:`ddml.objectives.objective.Objective` splits it over ranks with
+:meth:`Loss.part` and hands it parameter vectors as torch tensors that share PETSc's memory.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddml.errors import InputError
+from ddml.losses import kronecker, work
+from ddml.norms.modular import EXACT, TOLERANCE, ModularNorm
+from ddml.parameters import Parameter
+
+
+class Loss(ABC):
+    """A sum over samples of a function of a parameter vector theta (n,).
+
+    Attributes
+    ----------
+    parameters : tuple of Parameter
+        What theta is made of.
+    layers : tuple of tuples of int
+        Parameter numbers of each layer, in the order in which data pass through them: the atoms
+        of a decomposition.
+    costs : tuple of float
+        Multiply-adds of a sample's product with the weights of each layer, see :mod:`ddml.losses.work`.
+    besides : Besides
+        What a sample takes besides, see there.
+    count : int
+        Number of samples.
+    gauss_newton : bool
+        Whether there is a :meth:`gauss_newton_product`.
+    once : tuple of float
+        Multiply-adds, and multiply-adds a parameter, that samples must cost for what is done once in each evaluation
+        to take a tenth of the time (measured on one core, our choice).
+    """
+
+    parameters: tuple[Parameter, ...]
+    layers: tuple[tuple[int, ...], ...]
+    costs: tuple[float, ...]
+    besides = work.Besides()
+    count: int
+    dtype: torch.dtype
+    device: torch.device
+    gauss_newton: bool = False
+    once: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def size(self) -> int:
+        """n, the length of theta."""
+        return self.parameters[-1].range.stop
+
+    @abstractmethod
+    def part(self, begin: int, end: int) -> Loss:
+        """The terms of samples begin to end, as they stand: the parts of a loss sum to it."""
+
+    @abstractmethod
+    def sampled(self, rows: Tensor) -> Loss:
+        """The loss of a data set of these samples only (numbers, int64), normalised anew."""
+
+    @abstractmethod
+    def initial(self) -> Tensor:
+        """Initial parameters (n,)."""
+
+    @abstractmethod
+    def terms(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
+        """Scalars that sum to the loss, differentiable by theta, one per chunk of samples."""
+
+    def prefix(self, theta: Tensor, first: int) -> Any:
+        """What enters layer ``first`` for all samples; None where :meth:`keeps` says no."""
+        return None
+
+    def explain(self, theta: Tensor) -> str:
+        """Where the loss is not finite, in words."""
+        return "some samples give NaN or infinity"
+
+    def keeps(self, first: int) -> bool:
+        """Whether what enters layer ``first`` can be kept by :meth:`prefix`."""
+        return False
+
+    def modular_norm(
+        self,
+        masses: Sequence[float] | None = None,
+        convolution: str = "unfolded",
+        tolerance: float = TOLERANCE,
+        exact: int = EXACT,
+    ) -> ModularNorm:
+        """The modular norm of theta, see :mod:`ddml.norms.modular`.
+
+        Raises
+        ------
+        InputError
+            If the loss has no modular structure, or one with other masses.
+        """
+        raise InputError(f"a {type(self).__name__} has no modular norm: choose -norm 2 or infinity")
+
+    def kronecker_layers(self) -> tuple[kronecker.Layer, ...]:
+        """The layers with Kronecker factors, see :mod:`ddml.losses.kronecker`.
+
+        Raises
+        ------
+        InputError
+            If there are none, or parameters outside of them.
+        """
+        raise InputError(f"a {type(self).__name__} has no K-FAC norm: choose another -norm")
+
+    def kronecker_statistics(self, theta: Tensor, draws: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """A and G of each layer, summed over this loss's samples with their weights.
+
+        ``draws`` (count,) are uniform random numbers that pick the labels.
+
+        Raises
+        ------
+        InputError
+            If there are none.
+        """
+        raise InputError(f"a {type(self).__name__} has no K-FAC norm: choose another -norm")
+
+    def kronecker_charge(self) -> float:
+        """Work units of :meth:`kronecker_statistics` on all samples.
+
+        Raises
+        ------
+        InputError
+            If there are none.
+        """
+        raise InputError(f"a {type(self).__name__} has no K-FAC norm: choose another -norm")
+
+    @torch.no_grad()
+    def value(self, theta: Tensor, kept: Any = None) -> float:
+        """The loss at theta; ``kept`` from :meth:`prefix` with the same parameters before its layer."""
+        return sum((float(term) for term in self.terms(theta, kept)), 0.0)
+
+    def value_gradient(
+        self, theta: Tensor, gradient: Tensor, kept: Any = None, active: frozenset[int] | None = None
+    ) -> float:
+        """The loss at theta; its gradient is added to ``gradient`` (n,).
+
+        ``active`` limits the gradient to some layers: what is added elsewhere is undefined.
+        """
+        leaf = theta.detach().requires_grad_()
+        value = 0.0
+        for term in self.terms(leaf, kept):
+            if term.requires_grad:
+                gradient += torch.autograd.grad(term, leaf, retain_graph=True)[0]  # terms may share a graph
+            value += float(term.detach())
+        return value
+
+    def hessian_product(self, theta: Tensor, direction: Tensor, product: Tensor, kept: Any = None) -> None:
+        """Add the Hessian at theta times ``direction`` (n,) to ``product`` (n,)."""
+        leaf = theta.detach().requires_grad_()
+        for term in self.terms(leaf, kept):
+            if not term.requires_grad:  # nothing of theta enters it
+                continue
+            first = torch.autograd.grad(term, leaf, create_graph=True)[0]
+            if first.requires_grad:
+                product += torch.autograd.grad(first, leaf, direction, retain_graph=True)[0]
+
+    def gauss_newton_product(
+        self, theta: Tensor, direction: Tensor, product: Tensor, kept: Any = None, active: frozenset[int] | None = None
+    ) -> None:
+        """Add the Gauss-Newton matrix at theta times ``direction`` (n,) to ``product`` (n,).
+
+        ``kept`` and ``active`` as for :meth:`value_gradient`; the direction is 0 outside of the active layers.
+
+        Raises
+        ------
+        InputError
+            If the loss has none.
+        """
+        raise InputError(f"a {type(self).__name__} has no Gauss-Newton matrix")
+
+    def layer_numbers(self, ranges: Sequence[slice]) -> frozenset[int]:
+        """The layers that have a parameter in one of these ranges of theta."""
+        touched = [any(r.start < p.range.stop and p.range.start < r.stop for r in ranges) for p in self.parameters]
+        return frozenset(i for i, layer in enumerate(self.layers) if any(touched[k] for k in layer))
+
+    def passes(self, first: int = 0, active: frozenset[int] | None = None) -> work.Passes:
+        """Multiply-adds of an evaluation for a sample: from layer ``first`` on, by ``active`` layers (default: all)."""
+        layers = frozenset(range(len(self.layers))) if active is None else active
+        return work.passes(self.costs, self.besides, first, layers)
+
+    @property
+    def operations(self) -> float:
+        """Multiply-adds of a loss and gradient of the whole network for a sample."""
+        return self.besides.repeats * self.passes().gradient
+
+    @property
+    def enough(self) -> float:
+        """Samples that it takes for an evaluation to be nearly as efficient as one of all."""
+        return max((self.once[0] + self.once[1] * self.size) / self.operations, 1.0)
+
+    def charge(self, first: int = 0, active: frozenset[int] | None = None, gradient: bool = True) -> float:
+        """Work units of an evaluation on all samples, see :mod:`ddml.losses.work`."""
+        found = self.passes(first, active)
+        return (found.gradient if gradient else found.forward) / self.passes().gradient
+
+    def prefix_charge(self, first: int) -> float:
+        """Work units of :meth:`prefix`."""
+        return work.prefix(self.costs, self.besides, first) / self.passes().gradient if self.keeps(first) else 0.0
+
+    def hessian_charge(self, first: int = 0, active: frozenset[int] | None = None) -> float:
+        """Work units of :meth:`hessian_product` on all samples."""
+        return self.passes(first, active).hessian / self.passes().gradient
+
+    def gauss_newton_charge(self, first: int = 0, active: frozenset[int] | None = None) -> float:
+        """Work units of :meth:`gauss_newton_product` on all samples."""
+        return self.passes(first, active).gauss_newton / self.passes().gradient

@@ -1,0 +1,289 @@
+"""The mean of a criterion over samples, of any torch module."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ddml.data.sample_sets import SampleSet, TensorSamples
+from ddml.errors import InputError
+from ddml.losses import work
+from ddml.norms.modular import EXACT, TOLERANCE, ModularNorm
+from ddml.norms.structure import modular
+from ddml.parameters import parameter_table
+
+from .costs import forward_costs, forward_numbers
+from .loss import Loss
+from .modules import evaluated, not_finite, occurrences, trained
+
+CHANCES = 8  # evaluations that must agree: of a few samples one by chance can (our choice)
+
+
+class ModuleLoss(Loss):
+    """Mean of a criterion over samples, of any torch module.
+
+    Frozen parameters, those with ``requires_grad`` False when the loss is made, are no part of theta and stay as they
+    are. Tied ones are in theta once, and belong to the first layer that has them. Those that the outputs do not
+    depend on have the gradient 0.
+
+    Parameters
+    ----------
+    module
+        Maps a batch of inputs (B, ...) to outputs (B, ...), each sample on its own and the same
+        way every time. The layers of an ``nn.Sequential`` are its children and restricted losses
+        keep what enters them; those of another module are its leaves.
+    criterion
+        Maps (outputs, targets) to one loss per sample (B,).
+    inputs, targets
+        Samples in the first dimension.
+    batch
+        Samples per forward pass, to bound the memory.
+
+    Raises
+    ------
+    InputError
+        If the module is not deterministic (dropout in training mode, batch statistics), or the
+        criterion does not give one number per sample; if nothing is trained, or what is has several precisions; if the
+        first samples give NaN or infinity.
+    """
+
+    gauss_newton = True
+    once = 6e7, 1000.0
+
+    def __init__(
+        self,
+        module: nn.Module,
+        criterion: Callable[[Tensor, Tensor], Tensor],
+        inputs: Tensor,
+        targets: Tensor,
+        batch: int = 4096,
+    ) -> None:
+        self._build(module, criterion, TensorSamples(inputs, targets), batch)
+
+    def _build(
+        self, module: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], samples: SampleSet, batch: int
+    ) -> None:
+        self.module, self.criterion, self.batch = module, criterion, batch
+        self.samples = samples
+        self.count = len(samples)
+        self.weight = 1 / max(self.count, 1)
+        named = trained(module)
+        self.parameters = parameter_table([(name, p.shape) for name, p in named])
+        self._trained = [p for _, p in named]
+        self._places = dict(zip(map(id, self._trained), self.parameters, strict=True))
+        self.dtype, self.device = named[0][1].dtype, named[0][1].device
+        # a subclass may do more than pass data through its children
+        self._stepped = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+        owners = {name: name.split(".")[0] if self._stepped else name.rpartition(".")[0] for name, _ in named}
+        groups: dict[str, list[int]] = {}
+        for number, parameter in enumerate(self.parameters):
+            groups.setdefault(owners[parameter.name], []).append(number)
+        self.layers = tuple(tuple(g) for g in groups.values())
+        stages = list(module._modules)
+        self.layer_stage = [stages.index(k) if self._stepped else 0 for k in groups]
+        self._check()
+        costs = forward_costs(module, samples.part(0, min(self.count, 1)).inputs) if self.count else {}
+        self.costs = tuple(
+            sum(c for name, c in costs.items() if (name.split(".")[0] if self._stepped else name) == owner)
+            or float(sum(self.parameters[i].size for i in group))
+            for owner, group in groups.items()
+        )
+        self.besides = self._besides(tuple(groups))
+        # evaluations that need no derivative by theta itself are those of a copy whose parameters lie in theta, which
+        # takes half the time of functional_call where batches are small
+        # (frozen ones are shared with it)
+        self._copy = copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad})
+        copied = dict(self._copy.named_parameters())
+        self._leaves = [copied[parameter.name] for parameter in self.parameters]
+
+    def _besides(self, owners: Sequence[str]) -> work.Besides:
+        """What a sample takes besides products, by the numbers that enter and leave the module's parts."""
+        if not self.count:
+            return work.Besides()
+        numbers = forward_numbers(self.module, self.samples.part(0, 1).inputs)
+        given = dict.fromkeys(owners, 0)
+        for name, part in self.module.named_modules():
+            owner = name.split(".")[0] if self._stepped else name
+            if owner in given and name in numbers and any(True for _ in part.parameters(recurse=False)):
+                given[owner] += numbers[name][1]
+        return work.Besides(
+            tuple(work.ACTIVATION * given[owner] for owner in owners),
+            tuple(work.KEPT * numbers[owner][0] if owner in numbers else 0.0 for owner in owners),
+            work.CRITERION * numbers[""][1],
+        )
+
+    @property
+    def inputs(self) -> Tensor:
+        """The inputs (N, ...)."""
+        return self.samples.inputs
+
+    @property
+    def targets(self) -> Tensor:
+        """The targets (N, ...)."""
+        return self.samples.targets
+
+    def _check(self) -> None:
+        probe = self.samples.part(0, min(self.count, 8))
+        half = max(len(probe) // 2, 1)
+        outputs = evaluated(self.module, probe.inputs)
+        with torch.no_grad():
+            first = self.criterion(outputs, probe.targets)
+            again = [self.criterion(self.module(probe.inputs[:half]), probe.targets[:half]) for _ in range(CHANCES)]
+        if first.shape != (len(probe),):
+            shape = f"({len(probe)},)"
+            raise InputError(f"the criterion must give one loss per sample, {shape}, got {tuple(first.shape)}")
+        wrong = not_finite(probe.inputs, outputs, first)
+        if wrong:
+            raise InputError(wrong)
+        if not all(torch.allclose(first[:half], second, rtol=1e-3, atol=1e-6) for second in again):
+            raise InputError(
+                "a sample's output depends on others (batch statistics) or on chance (dropout): "
+                "call the module's eval()"
+            )
+
+    def on(self, samples: SampleSet, weight: float | None = None) -> Self:
+        """The loss of other samples, each with that weight (default: their mean)."""
+        other = object.__new__(type(self))
+        weight = 1 / max(len(samples), 1) if weight is None else weight
+        other.__dict__.update(self.__dict__, samples=samples, count=len(samples), weight=weight)
+        return other
+
+    def part(self, begin: int, end: int) -> Self:
+        """See :meth:`Loss.part`."""
+        return self.on(self.samples.part(begin, end), self.weight)
+
+    def sampled(self, rows: Tensor) -> Self:
+        """See :meth:`Loss.sampled`."""
+        return self.on(self.samples.take(rows))
+
+    def initial(self) -> Tensor:
+        """The module's trained parameters."""
+        return torch.cat([p.detach().reshape(-1) for p in self._trained])
+
+    @torch.no_grad()
+    def explain(self, theta: Tensor) -> str:
+        """See :meth:`Loss.explain`: the first sample."""
+        if not torch.isfinite(theta).all():
+            return "the parameters are NaN or infinite"
+        begin = 0
+        for inputs, (outputs, targets) in zip(self.inputs.split(self.batch), self.outputs(theta), strict=True):
+            said = not_finite(inputs, outputs, self.criterion(outputs, targets), begin)
+            if said:
+                return said
+            begin += len(inputs)
+        return super().explain(theta)
+
+    def modular_norm(
+        self,
+        masses: Sequence[float] | None = None,
+        convolution: str = "unfolded",
+        tolerance: float = TOLERANCE,
+        exact: int = EXACT,
+    ) -> ModularNorm:
+        """See :meth:`Loss.modular_norm`; masses are of the layers with weights, in their order."""
+        structure = modular(self.module, self.parameters, masses, convolution)
+        # matrix products in half precision lose more than a tolerance of a few per cent
+        like = torch.empty(0, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
+        return ModularNorm(self.size, tuple(structure.blocks()), torch.finfo(self.dtype).eps, like, tolerance, exact)
+
+    def gauss_newton_product(
+        self, theta: Tensor, direction: Tensor, product: Tensor, kept: Any = None, active: frozenset[int] | None = None
+    ) -> None:
+        r"""See :meth:`Loss.gauss_newton_product`: the sum of :math:`J^T \nabla^2 c\, J`, c the criterion.
+
+        Positive semidefinite where the criterion is convex in the outputs, as cross entropy is.
+        """
+        wanted = sorted(k for i, layer in enumerate(self.layers) if active is None or i in active for k in layer)
+        module = self._behind(self._at(theta.detach(), frozenset(wanted)), kept)
+        leaves, ranges = [self._leaves[k] for k in wanted], [self.parameters[k].range for k in wanted]
+        directions = [direction[r].to(leaf).view_as(leaf) for r, leaf in zip(ranges, leaves, strict=True)]
+        for outputs, y in self._batches(module, kept):
+            if not outputs.requires_grad:  # nothing of theta enters them
+                continue
+            w = torch.zeros_like(outputs, requires_grad=True)
+            transposed = torch.autograd.grad(outputs, leaves, w, create_graph=True, allow_unused=True)
+            moved = [(g, d) for g, d in zip(transposed, directions, strict=True) if g is not None]
+            change = torch.autograd.grad([g for g, _ in moved], w, [d for _, d in moved])[0]
+            at = outputs.detach().requires_grad_()
+            slope = torch.autograd.grad(self.criterion(at, y).sum() * self.weight, at, create_graph=True)[0]
+            if slope.requires_grad:  # not where the criterion is linear
+                bent = torch.autograd.grad(slope, at, change)[0]
+                found = torch.autograd.grad(outputs, leaves, bent, allow_unused=True)
+                for r, image in zip(ranges, found, strict=True):
+                    if image is not None:
+                        product[r] += image.reshape(-1)
+
+    def _forward(self, module: nn.Module, theta: Tensor) -> Callable[[Tensor], Tensor]:
+        """The module, or a part of it, at theta, differentiable by it."""
+        views = {n: theta[p.range].view(p.shape) for n, p in occurrences(module, self._places).items()}
+        return lambda x: torch.func.functional_call(module, views, (x,), tie_weights=False)
+
+    def _at(self, theta: Tensor, wanted: frozenset[int] = frozenset()) -> nn.Module:
+        """The copy of the module at theta; the parameters of these numbers are leaves to differentiate by."""
+        for number, (leaf, parameter) in enumerate(zip(self._leaves, self.parameters, strict=True)):
+            leaf.requires_grad_(number in wanted)
+            leaf.data = theta[parameter.range].view(parameter.shape)
+        return self._copy
+
+    def _behind(self, module: nn.Module, kept: Any) -> nn.Module:
+        """What of a module is left to compute behind a prefix."""
+        return module if kept is None else nn.Sequential(OrderedDict(list(module._modules.items())[kept[0] :]))  # type: ignore[arg-type]
+
+    def _batches(self, forward: Callable[[Tensor], Tensor], kept: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """Outputs and targets, batch by batch."""
+        if self.count == 0:
+            return
+        batches = self.inputs.split(self.batch) if kept is None else kept[1]
+        for x, y in zip(batches, self.targets.split(self.batch), strict=True):
+            yield forward(x), y
+
+    def keeps(self, first: int) -> bool:
+        """See :meth:`Loss.keeps`."""
+        return self.layer_stage[first] > 0
+
+    @torch.no_grad()
+    def prefix(self, theta: Tensor, first: int) -> Any:
+        """What enters layer ``first`` of a sequential module, per batch; None for other modules."""
+        if not self.keeps(first):
+            return None
+        stage = self.layer_stage[first]
+        begin = nn.Sequential(*list(self._at(theta)._modules.values())[:stage])  # type: ignore[arg-type]
+        return stage, [begin(x) for x in self.inputs.split(self.batch)] if self.count else []
+
+    def terms(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
+        """See :meth:`Loss.terms`."""
+        for outputs, y in self._batches(self._forward(self._behind(self.module, kept), theta), kept):
+            yield self.criterion(outputs, y).sum() * self.weight
+
+    @torch.no_grad()
+    def outputs(self, theta: Tensor, kept: Any = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Outputs (B, ...) and targets (B, ...), batch by batch."""
+        yield from self._batches(self._behind(self._at(theta), kept), kept)
+
+    @torch.no_grad()
+    def value(self, theta: Tensor, kept: Any = None) -> float:
+        """See :meth:`Loss.value`."""
+        return sum((float(self.criterion(o, y).sum() * self.weight) for o, y in self.outputs(theta, kept)), 0.0)
+
+    def value_gradient(
+        self, theta: Tensor, gradient: Tensor, kept: Any = None, active: frozenset[int] | None = None
+    ) -> float:
+        """See :meth:`Loss.value_gradient`; the other layers' parameters get no gradient at all."""
+        wanted = frozenset(k for i, layer in enumerate(self.layers) if active is None or i in active for k in layer)
+        module = self._behind(self._at(theta.detach(), wanted), kept)
+        numbers = sorted(wanted)
+        value = 0.0
+        for outputs, y in self._batches(module, kept):
+            term = self.criterion(outputs, y).sum() * self.weight
+            if term.requires_grad:
+                gradients = torch.autograd.grad(term, [self._leaves[k] for k in numbers], allow_unused=True)
+                for k, g in zip(numbers, gradients, strict=True):
+                    if g is not None:
+                        gradient[self.parameters[k].range] += g.reshape(-1)
+            value += float(term.detach())
+        return value

@@ -1,0 +1,98 @@
+"""What a loss takes of a torch module, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ddml.errors import InputError
+
+T = TypeVar("T")
+
+
+def trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that are trained: those with ``requires_grad``, a tied one once, by its first name.
+
+    The others are frozen: they are no part of theta, and stay what they are.
+
+    Raises
+    ------
+    InputError
+        If there are none, or some of no shape yet, of several precisions or of no real numbers.
+    """
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    if not named:
+        why = "all have requires_grad False" if list(module.parameters()) else "it has none at all"
+        raise InputError(f"the network has no parameters to train: {why}")
+    first, model = named[0]
+    for name, parameter in named:
+        if is_lazy(parameter):
+            raise InputError(f"parameter {name} has no shape yet: call the network once before")
+        if not parameter.is_floating_point():
+            raise InputError(f"parameter {name} is of {parameter.dtype}: only real numbers can be trained")
+        if parameter.dtype != model.dtype:
+            raise InputError(
+                f"parameters must be of one precision: {first} is of {model.dtype}, {name} of {parameter.dtype}; "
+                f"convert the network, say by its method to({model.dtype})"
+            )
+    return named
+
+
+def occurrences(module: nn.Module, known: Mapping[int, T]) -> dict[str, T]:
+    """What is known of parameters, by their ids, by every name that ``torch.func.functional_call`` must replace.
+
+    Those are several for tied parameters, and one for those of a module that has several names: where torch is to find
+    them (``tie_weights``), it leaves such a module with what has replaced its parameters.
+    """
+    return {
+        f"{prefix}.{name}" if prefix else name: known[id(p)]
+        for prefix, part in module.named_modules()
+        for name, p in part.named_parameters(recurse=False, remove_duplicate=False)
+        if id(p) in known
+    }
+
+
+def evaluated(module: nn.Module, inputs: Tensor) -> Any:
+    """The outputs for some inputs, of any type.
+
+    Raises
+    ------
+    InputError
+        If the module fails, or its outputs do not depend on any trained parameter.
+    """
+    try:
+        with torch.enable_grad():
+            outputs = module(inputs)
+    except Exception as error:
+        reason = next(iter(f"{error}".splitlines()), "")
+        raise InputError(
+            f"the network fails on inputs {tuple(inputs.shape)} of {inputs.dtype}: {type(error).__name__}: {reason}"
+        ) from error
+    if isinstance(outputs, Tensor):
+        if not outputs.requires_grad:
+            raise InputError("the network's outputs do not depend on any parameter that is trained")
+        return outputs.detach()
+    return outputs
+
+
+def not_finite(inputs: Tensor, outputs: Tensor, values: Tensor, begin: int = 0) -> str:
+    """Where the losses (B,) of samples are not finite, in words; nothing if they all are.
+
+    ``begin`` is the number of the first sample.
+    """
+    bad = torch.nonzero(~torch.isfinite(values))
+    if not len(bad):
+        return ""
+    row = int(bad[0, 0])
+    for what, found in (
+        ("has {} in its inputs", inputs[row]),
+        ("has finite inputs, but {} in the network's outputs", outputs[row]),
+        ("has finite outputs, but the criterion gives {}", values[row]),
+    ):
+        if not torch.isfinite(found).all():
+            return f"sample {begin + row} " + what.format("NaN" if torch.isnan(found).any() else "infinity")
+    raise AssertionError

@@ -1,0 +1,1 @@
+"""Losses on all ranks: a PETSc vector to a number; whole, restricted, sampled, shifted, consistent."""

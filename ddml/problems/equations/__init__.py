@@ -1,0 +1,1 @@
+"""Our equations, and their reference solutions."""

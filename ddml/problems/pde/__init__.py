@@ -1,0 +1,1 @@
+"""Stating and evaluating a partial differential equation."""

@@ -1,0 +1,106 @@
+"""The points of one term of a problem, and what the network and its jets meet there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddml.errors import InputError
+from ddml.jets.jets import Index, nested_jets
+
+from .pde import PDE
+
+
+@dataclass(frozen=True)
+class TermPoints:
+    """Some points of one term and what does not change at them."""
+
+    term: int
+    scale: float  # of the squared residual
+    inputs: Tensor  # (K, N, G, embedded) jets of what the network is given
+    coordinates: Tensor  # (d, N)
+    data: dict[str, Tensor]  # (N,) each
+    lift: Tensor | None  # (K, N, G, F)
+    mix: Tensor | None  # (K, K, N, G, F): jets of factor * network from jets of the network
+
+    def __len__(self) -> int:
+        return self.inputs.shape[1]
+
+    def rows(self, index: slice | Tensor) -> TermPoints:
+        """Some of these points, as contiguous arrays."""
+        return replace(
+            self,
+            inputs=self.inputs[:, index].contiguous(),
+            coordinates=self.coordinates[:, index].contiguous(),
+            data={name: values[index].contiguous() for name, values in self.data.items()},
+            lift=None if self.lift is None else self.lift[:, index].contiguous(),
+            mix=None if self.mix is None else self.mix[:, :, index].contiguous(),
+        )
+
+    def chunks(self, size: int) -> list[TermPoints]:
+        """These points in pieces of nearly equal length of at most ``size`` network evaluations."""
+        pieces = max(-(-len(self) * self.inputs.shape[2] // size), 1)
+        edges = [len(self) * i // pieces for i in range(pieces + 1)]
+        return [self.rows(slice(a, b)) for a, b in pairwise(edges) if b > a]
+
+
+def term_points(
+    problem: PDE, indices: Sequence[Index], term: int, scale: float, x: Tensor, data: dict[str, Tensor]
+) -> TermPoints:
+    """The points x (N, G, d) of a term, with the jets of the problem's embedding, lift and factor there.
+
+    Raises
+    ------
+    InputError
+        If one of these three does not give a tensor for each point.
+    """
+    count, sides, dimension = x.shape
+    points, fields = x.reshape(-1, dimension), len(problem.fields)
+
+    def jets(function: Callable[..., Any], width: int | None) -> Tensor:
+        def columns(p: Tensor) -> Tensor:
+            value = function(*(c.clone() for c in p.T))  # copies: it may change them in place
+            parts = list(value) if isinstance(value, tuple | list) else [value]
+            parts = parts * width if width and len(parts) == 1 else parts
+            shaped = all(isinstance(v, Tensor) and v.shape == p.shape[:1] for v in parts)
+            if not shaped or width not in (None, len(parts)):
+                raise InputError(f"{function.__name__} must give tensors ({len(p)},), one for all fields or one each")
+            return torch.stack(parts, dim=1)
+
+        return nested_jets(columns, points, indices).detach().reshape(len(indices), count, sides, -1)
+
+    inputs = jets(problem.embed, None)
+    lift = None if type(problem).lift is PDE.lift else jets(problem.lift, fields)
+    mix = None if type(problem).factor is PDE.factor else _leibniz(indices, jets(problem.factor, fields))
+    return TermPoints(term, scale, inputs, x[:, 0].T.contiguous(), data, lift, mix)
+
+
+def _leibniz(indices: Sequence[Index], factor: Tensor) -> Tensor:
+    """The product rule: d_i (l N) = sum over parts j of i of d_(i without j) l d_j N."""
+    position = {index: k for k, index in enumerate(indices)}
+    mix = factor.new_zeros((len(indices), *factor.shape))
+    for k, index in enumerate(indices):
+        places = range(len(index))
+        for order in range(len(index) + 1):
+            for chosen in combinations(places, order):
+                inner = tuple(index[i] for i in chosen)
+                outer = tuple(index[i] for i in places if i not in chosen)
+                mix[k, position[inner]] += factor[position[outer]]
+    return mix
+
+
+def product_rule(indices: Sequence[Index], fields: int) -> list[tuple[int, int, int]]:
+    """Entries (k, j, f) of the product rule that are not zero everywhere: index j is a part of index k."""
+    return [
+        (k, j, f)
+        for k, index in enumerate(indices)
+        for j, inner in enumerate(indices)
+        if not Counter(inner) - Counter(index)
+        for f in range(fields)
+    ]

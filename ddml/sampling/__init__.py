@@ -1,0 +1,1 @@
+"""Which samples an objective has when."""

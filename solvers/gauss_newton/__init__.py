@@ -1,0 +1,1 @@
+"""Gauss-Newton with preconditioned linear systems."""

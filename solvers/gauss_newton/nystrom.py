@@ -1,0 +1,89 @@
+"""The Nystrom preconditioner of Gauss-Newton systems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from petsc4py import PETSc
+from scipy import linalg
+
+from ddml.linalg.small import cholesky
+from ddml.objectives.linearisation import Linearisation
+from ddml.objectives.objective import Objective
+from ddml.options import Option
+
+from .preconditioners import Array, Preconditioner, Tall, everywhere, owned
+
+DECOMPOSED = (
+    8  # multiply-adds of what follows the products, over n l^2: two QR, triangles, singular values (our estimate)
+)
+
+
+class NystromPC(Preconditioner):
+    r"""Randomised Nystrom preconditioner of rank l (Frangella, Tropp, Udell 2023, algorithms 2.1 and 5.3).
+
+    With J^T J ~ U diag(m) U^T, m_1 >= ... >= m_l,
+
+    .. math:: M^{-1} = I + U ((m_l + \lambda) (m + \lambda)^{-1} - I) U^T.
+
+    The test matrix is Gaussian the first time, and U of the time before later on (our choice: a step
+    of a subspace iteration that costs nothing).
+    """
+
+    options: ClassVar[Sequence[Option]] = (
+        Option("rank", 300, "Rank l (at most n).", minimum=1),
+        Option("rank_seed", 0, "Seed of the first test matrix.", minimum=0),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.basis: Array | None = None
+        self.values = np.zeros(0)
+        self.matrix: Tall | None = None
+
+    def kind(self) -> str:
+        """See :meth:`Preconditioner.kind`."""
+        return f"{super().kind()} of rank {self.settings.rank}"
+
+    def build(self, at: Linearisation) -> None:
+        """See :meth:`Preconditioner.build`; every rank does what is small for itself."""
+        n = self.objective.size
+        rank = min(self.settings.rank, n)
+        test = self.basis
+        if test is None or test.shape[1] != rank:
+            test = np.random.default_rng(self.settings.rank_seed).standard_normal((n, rank))
+            test = linalg.qr(test, mode="economic", check_finite=False)[0]
+        product = everywhere(self.objective, at.gram_product(test))
+        self.objective.compute(DECOMPOSED * n * rank**2)
+        # a small shift, undone below, keeps the Cholesky factorisation positive definite
+        shift = np.finfo(float).eps * np.sqrt(n) * linalg.norm(product, 2)
+        factor = cholesky(test.T @ product, shift)
+        half = linalg.solve_triangular(factor, (product + shift * test).T, lower=True, check_finite=False).T
+        basis, singular, _ = linalg.svd(half, full_matrices=False, check_finite=False)
+        self._take(basis, np.maximum(singular**2 - shift, 0.0))
+
+    def _take(self, basis: Array, values: Array) -> None:
+        # in one order: what a product rounds depends on it
+        self.basis, self.values = np.ascontiguousarray(basis), values
+        self.matrix = Tall.dense(self.objective.layout, self.basis[owned(self.objective)])
+
+    def apply(self, pc: PETSc.PC, x: PETSc.Vec, y: PETSc.Vec) -> None:
+        """See :meth:`Preconditioner.apply`."""
+        assert self.matrix is not None
+        self.objective.compute(0.0, 2 * self.objective.size * len(self.values))
+        small = self.matrix.transpose_times(x.array_r)
+        least = max(self.values[-1] + self.damping, np.finfo(float).tiny)
+        small *= least / (self.values + self.damping) - 1
+        y.array[:] = self.matrix.times(small) + x.array_r
+
+    def state(self) -> dict[str, Any]:
+        """See :meth:`Preconditioner.state`."""
+        return {"basis": self.basis, "values": self.values}
+
+    def restore(self, objective: Objective, state: dict[str, Any]) -> None:
+        """See :meth:`Preconditioner.restore`."""
+        self.objective = objective  # type: ignore[assignment]
+        self._take(np.asarray(state["basis"]), np.asarray(state["values"]))
+        self.restored = True

@@ -1,0 +1,1 @@
+"""Quasi-Newton methods of all parameters at once."""

@@ -1,0 +1,1 @@
+"""Methods whose steps come from solvers on subdomains."""

@@ -1,0 +1,60 @@
+"""Runs with samples that change, in this process and as drivers make them."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+from petsc4py import PETSc
+
+import ddml.runs.run
+from ddml.layout import ParameterLayout
+from ddml.losses.loss import Loss
+from ddml.objectives.objective import Objective
+from ddml.sampling.batches import OPTIONS, Batches
+from solvers import configure
+
+
+def make_batches(loss: Loss, comm: MPI.Comm, blocks: int = 4, seed: int = 5, **settings: Any) -> Batches:
+    """Batches of an objective."""
+    layout = ParameterLayout(loss.parameters, comm)
+    values = {o.name: o.default for o in OPTIONS} | {"batch_size": 30} | settings
+    return Batches(Objective(loss, layout, blocks=blocks), SimpleNamespace(**values), seed)
+
+
+class Training:
+    """A run of a solver, from beginning to end."""
+
+    def __init__(self, moving: Any, prefix: str, solver: str, **limits: Any) -> None:
+        self.moving, self.objective = moving, moving.objective
+        self.x = self.objective.layout.vector()
+        self.objective.initial(self.x)
+        self.tao = PETSc.TAO().create(self.objective.comm)
+        self.tao.setOptionsPrefix(prefix)
+        configure(self.tao, solver)
+        self.objective.attach(self.tao)
+        self.tao.setSolution(self.x)
+        self.tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
+        self.tao.setFromOptions()
+        self.tao.setUp()
+        settings = {o.name: o.default for o in ddml.runs.run.OPTIONS} | {"progress": "none"} | limits
+        self.run = ddml.runs.run.Run(
+            self.objective, self.tao, self.x, SimpleNamespace(**settings),
+            {"solver": solver, "driver": "t", "problem": "b"}, lambda theta: {}, moving,
+        )  # fmt: skip
+        self.good = self.run.execute()
+
+    def result(self) -> tuple[bytes, bytes, bytes]:
+        """History, parameters and what samples are drawn from, to the last bit; the run's objects are destroyed."""
+        history = self.run.history
+        values = np.array([history[name] for name in ("iteration", "loss", "gradient_norm", "step", "work")])
+        full = self.objective.layout.gather(self.x).numpy().copy()
+        self.tao.destroy()
+        self.x.destroy()
+        return values.tobytes(), full.tobytes(), _bytes(self.moving.state())
+
+
+def _bytes(state: Any) -> bytes:
+    if isinstance(state, dict):
+        return b"".join(_bytes(state[name]) for name in sorted(state))
+    return np.asarray(state).tobytes()

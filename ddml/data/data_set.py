@@ -75,7 +75,7 @@ class DataSet:
         largest = max(self.labels.max(), self.test_labels.max())
         self.classes = tuple(map(str, classes)) or tuple(str(i) for i in range(largest + 1))
         self.origin = str(origin)
-        self.maximum = largest(maximum, self.inputs.dtype)
+        self.maximum = maximum_of(maximum, self.inputs.dtype)
         self._windows: list[MPI.Win] = []
 
     def __repr__(self) -> str:
@@ -126,7 +126,7 @@ class DataSet:
         self._windows = []
 
 
-def largest(given: float | None, dtype: Any) -> float:
+def maximum_of(given: float | None, dtype: Any) -> float:
     """The value that stands for 1, as given or by the type of the numbers."""
     maximum = (255.0 if np.dtype(dtype) == np.uint8 else 1.0) if given is None else float(given)
     if not 0 < maximum < np.inf:

@@ -16,7 +16,7 @@ from ddml import plugins
 from ddml.errors import InputError
 from ddml.parallel import agreed, agreed_file, split
 
-from .data_set import Array, DataSet, allocated, check_rows, check_shapes, largest, row_pieces
+from .data_set import Array, DataSet, allocated, check_rows, check_shapes, maximum_of, row_pieces
 
 FORMAT = "ddml data"
 
@@ -71,7 +71,7 @@ def write(
     new = Path(f"{path}.new")
     try:
         with h5py.File(new, "w", locking=False) as file:
-            file.attrs.update(format=FORMAT, origin=origin, maximum=largest(maximum, train.dtype))
+            file.attrs.update(format=FORMAT, origin=origin, maximum=maximum_of(maximum, train.dtype))
             file.attrs.create("classes", list(classes), dtype=h5py.string_dtype())
             for prefix, source in (("", train), ("test_", test)):
                 inputs = file.create_dataset(f"{prefix}inputs", (source.count, *source.shape), source.dtype)
@@ -154,7 +154,7 @@ def _described(path: str, samples: int | None) -> tuple[dict[str, tuple[tuple[in
             for name in ("inputs", "labels"):
                 shapes[name] = (min(samples, shapes[name][0][0]), *shapes[name][0][1:]), shapes[name][1]
         check_shapes(shapes)
-        return shapes, classes, origin, largest(maximum, shapes["inputs"][1])
+        return shapes, classes, origin, maximum_of(maximum, shapes["inputs"][1])
     except InputError as error:
         raise InputError(f"data file {path}: {error}") from error
 

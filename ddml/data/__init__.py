@@ -1,1 +1,5 @@
 """Data sets, their files, scaling, numbers of samples and sequences of points."""
+
+from .data_set import DataSet
+
+__all__ = ["DataSet"]

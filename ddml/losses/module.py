@@ -166,6 +166,12 @@ class ModuleLoss(Loss):
         return torch.cat([p.detach().reshape(-1) for p in self._trained])
 
     @torch.no_grad()
+    def assign(self, theta: Tensor) -> None:
+        """Write parameters (n,), of a result, say, into the module."""
+        for parameter, table in zip(self._trained, self.parameters, strict=True):
+            parameter.copy_(theta[table.range].view(table.shape))
+
+    @torch.no_grad()
     def explain(self, theta: Tensor) -> str:
         """See :meth:`Loss.explain`: the first sample."""
         if not torch.isfinite(theta).all():

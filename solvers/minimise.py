@@ -1,0 +1,291 @@
+"""Joining a loss, the ranks and a solver: what drivers, benches and tests start from, and a person in ten lines.
+
+::
+
+    import torch
+    import ddml, solvers
+
+    X = torch.linspace(-1, 1, 200, dtype=torch.float64)[:, None]
+    net = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)).double()
+    loss = ddml.ModuleLoss(net, lambda y, t: (y - t).square().sum(1), X, torch.sin(3 * X))
+    result = solvers.minimise(loss, "lbfgs", iterations=200)
+    print(result.loss, result.iterations, result.work)
+    loss.assign(result.theta)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from numpy.typing import ArrayLike, NDArray
+from petsc4py import PETSc
+from torch import Tensor
+
+from ddml import options as tables
+from ddml.decomposition.subdomains import Subdomains
+from ddml.errors import CollectiveError, InputError, NonFiniteError
+from ddml.layout import ParameterLayout
+from ddml.losses.loss import Loss
+from ddml.losses.residual import ResidualLoss
+from ddml.objectives.objective import Objective
+from ddml.objectives.residual import ResidualObjective
+from ddml.parallel import StopRequest, cause
+from ddml.sampling.batches import OPTIONS as BATCHES
+from ddml.sampling.batches import Batches
+from ddml.summation import leaves
+
+from .base import REASONS, Solver
+from .registry import configure, solver_class
+
+LIMIT = 1_000_000  # parameters above which sums go by ranks (our choice)
+_prefixes = (f"minimise{number}_" for number in count())
+
+
+@dataclass(frozen=True)
+class Result:
+    """What :func:`minimise` found; the same on every rank.
+
+    Attributes
+    ----------
+    theta : Tensor
+        The parameters (n,), float64.
+    loss, gradient_norm : float
+        There, of the samples that the last iteration was on.
+    iterations : int
+    success : bool
+        Whether the solver stopped at a tolerance or a limit, and not because it could not go on.
+    reason : str
+        PETSc's name of why it stopped, such as ``CONVERGED_GATOL`` or ``DIVERGED_MAXITS``.
+    work, critical : float
+        Work units of all ranks, and along the critical path (:mod:`ddml.losses.work`).
+    losses : ndarray
+        At each iteration, from 0 on (iterations + 1,).
+    """
+
+    theta: Tensor
+    loss: float
+    gradient_norm: float
+    iterations: int
+    success: bool
+    reason: str
+    work: float
+    critical: float
+    losses: NDArray[np.float64] = field(repr=False)
+
+
+class Minimisation:
+    """A loss on the ranks, and the solver that is to minimise it, set up; collective.
+
+    Parameters
+    ----------
+    loss
+        What is minimised; every rank passes the same.
+    solver
+        One of :data:`solvers.SOLVERS`, a PETSc type, or ``path/to/file.py:Class``; or a TAO context.
+    comm
+        The ranks.
+    prefix
+        Of the solver's options in PETSc's database.
+    subdomains
+        Of the parameters, which their ownership follows (default: the solver's).
+    blocks
+        Of samples that are summed in a fixed order, see :class:`ddml.objectives.objective.Objective`; 0: by ranks.
+        Default: by what an evaluation costs, 0 above a million parameters.
+    samples
+        Of an evaluation, where it is not of all (batches).
+    limit
+        Parameters above which sums go by ranks by default.
+    stop
+        See :class:`ddml.objectives.objective.Objective`.
+    defaults
+        Of PETSc's options of the TAO object (``fmin``, say), where they are not in the database.
+
+    Attributes
+    ----------
+    layout : ParameterLayout
+    objective : Objective
+    x : PETSc.Vec
+        The parameters, at the loss's initial ones.
+    tao : PETSc.TAO
+        Set up.
+    context : Solver or None
+        That of ``tao``; None of PETSc's types.
+
+    Raises
+    ------
+    InputError
+        A solver that there is not, or that refuses its options or the loss.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        solver: str | Solver,
+        comm: MPI.Comm = MPI.COMM_WORLD,
+        prefix: str = "",
+        *,
+        subdomains: Subdomains | None = None,
+        blocks: int | None = None,
+        samples: int = 0,
+        limit: int = LIMIT,
+        stop: StopRequest | None = None,
+        **defaults: Any,
+    ) -> None:
+        if blocks is None:
+            blocks = 0 if loss.size > limit else leaves(samples or loss.count, loss.enough)
+        kind = solver_class(solver) if isinstance(solver, str) else type(solver)
+        chosen = kind.decompose(loss, prefix) if subdomains is None else subdomains
+        self.layout = ParameterLayout(loss.parameters, comm, chosen.ownership(comm.size))
+        made = ResidualObjective if isinstance(loss, ResidualLoss) else Objective
+        self.objective = made(loss, self.layout, stop, blocks)
+        self.x = self.layout.vector()
+        self.objective.initial(self.x)
+        self.tao = PETSc.TAO().create(comm)
+        self.tao.setOptionsPrefix(prefix)
+        if isinstance(solver, str):
+            configure(self.tao, solver)
+        else:
+            self.tao.setType("python")
+            self.tao.setPythonContext(solver)
+        self.objective.attach(self.tao)
+        self.tao.setSolution(self.x)
+        self.tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
+        with tables.understood():
+            with tables.preset(**{f"{prefix}tao_{name}": value for name, value in defaults.items()}):
+                self.tao.setFromOptions()
+            self.tao.setUp()
+        self.context: Solver | None = self.tao.getPythonContext() if self.tao.getType() == "python" else None
+
+    def destroy(self) -> None:
+        """Destroy the solver and the parameters. Collective."""
+        self.tao.destroy()
+        self.x.destroy()
+
+
+def minimise(
+    loss: Loss,
+    solver: str | Solver = "tr",
+    comm: MPI.Comm = MPI.COMM_WORLD,
+    options: Mapping[str, Any] | None = None,
+    *,
+    iterations: int = 100,
+    start: ArrayLike | Tensor | None = None,
+    blocks: int | None = None,
+    subdomains: Subdomains | None = None,
+    seed: int = 0,
+    tolerance: float = 0.0,
+    monitor: Callable[[int, float, float], Any] | None = None,
+) -> Result:
+    """Minimise a loss. Collective on ``comm``.
+
+    Parameters
+    ----------
+    loss, solver, comm, blocks, subdomains
+        As for :class:`Minimisation`.
+    options
+        Those of the solver, of PETSc (``tao_gatol``, say) and of batches (:data:`ddml.sampling.batches.OPTIONS`), by
+        their names without a hyphen, as ``{"memory": 20, "batch_size": 500}``.
+    iterations
+        At most so many.
+    start
+        Parameters (n,) to begin at (default: those of the loss).
+    seed
+        Of the batches.
+    tolerance
+        It ends where the gradient's 2-norm is below.
+    monitor
+        Called on all ranks at each iteration with its number, the loss and the gradient's norm; True ends.
+
+    Raises
+    ------
+    InputError
+        On all ranks: a solver that there is not; options that nothing reads, or out of range; a start of another size;
+        a loss that is not finite where it begins.
+    """
+    prefix = next(_prefixes)
+    with _given(prefix, options or {}):
+        batched = tables.read(BATCHES, prefix)
+        if batched.batch_size and not 0 < batched.batch_size < loss.count:
+            batched.batch_size = 0
+        if batched.batch_size and isinstance(solver, str) and solver_class(solver) is Solver:
+            raise InputError(f"PETSc's {solver} knows nothing of samples that change: it takes no batch_size")
+        made = Minimisation(
+            loss, solver, comm, prefix, subdomains=subdomains, blocks=blocks, samples=batched.batch_size
+        )
+        try:
+            left = [key.removeprefix(prefix) for key in tables.unused() if key.startswith(prefix)]
+            if left:
+                raise InputError(f"unknown option{'s' * (len(left) > 1)} {', '.join(left)} of solver {solver}")
+            if start is not None:
+                _write(made.x, torch.as_tensor(start, dtype=torch.float64).reshape(-1))
+            made.tao.setMaximumIterations(iterations)
+            if tolerance:
+                made.tao.setTolerances(gatol=tolerance)
+            batches = Batches(made.objective, batched, seed) if batched.batch_size else None
+            return _solved(made, batches, monitor)
+        finally:
+            made.destroy()
+
+
+def _solved(
+    made: Minimisation, batches: Batches | None, monitor: Callable[[int, float, float], Any] | None
+) -> Result:
+    """Solve, on all samples or batch by batch."""
+    tao, x, objective = made.tao, made.x, made.objective
+    losses: list[float] = []
+
+    def watch(tao: PETSc.TAO) -> None:
+        iteration, f, norm, *_ = tao.getSolutionStatus()
+        if not losses and not np.isfinite(f):
+            said = objective.loss.explain(objective.parameters(x))
+            raise NonFiniteError(f"the loss is not finite at the initial parameters: {said}")
+        losses.append(f)
+        if monitor is not None and monitor(iteration, f, norm):
+            tao.setConvergedReason(PETSc.TAO.ConvergedReason.CONVERGED_USER)
+        if batches is not None and iteration > 0 and iteration % batches.interval == 0:
+            batches.move(objective.parameters(x))
+
+    tao.setMonitor(watch)
+    try:
+        tao.solve()
+    except PETSc.Error as error:
+        for kind in (NonFiniteError, InputError):
+            ours = cause(error, kind)
+            if ours is not None:
+                raise CollectiveError(str(ours)) from error
+        raise
+    reason = tao.getConvergedReason()
+    _, f, norm, *_ = tao.getSolutionStatus()
+    return Result(
+        made.layout.gather(x).clone(), f, norm, tao.getIterationNumber(),
+        reason > 0 or reason == PETSc.TAO.ConvergedReason.DIVERGED_MAXITS, REASONS[reason],
+        objective.work.total, objective.work.critical, np.array(losses),
+    )  # fmt: skip
+
+
+def _write(x: PETSc.Vec, theta: Tensor) -> None:
+    if theta.numel() != x.getSize():
+        raise InputError(f"the start must have {x.getSize()} parameters, got {theta.numel()}")
+    begin, end = x.getOwnershipRange()
+    x.setArray(theta[begin:end].cpu().numpy())
+
+
+@contextmanager
+def _given(prefix: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """Put options into PETSc's database, and take out all of that prefix at the end."""
+    database = PETSc.Options()
+    for name, value in options.items():
+        database.setValue(prefix + name.removeprefix("-"), value)
+    try:
+        yield
+    finally:
+        for key in database.getAll():
+            if key.startswith(prefix):
+                database.delValue(key)

@@ -42,7 +42,7 @@ from ddml.sampling.batches import Batches
 from ddml.summation import leaves
 
 from .base import REASONS, Solver
-from .registry import configure, solver_class
+from solvers import configure, solver_class  # TEMP
 
 LIMIT = 1_000_000  # parameters above which sums go by ranks (our choice)
 _prefixes = (f"minimise{number}_" for number in count())
@@ -141,7 +141,7 @@ class Minimisation:
         if blocks is None:
             blocks = 0 if loss.size > limit else leaves(samples or loss.count, loss.enough)
         kind = solver_class(solver) if isinstance(solver, str) else type(solver)
-        chosen = kind.decompose(loss, prefix) if subdomains is None else subdomains
+        chosen = (kind.decompose(loss, prefix) if hasattr(kind, "decompose") else Subdomains.by_layers(loss, 1)) if subdomains is None else subdomains  # TEMP
         self.layout = ParameterLayout(loss.parameters, comm, chosen.ownership(comm.size))
         made = ResidualObjective if isinstance(loss, ResidualLoss) else Objective
         self.objective = made(loss, self.layout, stop, blocks)
@@ -214,8 +214,6 @@ def minimise(
         batched = tables.read(BATCHES, prefix)
         if batched.batch_size and not 0 < batched.batch_size < loss.count:
             batched.batch_size = 0
-        if batched.batch_size and isinstance(solver, str) and solver_class(solver) is Solver:
-            raise InputError(f"PETSc's {solver} knows nothing of samples that change: it takes no batch_size")
         made = Minimisation(
             loss, solver, comm, prefix, subdomains=subdomains, blocks=blocks, samples=batched.batch_size
         )
@@ -223,19 +221,21 @@ def minimise(
             left = [key.removeprefix(prefix) for key in tables.unused() if key.startswith(prefix)]
             if left:
                 raise InputError(f"unknown option{'s' * (len(left) > 1)} {', '.join(left)} of solver {solver}")
+            if batched.batch_size and made.context is None:
+                raise InputError(f"PETSc's {solver} knows nothing of samples that change: it takes no batch_size")
             if start is not None:
                 _write(made.x, torch.as_tensor(start, dtype=torch.float64).reshape(-1))
-            made.tao.setMaximumIterations(iterations)
+            made.tao.setMaximumIterations(max(iterations, 1))
             if tolerance:
                 made.tao.setTolerances(gatol=tolerance)
             batches = Batches(made.objective, batched, seed) if batched.batch_size else None
-            return _solved(made, batches, monitor)
+            return _solved(made, iterations, batches, monitor)
         finally:
             made.destroy()
 
 
 def _solved(
-    made: Minimisation, batches: Batches | None, monitor: Callable[[int, float, float], Any] | None
+    made: Minimisation, iterations: int, batches: Batches | None, monitor: Callable[[int, float, float], Any] | None
 ) -> Result:
     """Solve, on all samples or batch by batch."""
     tao, x, objective = made.tao, made.x, made.objective
@@ -246,7 +246,11 @@ def _solved(
         if not losses and not np.isfinite(f):
             said = objective.loss.explain(objective.parameters(x))
             raise NonFiniteError(f"the loss is not finite at the initial parameters: {said}")
+        if iteration < len(losses):  # some of PETSc's types report a point twice
+            return
         losses.append(f)
+        if iterations == 0:
+            tao.setConvergedReason(PETSc.TAO.ConvergedReason.DIVERGED_MAXITS)
         if monitor is not None and monitor(iteration, f, norm):
             tao.setConvergedReason(PETSc.TAO.ConvergedReason.CONVERGED_USER)
         if batches is not None and iteration > 0 and iteration % batches.interval == 0:

@@ -23,14 +23,12 @@ from ddml import plugins
 from ddml.sampling.batches import Batches
 from ddml.errors import InputError
 from ddml.networks import classifiers
-from ddml.objectives.objective import Objective
 from ddml.options import Option, with_defaults
 from ddml.parallel import agreed
 from ddml.problems.classification import ClassificationLoss, TestSet
 from ddml.data.scaling import SCALINGS, Samples, Scaling
 from solvers import PETSC_TYPES, SOLVERS, solver_class
-from solvers.trust_region.trust_region import TrustRegion
-from common.training import check_device, decompose
+from common.training import check_device
 
 RESIDUALS_ONLY = ("gauss_newton",)
 _OWN = [name for name in SOLVERS if name not in RESIDUALS_ONLY]
@@ -81,12 +79,11 @@ def main(comm: MPI.Comm) -> int:
     known = ("mlp", "cnn", "residual")
     with agreed(comm), plugins.blamed(settings.network, dict.fromkeys(known), "network"):
         loss, network, test = build(settings, dataset, scaling)
-        chosen = decompose(settings, loss)
-    made = training.Training(comm, settings, loss, chosen, Objective, 0.0, settings.batch_size)
+        chosen = solver_class(settings.solver).decompose(loss)
+    made = training.Training(comm, settings, loss, chosen, 0.0, settings.batch_size)
     moving = None
     if 0 < settings.batch_size < dataset.count:
-        kind = solver_class(settings.solver)
-        if settings.batch_growth > 1 and not (isinstance(kind, type) and issubclass(kind, TrustRegion)):
+        if settings.batch_growth > 1 and not solver_class(settings.solver).judges_batches:
             raise InputError(f"option -batch_growth is for solvers with a trust region, not '{settings.solver}'")
         moving = Batches(made.objective, settings, settings.seed)
     interval = moving.interval if moving is not None else 1
@@ -126,6 +123,7 @@ def header(
     summation: str,
 ) -> str:
     """What is about to run, in words."""
+    kind = solver_class(settings.solver)
     batch = "all in each evaluation"
     if moving is not None:
         sizes = f"{moving.per_epoch} batches an epoch of {-(-dataset.count // moving.per_epoch)} and {moving.wanted}"
@@ -137,7 +135,7 @@ def header(
         f"network {network}, {loss.size} parameters in {len(loss.layers)} layers, {settings.dtype} on"
         f" {settings.device}\n"
         f"solver {settings.solver} {summation}\n"
-        + (f"{decompose(settings, loss)!r}" if hasattr(solver_class(settings.solver), "decompose") else "")
+        + (f"{kind.decompose(loss)!r}" if kind.subdomains_of == "parameters" else "")
     ).rstrip()
 
 

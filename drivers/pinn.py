@@ -25,9 +25,8 @@ from ddml.parallel import agreed
 from ddml.problems import PDE, PROBLEMS, PDELoss
 from ddml.problems.pde import collocation
 from ddml.problems.pde.accuracy import SolutionError
-from ddml.objectives.residual import ResidualObjective
 from solvers import PETSC_TYPES, SOLVERS, NystromPC, SchwarzPC, solver_class
-from common.training import check_device, decompose
+from common.training import check_device
 
 WITHOUT_KERNELS = "note: the kernels were not built (make env does it with a C compiler): torch does their work, slower"
 LARGE = 25_000  # parameters for which a dense inverse Hessian takes 2.5 GB in all
@@ -65,10 +64,10 @@ def main(comm: MPI.Comm) -> int:
     settings, limits = training.read_options(OPTIONS, ddml.runs.run.OPTIONS)
     with agreed(comm), plugins.blamed(settings.problem, PROBLEMS, "problem"):
         loss, network = build(settings)
-        chosen = decompose(settings, loss)
-    limits.error_interval = limits.error_interval or getattr(solver_class(settings.solver), "measures_error", 1)
+        chosen = solver_class(settings.solver).decompose(loss)
+    limits.error_interval = limits.error_interval or solver_class(settings.solver).measures_error
     fmin = 1e-9 if settings.solver in ("lbfgs", "aspqn", "mspqn") else 0.0  # the paper's
-    made = training.Training(comm, settings, loss, chosen, ResidualObjective, fmin)
+    made = training.Training(comm, settings, loss, chosen, fmin)
     with agreed(comm), plugins.blamed(settings.problem, PROBLEMS, "problem"):
         error = SolutionError(loss, comm, settings.error_points, made.blocks)
         fresh = None
@@ -118,7 +117,7 @@ def choose(settings: Any, size: int) -> None:
         settings.solver = "ssbroyden" if size <= LARGE else "lbfgs"
         if size > LARGE and not PETSc.Options().hasName("memory"):
             PETSc.Options().setValue("memory", 50)
-    interval = getattr(solver_class(settings.solver), "moves_points", 0)
+    interval = solver_class(settings.solver).moves_points
     if settings.resample == "auto":
         settings.resample = "residual" if interval else "never"
     settings.resample_interval = settings.resample_interval or interval or 250
@@ -128,6 +127,7 @@ def choose(settings: Any, size: int) -> None:
 
 def header(settings: Any, loss: PDELoss, network: str, summation: str) -> str:
     """What is about to run, in words."""
+    kind = solver_class(settings.solver)
     terms = ", ".join(f"{t.label} at {len(s)}" for t, s in zip(loss.problem_terms, loss.sets, strict=True))
     moving = ""
     if settings.resample != "never":
@@ -138,7 +138,7 @@ def header(settings: Any, loss: PDELoss, network: str, summation: str) -> str:
         f" {loss.evaluator!r} with derivatives up to order {max(len(i) for i in loss.indices)}\n"
         f"{residuals(loss)}\n"
         f"solver {settings.solver} {summation}\n"
-        + (f"{decompose(settings, loss)!r}\n" if hasattr(solver_class(settings.solver), "decompose") else "")
+        + (f"{kind.decompose(loss)!r}\n" if kind.subdomains_of == "parameters" else "")
         + ("" if settings.device != "cpu" or kernels.library() is not None else WITHOUT_KERNELS)
     ).rstrip()
 

@@ -1,97 +1,57 @@
 """How networks are trained: PETSc TAO solvers in Python."""
 
-from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 
-from petsc4py import PETSc
+from ddml.lazy import lazily
 
-from ddml.errors import InputError
-from ddml.plugins import load
-from solvers.base import Solver
-from solvers.gauss_newton.gauss_newton import GaussNewton
-from solvers.gauss_newton.nystrom import NystromPC
-from solvers.gauss_newton.schwarz_pc import SchwarzPC
-from solvers.quasi_newton.lbfgs import LBFGS
-from solvers.quasi_newton.self_scaled import SSBFGS, SSBroyden
-from solvers.schwarz.apts import APTSData, APTSWeights
-from solvers.schwarz.napts import NAPTS
-from solvers.schwarz.spqn import ASPQN, MSPQN, DenseMSPQN
-from solvers.trust_region.trust_region import TrustRegion
+if TYPE_CHECKING:
+    from .base import Solver
+    from .gauss_newton.gauss_newton import GaussNewton
+    from .gauss_newton.nystrom import NystromPC
+    from .gauss_newton.schwarz_pc import SchwarzPC
+    from .minimise import Minimisation, Result, minimise
+    from .quasi_newton.lbfgs import LBFGS
+    from .quasi_newton.self_scaled import SSBFGS, SSBroyden
+    from .registry import PETSC_TYPES, SOLVERS, TO_ROUNDING, configure, solver_class
+    from .schwarz.apts import APTSData, APTSWeights
+    from .schwarz.napts import NAPTS
+    from .schwarz.spqn import ASPQN, MSPQN, DenseMSPQN
+    from .trust_region.trust_region import TrustRegion
 
-SOLVERS: dict[str, type[Solver]] = {
-    "ssbroyden": SSBroyden,
-    "ssbfgs": SSBFGS,
-    "gauss_newton": GaussNewton,
-    "lbfgs": LBFGS,
-    "aspqn": ASPQN,
-    "mspqn": MSPQN,
-    "mspqn_dense": DenseMSPQN,
-    "tr": TrustRegion,
-    "apts_weights": APTSWeights,
-    "apts_data": APTSData,
-    "napts": NAPTS,
+_HOMES = {
+    "APTSData": "solvers.schwarz.apts",
+    "APTSWeights": "solvers.schwarz.apts",
+    "ASPQN": "solvers.schwarz.spqn",
+    "DenseMSPQN": "solvers.schwarz.spqn",
+    "GaussNewton": "solvers.gauss_newton.gauss_newton",
+    "LBFGS": "solvers.quasi_newton.lbfgs",
+    "MSPQN": "solvers.schwarz.spqn",
+    "Minimisation": "solvers.minimise",
+    "NAPTS": "solvers.schwarz.napts",
+    "NystromPC": "solvers.gauss_newton.nystrom",
+    "PETSC_TYPES": "solvers.registry",
+    "Result": "solvers.minimise",
+    "SOLVERS": "solvers.registry",
+    "SSBFGS": "solvers.quasi_newton.self_scaled",
+    "SSBroyden": "solvers.quasi_newton.self_scaled",
+    "SchwarzPC": "solvers.gauss_newton.schwarz_pc",
+    "Solver": "solvers.base",
+    "TO_ROUNDING": "solvers.registry",
+    "TrustRegion": "solvers.trust_region.trust_region",
+    "configure": "solvers.registry",
+    "minimise": "solvers.minimise",
+    "solver_class": "solvers.registry",
 }
 
-# PETSc's types for unconstrained minimisation, which take our objectives as they are; not bqnkls, which shifts a
-# quasi-Newton matrix that PETSc cannot solve with then
-PETSC_TYPES = (
-    *("lmvm", "cg", "bncg", "blmvm", "bqnls", "bqnktr", "bqnktl", "nm"),
-    *("nls", "ntr", "ntl", "bnls", "bntr", "bntl"),  # with Hessian products
-)
-
-# those whose limited-memory matrices sum by ranks: the same on any number of ranks to rounding only
-TO_ROUNDING = ("lmvm", "bncg", "blmvm", "bqnls", "bqnktr", "bqnktl", "bnls", "bntr", "bntl")
+__getattr__ = lazily(__name__, _HOMES)
 
 
-@cache
-def solver_class(name: str) -> Any:
-    """The class of a solver of ours or of a user's ``path/to/file.py:Class``; None for others.
-
-    Raises
-    ------
-    InputError
-        If the user's cannot be loaded.
-    """
-    return load(name, {}, "solver") if ":" in name else SOLVERS.get(name)
-
-
-def configure(tao: PETSc.TAO, name: str) -> None:
-    """Make a TAO object the solver of that name: ours, PETSc's, or ``path/to/file.py:Class``; options not yet read.
-
-    Raises
-    ------
-    InputError
-        If there is no such solver.
-    """
-    if name in SOLVERS:
-        tao.setType("python")
-        tao.setPythonType(f"solvers.{SOLVERS[name].__name__}")
-    elif name in PETSC_TYPES:
-        tao.setType(name)
-    elif ":" in name:
-        tao.setType("python")
-        tao.setPythonContext(solver_class(name)())
-    else:
-        raise InputError(
-            f"unknown solver '{name}'; there are {', '.join(SOLVERS)}; and PETSc's {', '.join(PETSC_TYPES)}"
-        )
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
 
 
 __all__ = [
-    *(
-        "APTSData",
-        "APTSWeights",
-        "ASPQN",
-        "LBFGS",
-        "MSPQN",
-        "DenseMSPQN",
-        "GaussNewton",
-        "SSBFGS",
-        "SSBroyden",
-        "Solver",
-        "TrustRegion",
-    ),
-    "NystromPC",
-    "SchwarzPC",
-    *("PETSC_TYPES", "SOLVERS", "TO_ROUNDING", "configure", "solver_class"),
-]
+    "ASPQN", "LBFGS", "MSPQN", "NAPTS", "PETSC_TYPES", "SOLVERS", "SSBFGS", "TO_ROUNDING", "APTSData", "APTSWeights",
+    "DenseMSPQN", "GaussNewton", "Minimisation", "NystromPC", "Result", "SSBroyden", "SchwarzPC", "Solver",
+    "TrustRegion", "configure", "minimise", "solver_class",
+]  # fmt: skip

@@ -9,7 +9,10 @@ from typing import Any, ClassVar
 
 from petsc4py import PETSc
 
+from ddml.decomposition.options import DECOMPOSITION, subdomains
+from ddml.decomposition.subdomains import Subdomains
 from ddml.errors import InputError
+from ddml.losses.loss import Loss
 from ddml.objectives.objective import Objective
 from ddml.objectives.restricted import RestrictedObjective
 from ddml.options import Option, read, with_defaults
@@ -42,6 +45,10 @@ class Solver(ABC):
         Iterations between new collocation points by default; 0: they stay.
     measures_error : int
         Iterations between evaluations of the error by default.
+    judges_batches : bool
+        Whether it tells, when a batch is replaced, how far the new one agrees with what it did on the old one.
+    subdomains_of : str
+        What its subdomains are made of: ``parameters``, ``samples``, or nothing.
     failure : int
         PETSc's reason where :meth:`iterate` cannot go on.
     whole_iterations : bool
@@ -59,6 +66,8 @@ class Solver(ABC):
     saved: ClassVar[Sequence[str]] = ()
     moves_points: ClassVar[int] = 0
     measures_error: ClassVar[int] = 1
+    judges_batches: ClassVar[bool] = False
+    subdomains_of: ClassVar[str] = ""
     failure: int = PETSc.TAO.ConvergedReason.DIVERGED_LS_FAILURE
 
     def __init__(self) -> None:
@@ -70,6 +79,19 @@ class Solver(ABC):
         self.f, self.iteration, self._version = 0.0, 0, 0
         self._resume: dict[str, Any] | None = None
         self.remembers = self.whole_iterations = False
+
+    @classmethod
+    def decompose(cls, loss: Loss, prefix: str = "") -> Subdomains:
+        """The subdomains of the parameters that the options ask for, which their ownership follows.
+
+        Raises
+        ------
+        InputError
+            See :func:`ddml.decomposition.options.subdomains`.
+        """
+        if cls.subdomains_of == "samples":
+            return Subdomains.by_layers(loss, 1)
+        return subdomains(loss, prefix, cls.options if cls.subdomains_of else DECOMPOSITION)
 
     def setFromOptions(self, tao: PETSc.TAO) -> None:
         """Read the options; of an objective on a subdomain with :attr:`local_defaults`. Collective."""

@@ -42,7 +42,7 @@ from ddml.sampling.batches import Batches
 from ddml.summation import leaves
 
 from .base import REASONS, Solver
-from solvers import configure, solver_class  # TEMP
+from .registry import configure, solver_class
 
 LIMIT = 1_000_000  # parameters above which sums go by ranks (our choice)
 _prefixes = (f"minimise{number}_" for number in count())
@@ -141,7 +141,7 @@ class Minimisation:
         if blocks is None:
             blocks = 0 if loss.size > limit else leaves(samples or loss.count, loss.enough)
         kind = solver_class(solver) if isinstance(solver, str) else type(solver)
-        chosen = (kind.decompose(loss, prefix) if hasattr(kind, "decompose") else Subdomains.by_layers(loss, 1)) if subdomains is None else subdomains  # TEMP
+        chosen = kind.decompose(loss, prefix) if subdomains is None else subdomains
         self.layout = ParameterLayout(loss.parameters, comm, chosen.ownership(comm.size))
         made = ResidualObjective if isinstance(loss, ResidualLoss) else Objective
         self.objective = made(loss, self.layout, stop, blocks)

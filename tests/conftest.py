@@ -15,13 +15,10 @@ from mpi4py import MPI
 from petsc4py import PETSc
 from torch import Tensor
 
-from ddml.layout import ParameterLayout
+from ddml.decomposition.subdomains import Subdomains
 from ddml.losses.loss import Loss
-from ddml.losses.residual import ResidualLoss
-from ddml.objectives.objective import Objective
-from ddml.objectives.residual import ResidualObjective
 from ddml.parameters import parameter_table
-from solvers import configure
+from solvers import Minimisation
 
 torch.set_num_threads(1)
 
@@ -148,29 +145,15 @@ def train() -> Callable[..., SimpleNamespace]:
         **settings: Any,
     ) -> SimpleNamespace:
         name, database = next(_prefixes), PETSc.Options()
-        layout = ParameterLayout(loss.parameters, comm)
-        kind = ResidualObjective if isinstance(loss, ResidualLoss) else Objective
-        objective = kind(loss, layout, blocks=blocks)
-        x, tao = layout.vector(), PETSc.TAO().create(comm)
-        objective.initial(x)
-        begin, end = x.getOwnershipRange()
-        if start is not None:
-            x.setArray(start[begin:end])
         for key, value in settings.items():
             database.setValue(name + key, value)
-        tao.setOptionsPrefix(name)
-        if isinstance(solver, str):
-            configure(tao, solver)
-        else:
-            tao.setType("python")
-            tao.setPythonContext(solver)
-        objective.attach(tao)
-        tao.setSolution(x)
-        tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
+        whole = Subdomains.by_layers(loss, 1)
+        made = Minimisation(loss, solver, comm, name, subdomains=whole, blocks=blocks)
+        layout, objective, x, tao, context = made.layout, made.objective, made.x, made.tao, made.context
+        if start is not None:
+            begin, end = x.getOwnershipRange()
+            x.setArray(start[begin:end])
         tao.setMaximumIterations(iterations)
-        tao.setFromOptions()
-        tao.setUp()
-        context = tao.getPythonContext() if tao.getType() == "python" else None
         seen = SimpleNamespace(losses=[], norms=[], steps=[], theta=[], total=[], critical=[], gradients=[])
 
         def monitor(tao: PETSc.TAO) -> None:
@@ -187,8 +170,7 @@ def train() -> Callable[..., SimpleNamespace]:
             context.resume(state)
         tao.solve()
         reason = tao.getConvergedReason()
-        tao.destroy()
-        x.destroy()
+        made.destroy()
         for key in settings:
             database.delValue(name + key)
         return SimpleNamespace(**{key: np.array(column) for key, column in vars(seen).items()}, reason=reason)

@@ -17,16 +17,13 @@ import ddml.runs.run
 from ddml import options, plugins
 from ddml.decomposition.subdomains import Subdomains
 from ddml.errors import InputError
-from ddml.layout import ParameterLayout
 from ddml.losses.loss import Loss
-from ddml.objectives.objective import Objective
 from ddml.options import Option
 from ddml.parallel import StopRequest
-from ddml.summation import efficiency, fixes_order, leaves
-from solvers import PETSC_TYPES, SOLVERS, TO_ROUNDING, configure, solver_class
-from ddml.decomposition.options import subdomains
+from ddml.summation import efficiency, fixes_order
+from solvers import PETSC_TYPES, SOLVERS, TO_ROUNDING, Minimisation
 
-__all__ = ["HELP", "OPTIONS", "Training", "check_device", "decompose", "help_text", "read_options"]
+__all__ = ["HELP", "OPTIONS", "Training", "check_device", "help_text", "read_options"]
 
 PREFIXES = {
     **dict.fromkeys(
@@ -112,14 +109,6 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-def decompose(settings: Any, loss: Loss) -> Subdomains:
-    """The subdomains of the solver, or those that the options ask for if it has none."""
-    kind = solver_class(settings.solver)
-    if not hasattr(kind, "decompose") and any(o.name == "subdomains" for o in getattr(kind, "options", ())):
-        return Subdomains.by_layers(loss, 1)  # its subdomains are not of parameters
-    return getattr(kind, "decompose", subdomains)(loss)
-
-
 class Training:
     """A loss on the ranks and the solver that the options ask for, set up; collective.
 
@@ -133,8 +122,6 @@ class Training:
         What is minimised.
     chosen
         Subdomains of its parameters, which the ownership of these follows.
-    kind
-        Of the objective.
     fmin
         Default of ``-tao_fmin``.
     samples
@@ -152,29 +139,18 @@ class Training:
         settings: Any,
         loss: Loss,
         chosen: Subdomains,
-        kind: type[Objective],
         fmin: float,
         samples: int = 0,
     ) -> None:
         self.comm, self.settings, self.loss = comm, settings, loss
         self.stop = StopRequest()
-        self.blocks = settings.summation_blocks
-        if self.blocks is None:
-            self.blocks = 0 if loss.size > settings.summation_limit else leaves(samples or loss.count, loss.enough)
-        self.layout = ParameterLayout(loss.parameters, comm, chosen.ownership(comm.size))
-        self.objective = kind(loss, self.layout, self.stop, self.blocks)
-        self.x = self.layout.vector()
-        self.objective.initial(self.x)
-        self.tao = PETSc.TAO().create(comm)
         with plugins.blamed(settings.solver, {**SOLVERS, **dict.fromkeys(PETSC_TYPES)}, "solver"):
-            configure(self.tao, settings.solver)
-        self.objective.attach(self.tao)
-        self.tao.setSolution(self.x)
-        self.tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
-        with options.understood():
-            with options.preset(tao_fmin=fmin):
-                self.tao.setFromOptions()
-            self.tao.setUp()
+            made = Minimisation(
+                loss, settings.solver, comm, subdomains=chosen, blocks=settings.summation_blocks, samples=samples,
+                limit=settings.summation_limit, stop=self.stop, fmin=fmin,
+            )  # fmt: skip
+        self.layout, self.objective, self.x, self.tao = made.layout, made.objective, made.x, made.tao
+        self.blocks = made.objective.blocks
         left = options.unused()
         if left:
             names = ", ".join("-" + key for key in left)

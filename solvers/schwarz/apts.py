@@ -9,9 +9,7 @@ from typing import ClassVar
 
 from petsc4py import PETSc
 
-from ddml.decomposition.options import DECOMPOSITION, subdomains
-from ddml.decomposition.subdomains import Subdomains
-from ddml.losses.loss import Loss
+from ddml.decomposition.options import DECOMPOSITION
 from ddml.objectives.consistent import sample_parts, whole_copies
 from ddml.options import Option, with_defaults
 from solvers.line_search import SearchResult
@@ -158,16 +156,12 @@ class APTSWeights(_APTS):
     784-32-32-10 on MNIST each alone is 1 % less accurate after 30 work units.
     """
 
+    subdomains_of = "parameters"
     options: ClassVar[Sequence[Option]] = (
         *TrustRegion.options,
         *with_defaults(DECOMPOSITION, decomposition="windows"),
         *LOCAL,
     )
-
-    @classmethod
-    def decompose(cls, loss: Loss, prefix: str = "") -> Subdomains:
-        """What :func:`ddml.decomposition.options.subdomains` makes of the options and of this solver's defaults."""
-        return subdomains(loss, prefix, cls.options)
 
     def setUp(self, tao: PETSc.TAO) -> None:
         """Build the decomposition and the local solvers. Collective."""
@@ -209,6 +203,7 @@ class APTSData(_APTS):
     evaluation of a part of the samples.
     """
 
+    subdomains_of = "samples"
     options: ClassVar[Sequence[Option]] = (
         *TrustRegion.options,
         Option("subdomains", 2, "Number N of sample subdomains.", minimum=1),

@@ -22,6 +22,7 @@ from ddml.parallel import agreed, check_memory
 from ddml.plugins import blamed
 from ddml.states import narrowed, widened
 from solvers.base import Solver
+from solvers.registry import PETSC_TYPES, SOLVERS, configure
 
 LOCAL_REMEDY = "use more nodes, smaller subdomains, -sub_matrix_dtype float32, or another -local_solver"
 
@@ -42,7 +43,7 @@ class LocalSolver:
     steps
         Iterations.
     solver
-        Name, see :func:`solvers.configure`; ``-<prefix>tao_type`` wins.
+        Name, see :func:`solvers.registry.configure`; ``-<prefix>tao_type`` wins.
     remembers
         See above.
 
@@ -63,8 +64,6 @@ class LocalSolver:
         self._create()
 
     def _create(self) -> None:
-        from solvers import PETSC_TYPES, SOLVERS, configure
-
         prefix, steps = self.prefix, self.given_steps
         self.tao = PETSc.TAO().create(self.objective.comm)
         self.tao.setOptionsPrefix(prefix)

@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from petsc4py import PETSc
 
-from ddml.decomposition.options import DECOMPOSITION, subdomains
+from ddml.decomposition.options import DECOMPOSITION
 from ddml.decomposition.subdomains import Subdomains
 from ddml.errors import InputError
-from ddml.losses.loss import Loss
 from ddml.objectives.residual import ResidualObjective
 from ddml.options import Option, number_or_word, with_defaults
 from ddml.states import vectors_in
@@ -29,6 +28,7 @@ class _SPQN(LBFGS):
     """What ASPQN and MSPQN share; after a plain L-BFGS step, every iteration begins with local solves."""
 
     parallel: ClassVar[bool]
+    subdomains_of = "parameters"
     options: ClassVar[Sequence[Option]] = (
         *LBFGS.options,
         *DECOMPOSITION,
@@ -41,11 +41,6 @@ class _SPQN(LBFGS):
         Option("coarse_step", False, "Minimise over the first layer of each subdomain before the local solves."),
         Option("coarse_steps", 10, "Iterations of the coarse solver (our choice).", minimum=1),
     )  # fmt: skip
-
-    @classmethod
-    def decompose(cls, loss: Loss, prefix: str = "") -> Subdomains:
-        """What :func:`subdomains` makes of the options and of this solver's defaults."""
-        return subdomains(loss, prefix, cls.options)
 
     def setUp(self, tao: PETSc.TAO) -> None:
         """Build the decomposition and the local solvers. Collective."""

@@ -80,6 +80,7 @@ class TrustRegion(Solver):
     the batch began, theta there, the step, which becomes the trial point, and the momentum.
     """
 
+    judges_batches = True
     options: ClassVar[Sequence[Option]] = OPTIONS
     local_defaults: ClassVar[Mapping[str, Any]] = {"momentum": 0.0}
     work_vectors: ClassVar[Sequence[str]] = ("s", "trial", "trial_g", "y", "batch_x", "batch_g")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import ddml
 import solvers
 from ddml.errors import InputError
-from ddml.problems import PROBLEMS, PDELoss
 from ddml.networks.tanh import TanhNetwork
+from ddml.problems import PROBLEMS, PDELoss
 from solvers.minimise import Minimisation, minimise
 
 

@@ -1,97 +1,69 @@
-"""How networks are trained: PETSc TAO solvers in Python."""
+"""How networks are trained: PETSc TAO solvers in Python.
 
-from functools import cache
-from typing import Any
+Everything is loaded when it is asked for: ``import solvers`` alone takes no time.
+"""
 
-from petsc4py import PETSc
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from ddml.errors import InputError
-from ddml.plugins import load
-from solvers.base import Solver
-from solvers.gauss_newton.gauss_newton import GaussNewton
-from solvers.gauss_newton.nystrom import NystromPC
-from solvers.gauss_newton.schwarz_pc import SchwarzPC
-from solvers.quasi_newton.lbfgs import LBFGS
-from solvers.quasi_newton.self_scaled import SSBFGS, SSBroyden
-from solvers.schwarz.apts import APTSData, APTSWeights
-from solvers.schwarz.napts import NAPTS
-from solvers.schwarz.spqn import ASPQN, MSPQN, DenseMSPQN
-from solvers.trust_region.trust_region import TrustRegion
-
-SOLVERS: dict[str, type[Solver]] = {
-    "ssbroyden": SSBroyden,
-    "ssbfgs": SSBFGS,
-    "gauss_newton": GaussNewton,
-    "lbfgs": LBFGS,
-    "aspqn": ASPQN,
-    "mspqn": MSPQN,
-    "mspqn_dense": DenseMSPQN,
-    "tr": TrustRegion,
-    "apts_weights": APTSWeights,
-    "apts_data": APTSData,
-    "napts": NAPTS,
-}
-
-# PETSc's types for unconstrained minimisation, which take our objectives as they are; not bqnkls, which shifts a
-# quasi-Newton matrix that PETSc cannot solve with then
-PETSC_TYPES = (
-    *("lmvm", "cg", "bncg", "blmvm", "bqnls", "bqnktr", "bqnktl", "nm"),
-    *("nls", "ntr", "ntl", "bnls", "bntr", "bntl"),  # with Hessian products
-)
-
-# those whose limited-memory matrices sum by ranks: the same on any number of ranks to rounding only
-TO_ROUNDING = ("lmvm", "bncg", "blmvm", "bqnls", "bqnktr", "bqnktl", "bnls", "bntr", "bntl")
-
-
-@cache
-def solver_class(name: str) -> Any:
-    """The class of a solver of ours or of a user's ``path/to/file.py:Class``; None for others.
-
-    Raises
-    ------
-    InputError
-        If the user's cannot be loaded.
-    """
-    return load(name, {}, "solver") if ":" in name else SOLVERS.get(name)
-
-
-def configure(tao: PETSc.TAO, name: str) -> None:
-    """Make a TAO object the solver of that name: ours, PETSc's, or ``path/to/file.py:Class``; options not yet read.
-
-    Raises
-    ------
-    InputError
-        If there is no such solver.
-    """
-    if name in SOLVERS:
-        tao.setType("python")
-        tao.setPythonType(f"solvers.{SOLVERS[name].__name__}")
-    elif name in PETSC_TYPES:
-        tao.setType(name)
-    elif ":" in name:
-        tao.setType("python")
-        tao.setPythonContext(solver_class(name)())
-    else:
-        raise InputError(
-            f"unknown solver '{name}'; there are {', '.join(SOLVERS)}; and PETSc's {', '.join(PETSC_TYPES)}"
-        )
-
+if TYPE_CHECKING:
+    from solvers.base import Solver
+    from solvers.gauss_newton.gauss_newton import GaussNewton
+    from solvers.gauss_newton.nystrom import NystromPC
+    from solvers.gauss_newton.schwarz_pc import SchwarzPC
+    from solvers.quasi_newton.lbfgs import LBFGS
+    from solvers.quasi_newton.self_scaled import SSBFGS, SSBroyden
+    from solvers.registry import PETSC_TYPES, SOLVERS, TO_ROUNDING, configure, solver_class
+    from solvers.schwarz.apts import APTSData, APTSWeights
+    from solvers.schwarz.napts import NAPTS
+    from solvers.schwarz.spqn import ASPQN, MSPQN, DenseMSPQN
+    from solvers.trust_region.trust_region import TrustRegion
 
 __all__ = [
-    *(
-        "APTSData",
-        "APTSWeights",
-        "ASPQN",
-        "LBFGS",
-        "MSPQN",
-        "DenseMSPQN",
-        "GaussNewton",
-        "SSBFGS",
-        "SSBroyden",
-        "Solver",
-        "TrustRegion",
-    ),
+    "ASPQN",
+    "LBFGS",
+    "MSPQN",
+    "NAPTS",
+    "PETSC_TYPES",
+    "SOLVERS",
+    "SSBFGS",
+    "TO_ROUNDING",
+    "APTSData",
+    "APTSWeights",
+    "DenseMSPQN",
+    "GaussNewton",
     "NystromPC",
+    "SSBroyden",
     "SchwarzPC",
-    *("PETSC_TYPES", "SOLVERS", "TO_ROUNDING", "configure", "solver_class"),
+    "Solver",
+    "TrustRegion",
+    "configure",
+    "solver_class",
 ]
+
+# where they are
+_MODULES = {
+    "base": ("Solver",),
+    "registry": ("PETSC_TYPES", "SOLVERS", "TO_ROUNDING", "configure", "solver_class"),
+    "quasi_newton.lbfgs": ("LBFGS",),
+    "quasi_newton.self_scaled": ("SSBFGS", "SSBroyden"),
+    "gauss_newton.gauss_newton": ("GaussNewton",),
+    "gauss_newton.nystrom": ("NystromPC",),
+    "gauss_newton.schwarz_pc": ("SchwarzPC",),
+    "trust_region.trust_region": ("TrustRegion",),
+    "schwarz.spqn": ("ASPQN", "MSPQN", "DenseMSPQN"),
+    "schwarz.apts": ("APTSData", "APTSWeights"),
+    "schwarz.napts": ("NAPTS",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'solvers' has no attribute '{name}'")
+    found = globals()[name] = vars(import_module(f"solvers.{_MODULE_OF[name]}"))[name]
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

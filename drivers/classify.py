@@ -29,7 +29,6 @@ from ddml.parallel import agreed
 from ddml.problems.classification import ClassificationLoss, TestSet
 from ddml.data.scaling import SCALINGS, Samples, Scaling
 from solvers import PETSC_TYPES, SOLVERS, solver_class
-from solvers.trust_region.trust_region import TrustRegion
 from common.training import check_device, decompose
 
 RESIDUALS_ONLY = ("gauss_newton",)
@@ -85,8 +84,7 @@ def main(comm: MPI.Comm) -> int:
     made = training.Training(comm, settings, loss, chosen, Objective, 0.0, settings.batch_size)
     moving = None
     if 0 < settings.batch_size < dataset.count:
-        kind = solver_class(settings.solver)
-        if settings.batch_growth > 1 and not (isinstance(kind, type) and issubclass(kind, TrustRegion)):
+        if settings.batch_growth > 1 and not solver_class(settings.solver).judges_batches:
             raise InputError(f"option -batch_growth is for solvers with a trust region, not '{settings.solver}'")
         moving = Batches(made.objective, settings, settings.seed)
     interval = moving.interval if moving is not None else 1
@@ -137,7 +135,7 @@ def header(
         f"network {network}, {loss.size} parameters in {len(loss.layers)} layers, {settings.dtype} on"
         f" {settings.device}\n"
         f"solver {settings.solver} {summation}\n"
-        + (f"{decompose(settings, loss)!r}" if hasattr(solver_class(settings.solver), "decompose") else "")
+        + (f"{decompose(settings, loss)!r}" if solver_class(settings.solver).subdomains_of == "parameters" else "")
     ).rstrip()
 
 

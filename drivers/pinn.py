@@ -15,6 +15,7 @@ from petsc4py import PETSc
 from torch import Tensor
 
 import ddml.runs.run
+import solvers
 from common import training
 from ddml import kernels, plugins
 from ddml.errors import InputError
@@ -26,7 +27,7 @@ from ddml.problems import PDE, PROBLEMS, PDELoss
 from ddml.problems.pde import collocation
 from ddml.problems.pde.accuracy import SolutionError
 from ddml.objectives.residual import ResidualObjective
-from solvers import PETSC_TYPES, SOLVERS, NystromPC, SchwarzPC, solver_class
+from solvers import PETSC_TYPES, SOLVERS, solver_class
 from common.training import check_device, decompose
 
 WITHOUT_KERNELS = "note: the kernels were not built (make env does it with a C compiler): torch does their work, slower"
@@ -50,7 +51,7 @@ OPTIONS = (
 def help_text() -> str:
     """What -help prints."""
     more: list[str] = []
-    for pc in (NystromPC, SchwarzPC):
+    for pc in (solvers.NystromPC, solvers.SchwarzPC):
         more += ["", f"Options of -gn_pc_type python -gn_pc_python_type solvers.{pc.__name__}, with gn_ before them:"]
         more += map(str, pc.options)
     return training.help_text(__doc__ or "", (*OPTIONS, *ddml.runs.run.OPTIONS), more=more)
@@ -66,7 +67,7 @@ def main(comm: MPI.Comm) -> int:
     with agreed(comm), plugins.blamed(settings.problem, PROBLEMS, "problem"):
         loss, network = build(settings)
         chosen = decompose(settings, loss)
-    limits.error_interval = limits.error_interval or getattr(solver_class(settings.solver), "measures_error", 1)
+    limits.error_interval = limits.error_interval or solver_class(settings.solver).measures_error
     fmin = 1e-9 if settings.solver in ("lbfgs", "aspqn", "mspqn") else 0.0  # the paper's
     made = training.Training(comm, settings, loss, chosen, ResidualObjective, fmin)
     with agreed(comm), plugins.blamed(settings.problem, PROBLEMS, "problem"):
@@ -118,7 +119,7 @@ def choose(settings: Any, size: int) -> None:
         settings.solver = "ssbroyden" if size <= LARGE else "lbfgs"
         if size > LARGE and not PETSc.Options().hasName("memory"):
             PETSc.Options().setValue("memory", 50)
-    interval = getattr(solver_class(settings.solver), "moves_points", 0)
+    interval = solver_class(settings.solver).moves_points
     if settings.resample == "auto":
         settings.resample = "residual" if interval else "never"
     settings.resample_interval = settings.resample_interval or interval or 250
@@ -138,7 +139,7 @@ def header(settings: Any, loss: PDELoss, network: str, summation: str) -> str:
         f" {loss.evaluator!r} with derivatives up to order {max(len(i) for i in loss.indices)}\n"
         f"{residuals(loss)}\n"
         f"solver {settings.solver} {summation}\n"
-        + (f"{decompose(settings, loss)!r}\n" if hasattr(solver_class(settings.solver), "decompose") else "")
+        + (f"{decompose(settings, loss)!r}\n" if solver_class(settings.solver).subdomains_of == "parameters" else "")
         + ("" if settings.device != "cpu" or kernels.library() is not None else WITHOUT_KERNELS)
     ).rstrip()
 

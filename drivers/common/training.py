@@ -24,7 +24,6 @@ from ddml.options import Option
 from ddml.parallel import StopRequest
 from ddml.summation import efficiency, fixes_order, leaves
 from solvers import PETSC_TYPES, SOLVERS, TO_ROUNDING, configure, solver_class
-from ddml.decomposition.options import subdomains
 
 __all__ = ["HELP", "OPTIONS", "Training", "check_device", "decompose", "help_text", "read_options"]
 
@@ -113,11 +112,8 @@ def check_device(name: str) -> torch.device:
 
 
 def decompose(settings: Any, loss: Loss) -> Subdomains:
-    """The subdomains of the solver, or those that the options ask for if it has none."""
-    kind = solver_class(settings.solver)
-    if not hasattr(kind, "decompose") and any(o.name == "subdomains" for o in getattr(kind, "options", ())):
-        return Subdomains.by_layers(loss, 1)  # its subdomains are not of parameters
-    return getattr(kind, "decompose", subdomains)(loss)
+    """The subdomains of the solver, see :meth:`solvers.base.Solver.decompose`."""
+    return solver_class(settings.solver).decompose(loss)
 
 
 class Training:
@@ -166,7 +162,7 @@ class Training:
         self.x = self.layout.vector()
         self.objective.initial(self.x)
         self.tao = PETSc.TAO().create(comm)
-        with plugins.blamed(settings.solver, {**SOLVERS, **dict.fromkeys(PETSC_TYPES)}, "solver"):
+        with plugins.blamed(settings.solver, dict.fromkeys((*SOLVERS, *PETSC_TYPES)), "solver"):
             configure(self.tao, settings.solver)
         self.objective.attach(self.tao)
         self.tao.setSolution(self.x)

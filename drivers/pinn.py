@@ -15,6 +15,7 @@ from petsc4py import PETSc
 from torch import Tensor
 
 import ddml.runs.run
+import solvers
 from common import training
 from ddml import kernels, plugins
 from ddml.errors import InputError
@@ -25,7 +26,7 @@ from ddml.parallel import agreed
 from ddml.problems import PDE, PROBLEMS, PDELoss
 from ddml.problems.pde import collocation
 from ddml.problems.pde.accuracy import SolutionError
-from solvers import PETSC_TYPES, SOLVERS, NystromPC, SchwarzPC, solver_class
+from solvers import PETSC_TYPES, SOLVERS, solver_class
 from common.training import check_device
 
 WITHOUT_KERNELS = "note: the kernels were not built (make env does it with a C compiler): torch does their work, slower"
@@ -49,7 +50,7 @@ OPTIONS = (
 def help_text() -> str:
     """What -help prints."""
     more: list[str] = []
-    for pc in (NystromPC, SchwarzPC):
+    for pc in (solvers.NystromPC, solvers.SchwarzPC):
         more += ["", f"Options of -gn_pc_type python -gn_pc_python_type solvers.{pc.__name__}, with gn_ before them:"]
         more += map(str, pc.options)
     return training.help_text(__doc__ or "", (*OPTIONS, *ddml.runs.run.OPTIONS), more=more)

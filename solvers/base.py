@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from petsc4py import PETSc
 
@@ -18,15 +18,17 @@ from ddml.objectives.restricted import RestrictedObjective
 from ddml.options import Option, read, with_defaults
 
 from .line_search import LineSearch, SearchResult
+from .owner import Owner
 
 REASONS = {v: k for k, v in vars(PETSc.TAO.ConvergedReason).items() if not k.startswith("_")}
 
 
-class Solver(ABC):
+class Solver(Owner, ABC):
     """Python context of a TAO solver (``-tao_type python -tao_python_type solvers.<name>``).
 
-    A subclass defines :meth:`iterate`, and if it keeps more than vectors from one iteration to the
-    next also :meth:`begin`, :meth:`kept` and :meth:`restore`: then its runs restart to the last bit.
+    A subclass defines :meth:`iterate`, and names the vectors that an iteration needs; if it keeps more than vectors
+    from one iteration to the next also :meth:`begin`, :meth:`inner_state` and :meth:`take_state`: then its runs restart
+    to the last bit. What needs the objective is made in :meth:`prepare`.
 
     The objective must have been given with :meth:`ddml.objectives.objective.Objective.attach`. Options are
     read once, under the prefix of the TAO object.
@@ -41,33 +43,34 @@ class Solver(ABC):
         The values in force.
     work_vectors, saved : tuple of str
         Names of the vectors that an iteration needs, and which of them are part of :meth:`state`.
+    subdomains_of : str
+        What the solver divides into subdomains: ``parameters``, ``samples`` or nothing.
+    judges_batches : bool
+        Whether the solver says, in the objective's ``agreement``, how well one batch stands for the next.
     moves_points : int
         Iterations between new collocation points by default; 0: they stay.
     measures_error : int
         Iterations between evaluations of the error by default.
-    judges_batches : bool
-        Whether it tells, when a batch is replaced, how far the new one agrees with what it did on the old one.
-    subdomains_of : str
-        What its subdomains are made of: ``parameters``, ``samples``, or nothing.
     failure : int
         PETSc's reason where :meth:`iterate` cannot go on.
     whole_iterations : bool
-        Whether a request to stop waits for the end of an iteration, which changes what :meth:`kept` gives meanwhile.
+        Whether a request to stop waits for the end of an iteration, which changes what :meth:`inner_state` gives
+        meanwhile.
     notes : list of str
         What a user should know of the method as it has been set up.
     remembers : bool
         Whether :meth:`solve` begins with what the last one, of an objective that may have changed since, has
-        learnt of curvature, instead of afresh.
+        learnt of curvature, instead of afresh; :meth:`state` is then that alone.
     """
 
     options: ClassVar[Sequence[Option]] = ()
     local_defaults: ClassVar[Mapping[str, Any]] = {}
     work_vectors: ClassVar[Sequence[str]] = ()
     saved: ClassVar[Sequence[str]] = ()
+    subdomains_of: ClassVar[Literal["parameters", "samples", ""]] = ""
+    judges_batches: ClassVar[bool] = False
     moves_points: ClassVar[int] = 0
     measures_error: ClassVar[int] = 1
-    judges_batches: ClassVar[bool] = False
-    subdomains_of: ClassVar[str] = ""
     failure: int = PETSc.TAO.ConvergedReason.DIVERGED_LS_FAILURE
 
     def __init__(self) -> None:
@@ -77,12 +80,12 @@ class Solver(ABC):
         self.objective: Objective
         self.vectors: dict[str, PETSc.Vec] = {}
         self.f, self.iteration, self._version = 0.0, 0, 0
-        self._resume: dict[str, Any] | None = None
+        self._restored: bool | None = None  # whether the restored state is outdated; None: there is none
         self.remembers = self.whole_iterations = False
 
     @classmethod
     def decompose(cls, loss: Loss, prefix: str = "") -> Subdomains:
-        """The subdomains of the parameters that the options ask for, which their ownership follows.
+        """Subdomains of the parameters, whose ownership follows them: the solver's, if it has some, or by the options.
 
         Raises
         ------
@@ -100,13 +103,18 @@ class Solver(ABC):
         self.settings = read(with_defaults(self.options, **self.local_defaults if inside else {}), self.prefix)
 
     def setUp(self, tao: PETSc.TAO) -> None:
-        """Build what the solver needs. Collective."""
+        """Build what the solver needs, by :meth:`prepare`; where that fails nothing is left of it. Collective."""
+        with self.building():
+            self.prepare(tao)
+
+    def prepare(self, tao: PETSc.TAO) -> None:
+        """Build what the solver needs, and register with :meth:`own` what is to be destroyed. Collective."""
         self.objective = tao.getAppCtx()
-        self.search = LineSearch(self.objective, self.prefix)
+        self.search = self.own(LineSearch(self.objective, self.prefix))
         # g: at the current point, which moves within an iteration; accepted_g and what is saved change at its end only
         shared = self.shared_vectors()
         names = [name for name in ("g", "accepted_g", *self.work_vectors) if name not in shared]
-        self.vectors = {name: tao.getSolution().duplicate() for name in names}
+        self.vectors = {name: self.own(tao.getSolution().duplicate()) for name in names}
         self.vectors |= {name: self.vectors[other] for name, other in shared.items()}
 
     def shared_vectors(self) -> Mapping[str, str]:
@@ -115,7 +123,7 @@ class Solver(ABC):
 
     @property
     def needed(self) -> int:
-        """Bytes of the dense matrices that :meth:`setUp` has made on this rank, and the solver will fill."""
+        """Bytes of the dense matrices that :meth:`prepare` has made on this rank, and the solver will fill."""
         return 0
 
     @property
@@ -164,26 +172,22 @@ class Solver(ABC):
         return self._version != self.objective.version
 
     def _start(self, tao: PETSc.TAO) -> bool:
-        """Begin at the initial point, or where :meth:`resume` says; True to go on."""
+        """Begin at the initial point, or where :meth:`restore` says; True to go on."""
         x, accepted = tao.getSolution(), self.vectors["accepted_g"]
-        self._version = self.objective.version
-        if self._resume is None:
-            self.iteration = 0
-            if self.remembers:
-                self.renew(x)
-            else:
-                self.f = self.objective.value_gradient(x, self.g)
-                self.g.copy(accepted)
-                self.begin()
-            return self.report(tao, 0, self.f, self.g.norm(), 0.0)
-        state, self._resume = self._resume, None
-        self.iteration, self.f = state["iteration"], state["f"]
-        if state["outdated"]:
-            self._version = -1
-        self._take(state)
-        accepted.copy(self.g)
-        tao.setIterationNumber(self.iteration)
-        return tao.getMaximumIterations() > self.iteration
+        outdated, self._restored = self._restored, None
+        self._version = -1 if outdated else self.objective.version
+        if outdated is not None:
+            accepted.copy(self.g)
+            tao.setIterationNumber(self.iteration)
+            return tao.getMaximumIterations() > self.iteration
+        self.iteration = 0
+        if self.remembers:
+            self.renew(x)
+        else:
+            self.f = self.objective.value_gradient(x, self.g)
+            self.g.copy(accepted)
+            self.begin()
+        return self.report(tao, 0, self.f, self.g.norm(), 0.0)
 
     def renew(self, x: PETSc.Vec) -> None:
         """Evaluate the objective, which has changed, at the current point. Collective."""
@@ -198,60 +202,59 @@ class Solver(ABC):
         """Forget everything: the loss and gradient at the initial point are known. Collective."""
         return
 
-    def kept(self) -> dict[str, Any]:
-        """What the next iteration needs besides :attr:`saved` and the parameters."""
+    def inner_state(self) -> dict[str, Any]:
+        """What the next iteration needs besides :attr:`saved` and the parameters. Collective.
+
+        Of the kinds that :mod:`ddml.states` can write; its vectors are this object's.
+        """
         return {}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`kept` gave; the vectors have been. Collective."""
+    def take_state(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`inner_state` gave; the vectors :attr:`saved` have been. Collective.
+
+        The vectors in it are to be kept or destroyed.
+
+        Raises
+        ------
+        InputError
+            If it is that of other options.
+        """
         return
 
-    def _take(self, state: dict[str, Any]) -> None:
-        for name, vec in state["vectors"].items():
-            vec.copy(self.vectors[name])
-            vec.destroy()
-        self.restore(state)
-
-    def memory(self) -> dict[str, Any]:
-        """What a solve that :attr:`remembers` begins with; the vectors are this object's. Collective."""
-        return {"vectors": {name: self.vectors[name] for name in self.saved}, **self.kept()}
-
-    def recall(self, memory: dict[str, Any]) -> None:
-        """Take over a :meth:`memory`, and its vectors, for the next solve. Collective."""
-        self._take(memory)
-        self.remembers = True
-
     def state(self) -> dict[str, Any]:
-        """What the next iteration needs besides the parameters, as it was after the last complete one. Collective."""
+        """What the next iteration needs besides the parameters, as it was after the last complete one. Collective.
+
+        Of a solver that :attr:`remembers`, what its next solve begins with. The vectors are this object's.
+        """
+        if self.remembers:
+            return {"vectors": {name: self.vectors[name] for name in self.saved}, **self.inner_state()}
         return {
             "iteration": self.iteration,
             "f": self.f,
             "outdated": self.outdated,
             "vectors": {name: self.vectors[name] for name in ("accepted_g", *self.saved)},
-            **self.kept(),
+            **self.inner_state(),
         }
 
-    def resume(self, state: dict[str, Any]) -> None:
-        """Make the next :meth:`solve` go on from :meth:`state` instead of starting anew.
+    def restore(self, state: dict[str, Any]) -> None:
+        """Make the next :meth:`solve` go on from a :meth:`state`, whose vectors are taken over. Collective.
 
         Raises
         ------
         InputError
-            If the state is not one of this version of ddml.
+            If the state is not one of this version of ddml, or of other options.
         """
-        if "outdated" not in state:
-            raise InputError(
-                "the solver's state in the run file is of an older ddml: another -solver begins afresh there"
-            )
-        self._resume = state
-
-    def destroy(self, tao: PETSc.TAO) -> None:
-        """Destroy what :meth:`setUp` made."""
-        for vec in self.vectors.values():
+        self.remembers = "iteration" not in state
+        if not self.remembers:
+            if "outdated" not in state:
+                raise InputError(
+                    "the solver's state in the run file is of an older ddml: another -solver begins afresh there"
+                )
+            self.iteration, self.f, self._restored = state["iteration"], state["f"], state["outdated"]
+        for name, vec in state["vectors"].items():
+            vec.copy(self.vectors[name])
             vec.destroy()
-        self.vectors = {}
-        if hasattr(self, "search"):
-            self.search.destroy()
+        self.take_state(state)
 
     def report(self, tao: PETSc.TAO, iteration: int, f: float, residual: float, step: float) -> bool:
         """Set the iteration number, call the monitors, test convergence; True to go on. Collective."""

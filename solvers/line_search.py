@@ -10,6 +10,8 @@ from petsc4py import PETSc
 from ddml.objectives.objective import Objective
 from ddml.options import preset
 
+from .owner import Owner
+
 # A first trial where the loss is not finite or has grown beyond all use for interpolation is given
 # up for a tenth of it (our choices). A cubic through values of 1 and 1e13 has its minimiser within
 # rounding of one end, and rounding then decides the step.
@@ -28,7 +30,7 @@ class SearchResult:
     success: bool
 
 
-class LineSearch:
+class LineSearch(Owner):
     """Strong-Wolfe search by cubic interpolation (More and Thuente 1994, PETSc's ``more-thuente``).
 
     Constants c1 = 1e-4, c2 = 0.9 and at most 25 evaluations (torch's routine of that kind; the
@@ -46,7 +48,7 @@ class LineSearch:
 
     def __init__(self, objective: Objective, prefix: str) -> None:
         self.objective = objective
-        self.search = PETSc.TAOLineSearch().create(objective.comm)
+        self.search = self.own(PETSc.TAOLineSearch().create(objective.comm))
         self.search.setOptionsPrefix(prefix)
         self.search.setType("more-thuente")
         self.search.setObjectiveGradient(self._evaluate)
@@ -96,7 +98,3 @@ class LineSearch:
             self._start = None
             x0.destroy()
             g0.destroy()
-
-    def destroy(self) -> None:
-        """Destroy the PETSc object."""
-        self.search.destroy()

@@ -1,11 +1,10 @@
-"""Solvers by name, loaded when they are asked for, so that a local or a coarse solver can be any of them."""
+"""The solvers by name, loaded when they are asked for: a local or a coarse solver can be any of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
-from typing import Any
 
 from petsc4py import PETSc
 
@@ -14,61 +13,40 @@ from ddml.plugins import load
 
 from .base import Solver
 
-# where every TAO context lives, by its class name
-CONTEXTS = {
-    "SSBFGS": "solvers.quasi_newton.self_scaled",
-    "SSBroyden": "solvers.quasi_newton.self_scaled",
-    "LBFGS": "solvers.quasi_newton.lbfgs",
-    "GaussNewton": "solvers.gauss_newton.gauss_newton",
-    "TrustRegion": "solvers.trust_region.trust_region",
-    "ASPQN": "solvers.schwarz.spqn",
-    "MSPQN": "solvers.schwarz.spqn",
-    "DenseMSPQN": "solvers.schwarz.spqn",
-    "APTSData": "solvers.schwarz.apts",
-    "APTSWeights": "solvers.schwarz.apts",
-    "NAPTS": "solvers.schwarz.napts",
+PATHS = {
+    "ssbroyden": "solvers.quasi_newton.self_scaled.SSBroyden",
+    "ssbfgs": "solvers.quasi_newton.self_scaled.SSBFGS",
+    "gauss_newton": "solvers.gauss_newton.gauss_newton.GaussNewton",
+    "lbfgs": "solvers.quasi_newton.lbfgs.LBFGS",
+    "aspqn": "solvers.schwarz.spqn.ASPQN",
+    "mspqn": "solvers.schwarz.spqn.MSPQN",
+    "mspqn_dense": "solvers.schwarz.spqn.DenseMSPQN",
+    "tr": "solvers.trust_region.trust_region.TrustRegion",
+    "apts_weights": "solvers.schwarz.apts.APTSWeights",
+    "apts_data": "solvers.schwarz.apts.APTSData",
+    "napts": "solvers.schwarz.napts.NAPTS",
 }
 
 
 class _Solvers(Mapping[str, type[Solver]]):
-    """Classes of solvers by the names of ``-solver``."""
-
-    def __init__(self, names: Mapping[str, str]) -> None:
-        self._names = names
+    """From names to classes."""
 
     def __getitem__(self, name: str) -> type[Solver]:
-        context = self._names[name]
-        return getattr(import_module(CONTEXTS[context]), context)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
+        module, _, kind = PATHS[name].rpartition(".")
+        found: type[Solver] = vars(import_module(module))[kind]
+        return found
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(PATHS)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(PATHS)
 
-    def context(self, name: str) -> str:
-        """The name of the class, without loading it."""
-        return self._names[name]
+    def __contains__(self, name: object) -> bool:
+        return name in PATHS
 
 
-SOLVERS = _Solvers(
-    {
-        "ssbroyden": "SSBroyden",
-        "ssbfgs": "SSBFGS",
-        "gauss_newton": "GaussNewton",
-        "lbfgs": "LBFGS",
-        "aspqn": "ASPQN",
-        "mspqn": "MSPQN",
-        "mspqn_dense": "DenseMSPQN",
-        "tr": "TrustRegion",
-        "apts_weights": "APTSWeights",
-        "apts_data": "APTSData",
-        "napts": "NAPTS",
-    }
-)
+SOLVERS: Mapping[str, type[Solver]] = _Solvers()
 
 # PETSc's types for unconstrained minimisation, which take our objectives as they are; not bqnkls, which shifts a
 # quasi-Newton matrix that PETSc cannot solve with then
@@ -83,12 +61,14 @@ TO_ROUNDING = ("lmvm", "bncg", "blmvm", "bqnls", "bqnktr", "bqnktl", "bnls", "bn
 
 @cache
 def solver_class(name: str) -> type[Solver]:
-    """The class of a solver of ours or of a user's ``path/to/file.py:Class``; :class:`Solver` itself of PETSc's types.
+    """The class of a solver of ours or of a user's ``path/to/file.py:Class``.
+
+    PETSc's types have none: of them it is :class:`solvers.base.Solver`, whose class attributes hold for them.
 
     Raises
     ------
     InputError
-        If there is no such solver, or a user's cannot be loaded or is no :class:`Solver`.
+        If there is no such solver, or the user's cannot be loaded or is no subclass of :class:`solvers.base.Solver`.
     """
     if name in SOLVERS:
         return SOLVERS[name]
@@ -98,9 +78,9 @@ def solver_class(name: str) -> type[Solver]:
         raise InputError(
             f"unknown solver '{name}'; there are {', '.join(SOLVERS)}; and PETSc's {', '.join(PETSC_TYPES)}"
         )
-    found: Any = load(name, {}, "solver")
+    found = load(name, {}, "solver")
     if not (isinstance(found, type) and issubclass(found, Solver)):
-        raise InputError(f"solver '{name}' is no subclass of solvers.base.Solver")
+        raise InputError(f"solver '{name}' must be a class that derives from solvers.base.Solver")
     return found
 
 
@@ -110,7 +90,7 @@ def configure(tao: PETSc.TAO, name: str) -> None:
     Raises
     ------
     InputError
-        If there is no such solver.
+        See :func:`solver_class`.
     """
     kind = solver_class(name)
     if name in PETSC_TYPES:
@@ -118,6 +98,6 @@ def configure(tao: PETSc.TAO, name: str) -> None:
         return
     tao.setType("python")
     if name in SOLVERS:
-        tao.setPythonType(f"solvers.{SOLVERS.context(name)}")
+        tao.setPythonType(f"solvers.{kind.__name__}")
     else:
         tao.setPythonContext(kind())

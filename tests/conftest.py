@@ -167,7 +167,7 @@ def train() -> Callable[..., SimpleNamespace]:
 
         tao.setMonitor(monitor)
         if state is not None:
-            context.resume(state)
+            context.restore(state)
         tao.solve()
         reason = tao.getConvergedReason()
         made.destroy()

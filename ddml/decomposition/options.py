@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from petsc4py import PETSc
+
 from ddml.errors import InputError
 from ddml.losses.loss import Loss
 from ddml.options import Option, read
@@ -11,7 +13,8 @@ from ddml.options import Option, read
 from .subdomains import Subdomains
 
 DECOMPOSITION = (
-    Option("subdomains", None, "Number of subdomains (default: one a layer).", kind=int, minimum=1),
+    Option("subdomains", None, "Number of subdomains (default: one a layer); without -decomposition, of layers.",
+           kind=int, minimum=1),
     Option("decomposition", "layers", "Subdomains are groups of layers, of parameter tensors, of tensors at random, or "
            "all windows of neighbouring layers.", choices=("layers", "tensors", "random", "windows")),
     Option("window", None, "Layers in each window (default: 2, or 1 if there is one).", kind=int, minimum=1),
@@ -26,12 +29,17 @@ DECOMPOSITION = (
 def subdomains(loss: Loss, prefix: str = "", table: Sequence[Option] = DECOMPOSITION) -> Subdomains:
     """The subdomains that the options of a table under a prefix ask for.
 
+    A given number of subdomains is one of groups of layers where no decomposition is given, whatever the table's
+    default.
+
     Raises
     ------
     InputError
         More subdomains than layers or tensors, a window of more layers than there are, options that do not go together.
     """
     chosen = read(table, prefix)
+    if chosen.subdomains is not None and not PETSc.Options().hasName(f"{prefix}decomposition"):
+        chosen.decomposition = "layers"
     if chosen.decomposition == "windows":
         for name in ("subdomains", "overlap", "balance"):
             if getattr(chosen, name) != next(o.default for o in DECOMPOSITION if o.name == name):

@@ -212,7 +212,7 @@ class Run:
             and state["solver"]
             and header.attributes.get("solver") == self.attributes["solver"]
         ):
-            self.context.resume(state["solver"])
+            self.context.restore(state["solver"])
             # the solver's own numbers, where it once began afresh from a file of another
             self.offset = self.first_iteration - int(state["solver"].get("iteration", self.first_iteration))
         else:

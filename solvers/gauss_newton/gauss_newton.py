@@ -72,15 +72,26 @@ class GaussNewton(Solver):
     moves_points = 5
 
     def setFromOptions(self, tao: PETSc.TAO) -> None:
-        """Read the options and those of the KSP. Collective."""
+        """Read the options. Collective.
+
+        Raises
+        ------
+        InputError
+            If the loss is no sum of squares.
+        """
         super().setFromOptions(tao)
         objective = tao.getAppCtx()
         if not isinstance(objective, ResidualObjective):
             raise InputError("solver gauss_newton needs a loss that is a sum of squared residuals")
         objective.check_squares()
-        self.equations = NormalEquations(objective)
-        self.matrix = self.equations.matrix()
-        self.ksp = PETSc.KSP().create(objective.comm)
+
+    def prepare(self, tao: PETSc.TAO) -> None:
+        """Make the work vectors, the matrix and the KSP, which reads its options. Collective."""
+        super().prepare(tao)
+        self.objective: ResidualObjective
+        self.equations = NormalEquations(self.objective)
+        self.matrix = self.own(self.equations.matrix())
+        self.ksp = self.own(PETSc.KSP().create(self.objective.comm))
         prefix = f"{self.prefix}gn_"
         self.ksp.setOptionsPrefix(prefix)
         self.ksp.setOperators(self.matrix)
@@ -90,11 +101,6 @@ class GaussNewton(Solver):
             self.ksp.setFromOptions()
         context = self.ksp.pc.getPythonContext() if self.ksp.pc.getType() == "python" else None
         self.preconditioner: Preconditioner | None = context
-
-    def setUp(self, tao: PETSc.TAO) -> None:
-        """Make the work vectors. Collective."""
-        super().setUp(tao)
-        self.objective: ResidualObjective
         self.whole_iterations = True
         self.damping, self.growth = 0.0, 2.0
         self.dual = False
@@ -102,19 +108,12 @@ class GaussNewton(Solver):
         self.factor: Array | None = None
         self.limit = -1  # CG iterations beyond which the preconditioner is built anew; -1: at once
 
-    def destroy(self, tao: PETSc.TAO) -> None:
-        """Destroy what was made."""
-        super().destroy(tao)
-        for thing in (getattr(self, "ksp", None), getattr(self, "matrix", None)):
-            if thing is not None:
-                thing.destroy()
-
     def begin(self) -> None:
         """See :meth:`solvers.base.Solver.begin`."""
         self.damping, self.growth, self.limit = 0.0, 2.0, -1
 
-    def kept(self) -> dict[str, Any]:
-        """See :meth:`solvers.base.Solver.kept`."""
+    def inner_state(self) -> dict[str, Any]:
+        """See :meth:`solvers.base.Solver.inner_state`."""
         lagged = self.limit >= 0 and self.preconditioner is not None
         return {
             "damping": self.damping,
@@ -124,8 +123,8 @@ class GaussNewton(Solver):
             "preconditioner": self.preconditioner.state() if lagged and self.preconditioner else None,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """See :meth:`solvers.base.Solver.restore`."""
+    def take_state(self, state: dict[str, Any]) -> None:
+        """See :meth:`solvers.base.Solver.take_state`."""
         self.damping, self.growth, self.limit = state["damping"], state["growth"], state["limit"]
         if state["preconditioner"] is None:
             return

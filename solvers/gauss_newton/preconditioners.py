@@ -25,6 +25,7 @@ from ddml.objectives.linearisation import Linearisation
 from ddml.objectives.objective import Objective
 from ddml.objectives.residual import ResidualObjective
 from ddml.options import Option, read
+from solvers.owner import Owner
 
 Array = NDArray[np.float64]
 
@@ -67,7 +68,7 @@ class NormalEquations(Operator):
         diagonal.shift(self.damping)
 
 
-class Preconditioner(ABC):
+class Preconditioner(Owner, ABC):
     """Python context of a PC. ``setUp`` builds it anew unless it has just been restored; :meth:`damp` moves lambda."""
 
     options: ClassVar[Sequence[Option]] = ()

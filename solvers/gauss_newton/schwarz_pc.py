@@ -18,6 +18,7 @@ from ddml.objectives.linearisation import Linearisation
 from ddml.objectives.objective import Objective
 from ddml.options import Option, with_defaults
 from ddml.parallel import agreed, check_memory, redistributed
+from solvers.owner import Owner
 
 from .neurons import Neurons, neuron_basis
 from .preconditioners import Array, Preconditioner, distributed, owned
@@ -54,7 +55,7 @@ class SchwarzPC(Preconditioner):
         self.factors: dict[int, Array] = {}
         self.factored = False
         self.coarse: Neurons | None = None
-        self.written: list[PETSc.Vec] = []
+        self.written = self.own(Owner())  # of the last state
 
     def setFromOptions(self, pc: PETSc.PC) -> None:
         """See :meth:`Preconditioner.setFromOptions`."""
@@ -83,13 +84,13 @@ class SchwarzPC(Preconditioner):
             return
         loss, layout = self.objective.loss, self.objective.layout
         chosen = self.subdomains or Subdomains.windows(loss, min(2, len(loss.layers)))
-        self.decomposition = Decomposition(chosen, layout, parallel=True, gathered=True)
+        self.decomposition = self.own(Decomposition(chosen, layout, parallel=True, gathered=True))
         led = [s for s, workers in enumerate(self.decomposition.workers) if workers[0] == layout.comm.rank]
         needed = sum(2 * 8 * length(chosen.ranges[s]) ** 2 for s in led)  # blocks and their factors
         what = f"what {len(chosen)} subdomains keep in dense matrices"
         check_memory(layout.comm, needed, what, "use more nodes, smaller subdomains, or -preconditioner nystrom")
-        self.local = [self.decomposition.vector(s) for s in range(len(self.decomposition.R))]
-        self.rest, self.work = self.objective.layout.vector(), self.objective.layout.vector()
+        self.local = [self.own(self.decomposition.vector(s)) for s in range(len(self.decomposition.R))]
+        self.rest, self.work = self.own(layout.vector()), self.own(layout.vector())
 
     def build(self, at: Linearisation) -> None:
         """See :meth:`Preconditioner.build`."""
@@ -159,14 +160,14 @@ class SchwarzPC(Preconditioner):
 
     def state(self) -> dict[str, Any]:
         """See :meth:`Preconditioner.state`."""
-        self._release()
+        self.written.destroy()
         packed = [b[np.tril_indices(len(b))] for _, b in sorted(self.blocks.items())]
-        self.written = [distributed(self.objective, np.concatenate([*packed, np.zeros(0)]))]
+        numbers = [np.concatenate([*packed, np.zeros(0)])]
         if self.coarse is not None:
-            self.written.append(distributed(self.objective, self.coarse.images.ravel()))
+            numbers.append(self.coarse.images.ravel())
         return {
             "damping": self.damping,
-            "vectors": self.written,
+            "vectors": [self.written.own(distributed(self.objective, values)) for values in numbers],
             "theta": None if self.coarse is None else self.theta,
         }
 
@@ -195,17 +196,3 @@ class SchwarzPC(Preconditioner):
             vec.destroy()
         self.factored, self.restored = False, True
         self.damp(state["damping"])
-
-    def _release(self) -> None:
-        for vec in self.written:
-            vec.destroy()
-        self.written = []
-
-    def destroy(self, pc: PETSc.PC) -> None:
-        """Destroy what was made. Collective."""
-        self._release()
-        if self.decomposition is not None:
-            for vec in (*self.local, self.rest, self.work):
-                vec.destroy()
-            self.decomposition.destroy()
-            self.decomposition = None

@@ -19,6 +19,7 @@ from ddml.linalg.symmetric import Change, SymmetricMatrix
 from ddml.objectives.objective import Objective
 from ddml.parallel import redistributed
 from ddml.summation import leaves
+from solvers.owner import Owner
 
 _PARALLEL = 1e-12  # our choice: sine of an angle below which two vectors span a line
 ROWS = 128  # our choice: of H that are worth a vector of their own for what they give to a product
@@ -35,7 +36,7 @@ Rule = Callable[[float, float, int], Scaling]
 """Gives the scaling from h = y.Hy / s.y, b = s.Bs / s.y with B the inverse of H, and n."""
 
 
-class InverseHessian(ABC):
+class InverseHessian(Owner, ABC):
     """H of a method whose directions are p = -H g.
 
     As p = -H g, q = H y = H g_+ + p: each iteration multiplies H by g_+ and nothing else, and the same
@@ -66,13 +67,6 @@ class InverseHessian(ABC):
         units = leaves(objective.size, ROWS) if objective.blocks else comm.size
         self.matrix: Any = self.kind(comm, objective.size, units, dtype)
         self.pending: tuple[float, ...] | None = None
-        self.written: list[PETSc.Vec] = []  # what the last call of kept gave
-
-    def destroy(self) -> None:
-        """Destroy what :meth:`kept` gave."""
-        for vec in self.written:
-            vec.destroy()
-        self.written = []
 
     def reset(self) -> None:
         """Make H the identity and the direction that of steepest descent."""
@@ -130,18 +124,20 @@ class InverseHessian(ABC):
         """Make the direction, whose slope is not negative, one of descent if that is possible; the new slope."""
         return slope
 
-    def kept(self) -> dict[str, Any]:
-        """What :meth:`restore` needs besides the solver's direction, s and q. Collective."""
+    def state(self) -> dict[str, Any]:
+        """What :meth:`restore` needs besides the solver's direction, s and q. Collective.
+
+        The vectors are this object's, until the next call: it owns no other.
+        """
         self.destroy()
-        self.written = [self.matrix.save()]
         return {
             "dtype": str(self.matrix.values.dtype),
-            "matrix": self.written[0],
+            "matrix": self.own(self.matrix.save()),
             "pending": None if self.pending is None else list(self.pending),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`kept` gave. Collective."""
+        """Take over a :meth:`state`. Collective."""
         self.pending = None if state["pending"] is None else tuple(state["pending"])
         if state["dtype"] != str(self.matrix.values.dtype):
             self.matrix.double()
@@ -300,14 +296,12 @@ class Factored(InverseHessian):
         assert self.pending is not None
         return FactorChange(self.pending[0], *self.plane, *self._gathered("s", "q"))
 
-    def kept(self) -> dict[str, Any]:
-        """See :meth:`InverseHessian.kept`."""
-        kept = super().kept()
+    def state(self) -> dict[str, Any]:
+        """See :meth:`InverseHessian.state`."""
+        state = super().state()
         columns = np.stack([self.image, *self.plane], axis=1).ravel()
-        self.written.append(
-            PETSc.Vec().createWithArray(columns, (len(columns), PETSc.DETERMINE), comm=self.matrix.comm)
-        )
-        return {**kept, "rows": self.written[1]}
+        rows = PETSc.Vec().createWithArray(columns, (len(columns), PETSc.DETERMINE), comm=self.matrix.comm)
+        return {**state, "rows": self.own(rows)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """See :meth:`InverseHessian.restore`."""

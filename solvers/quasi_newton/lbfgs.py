@@ -45,17 +45,11 @@ class LBFGS(Solver):
         super().setFromOptions(tao)
         self.first_step = number_or_word(self.prefix, "first_step", self.settings.first_step, "scaled")
 
-    def setUp(self, tao: PETSc.TAO) -> None:
+    def prepare(self, tao: PETSc.TAO) -> None:
         """Make the memory and the work vectors. Collective."""
-        super().setUp(tao)
-        self.pairs = SecantMemory(self.settings.memory, self.settings.curvature_skip)
+        super().prepare(tao)
+        self.pairs = self.own(SecantMemory(self.settings.memory, self.settings.curvature_skip))
         self.pair_pending = False  # half-step rule: the last step's pair still waits for its y
-
-    def destroy(self, tao: PETSc.TAO) -> None:
-        """Destroy what :meth:`setUp` made."""
-        if self.vectors:
-            self.pairs.clear()
-        super().destroy(tao)
 
     def begin(self) -> None:
         """See :meth:`solvers.base.Solver.begin`."""
@@ -63,12 +57,12 @@ class LBFGS(Solver):
         self.vectors["v"].set(0.0)
         self.pair_pending = False
 
-    def kept(self) -> dict[str, Any]:
-        """See :meth:`solvers.base.Solver.kept`."""
+    def inner_state(self) -> dict[str, Any]:
+        """See :meth:`solvers.base.Solver.inner_state`."""
         return {"pair_pending": self.pair_pending, "pairs": self.pairs.state()}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """See :meth:`solvers.base.Solver.restore`."""
+    def take_state(self, state: dict[str, Any]) -> None:
+        """See :meth:`solvers.base.Solver.take_state`."""
         self.pair_pending = state["pair_pending"]
         self.pairs.restore(state["pairs"])
 

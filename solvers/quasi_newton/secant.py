@@ -83,6 +83,10 @@ class SecantMemory:
         self.S, self.Y = [], []
         self.R = self.YY = np.zeros((0, 0))
 
+    def destroy(self) -> None:
+        """Destroy the vectors."""
+        self.clear()
+
     def state(self) -> dict[str, Any]:
         """Everything, for a checkpoint; the vectors are this object's."""
         return {"S": list(self.S), "Y": list(self.Y), "R": self.R, "YY": self.YY}

@@ -62,36 +62,35 @@ class SelfScaled(Solver):
     moves_points = 250
     measures_error = 10
 
-    def setUp(self, tao: PETSc.TAO) -> None:
+    def prepare(self, tao: PETSc.TAO) -> None:
         """Make the matrix and the work vectors. Collective."""
-        super().setUp(tao)
+        super().prepare(tao)
         form = self.settings.matrix_form
-        self._make("symmetric" if form == "auto" else form, self.settings.matrix_dtype)
+        self.form = "symmetric" if form == "auto" else form
+        self.inverse = self._made(self.form, self.settings.matrix_dtype)
         self.whole_iterations = True
         self.fresh, self.trial, self.wear = True, 1.0, 0.0  # wear: repairs of late
         self.quotients = math.inf, 0.0  # smallest and largest Rayleigh quotient of H since it was the identity
 
-    def _make(self, form: str, dtype: str) -> None:
-        self.form = form
-        self.inverse: InverseHessian = FORMS[form](self.objective, self.vectors, dtype)
+    def _made(self, form: str, dtype: str) -> InverseHessian:
+        return self.own(FORMS[form](self.objective, self.vectors, dtype))
+
+    def _replace(self, form: str, inverse: InverseHessian) -> None:
+        """Go over to another form of H."""
+        self.release(self.inverse)
+        self.form, self.inverse = form, inverse
 
     @property
     def needed(self) -> int:
         """See :attr:`solvers.base.Solver.needed`."""
         return int(self.inverse.matrix.needed)
 
-    def destroy(self, tao: PETSc.TAO) -> None:
-        """Destroy what :meth:`setUp` made."""
-        if self.vectors:
-            self.inverse.destroy()
-        super().destroy(tao)
-
     def begin(self) -> None:
         """See :meth:`solvers.base.Solver.begin`."""
         self._reset()
 
-    def kept(self) -> dict[str, Any]:
-        """See :meth:`solvers.base.Solver.kept`."""
+    def inner_state(self) -> dict[str, Any]:
+        """See :meth:`solvers.base.Solver.inner_state`."""
         if not self.settings.keep_matrix:
             return {"matrix": None}
         return {
@@ -100,11 +99,11 @@ class SelfScaled(Solver):
             "wear": self.wear,
             "quotients": list(self.quotients),
             "form": self.form,
-            **self.inverse.kept(),
+            **self.inverse.state(),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """See :meth:`solvers.base.Solver.restore`."""
+    def take_state(self, state: dict[str, Any]) -> None:
+        """See :meth:`solvers.base.Solver.take_state`."""
         if state["matrix"] is None:
             self._reset()
             return
@@ -112,7 +111,7 @@ class SelfScaled(Solver):
         self.quotients = tuple(state["quotients"])
         form = state.get("form", "symmetric")  # older run files know no other
         if form != self.form:
-            self._make(form, state["dtype"])
+            self._replace(form, self._made(form, state["dtype"]))
         self.inverse.restore(state)
         if self.settings.matrix_form == "factored":
             self.vectors["accepted_g"].copy(self.g)
@@ -164,10 +163,9 @@ class SelfScaled(Solver):
         worn = self.inverse
         if not isinstance(worn, Symmetric):
             return
-        inverse = Factored(self.objective, self.vectors, "float64")
+        inverse = self.own(Factored(self.objective, self.vectors, "float64"))
         inverse.take(worn)
-        worn.destroy()
-        self.form, self.inverse = "factored", inverse
+        self._replace("factored", inverse)
 
     def _first(self, g: PETSc.Vec) -> float:
         """The first trial step."""

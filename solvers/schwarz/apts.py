@@ -48,16 +48,16 @@ class _APTS(TrustRegion):
     work_vectors = (*TrustRegion.work_vectors, "correction", "steepest")
     moves_within = True
 
-    def setUp(self, tao: PETSc.TAO) -> None:
+    def prepare(self, tao: PETSc.TAO) -> None:
         """Build the decomposition and the local solvers. Collective."""
-        super().setUp(tao)
+        super().prepare(tao)
         self.whole_iterations = True
         self.corrections_refused = 0
         self.local: ConfinedSchwarz | None = None
         if self.count() == 1:
             self.notes.append("there is one subdomain: the method is the undivided trust-region method")
         if self.settings.local_steps > 0 and self.count() > 1:
-            self.local = self._make_local()
+            self.local = self.own(self._make_local())
 
     @abstractmethod
     def count(self) -> int:
@@ -70,12 +70,6 @@ class _APTS(TrustRegion):
     @abstractmethod
     def _correction(self, x: PETSc.Vec, delta: float, s: PETSc.Vec) -> float:
         """Write the sum of the corrections to s; the decrease it promises."""
-
-    def destroy(self, tao: PETSc.TAO) -> None:
-        """Destroy what :meth:`setUp` made."""
-        super().destroy(tao)
-        if getattr(self, "local", None) is not None:
-            self.local.destroy()  # type: ignore[union-attr]
 
     def iterate(self, x: PETSc.Vec) -> SearchResult:
         """See :meth:`solvers.base.Solver.iterate`: the local phase and the global steps."""
@@ -156,17 +150,17 @@ class APTSWeights(_APTS):
     784-32-32-10 on MNIST each alone is 1 % less accurate after 30 work units.
     """
 
-    subdomains_of = "parameters"
     options: ClassVar[Sequence[Option]] = (
         *TrustRegion.options,
         *with_defaults(DECOMPOSITION, decomposition="windows"),
         *LOCAL,
     )
+    subdomains_of = "parameters"
 
-    def setUp(self, tao: PETSc.TAO) -> None:
+    def prepare(self, tao: PETSc.TAO) -> None:
         """Build the decomposition and the local solvers. Collective."""
         self.subdomains = self.decompose(tao.getAppCtx().loss, self.prefix)
-        super().setUp(tao)
+        super().prepare(tao)
 
     def view(self, tao: PETSc.TAO, viewer: PETSc.Viewer) -> None:
         """See :meth:`solvers.base.Solver.view`."""
@@ -203,7 +197,6 @@ class APTSData(_APTS):
     evaluation of a part of the samples.
     """
 
-    subdomains_of = "samples"
     options: ClassVar[Sequence[Option]] = (
         *TrustRegion.options,
         Option("subdomains", 2, "Number N of sample subdomains.", minimum=1),
@@ -211,12 +204,13 @@ class APTSData(_APTS):
         Option("sample_seed", 0, "Of the deal.", minimum=0),
         *LOCAL,
     )  # fmt: skip
+    subdomains_of = "samples"
 
     def count(self) -> int:
         """See :meth:`_APTS.count`."""
         return int(self.settings.subdomains)
 
-    def setUp(self, tao: PETSc.TAO) -> None:
+    def prepare(self, tao: PETSc.TAO) -> None:
         """Build the decomposition and the local solvers. Collective.
 
         Raises
@@ -225,7 +219,7 @@ class APTSData(_APTS):
             More subdomains than samples, or an overlap above 1.
         """
         sample_parts(tao.getAppCtx().loss.count, self.count(), self.settings.sample_overlap)
-        super().setUp(tao)
+        super().prepare(tao)
 
     def _make_local(self) -> ConfinedSchwarz:
         settings = self.settings

@@ -76,11 +76,12 @@ class ConfinedSchwarz(Schwarz):
         with preset(**{f"{prefix}sub_{name}": value for name, value in own.items()} if solver == "tr" else {}):
             super().__init__(objective, subdomains, True, f"{prefix}sub_", [steps] * len(subdomains), solver)
         self.norms: dict[int, Norm] = {}
-        with agreed(objective.comm):
-            for s, local_objective in self.restricted.items():
-                local_objective.stop = None  # an iteration of the global method is finished before a run stops
-                self.norms[s] = make_norm(local_objective, norm_name, settings, prefix)
-        self.steps = {s: local.x.duplicate() for s, local in self.local.items()}
+        with self.building():
+            with agreed(objective.comm):
+                for s, local_objective in self.restricted.items():
+                    local_objective.stop = None  # an iteration of the global method is finished before a run stops
+                    self.norms[s] = make_norm(local_objective, norm_name, settings, prefix)
+            self.steps = {s: self.own(local.x.duplicate()) for s, local in self.local.items()}
 
     def _restrict(self) -> dict[int, RestrictedObjective]:
         if self.samples is None:
@@ -133,9 +134,3 @@ class ConfinedSchwarz(Schwarz):
             reached = sub.value(local.x)
         self.decreases[s] = start - reached
         self.slopes[s] = float(local.g.dot(step))  # the whole's gradient, which was loaded before the solve
-
-    def destroy(self) -> None:
-        """Destroy the PETSc objects. Collective."""
-        for step in self.steps.values():
-            step.destroy()
-        super().destroy()

@@ -37,6 +37,45 @@ def small_step(
     return basis @ v, decrease
 
 
+class Displacements:
+    """The last m displacements p of the whole network, and the changes y of the gradient over them.
+
+    Attributes
+    ----------
+    P, Y : list of PETSc.Vec
+        The oldest first.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.P: list[PETSc.Vec] = []
+        self.Y: list[PETSc.Vec] = []
+
+    def add(self, points: tuple[PETSc.Vec, PETSc.Vec], gradients: tuple[PETSc.Vec, PETSc.Vec]) -> None:
+        """Store the differences of two points and of the gradients there, and forget the oldest beyond m."""
+        while len(self.P) >= self.count:
+            self.P.pop(0).destroy()
+            self.Y.pop(0).destroy()
+        for vectors, (now, before) in ((self.P, points), (self.Y, gradients)):
+            vectors.append(now.copy())
+            vectors[-1].axpy(-1.0, before)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; the vectors are this object's."""
+        return {"P": list(self.P), "Y": list(self.Y)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over the vectors of a :meth:`state`."""
+        self.destroy()
+        self.P, self.Y = list(state["P"]), list(state["Y"])
+
+    def destroy(self) -> None:
+        """Forget everything."""
+        for vec in (*self.P, *self.Y):
+            vec.destroy()
+        self.P, self.Y = [], []
+
+
 class NAPTS(APTSWeights):
     r"""Non-monotone APTS in the weights with coarse directions (arXiv 2605.14860).
 
@@ -66,36 +105,24 @@ class NAPTS(APTSWeights):
     )  # fmt: skip
     work_vectors = (*APTSWeights.work_vectors, "start_x", "start_g", "own")
 
-    def setUp(self, tao: PETSc.TAO) -> None:
+    def prepare(self, tao: PETSc.TAO) -> None:
         """Build the decomposition and the local solvers. Collective."""
-        super().setUp(tao)
-        self.P: list[PETSc.Vec] = []
-        self.Y: list[PETSc.Vec] = []
-
-    def destroy(self, tao: PETSc.TAO) -> None:
-        """Destroy what :meth:`setUp` made."""
-        self._forget()
-        super().destroy(tao)
-
-    def _forget(self) -> None:
-        for vec in (*getattr(self, "P", ()), *getattr(self, "Y", ())):
-            vec.destroy()
-        self.P, self.Y = [], []
+        super().prepare(tao)
+        self.displacements = self.own(Displacements(self.settings.coarse_directions))
 
     def begin(self) -> None:
         """See :meth:`solvers.base.Solver.begin`."""
         super().begin()
-        self._forget()
+        self.displacements.destroy()
 
-    def kept(self) -> dict[str, Any]:
-        """See :meth:`solvers.base.Solver.kept`."""
-        return {**super().kept(), "coarse": {"P": list(self.P), "Y": list(self.Y)}}
+    def inner_state(self) -> dict[str, Any]:
+        """See :meth:`solvers.base.Solver.inner_state`."""
+        return {**super().inner_state(), "coarse": self.displacements.state()}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """See :meth:`solvers.base.Solver.restore`."""
-        super().restore(state)
-        self._forget()
-        self.P, self.Y = list(state["coarse"]["P"]), list(state["coarse"]["Y"])
+    def take_state(self, state: dict[str, Any]) -> None:
+        """See :meth:`solvers.base.Solver.take_state`."""
+        super().take_state(state)
+        self.displacements.restore(state["coarse"])
 
     def iterate(self, x: PETSc.Vec) -> SearchResult:
         """See :meth:`solvers.base.Solver.iterate`."""
@@ -106,12 +133,7 @@ class NAPTS(APTSWeights):
         self.g.copy(start_g)
         result = super().iterate(x)
         if result.step > 0:
-            while len(self.P) >= self.settings.coarse_directions:
-                self.P.pop(0).destroy()
-                self.Y.pop(0).destroy()
-            for vectors, now, before in ((self.P, x, start_x), (self.Y, self.g, start_g)):
-                vectors.append(now.copy())
-                vectors[-1].axpy(-1.0, before)
+            self.displacements.add((x, start_x), (self.g, start_g))
         return result
 
     def _global_steps(self, x: PETSc.Vec, moved: float) -> SearchResult:
@@ -122,16 +144,17 @@ class NAPTS(APTSWeights):
 
     def _correction(self, x: PETSc.Vec, delta: float, s: PETSc.Vec) -> float:
         predicted = super()._correction(x, delta, s)
-        if not (self.P and predicted > 0):
+        P, Y = self.displacements.P, self.displacements.Y
+        if not (P and predicted > 0):
             return predicted
         own = self.vectors["own"]
         s.copy(own)
-        W = [own, *self.P]
+        W = [own, *P]
         slopes = np.asarray(self.g.mDot(W))
         gram = np.array([np.asarray(w.mDot(W)) for w in W])
         K = np.empty_like(gram)
         K[0, 0] = 2 * (-slopes[0] - predicted)
-        K[:, 1:] = np.array([np.asarray(y.mDot(W)) for y in self.Y]).T
+        K[:, 1:] = np.array([np.asarray(y.mDot(W)) for y in Y]).T
         K[1:, 0] = K[0, 1:]
         c, decrease = small_step(slopes, K, gram, float(np.sqrt(gram[0, 0])) * delta / self.norm(own))
         s.set(0.0)

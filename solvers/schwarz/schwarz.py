@@ -22,12 +22,13 @@ from ddml.parallel import agreed, check_memory
 from ddml.plugins import blamed
 from ddml.states import narrowed, widened
 from solvers.base import Solver
+from solvers.owner import Owner
 from solvers.registry import PETSC_TYPES, SOLVERS, configure
 
 LOCAL_REMEDY = "use more nodes, smaller subdomains, -sub_matrix_dtype float32, or another -local_solver"
 
 
-class LocalSolver:
+class LocalSolver(Owner):
     """A TAO solver of one restricted objective, any type, with its own options prefix.
 
     Takes a fixed number of iterations (less if it cannot go on) and starts afresh at every call, or with
@@ -43,7 +44,7 @@ class LocalSolver:
     steps
         Iterations.
     solver
-        Name, see :func:`solvers.registry.configure`; ``-<prefix>tao_type`` wins.
+        Name, see :func:`solvers.configure`; ``-<prefix>tao_type`` wins.
     remembers
         See above.
 
@@ -58,14 +59,15 @@ class LocalSolver:
     ) -> None:
         self.objective, self.prefix, self.given_steps = objective, prefix, steps
         self.solver, self.remembers = solver, remembers
-        self.x = objective.layout.vector()
-        self.g = objective.layout.vector()
         self.layers: frozenset[int] = frozenset()
-        self._create()
+        with self.building():
+            self.x = self.own(objective.layout.vector())
+            self.g = self.own(objective.layout.vector())
+            self._create()
 
     def _create(self) -> None:
         prefix, steps = self.prefix, self.given_steps
-        self.tao = PETSc.TAO().create(self.objective.comm)
+        self.tao = self.own(PETSc.TAO().create(self.objective.comm))
         self.tao.setOptionsPrefix(prefix)
         self.tao.setSolution(self.x)
         with blamed(self.solver, dict.fromkeys((*SOLVERS, *PETSC_TYPES)), "local solver"):
@@ -78,18 +80,19 @@ class LocalSolver:
             self.tao.setUp()
         self.steps = self.tao.getMaximumIterations()
         self.tao.setMonitor(self._before_last)
-        if self.remembers and not isinstance(self.context, Solver):
+        if self.remembers and self.context is None:
             raise InputError(f"a local solver that keeps its memory must be one of ours, not '{self.tao.getType()}'")
 
     @property
     def needed(self) -> int:
         """Bytes of the dense matrices of this solver on this rank."""
-        return self.context.needed if isinstance(self.context, Solver) else 0
+        return self.context.needed if self.context is not None else 0
 
     @property
     def context(self) -> Solver | None:
         """The solver itself, if it is one of ours."""
-        return self.tao.getPythonContext() if self.tao.getType() == "python" else None
+        context = self.tao.getPythonContext() if self.tao.getType() == "python" else None
+        return context if isinstance(context, Solver) else None
 
     def _before_last(self, tao: PETSc.TAO) -> None:
         if tao.getIterationNumber() == self.steps - 1:
@@ -111,17 +114,12 @@ class LocalSolver:
         if self.context is not None:
             self.context.remembers = self.remembers
         else:  # PETSc's lmvm, for one, remembers scales from solve to solve
-            self.tao.destroy()
+            self.release(self.tao)
             self._create()
         return reached
 
-    def destroy(self) -> None:
-        """Destroy the PETSc objects."""
-        for thing in (self.tao, self.x, self.g):
-            thing.destroy()
 
-
-class Schwarz:
+class Schwarz(Owner):
     """Additive or multiplicative corrections over a decomposition.
 
     Parameters
@@ -165,21 +163,26 @@ class Schwarz:
         beside: Sequence[Schwarz] = (),
     ) -> None:
         self.objective = objective
-        self.decomposition = Decomposition(subdomains, objective.layout, parallel)
-        with agreed(objective.comm), understood():
-            self.restricted = self._restrict()
-            self.local = {s: LocalSolver(o, prefix, steps[s], solver, remembers) for s, o in self.restricted.items()}
-        self.needed = sum(local.needed for local in self.local.values())
-        everything = self.needed + sum(other.needed for other in beside)
-        check_memory(objective.comm, everything, "what the local solvers keep in dense matrices", LOCAL_REMEDY)
-        if remembers:
-            for restricted_objective in self.restricted.values():
-                restricted_objective.stop = None
-        self.x = [self.decomposition.vector(s) for s in range(len(subdomains))]
         self.version = objective.version
         self.layers = [objective.loss.layer_numbers(ranges) for ranges in subdomains.ranges]
         self._local_event = PETSc.Log.Event("ddml local")
         self._exchange_event = PETSc.Log.Event("ddml exchange")
+        with self.building():
+            self.decomposition = self.own(Decomposition(subdomains, objective.layout, parallel))
+            with agreed(objective.comm), understood():
+                self.restricted = self._restrict()
+                for restricted_objective in self.restricted.values():
+                    self.own(restricted_objective)
+                self.local = {
+                    s: self.own(LocalSolver(o, prefix, steps[s], solver, remembers)) for s, o in self.restricted.items()
+                }
+            self.needed = sum(local.needed for local in self.local.values())
+            everything = self.needed + sum(other.needed for other in beside)
+            check_memory(objective.comm, everything, "what the local solvers keep in dense matrices", LOCAL_REMEDY)
+            self.x = [self.own(self.decomposition.vector(s)) for s in range(len(subdomains))]
+        if remembers:
+            for restricted_objective in self.restricted.values():
+                restricted_objective.stop = None
 
     def _restrict(self) -> dict[int, RestrictedObjective]:
         """The objective of each subdomain that this rank works on."""
@@ -293,7 +296,7 @@ class Schwarz:
         names = {s: name for found in self.objective.comm.allgather(mine) for s, name in found.items()}
         return [(names[s], vec.getSize()) for s, vec in enumerate(self.x)]
 
-    def memory(self, theta: PETSc.Vec) -> list[dict[str, Any]]:
+    def state(self, theta: PETSc.Vec) -> list[dict[str, Any]]:
         """What the local solvers remember, subdomain by subdomain, as a state of all ranks. Collective.
 
         theta is any vector in the objective's layout. The caller destroys the vectors.
@@ -301,28 +304,28 @@ class Schwarz:
         states = []
         for s, (name, size) in enumerate(self.kinds()):
             context = self.local[s].context if s in self.local else None
-            mine = context.memory() if context is not None and context.remembers else None
+            mine = context.state() if context is not None and context.remembers else None
             memory = widened(mine, self.objective.comm, theta, self.decomposition.workers[s][0])
             states.append({"solver": name, "size": size, "memory": memory})
         return states
 
-    def recall(self, states: Sequence[dict[str, Any]]) -> None:
-        """Make the local solvers remember what :meth:`memory` gave, on any number of ranks. Collective.
+    def restore(self, states: Sequence[dict[str, Any]]) -> None:
+        """Make the local solvers remember what :meth:`state` gave, on any number of ranks. Collective.
 
         It must be of as many subdomains of the same sizes. Its vectors are destroyed.
-        """
-        for s, state in enumerate(states):
-            local = self.local.get(s)
-            mine = narrowed(state["memory"], self.objective.comm, local.x if local else None)
-            if local is not None and local.context is not None and mine is not None:
-                local.context.recall(mine)
 
-    def destroy(self) -> None:
-        """Destroy the PETSc objects. Collective."""
-        for local in self.local.values():
-            local.destroy()
-        for restricted_objective in self.restricted.values():
-            restricted_objective.destroy()
-        for vec in self.x:
-            vec.destroy()
-        self.decomposition.destroy()
+        Raises
+        ------
+        CollectiveError
+            What a local solver refuses.
+        """
+        comm = self.objective.comm
+        here = [self.local.get(s) for s in range(len(states))]
+        memories = [
+            narrowed(state["memory"], comm, local.x if local else None)
+            for state, local in zip(states, here, strict=True)
+        ]
+        with agreed(comm):
+            for local, memory in zip(here, memories, strict=True):
+                if local is not None and local.context is not None and memory is not None:
+                    local.context.restore(memory)

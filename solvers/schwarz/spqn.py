@@ -19,6 +19,7 @@ from ddml.errors import InputError
 from ddml.objectives.residual import ResidualObjective
 from ddml.options import Option, number_or_word, with_defaults
 from ddml.states import vectors_in
+from solvers.owner import Owner
 from solvers.quasi_newton.lbfgs import LBFGS
 
 from .schwarz import Schwarz
@@ -42,12 +43,12 @@ class _SPQN(LBFGS):
         Option("coarse_steps", 10, "Iterations of the coarse solver (our choice).", minimum=1),
     )  # fmt: skip
 
-    def setUp(self, tao: PETSc.TAO) -> None:
+    def prepare(self, tao: PETSc.TAO) -> None:
         """Build the decomposition and the local solvers. Collective."""
-        super().setUp(tao)
+        super().prepare(tao)
         self.local: list[Schwarz] = []
         self.coarse: Schwarz | None = None
-        self._written: list[PETSc.Vec] = []  # what the last call of kept gave
+        self.written = self.own(Owner())  # what the local solvers' states became in the last state of this one
         self.keeps = self.whole_iterations = self.settings.local_memory == "keep"
         loss = self.objective.loss
         self.subdomains = self.decompose(loss, self.prefix)
@@ -55,13 +56,14 @@ class _SPQN(LBFGS):
             self.notes.append("there is one subdomain: local solves are of the undivided network")
         if self.settings.local_steps > 0:
             for chosen in self._colours():
-                self.local.append(self._schwarz(chosen))
-            self._half = tao.getSolution().duplicate()
+                self.local.append(self.own(self._schwarz(chosen)))
+            self._half = self.own(tao.getSolution().duplicate())
         if self.settings.coarse_step:
             first = {min(loss.layer_numbers(core)) for core in self.subdomains.cores}
             coarse = Subdomains.of_layers(loss, [sorted(first)])
-            self.coarse = Schwarz(
-                self.objective, coarse, False, f"{self.prefix}coarse_", [self.settings.coarse_steps], beside=self.local
+            steps = [self.settings.coarse_steps]
+            self.coarse = self.own(
+                Schwarz(self.objective, coarse, False, f"{self.prefix}coarse_", steps, beside=self.local)
             )
 
     def _colours(self) -> list[Subdomains]:
@@ -80,65 +82,44 @@ class _SPQN(LBFGS):
             self.local,
         )  # fmt: skip
 
-    def destroy(self, tao: PETSc.TAO) -> None:
-        """Destroy what :meth:`setUp` made."""
-        super().destroy(tao)
-        self._forget_written()
-        for schwarz in (*getattr(self, "local", ()), getattr(self, "coarse", None)):
-            if schwarz is not None:
-                schwarz.destroy()
-        if hasattr(self, "_half"):
-            self._half.destroy()
-
-    def _forget_written(self) -> None:
-        for vec in getattr(self, "_written", ()):
-            vec.destroy()
-        self._written = []
-
     def view(self, tao: PETSc.TAO, viewer: PETSc.Viewer) -> None:
-        """See :meth:`ddml.solvers.base.Solver.view`."""
+        """See :meth:`solvers.base.Solver.view`."""
         super().view(tao, viewer)
-        if getattr(self, "local", ()):
+        if self.settings.local_steps > 0:
             for line in repr(self.subdomains).splitlines():
                 viewer.printfASCII(f"    {line}\n")
 
-    def kept(self) -> dict[str, Any]:
-        """See :meth:`LBFGS.kept`; also what the local solvers keep."""
-        kept = super().kept()
+    def inner_state(self) -> dict[str, Any]:
+        """See :meth:`LBFGS.inner_state`; also what the local solvers keep."""
+        state = super().inner_state()
         if self.keeps:
-            self._forget_written()
-            kept["local"] = [state for schwarz in self.local for state in schwarz.memory(self.g)]
-            self._written = list(vectors_in(kept["local"], "local", self.g).values())
-        return kept
+            self.written.destroy()
+            state["local"] = [found for schwarz in self.local for found in schwarz.state(self.g)]
+            for vec in vectors_in(state["local"], "local", self.g).values():
+                self.written.own(vec)
+        return state
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """See :meth:`LBFGS.restore`."""
-        super().restore(state)
-        states = iter(state.get("local", ()))
-        for schwarz in self.local if self.keeps else ():
-            schwarz.recall(list(islice(states, len(schwarz.x))))
-        for vec in vectors_in(list(states), "local", self.g).values():  # of a run that kept more than this one
-            vec.destroy()
-
-    def _local_kinds(self) -> list[tuple[str, int]]:
-        return [kind for schwarz in self.local for kind in schwarz.kinds()]
-
-    def resume(self, state: dict[str, Any]) -> None:
-        """See :meth:`ddml.solvers.base.Solver.resume`.
+    def take_state(self, state: dict[str, Any]) -> None:
+        """See :meth:`LBFGS.take_state`.
 
         Raises
         ------
         InputError
-            Also if it has what other local solvers, or those of other subdomains, keep.
+            If it has what other local solvers, or those of other subdomains, keep.
         """
-        super().resume(state)
+        states = iter(state.get("local", ()))
         if self.keeps and "local" in state:
             then = [(item["solver"], item["size"]) for item in state["local"]]
-            if then != self._local_kinds():
+            if then != [kind for schwarz in self.local for kind in schwarz.kinds()]:
                 raise InputError(
                     "the run file keeps the memory of other local solvers or subdomains: the same -decomposition and "
                     "-local_solver go on from it, -local_memory fresh begins afresh"
                 )
+            for schwarz in self.local:
+                schwarz.restore(list(islice(states, len(schwarz.x))))
+        super().take_state(state)
+        for vec in vectors_in(list(states), "local", self.g).values():  # of a run that kept more than this one
+            vec.destroy()
 
     def precondition(self, x: PETSc.Vec) -> float:
         """See :meth:`LBFGS.precondition`."""
@@ -201,7 +182,7 @@ class ASPQN(_SPQN):
         self.subspace = text == "subspace"
         self.alpha = number_or_word(self.prefix, "additive_step", text, "search", "subspace")
 
-    def setUp(self, tao: PETSc.TAO) -> None:
+    def prepare(self, tao: PETSc.TAO) -> None:
         """Build the decomposition and the local solvers. Collective.
 
         Raises
@@ -209,7 +190,7 @@ class ASPQN(_SPQN):
         InputError
             If step lengths shall come from residuals and the objective has none.
         """
-        super().setUp(tao)
+        super().prepare(tao)
         self._separate: list[PETSc.Vec] = []
         if self.subspace and not isinstance(self.objective, ResidualObjective):
             raise InputError(
@@ -218,13 +199,7 @@ class ASPQN(_SPQN):
         if self.subspace and isinstance(self.objective, ResidualObjective):
             self.objective.check_squares()
         if self.subspace and self.local:
-            self._separate = [tao.getSolution().duplicate() for _ in range(len(self.subdomains))]
-
-    def destroy(self, tao: PETSc.TAO) -> None:
-        """Destroy what :meth:`setUp` made."""
-        super().destroy(tao)
-        for vec in getattr(self, "_separate", ()):
-            vec.destroy()
+            self._separate = [self.own(tao.getSolution().duplicate()) for _ in range(len(self.subdomains))]
 
     def _correct(self, x: PETSc.Vec, f: float) -> float:
         if self.subspace:

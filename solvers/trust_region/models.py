@@ -15,11 +15,12 @@ from ddml.norms.norm import Norm
 from ddml.objectives.composed import sampled
 from ddml.objectives.objective import Objective
 from ddml.options import preset
+from solvers.owner import Owner
 
 from .secant_model import SecantModel
 
 
-class Model(ABC):
+class Model(Owner, ABC):
     """Everything is collective on the objective's communicator.
 
     Attributes
@@ -58,10 +59,6 @@ class Model(ABC):
         """Go on from a :meth:`state`, whose vectors are taken over."""
         return
 
-    def destroy(self) -> None:
-        """Destroy PETSc objects."""
-        return
-
 
 class FirstOrder(Model):
     r"""Steepest descent in a norm with Nesterov's momentum mu.
@@ -78,7 +75,7 @@ class FirstOrder(Model):
 
     def __init__(self, norm: Norm, momentum: float, like: PETSc.Vec) -> None:
         self.norm, self.momentum = norm, momentum
-        self.m = like.duplicate()
+        self.m = self.own(like.duplicate())
         self._last: tuple[float, PETSc.Vec] | None = None  # mu of the last step, 0 where m was replaced, and its g
         self.forget()
 
@@ -118,10 +115,6 @@ class FirstOrder(Model):
         state["momentum"].copy(self.m)
         state["momentum"].destroy()
 
-    def destroy(self) -> None:
-        """See :meth:`Model.destroy`."""
-        self.m.destroy()
-
 
 class Secant(Model):
     """g.s + s.Bs / 2 with B from secant pairs, those of rejected steps too, solved exactly in a norm from a product.
@@ -132,7 +125,7 @@ class Secant(Model):
 
     def __init__(self, kind: str, memory: int, layout: ParameterLayout, norm: Norm) -> None:
         self.metric = norm if isinstance(norm, KroneckerNorm) else None
-        self.pairs = SecantModel(memory, kind, layout, self.metric)
+        self.pairs = self.own(SecantModel(memory, kind, layout, self.metric))
 
     def step(self, x: PETSc.Vec, g: PETSc.Vec, radius: float, s: PETSc.Vec) -> tuple[float, float]:
         """See :meth:`Model.step`."""
@@ -170,10 +163,6 @@ class Secant(Model):
         """See :meth:`Model.restore`."""
         self.pairs.restore(state)
 
-    def destroy(self) -> None:
-        """See :meth:`Model.destroy`."""
-        self.pairs.clear()
-
 
 class Products(Model):
     """g.s + s.Hs / 2 with the Hessian or the Gauss-Newton matrix by PETSc's KSP, which needs products H v only.
@@ -207,10 +196,11 @@ class Products(Model):
                 f"option -{prefix}model gauss_newton needs a loss that is convex in a network's outputs, as a sum of "
                 "squares of residuals is; use hessian"
             )
-        self.matrix = _Curvature(objective, kind, fraction).matrix()
+        self.rhs = self.own(objective.layout.vector())
+        self.matrix = self.own(_Curvature(objective, kind, fraction).matrix())
         self.norm = norm
         self.prefix = f"{prefix}tr_"
-        self.ksp = PETSc.KSP().create(objective.comm)
+        self.ksp = self.own(PETSc.KSP().create(objective.comm))
         self.ksp.setOptionsPrefix(self.prefix)
         self.ksp.setOperators(self.matrix)
         pc = self.ksp.getPC()
@@ -219,7 +209,6 @@ class Products(Model):
             pc.setPythonContext(_Metric(norm))
         else:
             pc.setType("none")
-        self.rhs = objective.layout.vector()
         self._options(0.0)
 
     def _options(self, radius: float) -> None:
@@ -240,19 +229,14 @@ class Products(Model):
         self.ksp.solve(self.rhs, s)
         return -float(self.ksp.getCGObjectiveValue()), self.norm(s)
 
-    def destroy(self) -> None:
-        """See :meth:`Model.destroy`."""
-        for thing in (self.ksp, self.matrix, self.rhs):
-            thing.destroy()
 
-
-class _Curvature(Operator):
+class _Curvature(Operator, Owner):
     """Python context of a Hessian or Gauss-Newton matrix at a point, on a part of the samples."""
 
     def __init__(self, objective: Objective, kind: str, fraction: float) -> None:
         super().__init__(objective.layout)
         self.objective, self.kind, self.fraction = objective, kind, fraction
-        self.point = objective.layout.vector()
+        self.point = self.own(objective.layout.vector())
         self.part, self.version = objective, objective.version
 
     def move(self, x: PETSc.Vec) -> None:
@@ -267,10 +251,6 @@ class _Curvature(Operator):
         """Multiply."""
         multiply = self.part.hessian_product if self.kind == "hessian" else self.part.gauss_newton_product
         multiply(self.point, x, y)
-
-    def destroy(self, mat: PETSc.Mat) -> None:
-        """Destroy the point."""
-        self.point.destroy()
 
 
 class _Metric:

@@ -127,6 +127,10 @@ class SecantModel:
         self.S, self.Y, self._images = [], [], (-1, [])
         self.gamma = 0.0 if self.metric is None else 1.0
 
+    def destroy(self) -> None:
+        """Destroy the vectors."""
+        self.clear()
+
     def state(self) -> dict[str, Any]:
         """Everything, for a checkpoint; the vectors are this object's."""
         return {"S": list(self.S), "Y": list(self.Y), "gamma": self.gamma}

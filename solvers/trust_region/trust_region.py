@@ -118,7 +118,7 @@ class TrustRegion(Solver):
                 f"option -{self.prefix}curvature_fraction must be at most 1, got {settings.curvature_fraction:g}"
             )
 
-    def setUp(self, tao: PETSc.TAO) -> None:
+    def prepare(self, tao: PETSc.TAO) -> None:
         """Make norm, model and controller. Collective.
 
         Raises
@@ -126,18 +126,11 @@ class TrustRegion(Solver):
         InputError
             If the loss has no modular norm, or no residuals for Gauss-Newton products.
         """
-        super().setUp(tao)
+        super().prepare(tao)
         settings, objective = self.settings, self.objective
         self.norm = make_norm(objective, self.norm_name, settings, self.prefix)
         self.radius = TrustRadius(settings, self.norm_name, torch.finfo(objective.loss.dtype).eps)
-        self.model: Model
-        if settings.model == "first":
-            self.model = FirstOrder(self.norm, settings.momentum, self.g)
-        elif settings.model in ("sr1", "lbfgs"):
-            self.model = Secant(settings.model, settings.memory, objective.layout, self.norm)
-        else:
-            fraction = settings.curvature_fraction or 1.0
-            self.model = Products(objective, settings.model, fraction, self.prefix, self.norm)
+        self.model = self.own(self._make_model())
         self.budget = math.inf  # how far a local solve may go from where it begins
         self.point = tao.getSolution()
 
@@ -148,11 +141,14 @@ class TrustRegion(Solver):
         own = {} if self.moves_within else {"accepted_g": "g"}
         return {"trial": "s", "y": "trial_g", **own}
 
-    def destroy(self, tao: PETSc.TAO) -> None:
-        """Destroy what :meth:`setUp` made."""
-        super().destroy(tao)
-        if hasattr(self, "model"):
-            self.model.destroy()
+    def _make_model(self) -> Model:
+        settings, objective = self.settings, self.objective
+        if settings.model == "first":
+            return FirstOrder(self.norm, settings.momentum, self.g)
+        if settings.model in ("sr1", "lbfgs"):
+            return Secant(settings.model, settings.memory, objective.layout, self.norm)
+        fraction = settings.curvature_fraction or 1.0
+        return Products(objective, settings.model, fraction, self.prefix, self.norm)
 
     def confine(self, budget: float, first: float) -> None:
         """Keep the next solves within this distance of where they begin; their first radius."""
@@ -170,8 +166,8 @@ class TrustRegion(Solver):
         self.point.copy(self.vectors["batch_x"])
         self.g.copy(self.vectors["batch_g"])
 
-    def kept(self) -> dict[str, Any]:
-        """See :meth:`solvers.base.Solver.kept`."""
+    def inner_state(self) -> dict[str, Any]:
+        """See :meth:`solvers.base.Solver.inner_state`."""
         return {
             "radius": self.radius.state(),
             "model": self.settings.model,
@@ -180,27 +176,23 @@ class TrustRegion(Solver):
             "norm_state": self.norm.state(),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """See :meth:`solvers.base.Solver.restore`."""
-        self.radius.restore(state["radius"])
-        self.model.restore(state["model_state"])
-        self.norm.restore(state.get("norm_state", {}))
-
-    def resume(self, state: dict[str, Any]) -> None:
-        """See :meth:`solvers.base.Solver.resume`.
+    def take_state(self, state: dict[str, Any]) -> None:
+        """See :meth:`solvers.base.Solver.take_state`.
 
         Raises
         ------
         InputError
-            Also if it is that of another model.
+            If it is that of another model.
         """
-        super().resume(state)
         for name, mine in (("model", self.settings.model), ("norm", self.norm_name)):
             if state.get(name, mine) != mine:
                 raise InputError(
                     f"the run file is of -{self.prefix}{name} {state[name]}, not {mine}: the same -{name} goes on "
                     "from it"
                 )
+        self.radius.restore(state["radius"])
+        self.model.restore(state["model_state"])
+        self.norm.restore(state.get("norm_state", {}))
 
     def renew(self, x: PETSc.Vec) -> None:
         """See :meth:`solvers.base.Solver.renew`; the radius shrinks if the last steps were wrong for the new one."""

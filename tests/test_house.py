@@ -137,7 +137,9 @@ def room_of(name: str) -> str:
 
 def test_every_file_stands_in_a_room() -> None:
     assert {room_of(name) for name in SOURCES} <= set(ROOMS)
-    assert {"ddml.losses", "ddml.problems", "solvers.bottom", "solvers.schwarz", "drivers"} <= set(map(room_of, SOURCES))
+    assert {"ddml.losses", "ddml.problems", "solvers.bottom", "solvers.schwarz", "drivers"} <= set(
+        map(room_of, SOURCES)
+    )
 
 
 def test_rooms_import_lower_levels_only() -> None:
@@ -225,9 +227,9 @@ def docstrings(source: Source) -> Iterator[tuple[list[str], int, str]]:
 
     def walk(node: ast.AST, classes: list[str]) -> Iterator[tuple[list[str], int, str]]:
         for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
-                if isinstance(child.value.value, str):
-                    yield classes, child.lineno, child.value.value
+            alone = child.value if isinstance(child, ast.Expr) else None
+            if isinstance(alone, ast.Constant) and isinstance(alone.value, str):
+                yield classes, child.lineno, alone.value
             yield from walk(child, [*classes, child.name] if isinstance(child, ast.ClassDef) else classes)
 
     return walk(source.tree, [])

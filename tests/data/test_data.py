@@ -138,7 +138,7 @@ def test_digits_are_those_of_scikit_learn(comm: MPI.Comm) -> None:
 
 USER = """
 import numpy as np
-from ddml.data import DataSet
+from ddml.data.data_set import DataSet
 x = np.arange(12.0).reshape(6, 2)
 def lines(): return {"inputs": x, "labels": [0, 1] * 3, "test_inputs": x[:2], "test_labels": [1, 0], "maximum": 11}
 ready = DataSet(x, [0, 1] * 3, x, [0, 1] * 3)

@@ -10,10 +10,14 @@ from types import SimpleNamespace
 
 import h5py
 import numpy as np
+import pytest
+from mpi4py import MPI
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 _FOREIGN = ("OMPI_", "PMIX_", "ORTE_", "PETSC_OPTIONS")
+# what starts drivers does so from one rank
+started = pytest.mark.skipif(MPI.COMM_WORLD.size > 1, reason="starts drivers")
 SMALL = ("-network", "residual", "-width", "8", "-depth", "2", "-points", "200", "-test_points", "50",
          "-error_points", "100", "-summation_blocks", "4")  # fmt: skip
 

@@ -304,3 +304,11 @@ def test_references_in_docstrings_lead_somewhere(importable: None) -> None:
                     wrong.append(f"{source.at(line)}: {match[0]} is no {kind}")
     assert count > 200
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_lists_of_what_runs_where_name_what_there_is(pytestconfig: pytest.Config) -> None:
+    lists = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    for entry in (*lists.SERIAL, *lists.SAMPLE, *lists.STARTS):
+        path, _, test = entry.partition("::")
+        assert (ROOT / "tests" / path).exists(), entry
+        assert not test or f"def {test.partition('[')[0]}(" in (ROOT / "tests" / path).read_text(), entry

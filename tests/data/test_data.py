@@ -36,6 +36,7 @@ def write(path: Path, found: dict[str, Any], comm: MPI.Comm, **attributes: Any) 
     return str(path)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
 @pytest.mark.parametrize("shape", [(6,), (3, 4, 5)])
 def test_every_rank_sees_what_is_in_the_file(

@@ -216,10 +216,10 @@ def whole(name: str, comm: MPI.Comm, blocks: int) -> tuple[Objective, Dense]:
     return kind(loss, layout, blocks=blocks), Dense(name, outputs, torch.arange(13))
 
 
-def assert_is(objective: Objective, dense: Dense, seed: int) -> None:
-    """Value, gradient and products, at two points."""
+def assert_is(objective: Objective, dense: Dense, seed: int, points: int = 2) -> None:
+    """Value, gradient and products, at some points."""
     layout, n = objective.layout, objective.size
-    for point in range(2):
+    for point in range(points):
         x, v = numbers(n, 3, seed, point), numbers(n, 4, seed, point)
         at, direction, found = put(layout, x), put(layout, v), layout.vector()
         expected = float(dense(x).detach())

@@ -49,6 +49,7 @@ def test_values_and_derivatives_are_those_of_the_serial_loss(comm: MPI.Comm, nam
             thing.destroy()
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("blocks", [3, 40])
 @losses
 def test_blocks_make_the_same_bits_on_any_number_of_ranks(comm: MPI.Comm, name: str, blocks: int) -> None:

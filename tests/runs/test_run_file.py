@@ -27,6 +27,7 @@ from ddml.runs.history import COLUMNS, History
 from ddml.runs.run_file import inspect, read, write
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("written", ["even", "first", "uneven"])
 @pytest.mark.parametrize("reading", ["even", "first", "uneven"])
 def test_everything_comes_back_with_the_same_bits_on_other_ownership_ranges(
@@ -52,6 +53,7 @@ def test_everything_comes_back_with_the_same_bits_on_other_ownership_ranges(
         made.destroy()
 
 
+@pytest.mark.ranks
 def test_a_file_of_all_ranks_can_be_read_by_one_and_the_other_way(shared_tmp: Path) -> None:
     small(shared_tmp / "all.h5", 2.0)
     alone = vector(np.zeros(SIZE), on=MPI.COMM_SELF)

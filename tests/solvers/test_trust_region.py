@@ -69,6 +69,7 @@ def test_monotone_methods_never_increase_the_loss(train: Train, model: str, norm
     assert ((run.steps[1:] > 0) == moved).all()
 
 
+@pytest.mark.ranks
 @every
 def test_the_trajectory_is_that_on_one_rank(train: Train, model: str, norm: str) -> None:
     parts = batches(classifier(), 30, 4)
@@ -94,6 +95,7 @@ def test_a_resumed_run_goes_on_to_the_last_bit(train: Train, copied: Any, model:
     assert rest.losses.tobytes() == whole.losses[at + 1 :].tobytes()
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_near_directions_of_large_matrices(train: Train, copied: Any, momentum: float) -> None:
     """Steps within the norm, a true prediction, the same bits in one and in two runs and on all ranks."""
@@ -136,6 +138,7 @@ def test_a_first_order_method_keeps_seven_vectors(train: Train) -> None:
     assert set(held) == {5}  # besides theta and the momentum
 
 
+@pytest.mark.ranks
 @every
 def test_a_run_file_goes_on_on_another_number_of_ranks(
     train: Train, copied: Any, comm: MPI.Comm, shared_tmp: Path, model: str, norm: str

@@ -1,5 +1,6 @@
 # make demo    train a physics-informed network on two ranks with three solvers, draw the figures
-# make test    the whole test suite, on 1, 2 and 3 ranks
+# make check   a part of the test suite, before a commit (3 minutes on two cores)
+# make test    the test suite, on 1, 2 and 3 ranks (12 minutes); make test-long all of it on all ranks, 1,000 kills
 # make bench   the tables of the README, measured side by side (about 25 minutes)
 # make lint    style and types
 # Each of them makes .venv first (make env), see environment.sh.
@@ -13,7 +14,7 @@ export OPENBLAS_NUM_THREADS = 1
 # more ranks than cores take turns
 export OMPI_MCA_mpi_yield_when_idle = 1
 
-.PHONY: env demo test test-drivers test-ranks bench lint clean
+.PHONY: env demo check check-one check-three test test-long test-one test-ranks bench lint clean
 
 env:
 	@./environment.sh
@@ -28,16 +29,30 @@ demo: env
 	$(PYTHON_ENV) drivers/plot.py out/ssbroyden.h5 out/mspqn.h5 out/lbfgs.h5 -labels SSBroyden MSPQN L-BFGS -o out/demo.png
 	@echo "run files out/*.h5, to be resumed with -restart; figures out/demo.png and out/demo.maps.png"
 
-test: env
-	$(MAKE) -j2 test-drivers test-ranks
+check: env
+	$(MAKE) -j2 check-one check-three
 
-test-drivers:
-	$(PYTHON_ENV) -m pytest tests/drivers
+check-one:
+	$(PYTHON_ENV) -m pytest tests --suite=check
+
+check-three:
+	$(MPIEXEC) -n 3 $(PYTHON_ENV) -m pytest tests --suite=check
+
+# the suites and what they run on each number of ranks: tests/conftest.py
+test: env
+	$(MAKE) -j2 test-one test-ranks
+
+test-long: export DDML_LONG = 1
+test-long: export DDML_KILLS = 1000
+test-long: env
+	$(MAKE) -j2 test-one test-ranks
+
+test-one:
+	$(PYTHON_ENV) -m pytest tests
 
 test-ranks:
-	$(PYTHON_ENV) -m pytest tests --ignore=tests/drivers
-	$(MPIEXEC) -n 2 $(PYTHON_ENV) -m pytest tests --ignore=tests/drivers
-	$(MPIEXEC) -n 3 $(PYTHON_ENV) -m pytest tests --ignore=tests/drivers
+	$(MPIEXEC) -n 3 $(PYTHON_ENV) -m pytest tests
+	$(MPIEXEC) -n 2 $(PYTHON_ENV) -m pytest tests
 
 bench: env
 	$(PYTHON_ENV) drivers/bench.py $(BENCH)

@@ -1,6 +1,7 @@
 """What all tests share; the suite runs on any number of ranks, the same tests in the same order on each."""
 
 import itertools
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,13 +23,82 @@ from solvers import Minimisation
 
 torch.set_num_threads(1)
 
-# what knows nothing of ranks runs on one only
-if MPI.COMM_WORLD.size > 1:
-    collect_ignore = [
-        "jets", "networks", "data/test_samples.py", "linalg/test_polar.py", "losses/test_kronecker.py",
-        "losses/test_loss.py", "norms/test_modular.py", "problems/test_references.py", "problems/test_program.py",
-        "runs/test_figures.py", "runs/test_history.py", "test_options.py", "test_prepare.py",
-    ]  # fmt: skip
+# What runs where -----------------------------------------------------------------------------------------------------
+#
+#               one rank             two ranks           three ranks
+# make check    all but long; STARTS -                   SAMPLE
+# make test     all but long         those marked ranks  all but long and SERIAL
+# make test-long  all                all but SERIAL      all but SERIAL
+#
+# --suite chooses the row (long where DDML_LONG is set), mpiexec the column. Tests marked long are skipped elsewhere.
+
+SUITES = ("check", "test", "long")
+
+# What knows nothing of ranks, or starts programs of its own: on one rank only. A folder, a file, or a test of a file.
+SERIAL = (
+    *("jets", "networks", "data/test_samples.py", "linalg/test_polar.py", "norms/test_modular.py"),
+    *("losses/test_kronecker.py", "losses/test_loss.py", "losses/test_module_factors.py"),
+    *("losses/test_module_refusals.py", "losses/test_pde_modules.py"),
+    *("problems/test_references.py", "problems/test_program.py", "runs/test_figures.py", "runs/test_history.py"),
+    *("test_options.py", "test_prepare.py", "test_house.py"),
+    "runs/test_run_file_damage.py::test_a_kill_at_any_moment_leaves_a_whole_file",  # a writer on one rank
+    *(f"drivers/test_{name}.py" for name in ("all_solvers", "bad_problems", "bench", "classify", "faults", "header")),
+    *(f"drivers/test_{name}.py" for name in ("kill", "plot_driver", "readme", "restart", "rivals")),
+)
+
+# make check: a solver of each family on three ranks, and through a restart
+_RUNS = "solvers/test_classifying.py::test_runs_are_the_same_on_any_number_of_ranks_and_restart_exactly"
+SAMPLE = (
+    *(f"{_RUNS}[{name}-digits]" for name in ("lbfgs", "ssbroyden", "tr", "aspqn", "mspqn_dense", "apts_weights")),
+    *(f"{_RUNS}[{name}-digits]" for name in ("apts_data", "napts", "tr, K-FAC norm, L-BFGS")),
+    "solvers/test_gauss_newton.py::test_with_blocks_a_run_has_the_same_bits_on_any_number_of_ranks",
+    "runs/test_run_file.py",
+    "drivers/test_bad_input.py::test_bad_input_is_named_in_one_line_on_all_ranks",
+)
+
+# make check: six starts of drivers
+STARTS = (
+    "drivers/test_bad_input.py::test_a_driver_that_refuses_prints_one_line_and_ends_with_1[unknown option of a local",
+    "drivers/test_classify.py::test_digits_are_learnt",
+    "drivers/test_classify_bad_input.py::test_help_lists_the_options",
+    "drivers/test_faults.py::test_trials_that_are_not_finite_are_rejected",
+    "drivers/test_faults.py::test_exception_on_one_rank_ends_all",
+    "drivers/test_plot_driver.py::test_convergence_and_maps",
+)
+
+HERE = Path(__file__).parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    default = "long" if os.environ.get("DDML_LONG") else "test"
+    parser.addoption("--suite", choices=SUITES, default=default, help=f"how much runs (now {default})")
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Files that run on one rank only are not even imported on several."""
+    several = MPI.COMM_WORLD.size > 1
+    return True if several and str(collection_path.relative_to(HERE)) in SERIAL else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what does not run in this suite on this number of ranks."""
+    size, suite = MPI.COMM_WORLD.size, config.getoption("suite")
+
+    def runs(item: pytest.Item) -> bool:
+        name = f"{item.path.relative_to(HERE)}::{item.name}"
+        if size > 1 and name in SERIAL:
+            return False
+        if suite == "check":
+            return name.startswith(SAMPLE if size > 1 else STARTS) or (size == 1 and not name.startswith("drivers"))
+        return suite == "long" or size != 2 or item.get_closest_marker("ranks") is not None
+
+    chosen = [item for item in items if runs(item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = chosen
+    if suite != "long":
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="long: DDML_LONG=1 runs it"))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

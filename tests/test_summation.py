@@ -60,6 +60,7 @@ def by_halves(values: np.ndarray) -> Any:
     return by_halves(values[:middle]) + by_halves(values[middle:])
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 12, 48, 100])
 def test_the_tree_does_not_depend_on_the_ranks_and_few_sums_travel(count: int) -> None:
     rng = np.random.default_rng(0)
@@ -157,6 +158,7 @@ def numbers(comm: MPI.Comm, sizes: tuple[int, ...]) -> tuple[list[float], bytes]
     return found, whole
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("sizes", [(2, 1), (100, 7, 50), (5000, 3, 1), (70_000, 9, 1000)])
 def test_vectors_compute_the_same_bits_on_any_number_of_ranks(sizes: tuple[int, ...], comm: MPI.Comm) -> None:
     assert fixes_order()

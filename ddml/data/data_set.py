@@ -14,7 +14,7 @@ Batches are drawn from the whole set, so that nothing depends on the number of r
 on change with every batch: any rank may need any row. So every node holds the stored values (one byte each for
 images) once, in memory that its ranks share; each rank reads an equal share of the rows into it. What a rank evaluates,
 its own share of a batch and no more, becomes numbers of the network's precision when it is first asked for
-(:class:`Samples`). On one rank the memory is ordinary.
+(:class:`ddml.data.scaling.Samples`). On one rank the memory is ordinary.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ class Subdomains:
         return [list(range(a, b)) for a, b in pairwise(edges)]
 
     def ownership(self, ranks: int) -> list[int]:
-        """Boundaries (ranks + 1) for a :class:`ParameterLayout` in which cores are local to their ranks.
+        """Boundaries (ranks + 1) for a :class:`ddml.layout.ParameterLayout` in which cores are local to their ranks.
 
         Equal shares where the cores do not follow each other in the global vector.
         """

@@ -36,6 +36,7 @@ def write(path: Path, found: dict[str, Any], comm: MPI.Comm, **attributes: Any) 
     return str(path)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
 @pytest.mark.parametrize("shape", [(6,), (3, 4, 5)])
 def test_every_rank_sees_what_is_in_the_file(
@@ -138,7 +139,7 @@ def test_digits_are_those_of_scikit_learn(comm: MPI.Comm) -> None:
 
 USER = """
 import numpy as np
-from ddml.data import DataSet
+from ddml.data.data_set import DataSet
 x = np.arange(12.0).reshape(6, 2)
 def lines(): return {"inputs": x, "labels": [0, 1] * 3, "test_inputs": x[:2], "test_labels": [1, 0], "maximum": 11}
 ready = DataSet(x, [0, 1] * 3, x, [0, 1] * 3)

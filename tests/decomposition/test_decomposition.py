@@ -195,6 +195,7 @@ def test_what_cannot_be_decomposed_is_refused(make: Any, arguments: dict[str, An
         make(LOSS, **arguments)
 
 
+@pytest.mark.ranks
 @names
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 6, 7, 8, 13, 64])
 def test_every_subdomain_is_assigned_and_every_rank_has_work(name: str, ranks: int) -> None:
@@ -218,6 +219,7 @@ def test_every_subdomain_is_assigned_and_every_rank_has_work(name: str, ranks: i
         assert sizes.max() - sizes.min() <= 1
 
 
+@pytest.mark.ranks
 @names
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 9, 30])
 def test_ownership_makes_cores_local_where_they_follow_each_other(name: str, ranks: int) -> None:

@@ -10,22 +10,30 @@ from types import SimpleNamespace
 
 import h5py
 import numpy as np
+import pytest
+from mpi4py import MPI
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 _FOREIGN = ("OMPI_", "PMIX_", "ORTE_", "PETSC_OPTIONS")
+# what starts drivers does so from one rank
+started = pytest.mark.skipif(MPI.COMM_WORLD.size > 1, reason="starts drivers")
 SMALL = ("-network", "residual", "-width", "8", "-depth", "2", "-points", "200", "-test_points", "50",
          "-error_points", "100", "-summation_blocks", "4")  # fmt: skip
 
 
-def start(ranks: int, *options: object, driver: str = "pinn.py") -> subprocess.Popen[str]:
-    """A driver in a session of its own; a test that itself runs under MPI must not pass that on."""
+def start(ranks: int, *options: object, driver: str = "pinn.py", warm: Path | None = None) -> subprocess.Popen[str]:
+    """A driver in a session of its own; a test that itself runs under MPI must not pass that on.
+
+    ``warm`` is the address of an interpreter that forks its ranks (:mod:`warm`).
+    """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(_FOREIGN)}
     environment["OMP_NUM_THREADS"] = environment["OPENBLAS_NUM_THREADS"] = "1"
     environment["OMPI_MCA_mpi_yield_when_idle"] = "1"  # tests run on busy machines
     command = ["mpiexec", "--oversubscribe", "-n", str(ranks)]
     command += ["--allow-run-as-root"] if os.getuid() == 0 else []
-    command += [sys.executable, "-m", "mpi4py", str(ROOT / "drivers" / driver), *map(str, options)]
+    python = ["-m", "mpi4py"] if warm is None else ["-I", "-S", str(HERE / "warm.py"), str(warm)]
+    command += [sys.executable, *python, str(ROOT / "drivers" / driver), *map(str, options)]
     return subprocess.Popen(
         command, env=environment, cwd=ROOT, text=True, start_new_session=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

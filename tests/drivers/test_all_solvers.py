@@ -1,27 +1,19 @@
 """Every solver of the table, ours and PETSc's, on digits and on an equation: it runs, or refuses in one line."""
 
-import signal
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from launch import ROOT
+from calling import call
 from mpi4py import MPI
-from petsc4py import PETSc
 
 from ddml.errors import InputError
 from solvers import PETSC_TYPES, SOLVERS
 
-sys.path.insert(0, str(ROOT / "drivers"))
-import classify
-import pinn
-
 DIGITS = "-data digits -samples 60 -widths 6,5 -progress none"
 EQUATION = "-problem klein_gordon -width 6 -depth 2 -points 60 -error_points 16 -test_points 0 -progress none"
-DRIVERS = {"digits": (classify.main, DIGITS), "klein_gordon": (pinn.main, EQUATION)}
+DRIVERS = {"digits": ("classify", DIGITS), "klein_gordon": ("pinn", EQUATION)}
 TYPES = [f"-solver {name}" for name in (*SOLVERS, *PETSC_TYPES)] + [f"-tao_type {name}" for name in PETSC_TYPES]
 REFUSED = {
     ("digits", "gauss_newton"): "sums of squares",
@@ -29,37 +21,21 @@ REFUSED = {
 }
 
 
-@pytest.fixture
-def drive(comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], int]]:
-    """Call a driver in this process with some options; its exit code."""
-    database, before = PETSc.Options(), PETSc.Options().getAll()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-
-    def run(name: str, options: str) -> int:
-        main, common = DRIVERS[name]
-        words = f"{common} {options}".split()  # names and values
-        for key, value in zip(words[::2], words[1::2], strict=True):
-            database.setValue(key, value)
-        monkeypatch.setattr(sys, "argv", [name])
-        return main(comm)
-
-    yield run
-    for key in database.getAll().keys() - before.keys():
-        database.delValue(key)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+def drive(name: str, options: str) -> int:
+    """The exit code of a driver with some options, in this process."""
+    driver, common = DRIVERS[name]
+    return call(driver, *f"{common} {options}".split())
 
 
 @pytest.mark.parametrize("options", TYPES)
 @pytest.mark.parametrize("name", DRIVERS)
 def test_it_runs(
-    drive: Callable[[str, str], int], capfd: pytest.CaptureFixture[str], comm: MPI.Comm, shared_tmp: Path,
+    capfd: pytest.CaptureFixture[str], comm: MPI.Comm, shared_tmp: Path,
     name: str, options: str,
 ) -> None:  # fmt: skip
     solver, path = options.split()[1], shared_tmp / "run.h5"
     if solver in ("tr", "apts_weights", "apts_data", "napts") and name == "klein_gordon":
         assert drive(name, f"{options} -norm 2 -max_it 3") == 0
-        PETSc.Options().delValue("norm")
         capfd.readouterr()
     if (name, solver) in REFUSED:
         with pytest.raises(InputError, match=REFUSED[name, solver]):
@@ -85,7 +61,7 @@ def test_it_runs(
     ],
 )
 @pytest.mark.parametrize("name", DRIVERS)
-def test_it_is_refused(drive: Callable[[str, str], int], name: str, options: str, message: str) -> None:
+def test_it_is_refused(name: str, options: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         drive(name, options)
 
@@ -94,7 +70,7 @@ def test_it_is_refused(drive: Callable[[str, str], int], name: str, options: str
                                      "-solver aspqn -local_solver ssbroyden -coarse_step true",
                                      "-solver napts -local_solver lbfgs"])  # fmt: skip
 @pytest.mark.parametrize("name", DRIVERS)
-def test_local_solvers_have_their_own_defaults(drive: Callable[[str, str], int], name: str, options: str) -> None:
+def test_local_solvers_have_their_own_defaults(name: str, options: str) -> None:
     if name == "klein_gordon":  # which has no modular norm
         options += {"tr": " -sub_norm 2", "lbfgs": " -norm 2"}.get(options.split()[3], "")
     assert drive(name, f"{options} -max_it 2") == 0
@@ -102,7 +78,7 @@ def test_local_solvers_have_their_own_defaults(drive: Callable[[str, str], int],
 
 @pytest.mark.parametrize("solver", ["apts_weights", "napts", "mspqn_dense", "aspqn"])
 def test_one_layer_is_the_undivided_method(
-    drive: Callable[[str, str], int], capfd: pytest.CaptureFixture[str], comm: MPI.Comm, tmp_path: Path, solver: str
+    capfd: pytest.CaptureFixture[str], comm: MPI.Comm, tmp_path: Path, solver: str
 ) -> None:
     network = tmp_path / "network.py"
     network.write_text(
@@ -117,7 +93,7 @@ def test_one_layer_is_the_undivided_method(
 @pytest.mark.parametrize("solver", ["aspqn", "lbfgs", "ssbroyden", "lmvm", "bntr"])
 @pytest.mark.parametrize("name", DRIVERS)
 def test_no_iterations(
-    drive: Callable[[str, str], int], capfd: pytest.CaptureFixture[str], comm: MPI.Comm, shared_tmp: Path,
+    capfd: pytest.CaptureFixture[str], comm: MPI.Comm, shared_tmp: Path,
     name: str, solver: str,
 ) -> None:  # fmt: skip
     """The initial parameters are evaluated and written; a restart with nothing to do leaves the file alone."""
@@ -128,7 +104,6 @@ def test_no_iterations(
         with h5py.File(path, "r") as file:
             assert file["history/iteration"][()].tolist() == [0] and np.isfinite(file["history/loss"][()]).all()
     comm.barrier()
-    PETSc.Options().delValue("output")
     assert drive(name, f"-restart {path} -solver {solver} -max_it 2") == 0
     assert drive(name, f"-restart {path} -solver {solver} -max_it 0") == 0
     before = path.read_bytes()

@@ -1,15 +1,15 @@
-"""Whatever is wrong with the input: exit code 1, one line that names it, and no file is touched."""
+"""Whatever is wrong with the input: one line that names it on all ranks, exit code 1, and no file is touched."""
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import h5py
 import pytest
-from launch import HERE, SMALL, launch
+from calling import refusal, tree
+from launch import HERE, SMALL, launch, started
+from mpi4py import MPI
 
 PROBLEMS = HERE / "bad_problems.py"
 GAUSS_NEWTON = "-solver gauss_newton -form primal"
@@ -89,46 +89,56 @@ FILES: dict[str, tuple[Callable[[Path], object], str, str]] = {
 }
 
 
-def tree(folder: Path) -> dict[str, bytes | None]:
-    return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+# what is wrong: (done to a good run file, options, a text that the error line must contain)
+KEEP = "-output {run} -overwrite "
+TRIES: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    **{name: (Path.exists, KEEP + options, text) for name, (options, text) in OPTIONS.items()},
+    **{name: (Path.exists, f"{KEEP}-problem {problem}", text) for name, (problem, text) in USER_PROBLEMS.items()},
+    **FILES,
+}
 
 
-@pytest.fixture(scope="session")
-def attempts(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[SimpleNamespace]]]:
-    """Every bad input, tried in its own folder with a good run file; two at a time, to keep two cores busy."""
-    root = tmp_path_factory.mktemp("attempts")
-
-    def attempt(name: str, prepare: Callable[[Path], object], options: str) -> SimpleNamespace:
-        folder = root / name.replace(" ", "_")
-        folder.mkdir()
-        run = folder / "run.h5"
-        shutil.copy(trained, run)
+def prepared(folder: Path, good: Path, prepare: Callable[[Path], object], options: str) -> list[str]:
+    """The command line, for a folder with a good run file to which something was done."""
+    run = folder / "run.h5"
+    if MPI.COMM_WORLD.rank == 0:
+        shutil.copy(good, run)
         (folder / "broken.py").write_text("class Right(:\n")
         prepare(run)
-        before = tree(folder)
-        result = launch(2, *SMALL, "-solver", "aspqn", "-max_it", 5, *options.format(run=run, folder=folder).split())
-        result.untouched = tree(folder) == before
-        return result
-
-    keep = "-output {run} -overwrite "
-    tries = {name: (Path.exists, keep + options) for name, (options, _) in OPTIONS.items()}
-    tries |= {name: (Path.exists, keep + "-problem " + problem) for name, (problem, _) in USER_PROBLEMS.items()}
-    tries |= {name: (prepare, options) for name, (prepare, options, _) in FILES.items()}
-    with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(attempt, name, *what) for name, what in tries.items()}
+    MPI.COMM_WORLD.barrier()
+    return [*SMALL, "-solver", "aspqn", "-max_it", "5", *options.format(run=run, folder=folder).split()]
 
 
-@pytest.mark.parametrize("name", [*OPTIONS, *USER_PROBLEMS, *FILES])
-def test_bad_input_is_named_in_one_line(name: str, attempts: dict[str, Future[SimpleNamespace]]) -> None:
-    result = attempts[name].result()
+@pytest.mark.parametrize("name", TRIES)
+def test_bad_input_is_named_in_one_line_on_all_ranks(
+    name: str, good: Path, comm: MPI.Comm, shared_tmp: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    *what, expected = TRIES[name]
+    words = prepared(shared_tmp, good, *what)
+    before = tree(shared_tmp)
+    comm.barrier()
+    assert expected in refusal("pinn", *words)
+    assert "Traceback" not in "".join(capfd.readouterr())
+    assert tree(shared_tmp) == before
+    comm.barrier()
+
+
+@started
+@pytest.mark.parametrize("name", ["unknown option of a local solver", "residual raises", "restart file is damaged"])
+def test_a_driver_that_refuses_prints_one_line_and_ends_with_1(name: str, good: Path, tmp_path: Path) -> None:
+    *what, expected = TRIES[name]
+    words = prepared(tmp_path, good, *what)
+    before = tree(tmp_path)
+    result = launch(2, *words)
     errors = [line for line in result.err.splitlines() if line.startswith("error:")]
     assert result.rc == 1, result.out + result.err
     assert len(errors) == 1, result.err
-    assert {**OPTIONS, **USER_PROBLEMS, **FILES}[name][-1] in errors[0]
+    assert expected in errors[0]
     assert "Traceback" not in result.err + result.out
-    assert result.untouched
+    assert tree(tmp_path) == before
 
 
+@started
 def test_help_lists_the_options() -> None:
     result = launch(2, "-help")
     assert result.rc == 0, result.err

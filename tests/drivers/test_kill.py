@@ -1,33 +1,60 @@
-"""A run that is killed at random moments and restarted ends as one that was not."""
+"""Runs that are killed at random moments and restarted end as one that was not."""
 
 from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from launch import SMALL, assert_same, finish, kill, launch, start
+import pytest
+from launch import HERE, SMALL, assert_same, finish, kill, launch, start
 
-KILLS = int(os.environ.get("DDML_KILLS", "2"))
+KILLS = int(os.environ.get("DDML_KILLS", "4"))
+EACH = min(KILLS, 25)  # kills of one run
 OPTIONS = (*SMALL, "-solver", "aspqn", "-local_steps", "3", "-checkpoint_interval", "1")
+LENGTH = 12 * EACH
 
 
-def test_every_restart_after_a_kill_succeeds(tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole.h5", tmp_path / "killed.h5"
-    length = 12 * KILLS
-    assert launch(2, *OPTIONS, "-max_it", length, "-output", whole, timeout=600).rc == 0
-    moments = random.Random(KILLS)
-    kills = 0
-    while kills < KILLS:
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The address of an interpreter that forks ranks."""
+    address = tmp_path_factory.mktemp("warm") / "socket"
+    command = [sys.executable, str(HERE / "warm.py"), "serve", str(address)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdin and server.stdout and server.stdout.readline() == "ready\n"
+        yield address
+        server.stdin.close()
+    assert server.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("whole") / "run.h5"
+    assert launch(2, *OPTIONS, "-max_it", LENGTH, "-output", path, timeout=600).rc == 0
+    return path
+
+
+@pytest.mark.parametrize("number", range(-(-KILLS // EACH)))
+def test_every_restart_after_a_kill_succeeds(warm: Path, whole: Path, tmp_path: Path, number: int) -> None:
+    killed, moments = tmp_path / "killed.h5", random.Random(number)
+
+    def go_on() -> subprocess.Popen[str]:
         where = ("-restart", killed) if killed.exists() else ("-output", killed)
-        process = start(2, *OPTIONS, "-max_it", length, *where)
-        time.sleep(moments.uniform(2.5, 7.0))  # in the start, in an iteration, in a checkpoint
+        return start(2, *OPTIONS, "-max_it", LENGTH, *where, warm=warm)
+
+    before = time.monotonic()
+    assert finish(start(2, *OPTIONS, "-max_it", 0, warm=warm)).rc == 0
+    pace = time.monotonic() - before
+    for _ in range(EACH):
+        process = go_on()
+        time.sleep(pace * moments.uniform(0.2, 2.0))  # in the start, in an iteration, in a checkpoint
         assert process.poll() in (None, 0), finish(process).err
         kill(process)
         finish(process)
-        kills += 1
-    where = ("-restart", killed) if killed.exists() else ("-output", killed)
-    result = launch(2, *OPTIONS, "-max_it", length, *where, timeout=600)
+    result = finish(go_on(), timeout=600)
     assert result.rc == 0, result.err
     assert_same(whole, killed)

@@ -42,6 +42,7 @@ def test_changes_and_products_are_those_of_a_dense_factor(
         assert np.abs(product - dense.T @ (dense @ g)).max() <= TOLERANCE[dtype] * np.abs(dense).max() ** 2 * n
 
 
+@pytest.mark.ranks
 def test_products_and_dots_do_not_depend_on_the_ranks(comm: MPI.Comm) -> None:
     n, g = 53, np.sin(np.arange(53))
     found = []
@@ -55,6 +56,7 @@ def test_products_and_dots_do_not_depend_on_the_ranks(comm: MPI.Comm) -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.ranks
 def test_saved_factors_go_to_other_ranks_and_precisions(comm: MPI.Comm) -> None:
     n, g = 37, np.sin(np.arange(37))
     first = FactoredMatrix(comm, n, 12)

@@ -47,6 +47,7 @@ def test_every_rank_holds_its_share(comm: MPI.Comm) -> None:
         assert max(sizes) <= 1.02 * 8 * n**2 / 2 / comm.size
 
 
+@pytest.mark.ranks
 def test_saved_matrices_go_to_other_ranks_and_precisions(comm: MPI.Comm) -> None:
     n, g = 37, np.sin(np.arange(37))
     first = SymmetricMatrix(comm, n, 12)

@@ -17,11 +17,12 @@ def make_loss(network: nn.Module, shape: tuple[int, ...], samples: int = 7, batc
     return ClassificationLoss(network.double(), TensorSamples(inputs, targets), 4, batch)
 
 
-def linear() -> ClassificationLoss:
+def linear(batch: int = 3) -> ClassificationLoss:
     torch.manual_seed(1)
     return make_loss(
         nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 3, bias=False), nn.Tanh(), nn.Linear(3, 4)),
         (5,),
+        batch=batch,
     )
 
 
@@ -92,7 +93,7 @@ def test_factors_of_convolutions_by_loops_over_patches() -> None:
 
 def test_labels_are_drawn_from_the_networks_distribution() -> None:
     """With many draws G of the last layer is that of the softmax, diag(p) - p p^T."""
-    loss = linear().part(0, 1)
+    loss = linear(batch=10_000).part(0, 1)
     many = loss.on(TensorSamples(loss.inputs.expand(40_000, -1), loss.targets.expand(40_000)))
     draws = torch.rand(40_000, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     G = many.kronecker_statistics(loss.initial(), draws)[-1][1]

@@ -280,6 +280,7 @@ RUNS: dict[str, tuple[Callable[[], Loss], str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("name", RUNS)
 def test_the_work_of_a_solver_does_not_depend_on_the_number_of_ranks(
     comm: MPI.Comm, train: Callable[..., SimpleNamespace], name: str

@@ -58,6 +58,7 @@ def test_steepest_directions(kind: str, comm: MPI.Comm) -> None:
     direction.destroy()
 
 
+@pytest.mark.ranks
 def test_large_matrices_have_the_same_bits_on_any_number_of_ranks(comm: MPI.Comm) -> None:
     loss = make_loss()
     layout = ParameterLayout(loss.parameters, comm)
@@ -117,6 +118,7 @@ def dense(norm: KroneckerNorm) -> np.ndarray:
     return M
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("blocks", [0, 6])
 def test_kronecker_norm(blocks: int, comm: MPI.Comm) -> None:
     loss = make_loss()

@@ -111,6 +111,7 @@ def test_gram_matrices_are_dense_ones(comm: MPI.Comm, assembled: bool, blocks: i
         decomposition.destroy()
 
 
+@pytest.mark.ranks
 def test_in_fixed_order_everything_has_the_same_bits_on_any_number_of_ranks(comm: MPI.Comm) -> None:
     found = []
     for ranks in (comm, MPI.COMM_SELF):

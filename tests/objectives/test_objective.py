@@ -1,78 +1,23 @@
-"""Objectives of distributed parameters against the serial loss on every rank."""
+"""Objectives on all ranks against the loss on one process."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from mpi4py import MPI
-from petsc4py import PETSc
+from objective_cases import LOSSES, blocks, burgers, close, layouts, losses, points, put, serial
 
 from ddml.decomposition.decomposition import Decomposition
 from ddml.decomposition.subdomains import Subdomains
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout, owned
-from ddml.losses.loss import Loss
-from ddml.losses.module import ModuleLoss
-from ddml.networks.tanh import TanhNetwork
 from ddml.objectives.composed import sampled, shifted
 from ddml.objectives.objective import Objective
 from ddml.objectives.residual import ResidualObjective
 from ddml.objectives.restricted import restricted
 from ddml.parallel import Interrupted, StopRequest
-from ddml.problems import Burgers, PDELoss
-from ddml.problems.pde.loss import AUTOGRAD
-
-
-def burgers(points: int = 37, chunk: int = 1024) -> PDELoss:
-    network = TanhNetwork(2, 5, 4, 1, residual=True, adaptive=True).double()
-    network.reset_parameters(torch.Generator().manual_seed(0))
-    return PDELoss(Burgers(), network, points, chunk=chunk)
-
-
-def classifier() -> ModuleLoss:
-    generator = torch.Generator().manual_seed(1)
-    module = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
-    for p in module.parameters():
-        torch.nn.init.normal_(p, generator=generator)
-    inputs = torch.randn(29, 4, generator=generator, dtype=torch.float64)
-    targets = torch.randint(3, (29,), generator=generator)
-    criterion = torch.nn.CrossEntropyLoss(reduction="none")
-    return ModuleLoss(module, criterion, inputs, targets, 8)
-
-
-LOSSES: dict[str, Callable[[], Loss]] = {"burgers": burgers, "chunks": lambda: burgers(37, 5), "classifier": classifier}
-losses = pytest.mark.parametrize("name", LOSSES)
-blocks = pytest.mark.parametrize("blocks", [0, 1, 5])
-
-
-def points(loss: Loss, count: int) -> list[np.ndarray]:
-    rng = np.random.default_rng(0)
-    return [loss.initial().numpy() + 0.1 * rng.standard_normal(loss.size) for _ in range(count)]
-
-
-def put(layout: ParameterLayout, values: np.ndarray) -> PETSc.Vec:
-    x = layout.vector()
-    x.setArray(values[slice(*x.getOwnershipRange())])
-    return x
-
-
-def serial(loss: Loss, theta: np.ndarray) -> tuple[float, np.ndarray]:
-    gradient = torch.zeros(loss.size, dtype=torch.float64)
-    return loss.value_gradient(torch.tensor(theta), gradient), gradient.numpy()
-
-
-def close(layout: ParameterLayout, vec: PETSc.Vec, expected: np.ndarray, tolerance: float = 1e-12) -> bool:
-    return float(np.abs(layout.gather(vec).numpy() - expected).max()) <= tolerance * float(np.abs(expected).max())
-
-
-def layouts(loss: Loss, comm: MPI.Comm) -> list[ParameterLayout]:
-    """Equal shares, everything on the first or last rank, and uneven shares."""
-    n, p = loss.size, comm.size
-    uneven = [0, *(n - (p - k) * 3 for k in range(1, p)), n]
-    return [ParameterLayout(loss.parameters, comm, r) for r in (None, [0] + [n] * p, [0] * p + [n], uneven)]
 
 
 @losses
@@ -104,6 +49,7 @@ def test_values_and_derivatives_are_those_of_the_serial_loss(comm: MPI.Comm, nam
             thing.destroy()
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("blocks", [3, 40])
 @losses
 def test_blocks_make_the_same_bits_on_any_number_of_ranks(comm: MPI.Comm, name: str, blocks: int) -> None:
@@ -292,92 +238,6 @@ def test_a_signal_on_one_rank_interrupts_all(comm: MPI.Comm, blocks: int, who: i
     assert objective.value_gradient(x, g) == before
 
 
-# Work ---------------------------------------------------------------------------------------------------------------
-
-
-@losses
-def test_evaluations_of_the_whole_are_charged_as_documented(comm: MPI.Comm, name: str) -> None:
-    loss = LOSSES[name]()
-    layout = ParameterLayout(loss.parameters, comm)
-    objective = Objective(loss, layout)
-    x, y = put(layout, points(loss, 1)[0]), layout.vector()
-    calls = [
-        (lambda: objective.value(x), loss.charge(gradient=False), "losses"),
-        (lambda: objective.value_gradient(x, y), 1.0, "gradients"),
-        (lambda: objective.hessian_product(x, x, y), loss.hessian_charge(), "products"),
-    ]
-    for call, units, kind in calls:
-        before = objective.work.state()
-        call()
-        after = objective.work.state()
-        assert after["total"] - before["total"] == pytest.approx(units, rel=1e-14)
-        assert after["critical"] == after["total"]
-        more = {k: after[k] - before[k] for k in ("losses", "gradients", "products")}
-        assert more == {"losses": 0, "gradients": 0, "products": 0, kind: 1}
-    copy = Objective(loss, layout).work
-    copy.restore(objective.work.state())
-    assert copy == objective.work
-    copy.reset()
-    assert copy == Objective(loss, layout).work
-
-
-def test_jacobian_products_are_charged_as_documented(comm: MPI.Comm) -> None:
-    loss = burgers()
-    layout = ParameterLayout(loss.parameters, comm)
-    objective = ResidualObjective(loss, layout)
-    x, y, r = put(layout, points(loss, 1)[0]), layout.vector(), objective.residual_vector()
-    totals = []
-    for call in (
-        lambda: objective.residual(x, r),
-        lambda: objective.jacobian_product(x, x, r),
-        lambda: objective.jacobian_transpose_product(x, r, y),
-    ):
-        call()
-        totals.append(objective.work.total)
-    forward, adjoint, weights, _ = loss.passes()
-    whole, residual = forward + adjoint + weights, AUTOGRAD / len(loss.indices)
-    # the kernels go forward once for the residual and again for its derivative; a tangent is as much as a point
-    expected = [forward / whole, (4 * forward + residual) / whole, (whole + forward + residual) / whole]
-    assert np.diff([0.0, *totals]) == pytest.approx(expected, rel=1e-13)
-
-
-@losses
-@pytest.mark.parametrize("parallel", [True, False])
-def test_restricted_evaluations_are_charged_by_what_is_left(comm: MPI.Comm, name: str, parallel: bool) -> None:
-    loss = LOSSES[name]()
-    layout = ParameterLayout(loss.parameters, comm)
-    objective = Objective(loss, layout)
-    theta = points(loss, 1)[0]
-    value, gradient = serial(loss, theta)
-    decomposition = Decomposition(Subdomains.by_layers(loss, 2), layout, parallel)
-    for s, part in restricted(objective, decomposition).items():
-        layers = sorted(loss.layer_numbers(part.loss.ranges))
-        first = layers[0] if loss.keeps(layers[0]) else 0
-        part.freeze(torch.tensor(theta))
-        assert part.work.total == pytest.approx(loss.prefix_charge(first), abs=1e-15)
-        part.work.reset()
-        x, g = part.layout.vector(), part.layout.vector()
-        mine = np.concatenate([theta[r] for r in decomposition.subdomains.ranges[s]])
-        x.setArray(mine[slice(*x.getOwnershipRange())])
-        assert part.value(x) == pytest.approx(value, rel=1e-12)
-        assert part.work.total == pytest.approx(loss.charge(first, gradient=False), rel=1e-13)
-        part.work.reset()
-        assert part.value_gradient(x, g) == pytest.approx(value, rel=1e-12)
-        assert part.work.total == pytest.approx(loss.charge(first, frozenset(layers)), rel=1e-13)
-        chosen = np.concatenate([gradient[r] for r in decomposition.subdomains.ranges[s]])
-        assert close(part.layout, g, chosen)
-        part.work.reset()
-        part.know(x, 12.5, x)
-        assert part.value_gradient(x, g) == 12.5
-        assert np.array_equal(g.array_r, x.array_r)
-        assert part.work.gradients == 0
-        part.hessian_product(x, g, g.duplicate())
-        behind = frozenset(range(first, len(loss.layers)))  # torch differentiates by all of them
-        assert part.work.total == pytest.approx(loss.hessian_charge(first, behind), rel=1e-13)
-    assert objective.work.total == 0
-    decomposition.destroy()
-
-
 def test_a_restricted_objective_begins_where_it_is_frozen(comm: MPI.Comm) -> None:
     loss = burgers()
     objective = Objective(loss, ParameterLayout(loss.parameters, comm))
@@ -390,13 +250,3 @@ def test_a_restricted_objective_begins_where_it_is_frozen(comm: MPI.Comm) -> Non
         mine = np.concatenate([theta[r] for r in decomposition.subdomains.ranges[s]])
         assert np.array_equal(x.array_r, mine[slice(*x.getOwnershipRange())])
     decomposition.destroy()
-
-
-def test_samples_charge_their_fraction_and_shifts_nothing(comm: MPI.Comm) -> None:
-    loss = burgers()
-    layout = ParameterLayout(loss.parameters, comm)
-    objective = Objective(loss, layout)
-    x, g = put(layout, points(loss, 1)[0]), layout.vector()
-    shifted(sampled(objective, range(10)), x, x).value_gradient(x, g)
-    assert objective.work.total == pytest.approx(10 / 37, rel=1e-13)
-    assert objective.work.gradients == 1

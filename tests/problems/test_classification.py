@@ -33,6 +33,7 @@ def samples_of(dataset: DataSet, comm: MPI.Comm, dtype: torch.dtype = torch.floa
     )
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("blocks", [0, 5])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_loss_gradient_and_accuracy_are_those_of_plain_torch(comm: MPI.Comm, blocks: int, dtype: torch.dtype) -> None:

@@ -42,6 +42,7 @@ def made(
     return MovingPoints(ResidualObjective(loss, layout, blocks=blocks), SimpleNamespace(**values), seed=3)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("kind", ["sobol", "residual"])
 def test_points_and_losses_do_not_depend_on_the_number_of_ranks(comm: MPI.Comm, kind: str) -> None:
     values = []
@@ -138,6 +139,7 @@ def test_candidates_are_charged_as_losses(comm: MPI.Comm) -> None:
     assert blind.objective.work.total == 0
 
 
+@pytest.mark.ranks
 def test_the_loss_on_other_points(comm: MPI.Comm) -> None:
     loss = made(comm, problem=BurgersWithData).objective.loss
     theta = loss.initial()
@@ -170,6 +172,7 @@ def local_steps(prefix: str) -> Callable[[str], None]:
     return choose
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver_follows_the_points_and_restarts_exactly(
     comm: MPI.Comm, prefix: str, shared_tmp: Path, solver: str, local_steps: Callable[[str], None]
@@ -191,6 +194,7 @@ def test_every_solver_follows_the_points_and_restarts_exactly(
     assert alone == expected
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("solver", ["ssbroyden", "mspqn_dense", "mspqn_dense in colours"])
 def test_matrices_restart_on_another_number_of_ranks(
     comm: MPI.Comm, prefix: str, shared_tmp: Path, solver: str, local_steps: Callable[[str], None]

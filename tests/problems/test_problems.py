@@ -126,6 +126,7 @@ def test_users_problem_is_solved(comm: MPI.Comm, problem, iterations: int, bound
     assert error["error"] < bound
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("blocks", [0, 1, 4, 7, 500])
 def test_the_error_is_that_of_numpy_and_with_blocks_the_same_to_the_last_bit(

@@ -66,6 +66,7 @@ def test_an_epoch_has_every_sample_and_batches_overlap(comm: MPI.Comm, overlap: 
     assert not np.array_equal(made(comm, seed=6).rows, found[0][0])
 
 
+@pytest.mark.ranks
 def test_batches_do_not_depend_on_the_number_of_ranks(comm: MPI.Comm) -> None:
     for ours, alone in zip(drawn(made(comm), 9), drawn(made(MPI.COMM_SELF), 9), strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(ours, alone, strict=True))
@@ -158,6 +159,7 @@ def test_what_is_refused(comm: MPI.Comm) -> None:
             made(comm).restore(wrong)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("solver", ["lbfgs", "ssbroyden", "aspqn", "mspqn"])
 def test_runs_restart_exactly_and_are_the_same_on_any_number_of_ranks(
     comm: MPI.Comm, prefix: str, shared_tmp: Path, solver: str

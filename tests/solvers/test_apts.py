@@ -229,6 +229,7 @@ def test_the_loss_never_increases(train: Train, solver: str, settings: dict[str,
     assert np.isfinite(run.theta).all()
 
 
+@pytest.mark.ranks
 @all_of_them
 def test_the_trajectory_is_that_on_one_rank(train: Train, solver: str, settings: dict[str, Any]) -> None:
     parts = batches(classifier(), 40, 4)

@@ -65,7 +65,8 @@ def made(comm: MPI.Comm, source: Any) -> Any:
     return make_batches(loss, comm, blocks=3, batch_size=60, batch_overlap=0.1, batch_steps=4, batch_growth=1.5)
 
 
-@pytest.mark.parametrize("source", [digits, mnist])
+@pytest.mark.ranks
+@pytest.mark.parametrize("source", [digits, pytest.param(mnist, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_runs_are_the_same_on_any_number_of_ranks_and_restart_exactly(
     name: str, source: Any, comm: MPI.Comm, prefix: str, shared_tmp: Path

@@ -11,6 +11,7 @@ from mpi4py import MPI
 Train = Callable[..., SimpleNamespace]
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("model", ["hessian", "gauss_newton"])
 @pytest.mark.parametrize("solver", ["apts_weights", "apts_data"])
 def test_it_runs_and_is_the_same_on_one_rank(train: Train, solver: str, model: str) -> None:

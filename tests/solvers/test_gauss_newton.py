@@ -98,6 +98,7 @@ def test_a_bent_step_is_refused(train: Train) -> None:
     assert bends[1] <= 0.05
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("preconditioner", ["nystrom", "schwarz", "multiplicative", "cholesky", "dual"])
 def test_with_blocks_a_run_has_the_same_bits_on_any_number_of_ranks(train: Train, preconditioner: str) -> None:
     settings = {"form": "dual"} if preconditioner == "dual" else {"form": "primal", "preconditioner": preconditioner}
@@ -107,6 +108,7 @@ def test_with_blocks_a_run_has_the_same_bits_on_any_number_of_ranks(train: Train
     assert together.losses[-1] < 0.6 * together.losses[0]
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("preconditioner", ["nystrom", "schwarz", "jacobi"])
 def test_without_blocks_a_run_is_the_same_to_rounding(train: Train, preconditioner: str) -> None:
     settings = {"form": "primal", "preconditioner": preconditioner, "gn_ksp_rtol": 1e-10, "gn_rank": 15}

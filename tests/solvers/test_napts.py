@@ -130,6 +130,7 @@ def test_the_window_lets_the_loss_rise_and_holds_it(train: Train) -> None:
     assert run.losses[-1] < 0.2 * run.losses[0]
 
 
+@pytest.mark.ranks
 @cases
 def test_the_trajectory_is_that_on_one_rank(train: Train, settings: dict[str, Any]) -> None:
     together = train(classifier(), "napts", 12, **settings)

@@ -304,6 +304,7 @@ def residual_run(comm: MPI.Comm, prefix: str, blocks: int = 0, **settings: Any) 
     return np.array(losses), theta
 
 
+@pytest.mark.ranks
 def test_steps_from_a_subspace_have_the_same_bits_on_any_number_of_ranks(comm: MPI.Comm, prefix: str) -> None:
     settings = {"additive_step": "subspace", "local_steps": 3, **DENSE}
     together = residual_run(comm, prefix, 4, **settings)

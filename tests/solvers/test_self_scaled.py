@@ -94,6 +94,7 @@ def test_the_two_methods_differ(train: Train) -> None:
     assert np.abs(runs[0] - runs[1]).max() > 1e-3
 
 
+@pytest.mark.ranks
 @BOTH
 @FORMS
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
@@ -108,6 +109,7 @@ def test_with_blocks_a_run_has_the_same_bits_on_any_number_of_ranks(
     assert together.losses[-1] < 0.3 * together.losses[0]
 
 
+@pytest.mark.ranks
 @FORMS
 def test_without_blocks_a_run_is_the_same_to_rounding(train: Train, form: str) -> None:
     together = train(burgers(), "ssbroyden", 15, matrix_form=form)
@@ -195,6 +197,7 @@ def test_the_factor_holds_curvatures_that_the_matrix_does_not(train: Train, sum_
     assert runs["symmetric"].losses[-1] > 1e-3
 
 
+@pytest.mark.ranks
 def test_where_rounding_shows_the_factor_takes_over(
     train: Train, sum_over_rows: Any, copied: Callable[[Any], Any]
 ) -> None:

@@ -274,6 +274,7 @@ def settings_of(name: str) -> tuple[str, dict[str, Any]]:
     return solver, settings | ({} if solver == "lbfgs" else {"local_steps": 2})
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("name", RUNS)
 def test_with_blocks_a_run_has_the_same_bits_on_any_number_of_ranks(train: Train, name: str) -> None:
     solver, settings = settings_of(name)
@@ -286,6 +287,7 @@ def test_with_blocks_a_run_has_the_same_bits_on_any_number_of_ranks(train: Train
     assert together.critical == pytest.approx(alone.critical, rel=1e-12)
 
 
+@pytest.mark.ranks
 def test_without_blocks_a_run_is_the_same_to_rounding(train: Train) -> None:
     loss = burgers(20, 4, 400)
     settings = {"subdomains": 4, "local_steps": 5}

@@ -1,0 +1,28 @@
+"""What the tests of classify.py share: batches of digits, and data and networks as users write them."""
+
+BATCHES = ("-batch_size", "300", "-batch_overlap", "0.1", "-widths", "12", "-summation_blocks", "4")
+
+USER = """
+import numpy as np
+from torch import nn
+
+
+def rings():
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-1, 1, (500, 2))
+    y = (np.hypot(*x.T) > 0.7).astype(int)
+    train, test = {"inputs": x[:400], "labels": y[:400]}, {"test_inputs": x[400:], "test_labels": y[400:]}
+    return {**train, **test, "classes": ["in", "out"]}
+
+
+def net(shape, classes):
+    return nn.Sequential(nn.Linear(*shape, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, classes))
+
+
+def narrow(shape, classes):
+    return nn.Linear(3, classes)
+
+
+def wrong_labels():
+    return {**rings(), "classes": ["in"]}
+"""

@@ -1,0 +1,116 @@
+"""classify.py refuses what is wrong in one line on all ranks, and no file is touched."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from calling import call, refusal, tree
+from launch import launch, started
+from mpi4py import MPI
+from own_data import BATCHES, USER
+
+# what is wrong: (the options, a text that the error line must contain)
+WRONG = {
+    "unknown option": ("-batchsize 8", "-batchsize"),
+    "option of PINNs": ("-points 100", "-points"),
+    "unknown solver": ("-solver adam", "'adam'"),
+    "solver for residuals": ("-solver gauss_newton", "sums of squares"),
+    "unknown data": ("-data imagenet", "'imagenet'; there are digits"),
+    "missing data file": ("-data nothing.h5", "nothing.h5"),
+    "data file that is none": ("-data {folder}/text.h5", "no data file"),
+    "labels out of range": ("-data {user}:wrong_labels", "labels must be from 0 to 0"),
+    "too many samples": ("-samples 5000", "has 1437"),
+    "unknown scaling": ("-scaling log", "-scaling"),
+    "unknown network": ("-network transformer", "'transformer'"),
+    "network that does not fit": ("-network cnn", "at least 16 x 16"),
+    "user's network that does not fit": ("-network {user}:narrow", "narrow"),
+    "widths are no numbers": ("-widths 32,x", "-widths"),
+    "batch of too many": ("-batch_size 2000", "-batch_size"),
+    "overlap of too many": ("-batch_size 300 -batch_overlap 2", "-batch_overlap"),
+    "batches that grow for a line search": ("-solver lbfgs -batch_growth 2", "trust region"),
+    "no steps on a batch": ("-batch_steps 0", "-batch_steps"),
+    "too many subdomains": ("-solver aspqn -subdomains 9", "9"),
+    "no such device": ("-device cuda:99", "-device"),
+    "restart with another network": ("-restart {run} -widths 9", "another network"),
+    "restart of other samples": ("-restart {run} -samples 900 -batch_size 300", "-samples"),
+    "output exists": ("-output {run}", "-overwrite"),
+}
+
+
+@pytest.fixture(scope="module")
+def files() -> Iterator[Path]:
+    """A folder with a run file of classify.py, a user's Python file and a text."""
+    comm = MPI.COMM_WORLD
+    folder = tempfile.TemporaryDirectory() if comm.rank == 0 else None
+    path = Path(comm.bcast(folder.name if folder else None))
+    assert call("classify", *BATCHES, "-max_it", 3, "-output", path / "run.h5", "-progress", "none") == 0
+    if folder:
+        (path / "mine.py").write_text(USER)
+        (path / "text.h5").write_text("1 2 3\n")
+    comm.barrier()
+    yield path
+    comm.barrier()
+    if folder:
+        folder.cleanup()
+
+
+def command(files: Path, options: str) -> list[str]:
+    """The command line; what a run file has options of is given once."""
+    words = options.format(folder=files, user=files / "mine.py", run=files / "run.h5").split()
+    pairs = zip(BATCHES[::2], BATCHES[1::2], strict=True)
+    settings = [word for pair in pairs if pair[0] not in words for word in pair]
+    overwrite = [] if {"-restart", "-output"} & set(words) else ["-output", str(files / "run.h5"), "-overwrite"]
+    return [*settings, "-max_it", "3", *words, *overwrite]
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_input_is_named_in_one_line_on_all_ranks(
+    name: str, files: Path, comm: MPI.Comm, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options, expected = WRONG[name]
+    before = tree(files)
+    comm.barrier()
+    assert expected in refusal("classify", *command(files, options))
+    assert "Traceback" not in "".join(capfd.readouterr())
+    assert tree(files) == before
+    comm.barrier()
+
+
+@started
+def test_a_driver_that_refuses_prints_one_line_and_ends_with_1(files: Path) -> None:
+    before, (options, expected) = tree(files), WRONG["labels out of range"]
+    result = launch(2, *command(files, options), driver="classify.py")
+    errors = [line for line in result.err.splitlines() if line.startswith("error:")]
+    assert result.rc == 1, result.out + result.err
+    assert len(errors) == 1, result.err
+    assert expected in errors[0]
+    assert "Traceback" not in result.err + result.out
+    assert tree(files) == before
+
+
+def test_a_data_file_that_is_damaged_is_refused(shared_tmp: Path, comm: MPI.Comm) -> None:
+    path = shared_tmp / "data.h5"
+    if comm.rank == 0:
+        with h5py.File(path, "w") as file:
+            file.attrs["classes"] = ["a", "b"]
+            for name, count in (("inputs", 8), ("test_inputs", 4)):
+                file[name] = np.full((count, 3), np.nan if name == "test_inputs" else 1.0)
+                file[name.replace("inputs", "labels")] = np.zeros(count, int)
+    comm.barrier()
+    line = refusal("classify", "-data", path)
+    assert line == f"data file {path}: test_inputs must be finite; sample 0 has NaN or infinity"
+
+
+@started
+def test_help_lists_the_options() -> None:
+    result = launch(2, "-help", driver="classify.py")
+    assert result.rc == 0, result.err
+    options = """data samples scaling network widths solver batch_size batch_overlap batch_steps seed dtype subdomains
+                 max_it max_work max_time target_accuracy checkpoint_interval output restart"""
+    for option in options.split():
+        assert f"  -{option} " in result.out
+    assert "-points" not in result.out
+    assert "-solver gauss_newton" not in result.out

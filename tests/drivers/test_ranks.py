@@ -1,0 +1,103 @@
+"""Runs of drivers on several numbers of ranks, one after another in this process, and where they stop."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from calling import call
+from launch import SMALL, assert_same, content
+from mpi4py import MPI
+from own_data import BATCHES
+
+OWN: dict[str, tuple[str, ...]] = {
+    "lbfgs": (),
+    "ssbroyden": ("-resample_interval", "3"),
+    "gauss_newton": ("-form", "primal", "-gn_rank", "20"),
+    "gauss_newton with Schwarz": ("-form", "primal", "-preconditioner", "schwarz"),
+    "gauss_newton in dual form": ("-form", "dual"),
+    "mspqn_dense": ("-side_by_side", "0"),
+    "aspqn": ("-local_steps", "5"),
+    "mspqn": ("-local_steps", "5"),
+}
+
+
+@contextmanager
+def first(ranks: int) -> Iterator[MPI.Comm | None]:
+    """The first ranks of all, None on the others."""
+    world = MPI.COMM_WORLD
+    comm = world.Split(0 if world.rank < ranks else MPI.UNDEFINED)
+    yield comm if comm != MPI.COMM_NULL else None
+    world.barrier()
+    if comm != MPI.COMM_NULL:
+        comm.Free()
+
+
+def train(name: str, path: Path, ranks: int, iterations: int, *options: object) -> None:
+    """Run to so many iterations, from the run file if it is there."""
+    where = "-restart" if path.exists() else "-output"
+    MPI.COMM_WORLD.barrier()
+    with first(ranks) as comm:
+        if comm is not None:
+            assert call(name, *options, "-max_it", iterations, where, path, "-progress", "none", comm=comm) == 0
+
+
+needs_three = pytest.mark.skipif(MPI.COMM_WORLD.size < 3, reason="needs three ranks")
+
+
+@pytest.mark.ranks
+@needs_three
+@pytest.mark.parametrize("solver", OWN)
+def test_other_numbers_of_ranks_go_on_to_the_last_bit(solver: str, comm: MPI.Comm, shared_tmp: Path) -> None:
+    whole, parts = shared_tmp / "whole.h5", shared_tmp / "parts.h5"
+    options = (*SMALL, "-solver", solver.split()[0], *OWN[solver])
+    train("pinn", whole, 2, 10, *options)
+    for ranks, iterations in ((1, 4), (2, 7), (3, 10)):
+        train("pinn", parts, ranks, iterations, *options)
+    assert_same(whole, parts, errors=1e-13)  # which are summed by ranks
+    assert list(content(whole).history["iteration"]) == list(range(11))
+    assert np.all(np.diff(content(parts).history["time"]) > 0)
+    comm.barrier()
+
+
+@pytest.mark.ranks
+@needs_three
+def test_other_numbers_of_ranks_go_on_with_the_same_batches(comm: MPI.Comm, shared_tmp: Path) -> None:
+    whole, parts = shared_tmp / "whole.h5", shared_tmp / "parts.h5"
+    options = ("-solver", "lbfgs", *BATCHES)
+    train("classify", whole, 2, 12, *options)
+    for ranks, iterations in ((1, 5), (3, 8), (2, 12)):
+        train("classify", parts, ranks, iterations, *options)
+    assert_same(whole, parts)
+    history = content(whole).history
+    measured = np.isfinite(history["accuracy"])
+    assert (measured == (np.arange(13) % 6 == 0)).all()  # 6 batches of 288 cost ten times what 360 test samples do
+    assert history["work"][0] == pytest.approx(287 / 1437)
+    comm.barrier()
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "reason"),
+    [
+        ("max_work", 20, "max_work is reached"),
+        ("max_time", 0.2, "max_time is reached"),
+        ("target_error", 0.6, "target_error is reached"),
+        ("tao_fmin", 0.8, "the loss is below tao_fmin"),
+        ("max_it", 3, "max_it is reached"),
+    ],
+)
+def test_limits_stop_with_their_reason(
+    limit: str, value: float, reason: str, comm: MPI.Comm, shared_tmp: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = shared_tmp / "run.h5"
+    assert call("pinn", *SMALL, "-solver", "lbfgs", "-output", path, "-max_it", 5000, f"-{limit}", value) == 0
+    assert comm.rank > 0 or f"stopped: {reason}" in capfd.readouterr().out
+    comm.barrier()
+    history = content(path).history
+    columns = {"max_work": "work", "max_time": "time", "target_error": "error", "tao_fmin": "loss"}
+    column = columns.get(limit, "iteration")
+    sign = -1 if column in ("error", "loss") else 1
+    assert sign * history[column][-1] >= sign * value
+    assert np.all(sign * history[column][:-1] < sign * value)
+    comm.barrier()

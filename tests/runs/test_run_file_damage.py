@@ -1,0 +1,165 @@
+"""Full disks, kills and damaged bytes."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+from petsc4py import PETSc
+from run_files import SIZE, assert_values, comm, refused, save, small, vector
+
+from ddml.errors import RunFileError
+from ddml.runs import sealed
+from ddml.runs.run_file import check_writable, inspect, read
+
+
+@pytest.mark.parametrize("victim", ["first", "last"])
+def test_a_full_disk_on_one_rank_leaves_the_old_file(shared_tmp: Path, victim: str) -> None:
+    """A limit on the size of files stands for the full disk: writes behind it fail."""
+    path = shared_tmp / "run.h5"
+    small(path, 1.0)
+    before = path.read_bytes()
+    comm.barrier()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    theta = vector(np.full(SIZE, 2.0))
+    try:
+        if comm.rank == (0 if victim == "first" else comm.size - 1):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+        with pytest.raises(RunFileError, match=r"cannot write .*File too large.*unchanged"):
+            save(path, theta, {"m": theta})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert sorted(os.listdir(shared_tmp)) == ["run.h5"]
+    comm.barrier()
+    save(path, theta, {"m": theta})
+    assert path.read_bytes() != before
+    theta.destroy()
+
+
+def test_what_an_earlier_kill_left_is_no_obstacle(shared_tmp: Path) -> None:
+    path = shared_tmp / "run.h5"
+    if comm.rank == 0:
+        (shared_tmp / "run.h5.new").write_bytes(b"left" * 100_000)
+    comm.barrier()
+    check_writable(str(path), comm)
+    if comm.rank == 0:
+        (shared_tmp / "run.h5.new").write_bytes(b"left" * 100_000)
+    comm.barrier()
+    small(path, 3.0)
+    assert sorted(os.listdir(shared_tmp)) == ["run.h5"]
+    theta = vector(np.zeros(SIZE))
+    read(str(path), theta)[0]["m"].destroy()
+    assert_values(theta, np.full(SIZE, 3.0))
+    theta.destroy()
+
+
+def test_a_symbolic_link_stays_one(shared_tmp: Path) -> None:
+    path = shared_tmp / "run.h5"
+    if comm.rank == 0:
+        path.symlink_to(shared_tmp / "elsewhere.h5")
+    comm.barrier()
+    small(path)
+    assert path.is_symlink()
+    assert sorted(os.listdir(shared_tmp)) == ["elsewhere.h5", "run.h5"]
+
+
+def put(path: Path, content: bytes) -> None:
+    """Rank 0 writes the file."""
+    comm.barrier()
+    if comm.rank == 0:
+        path.write_bytes(content)
+    comm.barrier()
+
+
+def test_every_kind_of_damage_is_refused(shared_tmp: Path) -> None:
+    path = shared_tmp / "run.h5"
+    small(path)
+    good = path.read_bytes()
+    for length in (1, 100, 511, 512, 513, 2048, len(good) // 2, len(good) - 8, len(good) - 1):
+        put(path, good[:length])
+        refused(path, "is damaged|is not a run file")
+    put(path, good + b"\0")
+    refused(path, "is damaged")
+    for position in np.random.default_rng(0).integers(0, len(good), 40):
+        bad = bytearray(good)
+        bad[position] ^= 1 << int(position) % 8
+        put(path, bytes(bad))
+        refused(path, "is damaged|is not a run file|is an HDF5 file but not")
+    start = len(good) // 2 // 512 * 512
+    put(path, good[:start] + bytes(512) + good[start + 512 :])
+    refused(path, "do not match their checksum")
+    put(path, good)
+    assert inspect(str(path), comm).size == SIZE
+
+
+def test_checksum_does_not_depend_on_the_pieces_and_finds_what_a_plain_sum_misses() -> None:
+    data = np.random.default_rng(0).integers(0, 256, 200_003, dtype=np.uint8)
+    whole = sealed.checksum(data, 512)
+    for cut in (8, 65_536, 65_544, 199_992):
+        assert (sealed.checksum(data[:cut], 512) + sealed.checksum(data[cut:], 512 + cut)) % 2**64 == whole
+    ones = np.ones(4096).view(np.uint8)
+    zeroed, swapped = ones.copy(), np.repeat([1.0, 2.0], 2048).view(np.uint8)
+    zeroed[4096:8192] = 0
+    assert sealed.checksum(zeroed, 0) != sealed.checksum(ones, 0)
+    assert sealed.checksum(swapped, 0) != sealed.checksum(np.roll(swapped, 16_384), 0)
+
+
+CHILD = """
+import sys, numpy as np
+from petsc4py import PETSc
+from ddml.runs.run_file import write
+from ddml.runs.history import History
+path, version = sys.argv[1], int(sys.argv[2])
+theta, m = (PETSc.Vec().createSeq(20000) for _ in range(2))
+while True:
+    version += 1
+    theta.set(version)
+    m.set(-version)
+    history = History.from_columns({"loss": np.full(version % 50, float(version))})
+    write(path, theta, parameters=(), state={"m": m, "version": version}, history=history, attributes={"v": version})
+    print(version, flush=True)
+"""
+
+
+def killed_writer(path: Path, version: int, pause: float) -> int:
+    """Start a writer behind `version`, kill it `pause` seconds after its first file; its last finished version."""
+    alone = {name: text for name, text in os.environ.items() if not name.startswith(("OMPI_", "PMIX_", "PMI_"))}
+    command = [sys.executable, "-c", CHILD, str(path), str(version)]
+    with subprocess.Popen(command, env=alone, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout and child.stderr
+        first = child.stdout.readline()
+        assert first, child.stderr.read()
+        time.sleep(pause)
+        child.send_signal(signal.SIGKILL)
+        lines = [first, *child.stdout.readlines()]
+    # The kill may cut the last line short.
+    return int([line for line in lines if line.endswith("\n")][-1])
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_file(shared_tmp: Path) -> None:
+    path = shared_tmp / "run.h5"
+    error = ""
+    if comm.rank == 0:
+        try:
+            theta, version = PETSc.Vec().createSeq(20_000), 0
+            for pause in np.random.default_rng().uniform(0, 0.05, 15):
+                done = killed_writer(path, version, pause)
+                state, history = read(str(path), theta)
+                version = state["version"]
+                assert version in (done, done + 1)
+                np.testing.assert_array_equal(theta.getArray(), float(version))
+                np.testing.assert_array_equal(state["m"].getArray(), -float(version))
+                np.testing.assert_array_equal(history["loss"], np.full(version % 50, float(version)))
+                assert inspect(str(path), MPI.COMM_SELF).attributes["v"] == version
+                state["m"].destroy()
+            theta.destroy()
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {failure}"
+    assert comm.bcast(error) == ""

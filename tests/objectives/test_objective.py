@@ -23,7 +23,7 @@ from ddml.objectives.residual import ResidualObjective
 from ddml.objectives.restricted import restricted
 from ddml.parallel import Interrupted, StopRequest
 from ddml.problems import Burgers, PDELoss
-from ddml.problems.pde.loss import AUTOGRAD
+from ddml.problems.pde.linearisation import AUTOGRAD
 
 
 def burgers(points: int = 37, chunk: int = 1024) -> PDELoss:

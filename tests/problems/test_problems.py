@@ -9,7 +9,8 @@ import user_problems as users
 from mpi4py import MPI
 from petsc4py import PETSc
 
-from ddml.jets.jets import closure, nested_jets
+from ddml.jets.evaluator import closure
+from ddml.jets.nested import nested_jets
 from ddml.layout import ParameterLayout
 from ddml.networks.tanh import TanhNetwork
 from ddml.objectives.objective import Objective
@@ -196,7 +197,7 @@ def test_lift_and_factor_enter_the_derivatives_by_the_product_rule() -> None:
     theta = loss.initial()
     chunk = loss.chunks[0]
     loss.evaluator.bind(theta)
-    found = loss._transformed(chunk, loss.evaluator.forward(chunk.inputs.flatten(1, 2)))
+    found = chunk.fields(loss.evaluator.forward(chunk.inputs.flatten(1, 2)))
 
     def whole(p: torch.Tensor) -> torch.Tensor:
         return (problem.lift(*p.T) + problem.factor(*p.T) * loss.network(p)[:, 0])[:, None]

@@ -12,7 +12,7 @@ from ddml.networks.tanh import TanhNetwork
 
 from .compiled import SUFFIXES, CompiledJets
 from .evaluator import Evaluator, Index
-from .fused import FusedJets
+from .fused import ORDER, FusedJets
 from .nested import NestedJets
 from .taylor import TaylorJets
 
@@ -53,7 +53,7 @@ def build_evaluator(
     """
     if not (isinstance(module, TanhNetwork) and all_stages_trained(module, offsets)):
         return NestedJets(module, offsets, indices)
-    if max(len(i) for i in indices) > 2:
+    if max(len(i) for i in indices) > ORDER:
         return TaylorJets(module, offsets, indices)
     parameter = next(module.parameters())
     if compiled and parameter.device.type == "cpu" and parameter.dtype in SUFFIXES and kernels.library():

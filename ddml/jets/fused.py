@@ -13,6 +13,8 @@ from ddml.networks.tanh import TanhNetwork
 from .evaluator import Index
 from .taylor import TaylorJets
 
+ORDER = 2  # of the derivatives that are written by hand, here and in the kernels; mixed ones are among them
+
 
 def second_order(indices: Sequence[Index]) -> list[tuple[int, int, int]]:
     """Positions of the jets ij, i and j, for each second derivative.
@@ -22,7 +24,7 @@ def second_order(indices: Sequence[Index]) -> list[tuple[int, int, int]]:
     ValueError
         If there is a derivative of higher order.
     """
-    if max(len(i) for i in indices) > 2:
+    if max(len(i) for i in indices) > ORDER:
         raise ValueError("hand-written jets go to second order")
     position = {index: k for k, index in enumerate(indices)}
     return [(position[i], position[i[:1]], position[i[1:]]) for i in indices if len(i) == 2]

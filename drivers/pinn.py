@@ -19,6 +19,7 @@ import solvers
 from common import training
 from ddml import kernels, plugins
 from ddml.errors import InputError
+from ddml.jets.fused import ORDER
 from ddml.networks.build import OPTIONS as NETWORK_OPTIONS
 from ddml.networks.build import build_network
 from ddml.options import Option
@@ -26,6 +27,7 @@ from ddml.parallel import agreed
 from ddml.problems import PDE, PROBLEMS, PDELoss
 from ddml.problems.pde import collocation
 from ddml.problems.pde.accuracy import SolutionError
+from ddml.problems.pde.loss import TORCH_JETS
 from solvers import PETSC_TYPES, SOLVERS, solver_class
 from common.training import check_device
 
@@ -137,11 +139,21 @@ def header(settings: Any, loss: PDELoss, network: str, summation: str) -> str:
         f"problem {settings.problem}, {loss.count} points ({terms}){moving}\n"
         f"network {network}, {loss.size} parameters, {settings.dtype} on {settings.device},"
         f" {loss.evaluator!r} with derivatives up to order {max(len(i) for i in loss.indices)}\n"
-        f"{residuals(loss)}\n"
+        f"{derivatives(loss)}{residuals(loss)}\n"
         f"solver {settings.solver} {summation}\n"
         + (f"{kind.decompose(loss)!r}\n" if kind.subdomains_of == "parameters" else "")
         + ("" if settings.device != "cpu" or kernels.library() is not None else WITHOUT_KERNELS)
     ).rstrip()
+
+
+def derivatives(loss: PDELoss) -> str:
+    """A line on derivatives that the kernels do not have, and what that costs; nothing where they have all."""
+    if not loss.beyond_kernels or loss.device.type != "cpu":
+        return ""
+    return (
+        f"derivatives {', '.join(loss.beyond_kernels)} are not in the kernels, which go to order {ORDER}: torch evaluates"
+        f" all, about {TORCH_JETS:.0f} times slower\n"
+    )
 
 
 def residuals(loss: PDELoss) -> str:

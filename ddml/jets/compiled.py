@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddml import kernels
 from ddml.networks.tanh import TanhNetwork
 
-from .fused import FusedJets, second_order
-from .jets import Evaluator, Index, NestedJets, TaylorJets
+from .evaluator import Index
+from .fused import second_order
+from .taylor import TaylorJets
 
 
 class _Stage(ctypes.Structure):
@@ -117,7 +118,7 @@ class CompiledJets(TaylorJets):
         return float(getattr(self.library, f"{function}_{SUFFIXES[dtype]}")(*converted))
 
     def bind(self, theta: Tensor, gradient: Tensor | None = None, active: Sequence[int] | None = None) -> None:
-        """See :class:`ddml.jets.jets.Evaluator`."""
+        """See :class:`ddml.jets.evaluator.Evaluator`."""
         self.leaf, self.gradient = theta.detach().contiguous(), gradient
         wanted = range(len(self.stages)) if active is None else active
         for number, stage in enumerate(self._stages):
@@ -130,21 +131,21 @@ class CompiledJets(TaylorJets):
         return result
 
     def prefix(self, inputs: Tensor, first: int) -> Tensor:
-        """See :class:`ddml.jets.jets.Evaluator`."""
+        """See :class:`ddml.jets.evaluator.Evaluator`."""
         return self._forward(inputs, 0, first) if first else inputs
 
     def forward(self, inputs: Tensor, first: int = 0) -> Tensor:
-        """See :class:`ddml.jets.jets.Evaluator`."""
+        """See :class:`ddml.jets.evaluator.Evaluator`."""
         self.last = inputs, first
         return self._forward(inputs, first, len(self.stages))
 
     def backward(self, adjoint: Tensor) -> None:
-        """See :class:`ddml.jets.jets.Evaluator`."""
+        """See :class:`ddml.jets.evaluator.Evaluator`."""
         assert self.gradient is not None
         self._backward(adjoint, self.gradient, False)
 
     def rows(self, adjoint: Tensor) -> Tensor:
-        """See :class:`ddml.jets.jets.Evaluator`."""
+        """See :class:`ddml.jets.evaluator.Evaluator`."""
         result = torch.zeros(len(self.leaf), adjoint.shape[1], dtype=adjoint.dtype)
         self._backward(adjoint, result, True)
         return result.T
@@ -167,7 +168,7 @@ class CompiledJets(TaylorJets):
         )  # fmt: skip
 
     def tangent(self, direction: Tensor, inputs: Tensor) -> Tensor:
-        """See :class:`ddml.jets.jets.Evaluator`."""
+        """See :class:`ddml.jets.evaluator.Evaluator`."""
         shape = len(self.indices), self._stages[len(self.stages) - 1].outputs, inputs.shape[1]
         result = torch.empty(shape, dtype=inputs.dtype).permute(0, 2, 1)
         self._call(
@@ -176,23 +177,4 @@ class CompiledJets(TaylorJets):
         return result
 
     def finish(self) -> None:
-        """See :class:`ddml.jets.jets.Evaluator`."""
-
-
-def known(module: nn.Module, names: Collection[str]) -> bool:
-    """Whether a module is a :class:`TanhNetwork` as it was made: all its parameters trained, none tied."""
-    if not isinstance(module, TanhNetwork) or type(module).forward is not TanhNetwork.forward:
-        return False
-    return all(name in names for s in module.stages for name in (s.weight, s.bias, s.slope) if name)
-
-
-def evaluator(module: nn.Module, offsets: Mapping[str, tuple[int, torch.Size]], indices: Sequence[Index]) -> Evaluator:
-    """The fastest evaluator that knows the module, where it is and the derivatives."""
-    if not (isinstance(module, TanhNetwork) and known(module, offsets)):
-        return NestedJets(module, offsets, indices)
-    if max(len(i) for i in indices) > 2:
-        return TaylorJets(module, offsets, indices)
-    parameter = next(module.parameters())
-    if parameter.device.type == "cpu" and parameter.dtype in SUFFIXES and kernels.library():
-        return CompiledJets(module, offsets, indices)
-    return FusedJets(module, offsets, indices)
+        """See :class:`ddml.jets.evaluator.Evaluator`."""

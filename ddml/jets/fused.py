@@ -10,7 +10,10 @@ from torch import Tensor
 
 from ddml.networks.tanh import TanhNetwork
 
-from .jets import Index, TaylorJets
+from .evaluator import Index
+from .taylor import TaylorJets
+
+ORDER = 2  # of the derivatives that are written by hand, here and in the kernels; mixed ones are among them
 
 
 def second_order(indices: Sequence[Index]) -> list[tuple[int, int, int]]:
@@ -21,7 +24,7 @@ def second_order(indices: Sequence[Index]) -> list[tuple[int, int, int]]:
     ValueError
         If there is a derivative of higher order.
     """
-    if max(len(i) for i in indices) > 2:
+    if max(len(i) for i in indices) > ORDER:
         raise ValueError("hand-written jets go to second order")
     position = {index: k for k, index in enumerate(indices)}
     return [(position[i], position[i[:1]], position[i[1:]]) for i in indices if len(i) == 2]
@@ -75,7 +78,7 @@ class FusedJets(TaylorJets):
     Raises
     ------
     ValueError
-        If a derivative of order above two is asked for: :class:`TaylorJets` has those.
+        If a derivative of order above two is asked for: :class:`ddml.jets.taylor.TaylorJets` has those.
     """
 
     def __init__(
@@ -95,7 +98,7 @@ class FusedJets(TaylorJets):
 
     @torch.no_grad()
     def bind(self, theta: Tensor, gradient: Tensor | None = None, active: Sequence[int] | None = None) -> None:
-        """See :class:`ddml.jets.jets.Evaluator`."""
+        """See :class:`ddml.jets.evaluator.Evaluator`."""
         self.leaf, self.gradient = theta, gradient
         # copies: what the product library rounds may depend on how its arguments are aligned
         self.bound = [(w.clone(), b) for w, b in (self.affine(theta, stage) for stage in self.stages)]
@@ -114,7 +117,7 @@ class FusedJets(TaylorJets):
 
     @torch.no_grad()
     def prefix(self, inputs: Tensor, first: int) -> Tensor:
-        """See :class:`ddml.jets.jets.Evaluator`."""
+        """See :class:`ddml.jets.evaluator.Evaluator`."""
         h = inputs
         for number in range(first):
             h = self._stage(number, h)
@@ -122,7 +125,7 @@ class FusedJets(TaylorJets):
 
     @torch.no_grad()
     def forward(self, inputs: Tensor, first: int = 0) -> Tensor:
-        """See :class:`ddml.jets.jets.Evaluator`."""
+        """See :class:`ddml.jets.evaluator.Evaluator`."""
         h = inputs
         for number in range(first, len(self.stages)):
             h = self._stage(number, h)
@@ -156,7 +159,7 @@ class FusedJets(TaylorJets):
 
     @torch.no_grad()
     def backward(self, adjoint: Tensor) -> None:
-        """See :class:`ddml.jets.jets.Evaluator`."""
+        """See :class:`ddml.jets.evaluator.Evaluator`."""
         first, n = self.last[1], self.last[0].shape[1]
         lowest = min((a for a in self.active if a >= first), default=len(self.stages))
         ybar = adjoint
@@ -196,7 +199,7 @@ class FusedJets(TaylorJets):
 
     @torch.no_grad()
     def finish(self) -> None:
-        """See :class:`ddml.jets.jets.Evaluator`."""
+        """See :class:`ddml.jets.evaluator.Evaluator`."""
         assert self.gradient is not None
         for number, (weight, bias) in self.gradients.items():
             stage = self.stages[number]

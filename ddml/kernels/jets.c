@@ -1,6 +1,6 @@
 /* Jets of chains of dense stages, forward and backward, in double and in single precision.
 
-   A jet is a value and some partial derivatives up to second order (see ddml/networks/jets.py).
+   A jet is a value and some partial derivatives up to second order (see ddml/jets/evaluator.py).
    Points are taken in groups of as many as fit a vector register, groups in blocks that fit the
    cache. Within a block the jets of a layer lie as [group][neuron][jet] vectors, so that a product
    with the weights reads one short contiguous panel per group and the gradient of the weights is a

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import numpy as np
 import torch
@@ -20,7 +19,6 @@ from petsc4py import PETSc
 from torch import Tensor
 
 from ddml.runs import run_file
-from ddml import kernels
 from ddml.runs.history import History
 from ddml.layout import ParameterLayout, owned
 from ddml.losses.restricted import RestrictedLoss
@@ -52,8 +50,7 @@ def loss_of(problem: str, kind: str, width: int, depth: int, points: int = 10_00
 
 def in_torch(loss: PDELoss) -> PDELoss:
     """The same loss without compiled kernels."""
-    with mock.patch.object(kernels, "library", lambda: None):
-        return PDELoss(loss.problem, loss.network, loss.count)
+    return PDELoss(loss.problem, loss.network, loss.count, compiled=False)
 
 
 new = partial(torch.zeros, dtype=torch.float64)

@@ -25,3 +25,12 @@ class Mixed(PDE):
     def shifted(self, u, t, x):
         t -= 0.5
         return 1 * u - t
+
+
+class Dispersion(PDE):
+    """A third derivative, which the kernels do not have."""
+
+    domain = {"t": (0, 1), "x": (0, 1)}
+
+    def residual(self, u, t, x):
+        return u.t + u * u.x + 0.01 * u.xxx

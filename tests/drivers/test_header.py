@@ -19,6 +19,11 @@ PROBLEMS = Path(__file__).with_name("mixed_problems.py")
             "residuals compiled: start; in torch: layered (values read by numpy), left (a change in place), "
             "ends (periodic pairs)\n",
         ),
+        (
+            f"{PROBLEMS}:Dispersion",
+            "derivatives u.xxx are not in the kernels, which go to order 2: torch evaluates all, about 20 times slower\n"
+            "residuals in torch (derivatives beyond order 2)\n",
+        ),
         (f"{PROBLEMS.with_name('faulty_problems.py')}:BecomesNotANumber", "residuals in torch (compiled = False)\n"),
     ],
 )

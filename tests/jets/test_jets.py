@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from ddml import kernels
-from ddml.jets.compiled import CompiledJets, evaluator
+from ddml.jets.build import build_evaluator
+from ddml.jets.compiled import CompiledJets
+from ddml.jets.evaluator import Index, closure
 from ddml.jets.fused import FusedJets
-from ddml.jets.jets import Index, NestedJets, TaylorJets, closure, partitions, tanh_jets, tanh_polynomial
+from ddml.jets.nested import NestedJets
+from ddml.jets.taylor import TaylorJets, partitions, tanh_jets, tanh_polynomial
 from ddml.networks.tanh import TanhNetwork
 
 # inputs, width, depth, outputs, residual, adaptive, derivatives
@@ -314,14 +317,14 @@ def test_the_compiled_tanh_has_a_small_relative_error(dtype: torch.dtype) -> Non
 def test_the_fastest_evaluator_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     network = TanhNetwork(1, 2, 1, 1)
     sizes = {n: (0, p.shape) for n, p in network.named_parameters()}
-    assert type(evaluator(network, sizes, closure([(0, 0)]))) is CompiledJets
-    assert type(evaluator(network, sizes, closure([(0, 0, 0)]))) is TaylorJets
-    assert type(evaluator(torch.nn.Linear(1, 1), sizes, closure([(0, 0)]))) is NestedJets
+    assert type(build_evaluator(network, sizes, closure([(0, 0)]))) is CompiledJets
+    assert type(build_evaluator(network, sizes, closure([(0, 0, 0)]))) is TaylorJets
+    assert type(build_evaluator(torch.nn.Linear(1, 1), sizes, closure([(0, 0)]))) is NestedJets
     for kind in (CompiledJets, FusedJets):
         with pytest.raises(ValueError, match="second order"):
             kind(network, sizes, closure([(0, 0, 0)]))
     monkeypatch.setattr(kernels, "library", lambda: None)
-    assert type(evaluator(network, sizes, closure([(0, 0)]))) is FusedJets
+    assert type(build_evaluator(network, sizes, closure([(0, 0)]))) is FusedJets
     with pytest.raises(ValueError, match="not built"):
         CompiledJets(network, sizes, closure([(0, 0)]))
 

@@ -17,7 +17,7 @@ from ddml.networks.tanh import TanhNetwork
 from ddml.objectives.linearisation import Linearisation
 from ddml.objectives.residual import ResidualObjective
 from ddml.problems import Burgers, PDELoss
-from ddml.problems.pde.loss import AUTOGRAD
+from ddml.problems.pde.linearisation import AUTOGRAD
 
 ASSEMBLED = pytest.mark.parametrize("assembled", [True, False])
 

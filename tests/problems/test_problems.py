@@ -9,7 +9,8 @@ import user_problems as users
 from mpi4py import MPI
 from petsc4py import PETSc
 
-from ddml.jets.jets import closure, nested_jets
+from ddml.jets.evaluator import closure
+from ddml.jets.nested import nested_jets
 from ddml.layout import ParameterLayout
 from ddml.networks.tanh import TanhNetwork
 from ddml.objectives.objective import Objective
@@ -79,11 +80,11 @@ def test_reference_satisfies_the_equation(name: str, points: list[tuple[float, f
         def along(axis: int, weights: np.ndarray, order: int, point: tuple[float, float] = point) -> torch.Tensor:
             places = np.tile(point, (7, 1))
             places[:, axis] += h * np.arange(-3, 4)
-            return torch.tensor([float(problem.exact(*places.T) @ weights) / h**order], dtype=torch.float64)
+            return torch.tensor([float(problem.exact(*torch.tensor(places.T)) @ weights) / h**order])
 
         def get(index: tuple[int, ...], point: tuple[float, float] = point) -> torch.Tensor:
             if not index:
-                return torch.as_tensor(problem.exact(*np.array(point)[:, None]), dtype=torch.float64)
+                return torch.as_tensor(problem.exact(*torch.tensor(point, dtype=torch.float64)[:, None]))
             return along(index[0], first if len(index) == 1 else second, len(index))
 
         field = Field("u", list(problem.domain), get)
@@ -197,7 +198,7 @@ def test_lift_and_factor_enter_the_derivatives_by_the_product_rule() -> None:
     theta = loss.initial()
     chunk = loss.chunks[0]
     loss.evaluator.bind(theta)
-    found = loss._transformed(chunk, loss.evaluator.forward(chunk.inputs.flatten(1, 2)))
+    found = chunk.fields(loss.evaluator.forward(chunk.inputs.flatten(1, 2)))
 
     def whole(p: torch.Tensor) -> torch.Tensor:
         return (problem.lift(*p.T) + problem.factor(*p.T) * loss.network(p)[:, 0])[:, None]
@@ -205,3 +206,31 @@ def test_lift_and_factor_enter_the_derivatives_by_the_product_rule() -> None:
     assert loss.indices == closure([(0,), (1, 1)])
     expected = nested_jets(whole, chunk.coordinates.T.contiguous(), loss.indices)
     torch.testing.assert_close(found[:, :, 0], expected.detach(), rtol=1e-12, atol=1e-12)
+
+
+class Kdv(users.Heat):
+    """Third derivatives, which the kernels do not have, and a mixed one, which they have."""
+
+    def residual(self, u, t, x):
+        return u.t + u * u.x + 0.01 * u.xxx + 0.1 * u.tx
+
+
+class Mixed(users.Heat):
+    def residual(self, u, t, x):
+        return u.tx + 0.1 * u.xx
+
+
+def test_derivatives_beyond_the_kernels_are_named() -> None:
+    assert make_loss(Kdv(), points=20).beyond_kernels == ["u.xxx"]
+    assert make_loss(Kdv(), points=20).in_torch == {0: "derivatives beyond order 2"}
+    mixed = make_loss(Mixed(), points=20)
+    assert mixed.beyond_kernels == []
+    assert mixed.in_torch == {}
+
+
+@pytest.mark.parametrize(("name", "size"), [("diffusion_advection", (20, 4)), ("allen_cahn", (20, 4))])
+def test_default_networks_are_small_and_the_published_ones_are_named(name: str, size: tuple[int, int]) -> None:
+    problem = PROBLEMS[name]
+    assert (problem.width, problem.depth) == size
+    published = {"diffusion_advection": "-width 50 -depth 10", "allen_cahn": "-width 64 -depth 6"}[name]
+    assert published in (problem.__doc__ or "")

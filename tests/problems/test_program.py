@@ -11,11 +11,10 @@ from torch import Tensor
 
 from ddml.data.sequences import hammersley
 from ddml.errors import InputError
-from ddml.jets.fused import FusedJets
 from ddml.networks.tanh import TanhNetwork
 from ddml.problems import PDE, PROBLEMS, Interior, PDELoss, Points, Term
-from ddml.problems.pde.loss import rows_to_trace
 from ddml.problems.pde.program import NotElementwise, Program
+from ddml.problems.pde.tracing import rows_to_trace
 
 PARTS = {
     "arithmetic": lambda u, t, x: 2 - u.t + u * u.x / (3 + t) - 0.1 * u.xx + (-u) * x,
@@ -83,10 +82,7 @@ def network(outputs: int = 1, residual: bool = False) -> TanhNetwork:
 def both(problem: PDE, points: int = 137, dtype: torch.dtype = torch.float64, **kind: Any) -> tuple[Any, Any]:
     """The loss as it comes, and with all terms in torch."""
     compiled = PDELoss(problem, network(len(problem.fields), **kind), points, dtype)
-    plain = compiled._with(compiled.sets)
-    plain.programs = {}
-    plain.evaluator = FusedJets(plain.network, plain.offsets, plain.indices)
-    return compiled, plain
+    return compiled, PDELoss(problem, compiled.network, points, dtype, compiled=False)
 
 
 def assert_equal_losses(compiled: Any, plain: Any, tolerance: float, **arguments: Any) -> None:

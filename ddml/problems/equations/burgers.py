@@ -31,5 +31,5 @@ class Burgers(PDE):
     def residual(self, u: Field, t: Tensor, x: Tensor) -> Tensor:
         return u.t + u * u.x - self.viscosity * u.xx
 
-    def exact(self, t: Array, x: Array) -> Array:
+    def exact(self, t: Tensor, x: Tensor) -> Array:
         return references.burgers(t, x, self.viscosity)

@@ -31,5 +31,5 @@ class KleinGordon(PDE):
         solution = x * torch.cos(t)
         return u.tt - u.xx + u * u + solution - solution**2
 
-    def exact(self, t: Array, x: Array) -> Array:
-        return x * np.cos(t)
+    def exact(self, t: Tensor, x: Tensor) -> Array:
+        return np.asarray(x) * np.cos(np.asarray(t))

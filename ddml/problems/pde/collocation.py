@@ -36,6 +36,17 @@ def sobol(count: int, bounds: list[tuple[float, float]], seed: int) -> Array:
     return np.asarray(low + unit.numpy() * (high - low))
 
 
+@torch.no_grad()
+def residual_size(loss: PDELoss, term: int, points: Array, theta: Tensor) -> Array:
+    """The residual's absolute value at points (N, d) of one term, the 2-norm of its pieces if there are several."""
+    if not len(points):
+        return np.zeros(0)
+    moved = loss.with_sets([loss.statement.points(loss.indices, term, 1.0, points[:, None], {})])
+    theta = theta.to(device=loss.device, dtype=loss.dtype)
+    squares = torch.cat([sum(r * r for r in pieces) for pieces in moved.pieces(theta)])  # type: ignore[misc]
+    return np.asarray(squares.sqrt().to(torch.float64).cpu().numpy())
+
+
 class MovingPoints:
     """Draws the interior points of an objective anew between iterations; everything is collective.
 
@@ -82,7 +93,7 @@ class MovingPoints:
         edges = split(len(candidates), comm.size)
         mine = candidates[edges[comm.rank] : edges[comm.rank + 1]]
         self.objective.work.add(self.objective.fraction * self.loss.candidates_charge(len(candidates)))
-        size = np.concatenate(comm.allgather(self.loss.residual_size(term, mine, theta)))
+        size = np.concatenate(comm.allgather(residual_size(self.loss, term, mine, theta)))
         size **= self.settings.resample_power
         density = size / max(size.mean(), np.finfo(float).tiny) + self.settings.resample_constant
         # where residuals are not finite, and with them the whole density, all candidates are alike; and with c = 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddml.errors import InputError
-from ddml.jets.jets import Index
+from ddml.jets.evaluator import Index
 
 
 class Field:

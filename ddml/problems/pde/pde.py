@@ -135,8 +135,12 @@ class PDE:
         """What the network is given in the place of the coordinates."""
         return coordinates
 
-    def exact(self, *coordinates: Any, **_: Any) -> Array | tuple[Array, ...] | None:
-        """The solution at points (N,), one array for each field; None where it is not known."""
+    def exact(self, *coordinates: Any, **_: Any) -> Any:
+        """The solution at points, for the error; None where it is not known.
+
+        It is given what :meth:`lift` and :meth:`residual` are given, one tensor (N,) a coordinate, always in float64
+        on the CPU, and gives one tensor or NumPy array (N,) for each field, several in a tuple.
+        """
         return None
 
     @property
@@ -192,14 +196,32 @@ class PDE:
         return np.stack([np.insert(inner, axis, v, axis=1) for v in faces], axis=1), {}
 
     def reference(self, count: int = 5000) -> tuple[tuple[Array, ...], Array | None]:
-        """Axes of a grid of about ``count`` points and the exact fields (N, F) on it, None where unknown."""
+        """Axes of a grid of about ``count`` points and the exact fields (N, F) on it, None where unknown.
+
+        Raises
+        ------
+        InputError
+            If :meth:`exact` raises, or gives anything but real numbers, one a point for each field.
+        """
         axes = grid(count, self.bounds)
-        mesh = [m.ravel() for m in np.meshgrid(*axes, indexing="ij")]
-        values = self.exact(*mesh)
-        if values is None:
-            return axes, None
-        values = values if isinstance(values, tuple) else (values,)
-        if len(values) != len(self.fields) or any(np.shape(v) != mesh[0].shape for v in values):
-            shapes = [np.shape(v) for v in values]
-            raise InputError(f"exact() must give one array {mesh[0].shape} for each of {self.fields}, got {shapes}")
-        return axes, np.stack(values, axis=-1)
+        mesh = [torch.from_numpy(m.ravel()) for m in np.meshgrid(*axes, indexing="ij")]
+        name, letters, shape = f"{type(self).__name__}.exact", list(self.domain), tuple(mesh[0].shape)
+        try:
+            given = self.exact(*mesh)
+            if given is None:
+                return axes, None
+            given = given if isinstance(given, tuple) else (given,)
+            values = [np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v) for v in given]
+        except Exception as error:
+            names = ", ".join(letters)
+            arrays = ", ".join(f"{letter}.numpy()" for letter in letters)
+            raise InputError(
+                f"{name} raised {type(error).__name__}: {error}; it is given torch tensors, as lift and residual are: "
+                f"where NumPy needs arrays, begin with {names} = {arrays}"
+            ) from error
+        if len(values) != len(self.fields) or any(v.shape != shape or v.dtype.kind not in "fiub" for v in values):
+            found = [f"{v.shape} of {v.dtype}" for v in values]
+            raise InputError(
+                f"{name} must give one array {shape} of real numbers for each of {self.fields}, got {found}"
+            )
+        return axes, np.stack(values, axis=-1).astype(float)

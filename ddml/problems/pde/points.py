@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ddml.errors import InputError
-from ddml.jets.jets import Index, nested_jets
+from ddml.jets.evaluator import Index
+from ddml.jets.nested import nested_jets
 
 from .pde import PDE
 
@@ -48,6 +49,24 @@ class TermPoints:
         pieces = max(-(-len(self) * self.inputs.shape[2] // size), 1)
         edges = [len(self) * i // pieces for i in range(pieces + 1)]
         return [self.rows(slice(a, b)) for a, b in pairwise(edges) if b > a]
+
+    @property
+    def periodic(self) -> bool:
+        """Whether these are pairs of points, G = 2."""
+        return self.inputs.shape[2] == 2
+
+    def fields(self, jets: Tensor) -> Tensor:
+        """Jets (K, N, G, F) of the fields, lift + factor * network, from those of the network (K, N * G, F)."""
+        jets = jets.view(*self.inputs.shape[:3], -1)
+        if self.mix is not None:
+            jets = (self.mix * jets).sum(1)
+        return jets if self.lift is None else jets + self.lift
+
+    def adjoint(self, fields: Tensor) -> Tensor:
+        """The adjoint (K, N * G, F) of the network's jets from that of the fields' (K, N, G, F)."""
+        if self.mix is not None:
+            fields = (self.mix * fields.unsqueeze(1)).sum(0)
+        return fields.flatten(1, 2)
 
 
 def term_points(

@@ -1,0 +1,210 @@
+"""The residuals of a PDE problem and a network, and which points they are of."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ddml.errors import InputError
+from ddml.jets.build import build_evaluator
+from ddml.jets.evaluator import Index, closure
+from ddml.losses.modules import evaluated, trained
+from ddml.parameters import parameter_table
+
+from .layers import network_layers
+from .linearisation import LinearisedResiduals
+from .pde import PDE, Array
+from .points import TermPoints, product_rule
+from .statement import Statement
+
+
+class PDEResiduals(LinearisedResiduals):
+    """A loss of residuals that torch evaluates; see :class:`ddml.problems.pde.loss.PDELoss` for the parameters.
+
+    Attributes
+    ----------
+    problem, network, dtype, device, chunk
+        As given.
+    problem_terms : list of Term
+        What the loss is the sum of.
+    coefficients : tuple of str
+        Names of the problem's trainable numbers.
+    indices : tuple of derivatives
+        That are propagated through the network.
+    derivatives : list of tuples of int and derivative
+        Fields and their derivatives that residuals ask for.
+    sets : list of TermPoints
+        The points of each term.
+    """
+
+    def __init__(
+        self,
+        problem: PDE,
+        network: nn.Module,
+        points: int,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+        chunk: int = 0,
+        compiled: bool = True,
+    ) -> None:
+        self.dtype, self.device = dtype, torch.device(device)
+        self.statement = Statement(problem, dtype, self.device)
+        if points < 1:
+            raise InputError(f"the number of points must be 1 or more, got {points}")
+        self.problem, self.network = problem, network.to(dtype=dtype, device=device)
+        chosen = trained(self.network)
+        self.trained = [p for _, p in chosen]
+        named = [(name, p.shape) for name, p in chosen]
+        self.problem_terms, self.coefficients = self.statement.terms, self.statement.coefficients
+        table = parameter_table([*named, *((f"coefficients.{name}", ()) for name in self.coefficients)])
+        self.parameters = table
+        self.offsets = {p.name: (p.offset, torch.Size(p.shape)) for p in table[: len(named)]}
+        self.tail = slice(table[len(named)].offset if self.coefficients else table[-1].range.stop, table[-1].range.stop)
+        sets = [problem.points(term, points) for term in self.problem_terms]
+        asked = set[tuple[int, Index]]().union(*(self.statement.derivatives(i, *s) for i, s in enumerate(sets)))
+        for points_of_term, _ in sets[:1]:
+            places = torch.as_tensor(points_of_term[:3, 0], dtype=dtype, device=device)
+            evaluated(self.network, torch.stack(tuple(problem.embed(*places.T)), dim=1))
+        self.derivatives = sorted(asked)
+        self.indices = closure(index for _, index in asked)
+        self.position = {index: k for k, index in enumerate(self.indices)}
+        self.rule = product_rule(self.indices, len(problem.fields))
+        self.layers, self.layer_stages, self.costs, self.besides = network_layers(
+            self.network, self.offsets, table, len(self.indices), len(problem.fields)
+        )
+        self.evaluator = build_evaluator(network, self.offsets, self.indices, compiled)
+        self.plain = build_evaluator(network, self.offsets, ((),), compiled)
+        self.chunk = chunk or self.evaluator.chunk
+        self._take([
+            self.statement.points(self.indices, i, term.weight / len(x), x, data)
+            for i, (term, (x, data)) in enumerate(zip(self.problem_terms, sets, strict=True))
+        ])  # fmt: skip
+
+    def _take(self, sets: list[TermPoints]) -> None:
+        self.sets = sets
+        self.count = sum(len(s) for s in sets)
+        self.chunks = [c for s in sets for c in s.chunks(self.chunk)]
+        self.inputs = [c.inputs.flatten(1, 2) for c in self.chunks]
+
+    def with_sets(self, sets: list[TermPoints]) -> Self:
+        """The same loss on other points of some terms; the evaluator serves both, its buffers one after the other."""
+        other = copy.copy(self)
+        other._take(sets)
+        return other
+
+    def part(self, begin: int, end: int) -> Self:
+        """See :meth:`ddml.losses.loss.Loss.part`."""
+        sets, start = [], 0
+        for s in self.sets:
+            a, b = max(begin - start, 0), min(end - start, len(s))
+            if b > a:
+                sets.append(s.rows(slice(a, b)))
+            start += len(s)
+        return self.with_sets(sets)
+
+    def sampled(self, rows: Tensor) -> Self:
+        """See :meth:`ddml.losses.loss.Loss.sampled`; each term is the mean over its own chosen points."""
+        sets, start = [], 0
+        for s in self.sets:
+            chosen = rows[(rows >= start) & (rows < start + len(s))] - start
+            if len(chosen):
+                sets.append(replace(s.rows(chosen), scale=self.problem_terms[s.term].weight / len(chosen)))
+            start += len(s)
+        return self.with_sets(sets)
+
+    def with_points(self, points: Mapping[int, Array]) -> Self:
+        """The same loss with other points (N, d) for some of its terms, by their numbers."""
+        return self.with_sets([
+            self.statement.points(
+                self.indices, s.term, self.problem_terms[s.term].weight / len(points[s.term]),
+                points[s.term][:, None], {},
+            )
+            if s.term in points else s
+            for s in self.sets
+        ])  # fmt: skip
+
+    def initial(self) -> Tensor:
+        """The network's parameters and the coefficients' initial values."""
+        return torch.cat([*(p.detach().reshape(-1) for p in self.trained), self.statement.initial()])
+
+    def keeps(self, first: int) -> bool:
+        """See :meth:`ddml.losses.loss.Loss.keeps`."""
+        return bool(self.layer_stages) and self.layer_stages[first][0] > 0
+
+    def prefix(self, theta: Tensor, first: int) -> Any:
+        """The stage where a layer begins, and the jets that enter it, per chunk; None where nothing is known of it."""
+        if not self.keeps(first):
+            return None
+        stage = self.layer_stages[first][0]
+        self.evaluator.bind(theta)
+        return stage, [self.evaluator.prefix(inputs, stage) for inputs in self.inputs]
+
+    def residual_count(self) -> int:
+        """m, the length of r."""
+        return sum(len(r) for r in self.residuals(self.initial()))
+
+    def residuals(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
+        """See :meth:`ddml.losses.residual.ResidualLoss.residuals`."""
+        coefficients = list(theta[self.tail])
+        first, entering = kept or (0, self.inputs)
+        for chunk, inputs in zip(self.chunks, entering, strict=True):
+            for r in self.chunk_residual(chunk, self.evaluator.jets(theta, inputs, first), coefficients):
+                yield chunk.scale**0.5 * r
+
+    def chunk_residual(self, chunk: TermPoints, jets: Tensor, coefficients: Sequence[Tensor]) -> list[Tensor]:
+        """The pieces of the residual at a chunk's points, not weighted, from the network's jets (K, N * G, F) there."""
+        fields = chunk.fields(jets)
+
+        def get(index: Index, f: int, side: int) -> Tensor:
+            return fields[self.position[index], :, side, f]
+
+        return self.statement.at(chunk, get, coefficients)
+
+    def pieces(self, theta: Tensor) -> Iterator[list[Tensor]]:
+        """The residual's pieces chunk by chunk, not weighted and not differentiable."""
+        self.evaluator.bind(theta)
+        for chunk, inputs in zip(self.chunks, self.inputs, strict=True):
+            yield self.chunk_residual(chunk, self.evaluator.forward(inputs), list(theta[self.tail]))
+
+    @torch.no_grad()
+    def residual(self, theta: Tensor) -> Tensor:
+        """See :meth:`ddml.losses.residual.ResidualLoss.residual`."""
+        weighted = zip(self.chunks, self.pieces(theta), strict=True)
+        return self._joined([chunk.scale**0.5 * r for chunk, pieces in weighted for r in pieces])
+
+    @torch.no_grad()
+    def explain(self, theta: Tensor) -> str:
+        """See :meth:`ddml.losses.loss.Loss.explain`: the first term and point."""
+        for chunk, pieces in zip(self.chunks, self.pieces(theta), strict=True):
+            for r in pieces:
+                bad = torch.nonzero(~torch.isfinite(r))
+                if len(bad):
+                    where = [
+                        f"{c} = {float(v[bad[0, 0]]):.6g}"
+                        for c, v in zip(self.problem.domain, chunk.coordinates, strict=True)
+                    ]
+                    label = self.problem_terms[chunk.term].label
+                    return f"term {label} gives {float(r[bad[0, 0]])} at {', '.join(where)}"
+        return super().explain(theta)
+
+    @torch.no_grad()
+    def fields(self, theta: Tensor, points: Array) -> Array:
+        """The fields (N, F) at points (N, d)."""
+        x = torch.as_tensor(np.asarray(points), dtype=self.dtype, device=self.device)
+        self.plain.bind(theta)
+        result = []
+        for piece in x.split(4 * self.chunk):
+            inputs = torch.stack(tuple(self.problem.embed(*piece.T.clone())), dim=1)
+            value = self.plain.forward(inputs[None])[0]
+            for function, combine in ((self.problem.factor, torch.mul), (self.problem.lift, torch.add)):
+                term = function(*piece.T.clone())
+                term = torch.stack(term, dim=1) if isinstance(term, tuple) else term[:, None]
+                value = combine(value, term)
+            result.append(value.to(torch.float64).cpu().clone())
+        return np.asarray(torch.cat(result).numpy())

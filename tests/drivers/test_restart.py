@@ -81,8 +81,8 @@ def test_another_solver_goes_on_from_the_parameters(tmp_path: Path) -> None:
     train(path, 2, 4, "-solver", "lbfgs")
     out = train(path, 2, 8, *SCHWARZ, "-points", "250")
     history = content(path).history
-    assert "note: solver was lbfgs" in out
-    assert "note: points was 200" in out
+    assert "note: -solver aspqn in the place of lbfgs" in out
+    assert "note: -points 250 in the place of 200" in out
     assert "note: the solver begins afresh" in out
     assert list(history["iteration"]) == list(range(9))
     assert history["loss"][8] < history["loss"][4]
@@ -125,7 +125,7 @@ def test_signal_stops_a_run_that_can_go_on(
     # Open MPI's mpiexec answers SIGTERM with SIGTERM to the ranks, SIGKILL a second later, and exit code 1
     assert result.rc == 0 or (number, receiver) == (signal.SIGTERM, to_mpiexec), result.err
     assert "stopped: a signal asked to stop" in result.out
-    assert f"to go on: the same command with -restart {path}" in result.out
+    assert f"to go on: the same driver with -restart {path}" in result.out
     stopped_at = content(path).history["iteration"][-1]
     assert 2 <= stopped_at < LENGTH
     train(path, 2, LENGTH, *SCHWARZ)

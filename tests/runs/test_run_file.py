@@ -470,8 +470,8 @@ def test_checksum_does_not_depend_on_the_pieces_and_finds_what_a_plain_sum_misse
 CHILD = """
 import sys, numpy as np
 from petsc4py import PETSc
-from ddml.checkpoint import write
-from ddml.history import History
+from ddml.runs.run_file import write
+from ddml.runs.history import History
 path, version = sys.argv[1], int(sys.argv[2])
 theta, m = (PETSc.Vec().createSeq(20000) for _ in range(2))
 while True:

@@ -29,7 +29,7 @@ OPTIONS = (
 
 
 class ResumableSolver(Protocol):
-    """What a run asks of a solver that goes on to the last bit, as :class:`Run` is given it."""
+    """What a run asks of a solver that goes on to the last bit, as :class:`ddml.runs.run.Run` is given it."""
 
     notes: list[str]
 

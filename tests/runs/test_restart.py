@@ -14,6 +14,7 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 from ddml.errors import InputError
+from ddml.runs import run_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "drivers"))
 import classify
@@ -292,8 +293,6 @@ def test_a_file_of_an_older_ddml_goes_on(drive: Drive, comm: MPI.Comm, shared_tm
 
 def rewrite(path: Path, changes: dict[str, str]) -> None:
     """Write a run file again with other attributes, in this process alone."""
-    from ddml.runs import run_file
-
     own = {"format", "format_version", "ranks", "petsc_version", "numpy_version", "h5py_version", "hdf5_version",
            "python_version"}  # fmt: skip
     header = run_file.inspect(str(path), MPI.COMM_SELF)

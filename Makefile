@@ -3,6 +3,7 @@
 # make test    the test suite, on 1, 2 and 3 ranks (12 minutes); make test-long all of it on all ranks, 1,000 kills
 # make bench   the tables of the README, measured side by side (about 25 minutes)
 # make lint    style and types
+# make docs    the page of options, docs/options.md, from their tables
 # Each of them makes .venv first (make env), see environment.sh.
 
 PYTHON_ENV = .venv/bin/python
@@ -14,7 +15,7 @@ export OPENBLAS_NUM_THREADS = 1
 # more ranks than cores take turns
 export OMPI_MCA_mpi_yield_when_idle = 1
 
-.PHONY: env demo check check-one check-three test test-long test-one test-ranks bench lint clean
+.PHONY: env demo check check-one check-three test test-long test-one test-ranks bench lint docs clean
 
 env:
 	@./environment.sh
@@ -61,6 +62,10 @@ lint: env
 	$(PYTHON_ENV) -m ruff check .
 	$(PYTHON_ENV) -m ruff format --check .
 	$(PYTHON_ENV) -m mypy
+
+docs: env
+	$(PYTHON_ENV) drivers/document.py > docs/options.new
+	mv docs/options.new docs/options.md
 
 clean:
 	rm -rf .venv out build *.egg-info

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,10 @@ from petsc4py import PETSc
 
 from .errors import InputError
 from .parallel import cause
+
+# Whether a restart may change an option: freely; only where another solver begins, too; never. What each start has for
+# itself a run file does not pass on.
+FREELY, WITH_SOLVER, NEVER, EACH_START = "freely", "with the solver", "never", "each start"
 
 # What PetscInitialize and PetscFinalize read, which is before or after anybody can ask who used it.
 _PETSC_OWN = re.compile(
@@ -29,7 +34,11 @@ _TRUE, _FALSE = {"", "1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 @dataclass(frozen=True)
 class Option:
-    """One option ``-name``: its type (of ``default``, or ``kind`` where that is None), bounds and meaning."""
+    """One option ``-name``: its type (of ``default``, or ``kind`` where that is None), bounds and meaning.
+
+    ``changes`` says whether a restart may change it: :data:`FREELY`, :data:`WITH_SOLVER`, :data:`NEVER`; with
+    :data:`EACH_START` it is no part of the run.
+    """
 
     name: str
     default: Any
@@ -38,6 +47,7 @@ class Option:
     choices: Sequence[str] = ()
     minimum: float | None = None
     above: float | None = None
+    changes: str = FREELY
 
     @property
     def type(self) -> type:
@@ -118,6 +128,25 @@ def number_or_word(prefix: str, name: str, text: str, *words: str) -> float | No
         named = ", ".join(f"'{word}'" for word in words)
         raise InputError(f"option -{prefix}{name} must be {named} or a number above 0, got '{text}'")
     return value
+
+
+def for_runs(key: str) -> bool:
+    """Whether an option of that name is for what a program does, not for what PETSc does when a program starts."""
+    return key.startswith(("vec_", "mat_")) or not _PETSC_OWN.match(key)
+
+
+def given() -> dict[str, str]:
+    """What is in the database for what the program does, by name; a flag's text is empty."""
+    return {key: text or "" for key, text in PETSc.Options().getAll().items() if for_runs(key)}
+
+
+def same_reference(one: str, other: str) -> bool:
+    """Whether two values name the same thing: equal, or a class or a data file that has moved to another folder."""
+    if ":" in one and ":" in other:
+        return one.rpartition(":")[2] == other.rpartition(":")[2]
+    if one.endswith(".h5") and other.endswith(".h5"):
+        return Path(one).name == Path(other).name
+    return one == other
 
 
 def unused() -> list[str]:

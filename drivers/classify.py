@@ -23,7 +23,7 @@ from ddml import plugins
 from ddml.sampling.batches import Batches
 from ddml.errors import InputError
 from ddml.networks import classifiers
-from ddml.options import Option, with_defaults
+from ddml.options import NEVER, Option, with_defaults
 from ddml.parallel import agreed
 from ddml.problems.classification import ClassificationLoss, TestSet
 from ddml.data.scaling import SCALINGS, Samples, Scaling
@@ -43,10 +43,11 @@ _HELP = {
 
 OPTIONS = (
     Option("data", "digits", f"One of {', '.join(files.DATA)}; or a data file .h5 (see data/README.md); or "
-           "path/to/file.py:Name, called without arguments for a ddml.data.data_set.DataSet."),
-    Option("samples", None, "Train on the first so many samples only (default: all).", kind=int, minimum=1),
+           "path/to/file.py:Name, called without arguments for a ddml.data.data_set.DataSet.", changes=NEVER),
+    Option("samples", None, "Train on the first so many samples only (default: all).", kind=int, minimum=1,
+           changes=NEVER),
     Option("scaling", "standard", "Inputs divided by the data set's maximum, or of mean 0 and deviation 1 in each "
-           "channel, or as they are.", choices=SCALINGS),
+           "channel, or as they are.", choices=SCALINGS, changes=NEVER),
     *classifiers.OPTIONS,
     Option("solver", "tr", f"One of {', '.join(_OWN)}; or PETSc's {', '.join(PETSC_TYPES)}; or "
            "path/to/file.py:Class."),
@@ -54,10 +55,7 @@ OPTIONS = (
     *(replace(o, help=_HELP.get(o.name, o.help)) for o in with_defaults(training.OPTIONS, dtype="float32")),
 )  # fmt: skip
 
-LIMITS = (
-    *(replace(o, help=_HELP.get(o.name, o.help)) for o in ddml.runs.run.OPTIONS if o.name != "target_error"),
-    Option("target_accuracy", 1.01, "Stop when the accuracy reaches this (default: never).", above=0.0),
-)
+LIMITS = (*(replace(o, help=_HELP.get(o.name, o.help)) for o in ddml.runs.run.OPTIONS if o.name != "target_error"),)
 
 
 def main(comm: MPI.Comm) -> int:
@@ -66,13 +64,13 @@ def main(comm: MPI.Comm) -> int:
         if comm.rank == 0:
             print(training.help_text(__doc__ or "", (*OPTIONS, *LIMITS), RESIDUALS_ONLY))
         return 0
-    settings, limits = training.read_options(OPTIONS, LIMITS)
-    limits.target_error = 0.0
+    settings, limits, restart = training.read_options(comm, "classify", OPTIONS, LIMITS)
     if settings.solver in RESIDUALS_ONLY:
         raise InputError(
             f"solver '{settings.solver}' is for losses that are sums of squares, as those of drivers/pinn.py"
         )
     dataset = files.load(settings.data, comm, settings.samples)
+    settings.samples = dataset.count
     if settings.batch_size > dataset.count:
         raise InputError(f"option -batch_size must be at most {dataset.count}, the samples; got {settings.batch_size}")
     scaling = Scaling(dataset, settings.scaling, comm)
@@ -98,7 +96,7 @@ def main(comm: MPI.Comm) -> int:
     measure = TestSet(loss, test, comm, made.blocks)
     code = made.run(
         limits, attributes, measure, moving,
-        header(settings, dataset, loss, network, moving, made.summation()), shown="accuracy",
+        header(settings, dataset, loss, network, moving, made.summation()), restart, shown="accuracy",
     )  # fmt: skip
     dataset.free()
     return code

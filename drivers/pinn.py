@@ -22,7 +22,7 @@ from ddml.errors import InputError
 from ddml.jets.fused import ORDER
 from ddml.networks.build import OPTIONS as NETWORK_OPTIONS
 from ddml.networks.build import build_network
-from ddml.options import Option
+from ddml.options import NEVER, WITH_SOLVER, Option
 from ddml.parallel import agreed
 from ddml.problems import PDE, PROBLEMS, PDELoss
 from ddml.problems.pde import collocation
@@ -37,16 +37,19 @@ LARGE = 25_000  # parameters for which a dense inverse Hessian takes 2.5 GB in a
 MANY = 10_000  # from here on a pass over the matrix costs more than the points (our choice)
 
 OPTIONS = (
-    Option("problem", "burgers", f"One of {', '.join(PROBLEMS)}; or path/to/file.py:Class."),
+    Option("problem", "burgers", f"One of {', '.join(PROBLEMS)}; or path/to/file.py:Class.", changes=NEVER),
     Option("solver", "auto", f"One of {', '.join(SOLVERS)}; or PETSc's {', '.join(PETSC_TYPES)}; or "
            f"path/to/file.py:Class; auto is ssbroyden up to {LARGE} parameters, lbfgs with memory 50 beyond."),
     *NETWORK_OPTIONS,
     Option("points", None, "Collocation points in the interior (default 10,000; where they move 5 for 3 parameters, at "
-           f"least 1,000 and at most 5,000; 2,000 from {MANY} parameters on).", kind=int, minimum=1),
+           f"least 1,000 and at most 5,000; 2,000 from {MANY} parameters on).", kind=int, minimum=1,
+           changes=WITH_SOLVER),
     *collocation.OPTIONS,
     Option("error_points", 5000, "Grid points where the error is measured.", minimum=2),
     *training.OPTIONS,
 )  # fmt: skip
+
+LIMITS = tuple(o for o in ddml.runs.run.OPTIONS if o.name != "target_accuracy")
 
 
 def help_text() -> str:
@@ -55,7 +58,7 @@ def help_text() -> str:
     for pc in (solvers.NystromPC, solvers.SchwarzPC):
         more += ["", f"Options of -gn_pc_type python -gn_pc_python_type solvers.{pc.__name__}, with gn_ before them:"]
         more += map(str, pc.options)
-    return training.help_text(__doc__ or "", (*OPTIONS, *ddml.runs.run.OPTIONS), more=more)
+    return training.help_text(__doc__ or "", (*OPTIONS, *LIMITS), more=more)
 
 
 def main(comm: MPI.Comm) -> int:
@@ -64,7 +67,7 @@ def main(comm: MPI.Comm) -> int:
         if comm.rank == 0:
             print(help_text())
         return 0
-    settings, limits = training.read_options(OPTIONS, ddml.runs.run.OPTIONS)
+    settings, limits, restart = training.read_options(comm, "pinn", OPTIONS, LIMITS)
     with agreed(comm), plugins.blamed(settings.problem, PROBLEMS, "problem"):
         loss, network = build(settings)
         chosen = solver_class(settings.solver).decompose(loss)
@@ -90,7 +93,8 @@ def main(comm: MPI.Comm) -> int:
         "driver": "pinn", "problem": settings.problem, "network": network, "points": settings.points,
         "resample": settings.resample,
     }  # fmt: skip
-    return made.run(limits, attributes, measure, moving, header(settings, loss, network, made.summation()), closing)
+    words = header(settings, loss, network, made.summation())
+    return made.run(limits, attributes, measure, moving, words, restart, closing)
 
 
 def build(settings: Any) -> tuple[PDELoss, str]:
@@ -102,9 +106,8 @@ def build(settings: Any) -> tuple[PDELoss, str]:
     problem.check()
     dtype = getattr(torch, settings.dtype)
     probe = [torch.zeros(2, dtype=dtype)] * len(problem.domain)
-    network, words = build_network(
-        settings, len(problem.embed(*probe)), len(problem.fields), problem.width, problem.depth
-    )
+    settings.width, settings.depth = settings.width or problem.width, settings.depth or problem.depth
+    network, words = build_network(settings, len(problem.embed(*probe)), len(problem.fields))
     device = check_device(settings.device)
     if hasattr(settings, "solver"):
         choose(settings, sum(p.numel() for p in network.parameters() if p.requires_grad))

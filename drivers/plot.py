@@ -15,6 +15,8 @@ import numpy as np
 from mpi4py import MPI
 from common.program import run_program
 
+import pinn
+
 from ddml.runs import run_file, figures
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout, owned
@@ -63,8 +65,6 @@ def main(comm: MPI.Comm) -> int:
 
 def draw_maps(header: run_file.Header, theta: object, target: Path) -> None:
     """Solution, reference and error of a PINN's run file."""
-    from pinn import build
-
     options = {k.removeprefix("option "): v for k, v in header.attributes.items() if k.startswith("option ")}
     network = {o.name: None if options[o.name] == "None" else o.parse(str(options[o.name])) for o in NETWORK_OPTIONS}
     settings = SimpleNamespace(
@@ -76,7 +76,7 @@ def draw_maps(header: run_file.Header, theta: object, target: Path) -> None:
         chunk=1024,
         **network,
     )
-    loss, _ = build(settings)
+    loss, _ = pinn.build(settings)
     axes, reference = loss.problem.reference(20_000)
     if len(axes) > 2:
         raise InputError("maps are drawn for one or two coordinates; use -no_maps")

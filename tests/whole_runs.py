@@ -12,7 +12,7 @@ from ddml.layout import ParameterLayout
 from ddml.losses.loss import Loss
 from ddml.objectives.objective import Objective
 from ddml.sampling.batches import OPTIONS, Batches
-from solvers import configure
+from solvers import Solver, configure
 
 
 def make_batches(loss: Loss, comm: MPI.Comm, blocks: int = 4, seed: int = 5, **settings: Any) -> Batches:
@@ -38,9 +38,11 @@ class Training:
         self.tao.setFromOptions()
         self.tao.setUp()
         settings = {o.name: o.default for o in ddml.runs.run.OPTIONS} | {"progress": "none"} | limits
+        context = self.tao.getPythonContext() if self.tao.getType() == "python" else None
         self.run = ddml.runs.run.Run(
             self.objective, self.tao, self.x, SimpleNamespace(**settings),
             {"solver": solver, "driver": "t", "problem": "b"}, lambda theta: {}, moving,
+            solver=context if isinstance(context, Solver) else None,
         )  # fmt: skip
         self.good = self.run.execute()
 

@@ -9,34 +9,33 @@ from torch import nn
 
 from ddml import plugins
 from ddml.errors import InputError
-from ddml.options import Option
+from ddml.options import NEVER, Option
 
 from .tanh import TanhNetwork
 
 OPTIONS = (
     Option("network", "mlp", "mlp (plain tanh), residual (the SPQN paper's, adaptive tanh), or "
-           "path/to/file.py:Class, called with the numbers of inputs and outputs."),
-    Option("width", None, "Neurons a layer (default: the problem's).", kind=int, minimum=1),
-    Option("depth", None, "Hidden layers (default: the problem's).", kind=int, minimum=1),
+           "path/to/file.py:Class, called with the numbers of inputs and outputs.", changes=NEVER),
+    Option("width", None, "Neurons a layer (default: the problem's).", kind=int, minimum=1, changes=NEVER),
+    Option("depth", None, "Hidden layers (default: the problem's).", kind=int, minimum=1, changes=NEVER),
 )  # fmt: skip
 
 
-def build_network(settings: Any, inputs: int, outputs: int, width: int, depth: int) -> tuple[nn.Module, str]:
-    """A network with initial parameters drawn from ``settings.seed``, and its description.
+def build_network(settings: Any, inputs: int, outputs: int) -> tuple[nn.Module, str]:
+    """A network of ``settings.width`` and ``depth``, initial parameters drawn from its ``seed``, and its description.
 
     Raises
     ------
     InputError
         Unknown network, or a user's class that is no torch module.
     """
-    width, depth = settings.width or width, settings.depth or depth
     named = {"residual": True, "mlp": False}
     chosen = plugins.load(settings.network, named, "network")
     if settings.network in named:
-        network = TanhNetwork(inputs, width, depth, outputs, residual=chosen, adaptive=chosen)
+        network = TanhNetwork(inputs, settings.width, settings.depth, outputs, residual=chosen, adaptive=chosen)
         network = network.double()
         network.reset_parameters(torch.Generator().manual_seed(settings.seed))
-        return network, f"{settings.network} {inputs}-{width}x{depth}-{outputs}"
+        return network, f"{settings.network} {inputs}-{settings.width}x{settings.depth}-{outputs}"
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         try:

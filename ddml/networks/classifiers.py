@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from ddml import plugins
 from ddml.errors import InputError
-from ddml.options import Option
+from ddml.options import NEVER, Option
 
 OPTIONS = (
     Option("network", "mlp", "mlp (widths of -widths, ReLU), cnn (LeNet: two convolutions and three linear layers), "
            "residual (three residual blocks without batch statistics), or path/to/file.py:Name, called with the shape "
-           "of a sample and the number of classes."),
-    Option("widths", "32,32", "Hidden layers of the mlp: their neurons, as in 512,256."),
+           "of a sample and the number of classes.", changes=NEVER),
+    Option("widths", "32,32", "Hidden layers of the mlp: their neurons, as in 512,256.", changes=NEVER),
 )  # fmt: skip
 
 

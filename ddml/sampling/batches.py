@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ddml.errors import InputError
 from ddml.objectives.objective import Objective
-from ddml.options import Option
+from ddml.options import WITH_SOLVER, Option
 from ddml.parallel import split
 
 OPTIONS = (
     Option("batch_size", 0, "Samples of a batch, at most: each epoch is shuffled and cut into equal batches; 0: all "
-           "samples, all the time.", minimum=0),
+           "samples, all the time.", minimum=0, changes=WITH_SOLVER),
     Option("batch_overlap", 0.01, "Samples that a batch shares with the one before, as a fraction of a batch.",
            minimum=0.0),
     Option("batch_growth", 1.0, "Factor by which batches grow where a new batch belies what the solver did on the old "

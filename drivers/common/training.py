@@ -14,14 +14,18 @@ from petsc4py import PETSc
 from torch import Tensor
 
 import ddml.runs.run
+import ddml.runs.restart
 from ddml import options, plugins
 from ddml.decomposition.subdomains import Subdomains
 from ddml.errors import InputError
 from ddml.losses.loss import Loss
-from ddml.options import Option
+from ddml.options import EACH_START, NEVER, Option
 from ddml.parallel import StopRequest
+from ddml.runs.checkpoints import Moving
+from ddml.runs.limits import SIGNAL
+from ddml.runs.restart import Restart
 from ddml.summation import efficiency, fixes_order
-from solvers import PETSC_TYPES, SOLVERS, TO_ROUNDING, Minimisation
+from solvers import PETSC_TYPES, SOLVERS, TO_ROUNDING, Minimisation, solver_class
 
 __all__ = ["HELP", "OPTIONS", "Training", "check_device", "help_text", "read_options"]
 
@@ -33,17 +37,17 @@ PREFIXES = {
 }
 
 OPTIONS = (
-    Option("seed", 0, "Of the initial parameters.", minimum=0),
+    Option("seed", 0, "Of the initial parameters, of points and of batches.", minimum=0, changes=NEVER),
     Option("dtype", "float64", "Precision of the network; parameters are kept in float64.",
-           choices=("float64", "float32")),
+           choices=("float64", "float32"), changes=NEVER),
     Option("device", "cpu", "Where torch computes, as in cpu or cuda; parameters are kept on the host."),
     Option("chunk", 0, "Points that go through the network at a time; 0: what suits the evaluator.", minimum=0),
     Option("summation_blocks", None, "Blocks of points whose sums are added in a fixed order, so that a run is the "
            "same to the last bit on any number of ranks; no more ranks than blocks are busy; 0 sums by ranks (default: "
            "8 to 512, by what an evaluation costs; 0 above -summation_limit).", kind=int, minimum=0),
-    Option("summation_limit", 1_000_000, "Parameters above which sums go by ranks.", minimum=0),
+    Option("summation_limit", 1_000_000, "Parameters above which sums go by ranks.", minimum=0, changes=NEVER),
     Option("threads", 1, "Threads of torch on each rank.", minimum=1),
-    Option("view", False, "Print the solver and the split of the parameters."),
+    Option("view", False, "Print the solver and the split of the parameters.", changes=EACH_START),
 )  # fmt: skip
 
 
@@ -61,21 +65,33 @@ def help_text(title: str, table: Sequence[Option], left_out: Sequence[str] = (),
     return "\n".join(lines)
 
 
-def read_options(table: Sequence[Option], limits: Sequence[Option]) -> tuple[Any, Any]:
-    """A driver's settings and the limits of its run, from the command line; also sets torch's threads.
+def read_options(
+    comm: MPI.Comm, driver: str, table: Sequence[Option], limits: Sequence[Option]
+) -> tuple[Any, Any, Restart]:
+    """A driver's settings, the limits of its run, and what a restart took over; also sets torch's threads. Collective.
+
+    All come from the command line, and behind ``-restart`` from the run file (:mod:`ddml.runs.restart`).
 
     Raises
     ------
     InputError
-        Words that are neither options nor values of options, values out of range.
+        Words that are neither options nor values of options, values out of range; what a restart refuses.
     """
     stray = options.stray(sys.argv)
     if stray:
         raise InputError(f"'{stray[0]}' is neither an option nor the value of one; -help lists the options")
-    settings = options.read(table), options.read(limits)
-    settings[0].solver = chosen_solver(settings[0].solver)
-    torch.set_num_threads(settings[0].threads)
-    return settings
+    path, restart = options.read(limits).restart, Restart()
+    if path is not None:
+        restart = ddml.runs.restart.take_over(path, comm, driver, (*table, *limits), options_of)
+    settings = options.read(table)
+    settings.solver = chosen_solver(settings.solver)
+    torch.set_num_threads(settings.threads)
+    return settings, options.read(limits), restart
+
+
+def options_of(solver: str) -> Sequence[Option]:
+    """The table of a solver of ours or of a user's; PETSc's types have none."""
+    return solver_class(solver).options
 
 
 def chosen_solver(name: str) -> str:
@@ -130,7 +146,7 @@ class Training:
     Raises
     ------
     InputError
-        A solver that there is not, or that refuses its options or the loss; options that nothing reads.
+        A solver that there is not, or that refuses its options or the loss.
     """
 
     def __init__(
@@ -150,11 +166,7 @@ class Training:
                 limit=settings.summation_limit, stop=self.stop, fmin=fmin,
             )  # fmt: skip
         self.layout, self.objective, self.x, self.tao = made.layout, made.objective, made.x, made.tao
-        self.blocks = made.objective.blocks
-        left = options.unused()
-        if left:
-            names = ", ".join("-" + key for key in left)
-            raise InputError(f"unknown option{'s' * (len(left) > 1)} {names}; -help lists them")
+        self.blocks, self.context = made.objective.blocks, made.context
 
     def summation(self) -> str:
         """How samples are summed, in words."""
@@ -177,16 +189,27 @@ class Training:
         limits: Any,
         attributes: Mapping[str, Any],
         measure: Callable[[Tensor], Mapping[str, float]],
-        moving: ddml.runs.run.Moving | None,
+        moving: Moving | None,
         header: str,
+        restart: Restart,
         closing: Callable[[ddml.runs.run.Run], Iterable[str]] = lambda _: (),
         shown: str = "error",
     ) -> int:
         """Run to the end; the exit code. Collective.
 
         ``limits``, ``measure``, ``moving`` and ``shown`` are those of :class:`ddml.runs.run.Run`; ``attributes`` of the
-        run file come beside those that every driver writes, and ``closing`` gives what is printed behind the summary.
+        run file come beside those that every driver writes, ``restart`` is what :func:`read_options` gave, and
+        ``closing`` gives what is printed behind the summary.
+
+        Raises
+        ------
+        InputError
+            Options that nothing has read; what :class:`ddml.runs.run.Run` refuses.
         """
+        left = restart.unknown()
+        if left:
+            names = ", ".join("-" + key for key in left)
+            raise InputError(f"unknown option{'s' * (len(left) > 1)} {names}; -help lists them")
         settings = self.settings
         given = {**vars(settings), **vars(limits), **PETSc.Options().getAll()}
         attributes = {
@@ -194,10 +217,13 @@ class Training:
             "summation": "by ranks" if not self.blocks else "tree",
             "torch_version": str(torch.__version__), **attributes, **{f"option {k}": str(v) for k, v in given.items()},
         }  # fmt: skip
-        run = ddml.runs.run.Run(self.objective, self.tao, self.x, limits, attributes, measure, moving, shown)
+        run = ddml.runs.run.Run(
+            self.objective, self.tao, self.x, limits, attributes, measure, moving, shown,
+            solver=self.context, same_samples=restart.same_samples,
+        )  # fmt: skip
         say: Callable[[str], None] = (lambda text: print(text, flush=True)) if self.comm.rank == 0 else lambda _: None
         say(header)
-        for note in run.notes:
+        for note in [*restart.notes, *restart.unread(), *run.notes]:
             say(f"note: {note}")
         if settings.view:
             self.tao.view()
@@ -208,5 +234,6 @@ class Training:
         for line in closing(run) if self.comm.rank == 0 else ():
             say(line)
         if run.output and len(run.history) and run.exact:
-            say(f"to go on: the same command with -restart {run.output} and a larger limit")
+            more = "" if run.reason == SIGNAL else " and a larger limit"
+            say(f"to go on: the same driver with -restart {run.output}{more}")
         return 0 if finished else 1

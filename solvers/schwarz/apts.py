@@ -11,7 +11,7 @@ from petsc4py import PETSc
 
 from ddml.decomposition.options import DECOMPOSITION
 from ddml.objectives.consistent import sample_parts, whole_copies
-from ddml.options import Option, with_defaults
+from ddml.options import WITH_SOLVER, Option, with_defaults
 from solvers.line_search import SearchResult
 from solvers.trust_region.radius import BOUNDARY, SMALLEST
 from solvers.trust_region.trust_region import TrustRegion
@@ -201,7 +201,7 @@ class APTSData(_APTS):
         *TrustRegion.options,
         Option("subdomains", 2, "Number N of sample subdomains.", minimum=1),
         Option("sample_overlap", 0.01, "Fraction of its samples by which each is widened.", minimum=0.0),
-        Option("sample_seed", 0, "Of the deal.", minimum=0),
+        Option("sample_seed", 0, "Of the deal.", minimum=0, changes=WITH_SOLVER),
         *LOCAL,
     )  # fmt: skip
     subdomains_of = "samples"

@@ -14,7 +14,7 @@ from ddml.norms.build import make_norm
 from ddml.norms.modular import EXACT, TOLERANCE
 from ddml.norms.structure import CONVOLUTIONS
 from ddml.objectives.composed import sampled
-from ddml.options import Option
+from ddml.options import WITH_SOLVER, Option
 from solvers.base import Solver
 from solvers.line_search import SearchResult
 from solvers.trust_region import radius
@@ -31,9 +31,9 @@ STEEP = 5000.0
 OPTIONS = (
     Option("model", "first", "Of the loss in the trust region: first order, secant pairs, exact Hessian products, or "
            "Gauss-Newton products.",
-           choices=("first", "sr1", "lbfgs", "hessian", "gauss_newton")),
+           choices=("first", "sr1", "lbfgs", "hessian", "gauss_newton"), changes=WITH_SOLVER),
     Option("norm", None, "Of the trust region (default: modular with the first-order model, else 2).",
-           choices=("modular", "2", "infinity", "kfac")),
+           choices=("modular", "2", "infinity", "kfac"), changes=WITH_SOLVER),
     Option("momentum", 0.9, "mu of Nesterov's momentum in the first-order model; 0 is none.", minimum=0.0),
     Option("memory", 10, "Secant pairs.", minimum=1),
     Option("overlap_pairs", False, "Secant pairs from one batch to the next, too, on the samples that they share."),

@@ -80,7 +80,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "restart file is truncated": (lambda p: os.truncate(p, p.stat().st_size // 2), "-restart {run}", "damaged"),
     "restart file is damaged": (damage, "-restart {run}", "damaged"),
     "restart file is foreign": (foreign, "-restart {run}", "not a run file"),
-    "restart with another network": (Path.exists, "-restart {run} -width 9", "another network"),
+    "restart with another network": (Path.exists, "-restart {run} -width 9", "-width cannot change"),
     "restart with another problem": (Path.exists, "-restart {run} -problem allen_cahn", "allen_cahn"),
     "restart into another file": (Path.exists, "-restart {run} -output {folder}/broken.py", "broken.py exists"),
     "output exists": (Path.exists, "-output {run}", "-overwrite"),

@@ -10,7 +10,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from ddml.objectives.objective import Objective
-from ddml.options import Option
+from ddml.options import WITH_SOLVER, Option
 from ddml.parallel import own, split, summed
 
 from .loss import PDELoss
@@ -19,7 +19,7 @@ from .pde import Array, Interior
 OPTIONS = (
     Option("resample", "auto", "New interior points: never; 'sobol', scrambled anew; 'residual', where residuals are "
            "large; auto is residual for gauss_newton and the self-scaled solvers, and never for the others.",
-           choices=("auto", "never", "sobol", "residual")),
+           choices=("auto", "never", "sobol", "residual"), changes=WITH_SOLVER),
     Option("resample_interval", None, "Iterations between new points (default 250; gauss_newton 5, mspqn_dense 1).",
            kind=int, minimum=1),
     Option("resample_candidates", 5, "Sobol points to choose from, for each point.", minimum=2),

@@ -1,0 +1,89 @@
+"""Print docs/options.md, which is made of the option tables: python drivers/document.py > docs/options.md."""
+
+from __future__ import annotations
+
+from common.program import run_program  # first: it initialises PETSc
+
+from collections.abc import Iterable, Sequence
+
+from mpi4py import MPI
+
+import classify
+import pinn
+from common.training import PREFIXES
+from ddml.options import Option
+from solvers import SOLVERS, NystromPC, SchwarzPC
+
+HEAD = """# Options
+
+`make docs` makes this page of the tables in the code; `-help` prints them, too. A name with a prefix before it, as in
+`-sub_memory`, is for a solver inside of another. All of PETSc's options apply besides, such as `-tao_fmin`,
+`-tao_ls_gtol`, `-sub_tao_type`, `-log_view` and `-options_file`.
+
+The last column says what `-restart` does with an option: the run file's value is in force unless another stands beside
+`-restart`, which is taken *freely*, only *with* another *solver* that begins there, too, or *never*; what belongs to
+*each start* is not passed on. More in [run_file.md](run_file.md)."""
+
+
+def page() -> str:
+    """The whole page."""
+    of_pinn, of_classify = (*pinn.OPTIONS, *pinn.LIMITS), (*classify.OPTIONS, *classify.LIMITS)
+    parts = [HEAD, "## drivers/pinn.py", table(of_pinn)]
+    gone = ", ".join(f"`-{name}`" for name in _gone(of_pinn, of_classify))
+    parts += ["## drivers/classify.py", _and(of_classify, of_pinn, "drivers/pinn.py", gone)]
+    before: list[str] = []
+    for name, solver in SOLVERS.items():
+        parts.append(f"## -solver {name}")
+        if name in PREFIXES:
+            text = PREFIXES[name].strip(" ()").removesuffix(", ...")
+            parts.append(f"{text[0].upper()}{text[1:]}.")
+        like = [other for other in before if not _gone(SOLVERS[other].options, solver.options)]
+        nearest = min(like, key=lambda other: len(_new(solver.options, SOLVERS[other].options)), default=None)
+        if nearest is None:
+            parts.append(table(solver.options))
+        else:
+            parts.append(_and(solver.options, SOLVERS[nearest].options, f"-solver {nearest}"))
+        before.append(name)
+    for pc in (NystromPC, SchwarzPC):
+        parts += [f"## -gn_pc_type python -gn_pc_python_type solvers.{pc.__name__}", "With `gn_` before them."]
+        parts.append(table(pc.options))
+    return "\n\n".join(parts) + "\n"
+
+
+def table(options: Iterable[Option]) -> str:
+    """The options as a Markdown table."""
+    rows = ["| option | | default | restart |", "| --- | --- | --- | --- |"]
+    for o in options:
+        choices = f" One of {', '.join(f'`{c}`' for c in o.choices)}." if o.choices else ""
+        default = "" if o.default is None else f"`{str(o.default).lower() if o.type is bool else o.default}`"
+        text = (o.help + choices).replace("|", "\\|")
+        rows.append(f"| `-{o.name}` | {text} | {default} | {o.changes} |")
+    return "\n".join(rows)
+
+
+def _new(options: Sequence[Option], others: Sequence[Option]) -> list[Option]:
+    """Those that are not the same among the others."""
+    return [o for o in options if o not in others]
+
+
+def _gone(options: Sequence[Option], others: Sequence[Option]) -> list[str]:
+    """Names that the others do not have."""
+    return [o.name for o in options if o.name not in {other.name for other in others}]
+
+
+def _and(options: Sequence[Option], others: Sequence[Option], where: str, without: str = "") -> str:
+    """What differs from others, in words and as a table."""
+    new = _new(options, others)
+    words = f"Those of `{where}`" + (f" without {without}" if without else "")
+    return f"{words}, and\n\n{table(new)}" if new else f"{words}."
+
+
+def main(comm: MPI.Comm) -> int:
+    """Print the page; the exit code."""
+    if comm.rank == 0:
+        print(page(), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)

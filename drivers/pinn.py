@@ -154,8 +154,8 @@ def derivatives(loss: PDELoss) -> str:
     if not loss.beyond_kernels or loss.device.type != "cpu":
         return ""
     return (
-        f"derivatives {', '.join(loss.beyond_kernels)} are not in the kernels, which go to order {ORDER}: torch evaluates"
-        f" all, about {TORCH_JETS:.0f} times slower\n"
+        f"derivatives {', '.join(loss.beyond_kernels)} are not in the kernels, which go to order {ORDER}: torch"
+        f" evaluates all, about {TORCH_JETS:.0f} times slower\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""The README's commands and code, run as they stand."""
+"""The commands and the code of the README and of docs/, run as they stand."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, flags=re.S)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [block for page in PAGES for block in re.findall(r"```(\w+)\n(.*?)```", page.read_text(), flags=re.S)]
 COMMANDS = [line.split("    #")[0].strip() for kind, body in BLOCKS if kind == "sh" for line in body.splitlines()]
+PROGRAMS = [body for kind, body in BLOCKS if kind == "python" and not re.search(r"^class ", body, flags=re.M)]
 RUN_BY_CI = ("make demo", "make test")
 
 
@@ -24,9 +25,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("drivers", ".venv"):
         (path / name).symlink_to(ROOT / name)
     for kind, body in BLOCKS:
-        if kind == "python":
-            name = re.search(r"class (\w+)", body).group(1).lower()
-            (path / f"{name}.py").write_text(body)
+        found = re.search(r"^class (\w+)", body, flags=re.M)
+        if kind == "python" and found:
+            (path / f"{found.group(1).lower()}.py").write_text(body)
     return path
 
 
@@ -51,6 +52,21 @@ def test_command_runs(command: str, folder: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "error" not in done.stderr.lower()
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("number", range(len(PROGRAMS)))
+def test_program_runs(number: int, ranks: int, folder: Path) -> None:
+    """Behind the commands, whose run files they may read; the same output on any number of ranks."""
+    file = folder / f"program{number}.py"
+    file.write_text(PROGRAMS[number])
+    done = subprocess.run(
+        ["mpiexec", "-n", str(ranks), ".venv/bin/python", "-m", "mpi4py", file.name], cwd=folder,
+        env=environment() | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines and len(set(lines)) == len(lines) // ranks
 
 
 def test_batch_script_starts_and_goes_on(folder: Path) -> None:

@@ -158,14 +158,14 @@ class Objective:
         """The loss at x."""
         with self._events["loss"]:
             theta = self.parameters(x)
-            self.work.add(self.fraction * self.loss.charge(gradient=False), losses=1)
+            self.work.add(self.fraction * self.loss.charges.evaluation(gradient=False), losses=1)
             return self._tilted(self.sum_parts([part.value(theta) for part in self.parts]), x)
 
     def value_gradient(self, x: PETSc.Vec, g: PETSc.Vec) -> float:
         """The loss at x; its gradient is written to g."""
         with self._events["gradient"]:
             theta = self.parameters(x)
-            self.work.add(self.fraction * self.loss.charge(), gradients=1)
+            self.work.add(self.fraction * self.loss.charges.evaluation(), gradients=1)
             values = [0.0] * len(self.parts)
 
             def evaluate(number: int, row: Tensor) -> None:
@@ -186,7 +186,7 @@ class Objective:
 
     def hessian_product(self, x: PETSc.Vec, direction: PETSc.Vec, product: PETSc.Vec) -> None:
         """The Hessian at x times ``direction``, written to ``product``."""
-        self._multiply("hessian_product", self.loss.hessian_charge(), x, direction, product)
+        self._multiply("hessian_product", self.loss.charges.hessian(), x, direction, product)
 
     def gauss_newton_product(self, x: PETSc.Vec, direction: PETSc.Vec, product: PETSc.Vec) -> None:
         """The Gauss-Newton matrix at x times ``direction``, written to ``product``.
@@ -196,7 +196,7 @@ class Objective:
         InputError
             If the loss has none.
         """
-        self._multiply("gauss_newton_product", self.loss.gauss_newton_charge(), x, direction, product)
+        self._multiply("gauss_newton_product", self.loss.charges.gauss_newton(), x, direction, product)
 
     def compute(self, operations: float, numbers: float = 0.0, fresh: float = 0.0) -> None:
         """Charge linear algebra: multiply-adds in double precision, numbers that pass by, those of new large arrays.
@@ -207,7 +207,7 @@ class Objective:
             Of all ranks together, and the same on any number of ranks, see :mod:`ddml.losses.work`.
         """
         spent = DOUBLE * operations + PASSED * numbers + FRESH * fresh
-        self.work.add(spent * self.fraction / (self.loss.count * self.loss.operations))
+        self.work.add(spent * self.fraction / (self.loss.count * self.loss.charges.operations))
 
     def _multiply(self, method: str, units: float, x: PETSc.Vec, direction: PETSc.Vec, product: PETSc.Vec) -> None:
         """A product that the losses have under that name and its work units on all samples."""

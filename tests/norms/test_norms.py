@@ -140,10 +140,10 @@ def test_kronecker_norm(blocks: int, comm: MPI.Comm) -> None:
     assert norm.factors == pytest.approx(0.9 * expected[0] + 0.1 * expected[1], rel=1e-12, abs=1e-14)
     # a gradient and the products of rows with themselves on 8 samples of 12, and the sums over blocks, twice
     squares = [10**2 + 3**2, 49**2 + 9**2, 10**2 + 4**2]  # with 16 rows of patches for each sample in the first layer
-    products = 8 * (loss.operations + 16 * squares[0] + squares[1] + squares[2])
+    products = 8 * (loss.charges.operations + 16 * squares[0] + squares[1] + squares[2])
     factors = DOUBLE * sum(side**3 for side in (10, 3, 49, 9, 10, 4)) / 6
     refresh = products + factors + FRESH * (max(min(blocks, BLOCKS), 1) + 1) * sum(squares)
-    assert objective.work.total == pytest.approx(2 * refresh / (12 * loss.operations), rel=1e-13)
+    assert objective.work.total == pytest.approx(2 * refresh / (12 * loss.charges.operations), rel=1e-13)
     M, rng = dense(norm), np.random.default_rng(5)
     begin, end = x.getOwnershipRange()
     full_x, full_g = rng.standard_normal((2, loss.size))

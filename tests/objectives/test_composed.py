@@ -337,7 +337,7 @@ def test_all_work_is_charged_to_one_counter(comm: MPI.Comm, letters: str) -> Non
     if letters.startswith("R"):
         decomposition = Decomposition(Subdomains.of_layers(loss, [[1]]), layout, parallel=True)
         made = list(restricted(objective, decomposition).values())
-        kept, gradient = loss.prefix_charge(1), loss.charge(1, frozenset({1}))
+        kept, gradient = loss.charges.prefix(1), loss.charges.evaluation(1, frozenset({1}))
     fraction = 7 / 13 if "S" in letters else 1.0
     for base in made:
         composed = base

@@ -98,7 +98,7 @@ def test_the_objective_is_the_mean_over_the_batch_and_its_work_a_fraction(comm: 
             there = whole.sampled(torch.as_tensor(batches.shared)).value(theta)
             assert common.value(x) == pytest.approx(there, rel=1e-12)
             assert objective.work.total - before == pytest.approx(
-                len(batches.shared) / 103 * whole.charge(gradient=False)
+                len(batches.shared) / 103 * whole.charges.evaluation(gradient=False)
             )
         batches.move(NONE)
     x.destroy()

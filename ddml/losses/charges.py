@@ -107,7 +107,7 @@ class RestrictedCharges(Charges):
     """
 
     def __init__(self, whole: Charges, begin: int, numbers: Sequence[int], further: frozenset[int]) -> None:
-        super().__init__(*cut(whole.costs, whole.besides, numbers), whole.keeps)
+        Charges.__init__(self, *cut(whole.costs, whole.besides, numbers), whole.keeps)
         self.whole, self.begin, self.numbers, self.further = whole, begin, numbers, further
 
     def _first(self, first: int) -> int:

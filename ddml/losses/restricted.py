@@ -111,7 +111,7 @@ class RestrictedLoss(Loss):
 
     @property
     def kept(self) -> Any:
-        """What enters the subdomain (:meth:`Loss.prefix`); None where the loss that is restricted keeps nothing there."""
+        """What enters the subdomain (:meth:`Loss.prefix`); None where the whole loss keeps nothing there."""
         made, freezes = self.frozen.kept.get(self), self.freezes
         if made is None or made[0] != freezes:
             made = self.frozen.kept[self] = freezes, self.loss.prefix(self.frozen.theta, self.first)

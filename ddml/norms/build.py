@@ -87,7 +87,5 @@ def make_norm(objective: Objective, name: str, settings: Any, prefix: str, whole
         raise InputError(
             f"option -{prefix}masses must be numbers separated by commas, got '{settings.masses}'"
         ) from None
-    found = modular_norm(
-        objective.loss, masses, settings.convolution, settings.polar_tolerance, settings.polar_exact
-    )
+    found = modular_norm(objective.loss, masses, settings.convolution, settings.polar_tolerance, settings.polar_exact)
     return DistributedModularNorm(found, objective.layout, objective)

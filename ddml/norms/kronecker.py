@@ -83,12 +83,12 @@ class KroneckerNorm(Norm):
         objective, version = self.objective, self.refreshes
         rows = spread_rows(objective.loss.count, self.fraction, version)
         sub = sampled(objective, rows)
-        sub.cut_into(min(sub.blocks, BLOCKS))
+        sub.parts.cut_into(min(sub.parts.blocks, BLOCKS))
         edges = np.cumsum([0, *objective.comm.allgather(sum(part.count for part in sub.parts))])
         draws = np.random.default_rng([1, version]).random(int(edges[-1]))[edges[objective.comm.rank] :]
         theta = sub.parameters(x)
         sub.work.add(sub.fraction * _factored(sub.loss).kronecker_charge())
-        sub.compute(0.0, fresh=max(sub.blocks, 1) * len(self.factors))
+        sub.compute(0.0, fresh=max(sub.parts.blocks, 1) * len(self.factors))
         found, begin = np.zeros((max(len(sub.parts), 1), len(self.factors))), 0
         for row, part in zip(found, sub.parts, strict=False):
             u = torch.from_numpy(draws[begin : begin + part.count])
@@ -97,7 +97,7 @@ class KroneckerNorm(Norm):
                 pieces = [m.reshape(-1).cpu() for pair in _factored(part).kronecker_statistics(theta, u) for m in pair]
                 row[:] = torch.cat(pieces).numpy()
         total = self.flat.vector()
-        sub.reduce_parts(list(torch.from_numpy(found[: len(sub.parts)])), total, self.flat)
+        sub.parts.sum_vectors(list(torch.from_numpy(found[: len(sub.parts)])), total, self.flat)
         new = self.flat.gather(total).numpy().copy()
         total.destroy()
         if not np.isfinite(new).all():

@@ -124,7 +124,7 @@ class Linearisation:
                 whole = torch.zeros_like(self.theta)
                 part.jacobian_transpose_product(self.theta, weights.to(self.theta), whole)
                 into.copy_(whole)
-        self.objective.reduce_parts(sums, vec)
+        self.objective.parts.sum_vectors(sums, vec)
 
     def _charge(self, units: float) -> None:
         self.objective.work.add(self.objective.fraction * units, products=1)
@@ -133,7 +133,7 @@ class Linearisation:
         """Write the diagonal of J^T J to ``vec``."""
         self._pass()
         squares = (self.transposed(i) for i in range(len(self.parts)))
-        self.objective.reduce_parts([(rows * rows).sum(1) for rows in squares], vec)
+        self.objective.parts.sum_vectors([(rows * rows).sum(1) for rows in squares], vec)
 
     def gram_product(self, columns: Any) -> Array:
         """The rows of J^T J Y (n_local, k) that belong to this rank's parameters, for Y (n, k) on every rank.
@@ -149,7 +149,7 @@ class Linearisation:
                 row = self.transposed(number).numpy()
                 return np.asarray(row @ (y.T @ row).T)
 
-            found.append(self.objective.sum_matrices(product, y.shape[1]))
+            found.append(self.objective.parts.sum_matrices(product, y.shape[1]))
         return np.concatenate(found, axis=1)
 
     def gram_blocks(self, decomposition: Decomposition) -> dict[int, Array]:

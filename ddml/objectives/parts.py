@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from mpi4py import MPI
 from numpy.typing import NDArray
-from torch import Tensor
 from petsc4py import PETSc
+from torch import Tensor
 
 from ddml.layout import ParameterLayout
 from ddml.losses.loss import Loss

@@ -77,7 +77,7 @@ class ResidualObjective(Objective):
         self.work.add(self.fraction * self.loss.charges.transpose(), products=1)
         w = torch.from_numpy(np.array(weights.array_r)).to(device=self.loss.device, dtype=self.loss.dtype)
         edges = np.cumsum([0, *(self.part(i).residual_count() for i in range(len(self.parts)))])
-        self._sum_rows(
+        self.parts.sum_rows(
             lambda i, row: self.part(i).jacobian_transpose_product(theta, w[edges[i] : edges[i + 1]], row), product
         )
 
@@ -103,7 +103,7 @@ class ResidualObjective(Objective):
             part = self.part(i)
             W = torch.stack([*(part.jacobian_product(theta, d) for d in columns), part.residual(theta)])
             products[i] = (W @ W.T).to(dtype=torch.float64, device="cpu").numpy()
-        return self.sum_everywhere(products)
+        return self.parts.sum_everywhere(products)
 
     @staticmethod
     def _write(vec: PETSc.Vec, pieces: list[Tensor]) -> None:

@@ -54,14 +54,14 @@ class ClassificationLoss(ModuleLoss, kronecker.KroneckerLoss):
         self._build(module, cross_entropy, samples, batch or suitable_batch(module, probe.inputs))
 
     def kronecker_layers(self) -> tuple[kronecker.Layer, ...]:
-        """See :meth:`ddml.losses.kronecker.KroneckerLoss.kronecker_layers`."""
+        """See :meth:`.KroneckerLoss.kronecker_layers`."""
         known = kronecker.layers(self.module, self.parameters)
         everything = frozenset(range(len(self.parameters)))
         kronecker.check(self._at(self.initial(), everything), known, self.samples.part(0, 2).inputs)
         return known
 
     def kronecker_statistics(self, theta: Tensor, draws: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """See :meth:`ddml.losses.kronecker.KroneckerLoss.kronecker_statistics`; labels are drawn from softmax(outputs)."""
+        """See :meth:`.KroneckerLoss.kronecker_statistics`; labels are drawn from softmax(outputs)."""
         known = kronecker.layers(self.module, self.parameters)
         module = self._at(theta.detach(), frozenset(range(len(self.parameters))))
         sums: list[tuple[Tensor, Tensor]] = []
@@ -77,7 +77,7 @@ class ClassificationLoss(ModuleLoss, kronecker.KroneckerLoss):
         return [(self.weight * A, self.weight * G) for A, G in sums]
 
     def kronecker_charge(self) -> float:
-        """See :meth:`ddml.losses.kronecker.KroneckerLoss.kronecker_charge`: a gradient, and a a^T and gamma gamma^T of every row."""
+        """See :meth:`.KroneckerLoss.kronecker_charge`: a gradient, and a a^T and gamma gamma^T of every row."""
         numbers = forward_numbers(self.module, self.samples.part(0, 1).inputs)
         known = self.kronecker_layers()
         rows = [numbers.get(layer.name, (0, 0))[1] / layer.sizes[1] for layer in known]

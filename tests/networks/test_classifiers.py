@@ -135,7 +135,9 @@ def test_passes_are_counted_operations(network: str, shape: tuple[int, ...], tol
         assert close(lambda first=first: loss.prefix(theta, first), loss.charges.prefix(first))
         for active in (frozenset([first]), frozenset(range(first, len(loss.layers)))):
             arguments = theta, gradient, kept, active
-            assert close(lambda arguments=arguments: loss.value_gradient(*arguments), loss.charges.evaluation(first, active))
+            assert close(
+                lambda arguments=arguments: loss.value_gradient(*arguments), loss.charges.evaluation(first, active)
+            )
             direction = torch.zeros_like(theta)
             for k in (k for i in active for k in loss.layers[i]):
                 direction[loss.parameters[k].range] = 1.0

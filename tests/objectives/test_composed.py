@@ -307,7 +307,7 @@ def test_a_shifted_objective_follows_its_objective(comm: MPI.Comm, name: str, le
     old = objective.loss
     objective.replace(old.sampled(rows), 0.5, np.arange(4))
     if letters == "RT":
-        parts = objective.split_over(top.decomposition.group)  # type: ignore[union-attr]
+        parts = objective.parts.split_over(top.decomposition.group)  # type: ignore[union-attr]
         for child in top.children:
             child.objective.follow(objective, parts)  # type: ignore[attr-defined]
     top.freeze(0)
@@ -322,7 +322,7 @@ def test_a_shifted_objective_follows_its_objective(comm: MPI.Comm, name: str, le
         assert part.fraction == pytest.approx(0.15, rel=1e-13)
         assert_is(part, moved.but(rows=rows[[0, 3, 5]]), 0)
         if letters != "RT":
-            assert np.array_equal(followed.overlap, np.arange(4))
+            assert np.array_equal(followed.replacement.overlap, np.arange(4))
     top.destroy()
 
 

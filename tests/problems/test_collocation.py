@@ -16,8 +16,8 @@ from ddml.layout import ParameterLayout
 from ddml.networks.tanh import TanhNetwork
 from ddml.objectives.residual import ResidualObjective
 from ddml.problems import Burgers, Interior, PDELoss, Points, Term
-from ddml.problems.pde.collocation import OPTIONS, FreshLoss, MovingPoints, sobol
 from ddml.problems.pde.charges import AUTOGRAD
+from ddml.problems.pde.collocation import OPTIONS, FreshLoss, MovingPoints, sobol
 
 
 class BurgersWithData(Burgers):

@@ -153,10 +153,30 @@ class StopRequest:
     """Remembers SIGTERM and SIGUSR1, so that evaluations can stop a run on all ranks together.
 
     The handlers are installed by :meth:`listen`, and only there: importing ddml changes nothing.
+
+    Attributes
+    ----------
+    requested : bool
+        Whether there has been one.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self._deferrals = 0
+
+    @property
+    def due(self) -> bool:
+        """Whether what is running should stop now."""
+        return self.requested and self._deferrals == 0
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Run a block that is finished before the program stops."""
+        self._deferrals += 1
+        try:
+            yield
+        finally:
+            self._deferrals -= 1
 
     def listen(self) -> None:
         """Install the handlers in this process."""
@@ -168,7 +188,7 @@ class StopRequest:
 
     def check(self, comm: MPI.Comm) -> None:
         """Raise :class:`Interrupted` on all ranks of ``comm`` if any of them was asked to stop. Collective."""
-        if comm.allreduce(self.requested, MPI.LOR):
+        if comm.allreduce(self.due, MPI.LOR):
             raise Interrupted
 
 

@@ -160,11 +160,8 @@ class Solver(Owner, ABC):
     def _iterate(self, x: PETSc.Vec) -> SearchResult:
         if not self.whole_iterations:
             return self.iterate(x)
-        stop, self.objective.stop = self.objective.stop, None
-        try:
+        with self.objective.uninterrupted():
             return self.iterate(x)
-        finally:
-            self.objective.stop = stop
 
     @property
     def outdated(self) -> bool:

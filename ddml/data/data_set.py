@@ -51,6 +51,8 @@ class DataSet:
         Where the samples come from, in words.
     maximum
         The value that stands for 1; 255 for uint8 and 1 for floats by default.
+    windows
+        Shared memory that the arrays lie in, if they do; it is the data set's from then on.
 
     Raises
     ------
@@ -67,16 +69,20 @@ class DataSet:
         classes: Sequence[str] = (),
         origin: str = "",
         maximum: float | None = None,
+        windows: Sequence[MPI.Win] = (),
     ) -> None:
         self.inputs, self.test_inputs = np.ascontiguousarray(inputs), np.ascontiguousarray(test_inputs)
         self.labels, self.test_labels = np.ascontiguousarray(labels), np.ascontiguousarray(test_labels)
         check_shapes({name: (array.shape, array.dtype) for name, array in self.arrays().items()})
-        self.labels, self.test_labels = self.labels.astype(np.int64), self.test_labels.astype(np.int64)
-        largest = max(self.labels.max(), self.test_labels.max())
-        self.classes = tuple(map(str, classes)) or tuple(str(i) for i in range(largest + 1))
+        self.labels = self.labels.astype(np.int64, copy=False)
+        self.test_labels = self.test_labels.astype(np.int64, copy=False)
+        # the values of shared arrays come later, but then the classes are known
+        self.classes = tuple(map(str, classes)) or tuple(
+            str(i) for i in range(max(self.labels.max(), self.test_labels.max()) + 1)
+        )
         self.origin = str(origin)
         self.maximum = maximum_of(maximum, self.inputs.dtype)
-        self._windows: list[MPI.Win] = []
+        self._windows = list(windows)
 
     def __repr__(self) -> str:
         shape, classes = "x".join(map(str, self.shape)), len(self.classes)
@@ -188,8 +194,8 @@ def allocated(
     maximum: float,
 ) -> DataSet:
     """A data set of uninitialised arrays, in memory that the ranks of a node share. Collective."""
-    made, arrays = object.__new__(DataSet), {}
-    made._windows = []
+    arrays: dict[str, Array] = {}
+    windows: list[MPI.Win] = []
     for name, (shape, dtype) in shapes.items():
         dtype = np.dtype(np.int64 if name.endswith("labels") else dtype)
         if node.size == 1:
@@ -198,7 +204,6 @@ def allocated(
         size = int(np.prod(shape, dtype=int)) * dtype.itemsize if node.rank == 0 else 0
         window = MPI.Win.Allocate_shared(size, dtype.itemsize, comm=cast(MPI.Intracomm, node))
         window.Fence()
-        made._windows.append(window)
+        windows.append(window)
         arrays[name] = np.ndarray(shape, dtype, buffer=cast(Any, window.Shared_query(0)[0]))
-    made.__dict__.update(arrays, classes=tuple(classes), origin=origin, maximum=maximum)
-    return made
+    return DataSet(**arrays, classes=classes, origin=origin, maximum=maximum, windows=windows)

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from petsc4py import PETSc
 
 from ddml.layout import ParameterLayout
-from ddml.losses.loss import Loss
 from ddml.parallel import split
+from ddml.parameters import parameter_table
 from ddml.summation import pieces, snapped
 
 from .subdomains import Subdomains, length
@@ -101,9 +101,10 @@ class Decomposition:
         vec.set(0.0)
         return vec
 
-    def group_layout(self, loss: Loss, s: int) -> ParameterLayout:
-        """The layout of subdomain s (one of ``mine``) on its group, for a restricted loss."""
-        return ParameterLayout(loss.parameters, self.group, self._edges(s, self.group.size))
+    def group_layout(self, s: int) -> ParameterLayout:
+        """The layout of subdomain s (one of ``mine``) on its group, range by range."""
+        table = parameter_table([(f"{r.start}:{r.stop}", (r.stop - r.start,)) for r in self.subdomains.ranges[s]])
+        return ParameterLayout(table, self.group, self._edges(s, self.group.size))
 
     def destroy(self) -> None:
         """Destroy the matrices and the communicator. Collective."""

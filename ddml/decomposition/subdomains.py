@@ -219,7 +219,7 @@ def _ranges(loss: Loss, numbers: Sequence[int]) -> tuple[slice, ...]:
 
 def _restricted_charge(loss: Loss, active: frozenset[int]) -> float:
     first = min(active)
-    return loss.charge(first if loss.keeps(first) else 0, active)
+    return loss.charges.evaluation(first if loss.keeps(first) else 0, active)
 
 
 def _layer_charge(loss: Loss, begin: int, end: int) -> float:

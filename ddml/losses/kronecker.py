@@ -10,9 +10,9 @@ them ("expand" in Eschenhagen et al. 2023).
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ddml.errors import InputError
+from ddml.parameters import Parameter
 
-if TYPE_CHECKING:
-    from ddml.parameters import Parameter
+from .loss import Loss
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,31 @@ class Layer:
         """Rows and columns of A, and of G."""
         rows, columns = self.entries.shape
         return columns, rows
+
+
+class KroneckerLoss(Loss):
+    """A loss with Kronecker-factored statistics of its layers."""
+
+    @abstractmethod
+    def kronecker_layers(self) -> tuple[Layer, ...]:
+        """The layers.
+
+        Raises
+        ------
+        InputError
+            If there are none, or parameters outside of them.
+        """
+
+    @abstractmethod
+    def kronecker_statistics(self, theta: Tensor, draws: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """A and G of each layer, summed over this loss's samples with their weights.
+
+        ``draws`` (count,) are uniform random numbers that pick the labels.
+        """
+
+    @abstractmethod
+    def kronecker_charge(self) -> float:
+        """Work units of :meth:`kronecker_statistics` on all samples."""
 
 
 def layers(module: nn.Module, parameters: Sequence[Parameter]) -> tuple[Layer, ...]:

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddml.errors import InputError
-from ddml.losses import kronecker, work
-from ddml.norms.modular import EXACT, TOLERANCE, ModularNorm
 from ddml.parameters import Parameter
+
+from .charges import Charges
+from .work import Besides
 
 
 class Loss(ABC):
@@ -35,6 +36,8 @@ class Loss(ABC):
         What a sample takes besides, see there.
     count : int
         Number of samples.
+    module : Module, or None
+        The torch module whose parameters theta is made of, by their names, where the loss is of the outputs of one.
     gauss_newton : bool
         Whether there is a :meth:`gauss_newton_product`.
     once : tuple of float
@@ -45,8 +48,9 @@ class Loss(ABC):
     parameters: tuple[Parameter, ...]
     layers: tuple[tuple[int, ...], ...]
     costs: tuple[float, ...]
-    besides = work.Besides()
+    besides = Besides()
     count: int
+    module: nn.Module | None = None
     dtype: torch.dtype
     device: torch.device
     gauss_newton: bool = False
@@ -84,54 +88,6 @@ class Loss(ABC):
     def keeps(self, first: int) -> bool:
         """Whether what enters layer ``first`` can be kept by :meth:`prefix`."""
         return False
-
-    def modular_norm(
-        self,
-        masses: Sequence[float] | None = None,
-        convolution: str = "unfolded",
-        tolerance: float = TOLERANCE,
-        exact: int = EXACT,
-    ) -> ModularNorm:
-        """The modular norm of theta, see :mod:`ddml.norms.modular`.
-
-        Raises
-        ------
-        InputError
-            If the loss has no modular structure, or one with other masses.
-        """
-        raise InputError(f"a {type(self).__name__} has no modular norm: choose -norm 2 or infinity")
-
-    def kronecker_layers(self) -> tuple[kronecker.Layer, ...]:
-        """The layers with Kronecker factors, see :mod:`ddml.losses.kronecker`.
-
-        Raises
-        ------
-        InputError
-            If there are none, or parameters outside of them.
-        """
-        raise InputError(f"a {type(self).__name__} has no K-FAC norm: choose another -norm")
-
-    def kronecker_statistics(self, theta: Tensor, draws: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """A and G of each layer, summed over this loss's samples with their weights.
-
-        ``draws`` (count,) are uniform random numbers that pick the labels.
-
-        Raises
-        ------
-        InputError
-            If there are none.
-        """
-        raise InputError(f"a {type(self).__name__} has no K-FAC norm: choose another -norm")
-
-    def kronecker_charge(self) -> float:
-        """Work units of :meth:`kronecker_statistics` on all samples.
-
-        Raises
-        ------
-        InputError
-            If there are none.
-        """
-        raise InputError(f"a {type(self).__name__} has no K-FAC norm: choose another -norm")
 
     @torch.no_grad()
     def value(self, theta: Tensor, kept: Any = None) -> float:
@@ -182,34 +138,12 @@ class Loss(ABC):
         touched = [any(r.start < p.range.stop and p.range.start < r.stop for r in ranges) for p in self.parameters]
         return frozenset(i for i, layer in enumerate(self.layers) if any(touched[k] for k in layer))
 
-    def passes(self, first: int = 0, active: frozenset[int] | None = None) -> work.Passes:
-        """Multiply-adds of an evaluation for a sample: from layer ``first`` on, by ``active`` layers (default: all)."""
-        layers = frozenset(range(len(self.layers))) if active is None else active
-        return work.passes(self.costs, self.besides, first, layers)
-
     @property
-    def operations(self) -> float:
-        """Multiply-adds of a loss and gradient of the whole network for a sample."""
-        return self.besides.repeats * self.passes().gradient
+    def charges(self) -> Charges:
+        """What evaluations are charged."""
+        return Charges(self.costs, self.besides, self.keeps)
 
     @property
     def enough(self) -> float:
         """Samples that it takes for an evaluation to be nearly as efficient as one of all."""
-        return max((self.once[0] + self.once[1] * self.size) / self.operations, 1.0)
-
-    def charge(self, first: int = 0, active: frozenset[int] | None = None, gradient: bool = True) -> float:
-        """Work units of an evaluation on all samples, see :mod:`ddml.losses.work`."""
-        found = self.passes(first, active)
-        return (found.gradient if gradient else found.forward) / self.passes().gradient
-
-    def prefix_charge(self, first: int) -> float:
-        """Work units of :meth:`prefix`."""
-        return work.prefix(self.costs, self.besides, first) / self.passes().gradient if self.keeps(first) else 0.0
-
-    def hessian_charge(self, first: int = 0, active: frozenset[int] | None = None) -> float:
-        """Work units of :meth:`hessian_product` on all samples."""
-        return self.passes(first, active).hessian / self.passes().gradient
-
-    def gauss_newton_charge(self, first: int = 0, active: frozenset[int] | None = None) -> float:
-        """Work units of :meth:`gauss_newton_product` on all samples."""
-        return self.passes(first, active).gauss_newton / self.passes().gradient
+        return max((self.once[0] + self.once[1] * self.size) / self.charges.operations, 1.0)

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from ddml.data.sample_sets import SampleSet, TensorSamples
 from ddml.errors import InputError
 from ddml.losses import work
-from ddml.norms.modular import EXACT, TOLERANCE, ModularNorm
-from ddml.norms.structure import modular
 from ddml.parameters import parameter_table
 
 from .costs import forward_costs, forward_numbers
@@ -52,6 +50,7 @@ class ModuleLoss(Loss):
         first samples give NaN or infinity.
     """
 
+    module: nn.Module
     gauss_newton = True
     once = 6e7, 1000.0
 
@@ -148,9 +147,9 @@ class ModuleLoss(Loss):
 
     def on(self, samples: SampleSet, weight: float | None = None) -> Self:
         """The loss of other samples, each with that weight (default: their mean)."""
-        other = object.__new__(type(self))
-        weight = 1 / max(len(samples), 1) if weight is None else weight
-        other.__dict__.update(self.__dict__, samples=samples, count=len(samples), weight=weight)
+        other = copy.copy(self)
+        other.samples, other.count = samples, len(samples)
+        other.weight = 1 / max(len(samples), 1) if weight is None else weight
         return other
 
     def part(self, begin: int, end: int) -> Self:
@@ -183,19 +182,6 @@ class ModuleLoss(Loss):
                 return said
             begin += len(inputs)
         return super().explain(theta)
-
-    def modular_norm(
-        self,
-        masses: Sequence[float] | None = None,
-        convolution: str = "unfolded",
-        tolerance: float = TOLERANCE,
-        exact: int = EXACT,
-    ) -> ModularNorm:
-        """See :meth:`Loss.modular_norm`; masses are of the layers with weights, in their order."""
-        structure = modular(self.module, self.parameters, masses, convolution)
-        # matrix products in half precision lose more than a tolerance of a few per cent
-        like = torch.empty(0, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
-        return ModularNorm(self.size, tuple(structure.blocks()), torch.finfo(self.dtype).eps, like, tolerance, exact)
 
     def gauss_newton_product(
         self, theta: Tensor, direction: Tensor, product: Tensor, kept: Any = None, active: frozenset[int] | None = None

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .charges import ResidualCharges, RestrictedResidualCharges
 from .loss import Loss
 from .restricted import Frozen, RestrictedLoss
-from .work import FRESH
 
 
 class ResidualLoss(Loss):
@@ -66,29 +66,10 @@ class ResidualLoss(Loss):
         rows = [torch.autograd.grad(x, leaf, retain_graph=True)[0] for r in self.residuals(leaf) for x in r]
         return torch.stack(rows) if rows else theta.new_zeros(0, self.size)
 
-    def jacobian_charge(self) -> float:
-        """Work units of :meth:`jacobian_product`: a forward pass and two backward ones."""
-        whole = self.passes()
-        return (whole.forward + 2 * (whole.adjoint + whole.weights)) / whole.gradient
-
-    def transpose_charge(self) -> float:
-        """Work units of :meth:`jacobian_transpose_product`."""
-        return 1.0
-
-    def rows_charge(self, count: int) -> float:
-        """Work units of :meth:`jacobian` with that many rows in all: a backward pass for each, and what is stored."""
-        whole = self.passes()
-        return (whole.forward + (whole.adjoint + whole.weights) * count / self.count) / whole.gradient + self.stored(
-            count
-        )
-
-    def stored(self, count: int) -> float:
-        """Work units of writing a Jacobian with that many rows."""
-        return FRESH * count * self.size / (self.count * self.operations)
-
-    def gauss_newton_charge(self, first: int = 0, active: frozenset[int] | None = None) -> float:
-        """See :meth:`ddml.losses.loss.Loss.gauss_newton_charge`."""
-        return self.jacobian_charge() + self.transpose_charge()
+    @property
+    def charges(self) -> ResidualCharges:
+        """See :attr:`ddml.losses.loss.Loss.charges`."""
+        return ResidualCharges(self.costs, self.besides, self.keeps, self.count, self.size)
 
     def _joined(self, pieces: list[Tensor]) -> Tensor:
         return torch.cat(pieces) if pieces else torch.zeros(0, dtype=self.dtype, device=self.device)
@@ -99,9 +80,14 @@ class RestrictedResidualLoss(RestrictedLoss, ResidualLoss):
 
     loss: ResidualLoss
 
+    @property
+    def charges(self) -> RestrictedResidualCharges:
+        """See :attr:`ddml.losses.loss.Loss.charges`."""
+        return RestrictedResidualCharges(self.loss.charges, self.begin, self.numbers, self.also)
+
     def residuals(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
         """See :meth:`ResidualLoss.residuals`."""
-        return self.loss.residuals(self.joined(theta), self.kept)
+        return self.loss.residuals(self.joined(theta), self.kept if kept is None else kept)
 
     def residual_count(self) -> int:
         """See :meth:`ResidualLoss.residual_count`."""

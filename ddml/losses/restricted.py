@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ddml.norms.modular import EXACT, TOLERANCE, ModularNorm
-from ddml.parameters import parameter_table
+from ddml.parameters import Parameter, parameter_table
 
+from .charges import RestrictedCharges, cut
 from .loss import Loss
 
 
@@ -29,7 +30,7 @@ class Frozen:
     number : int
         Grows when what is kept is out of date.
     kept : WeakKeyDictionary
-        What enters the subdomain, of each loss that has been evaluated since.
+        What enters the subdomain, of each loss that has been evaluated since, behind the freezes that it depends on.
     """
 
     def __init__(self, loss: Loss) -> None:
@@ -37,7 +38,7 @@ class Frozen:
         self.full = torch.zeros_like(self.theta)
         self.gradient = torch.zeros_like(self.theta)
         self.number = 0
-        self.kept: WeakKeyDictionary[RestrictedLoss, Any] = WeakKeyDictionary()
+        self.kept: WeakKeyDictionary[RestrictedLoss, tuple[tuple[int, ...], Any]] = WeakKeyDictionary()
 
     def freeze(self, theta: Tensor) -> None:
         """Freeze at theta, in any precision."""
@@ -57,7 +58,8 @@ class RestrictedLoss(Loss):
     See :func:`ddml.objectives.restricted.restricted`.
 
     What enters the first active layer is computed once behind each :meth:`freeze`, at the first evaluation, and kept;
-    backward passes stop there.
+    backward passes stop there. The layers are the active ones, cut to the ranges, so that a restricted loss can itself
+    be decomposed by layers.
 
     Parameters
     ----------
@@ -67,6 +69,19 @@ class RestrictedLoss(Loss):
         Sorted and disjoint.
     frozen
         That of other losses which are to be frozen together with this one (default: a new one).
+
+    Attributes
+    ----------
+    numbers : tuple of int
+        The active layers: those of the whole loss that the layers of this one are of.
+    begin : int
+        The layer of the whole loss where evaluations start.
+    places : tuple of slice
+        Where each range is in the parameters of this loss.
+    also : frozenset of int
+        Further layers of the whole loss, whose gradient :meth:`value_gradient` leaves in ``beside``.
+    beside : Tensor, or None
+        That gradient (n of the whole loss,).
     """
 
     def __init__(self, loss: Loss, ranges: Sequence[slice], frozen: Frozen | None = None) -> None:
@@ -74,15 +89,21 @@ class RestrictedLoss(Loss):
         self.frozen = Frozen(loss) if frozen is None else frozen
         self.gauss_newton = loss.gauss_newton
         self.ranges = tuple(ranges)
-        self.parameters = parameter_table([(f"{r.start}:{r.stop}", (r.stop - r.start,)) for r in ranges])
-        self.layers = (tuple(range(len(ranges))),)
-        self.costs = (1.0,)
+        ends = list(accumulate((r.stop - r.start for r in ranges), initial=0))
+        self.places = tuple(slice(a, b) for a, b in pairwise(ends))
+        pieces = [(k, *piece) for k, p in enumerate(loss.parameters) for piece in _pieces(p, ranges)]
+        self.parameters = parameter_table([(name, shape) for _, name, shape in pieces])
+        held = {k: [i for i, (source, *_) in enumerate(pieces) if source == k] for k, *_ in pieces}
+        self.active = frozenset(i for i, layer in enumerate(loss.layers) if any(k in held for k in layer))
+        self.numbers = tuple(sorted(self.active))
+        self.layers = tuple(tuple(i for k in loss.layers[n] for i in held.get(k, ())) for n in self.numbers)
+        self.costs, self.besides = cut(loss.costs, loss.besides, self.numbers)
         self.count, self.dtype, self.device = loss.count, loss.dtype, loss.device
-        self.active = loss.layer_numbers(ranges)
-        self.first = min(self.active)
+        self.first = self.numbers[0]
+        self.begin = self.first if loss.keeps(self.first) else 0
         self.beside: Tensor | None = None
         self.also: frozenset[int] = frozenset()
-        self._charged = tuple(-1 for _ in self._numbers)
+        self._charged: tuple[int, ...] = ()
 
     def freeze(self, theta: Tensor) -> None:
         """Freeze all parameters at theta (n of the whole loss,), here and in all losses of the same :class:`Frozen`."""
@@ -90,29 +111,33 @@ class RestrictedLoss(Loss):
 
     @property
     def kept(self) -> Any:
-        """What enters the subdomain (:meth:`Loss.prefix`)."""
-        kept = self.frozen.kept
-        if self not in kept:
-            kept[self] = self.loss.prefix(self.frozen.theta, self.first)
-        return kept[self]
+        """What enters the subdomain (:meth:`Loss.prefix`); None where the whole loss keeps nothing there."""
+        made, freezes = self.frozen.kept.get(self), self.freezes
+        if made is None or made[0] != freezes:
+            made = self.frozen.kept[self] = freezes, self.loss.prefix(self.frozen.theta, self.first)
+        return made[1]
 
     @property
-    def _numbers(self) -> tuple[int, ...]:
-        inner = self.loss._numbers if isinstance(self.loss, RestrictedLoss) else ()
-        return (self.frozen.number, *inner)
-
-    @property
-    def _prefix_charges(self) -> tuple[float, ...]:
-        inner = self.loss._prefix_charges if isinstance(self.loss, RestrictedLoss) else ()
-        return (self.prefix_charge(), *inner)
+    def freezes(self) -> tuple[int, ...]:
+        """Numbers of the freezes that what enters the subdomain depends on."""
+        return (self.frozen.number, *(self.loss.freezes if isinstance(self.loss, RestrictedLoss) else ()))
 
     def owed(self) -> float:
         """Work units of what the next evaluation has to compute anew before it is behind the prefix; asked for once."""
-        numbers, before = self._numbers, self._charged
-        self._charged = numbers
-        if numbers == before:
-            return 0.0
-        return sum(c for c, now, then in zip(self._prefix_charges, numbers, before, strict=True) if now != then)
+        behind = self  # whose prefix evaluations start from: one that keeps nothing itself begins where its loss does
+        while isinstance(behind.loss, RestrictedLoss) and not behind.loss.keeps(behind.first):
+            behind = behind.loss
+        freezes, before = behind.freezes, self._charged
+        self._charged = freezes
+        return 0.0 if freezes == before else behind.loss.charges.prefix(behind.first)
+
+    def keeps(self, first: int) -> bool:
+        """See :meth:`Loss.keeps`: what enters the first layer is kept by this loss itself."""
+        return first > 0 and self.loss.keeps(self.numbers[first])
+
+    def prefix(self, theta: Tensor, first: int) -> Any:
+        """See :meth:`Loss.prefix`; computed from the inputs on."""
+        return self.loss.prefix(self.insert(theta), self.numbers[first]) if self.keeps(first) else None
 
     def take(self, theta: Tensor, ranges: Sequence[slice] | None = None) -> Tensor:
         """The entries of a full vector that lie in ``ranges`` (default: the subdomain's), as a copy."""
@@ -121,8 +146,8 @@ class RestrictedLoss(Loss):
     def insert(self, part: Tensor, full: Tensor | None = None) -> Tensor:
         """Write the subdomain's entries (n_s,) to a full vector, default: that of the parameters."""
         full = self.frozen.full if full is None else full
-        for parameter, r in zip(self.parameters, self.ranges, strict=True):
-            full[r] = part[parameter.range]
+        for place, r in zip(self.places, self.ranges, strict=True):
+            full[r] = part[place]
         return full
 
     def part(self, begin: int, end: int) -> RestrictedLoss:
@@ -141,32 +166,39 @@ class RestrictedLoss(Loss):
         """All parameters (n of the whole loss,), differentiable by those of the subdomain (n_s,)."""
         full, end = self.frozen.theta, 0
         pieces = []
-        for parameter, r in zip(self.parameters, self.ranges, strict=True):
-            pieces += [full[end : r.start], theta[parameter.range]]
+        for place, r in zip(self.places, self.ranges, strict=True):
+            pieces += [full[end : r.start], theta[place]]
             end = r.stop
         return torch.cat([*pieces, full[end:]])
 
     def terms(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
         """See :meth:`Loss.terms`."""
-        return self.loss.terms(self.joined(theta), self.kept)
+        return self.loss.terms(self.joined(theta), self.kept if kept is None else kept)
 
     def value(self, theta: Tensor, kept: Any = None) -> float:
         """The loss with these parameters (n_s,) in the subdomain."""
-        return self.loss.value(self.insert(theta), self.kept)
+        return self.loss.value(self.insert(theta), self.kept if kept is None else kept)
 
     def value_gradient(
         self, theta: Tensor, gradient: Tensor, kept: Any = None, active: frozenset[int] | None = None
     ) -> float:
         """The loss; its gradient by the subdomain's parameters is added to ``gradient`` (n_s,).
 
-        ``also`` names further layers whose gradient is left in ``beside`` (n of the whole loss,).
+        Without ``active`` layers, which limit it to some of the subdomain's, the gradient of those in ``also`` is
+        computed, too.
         """
-        full = self.frozen.gradient.zero_()
-        value = self.loss.value_gradient(self.insert(theta), full, self.kept, self.active | self.also)
-        for parameter, r in zip(self.parameters, self.ranges, strict=True):
-            gradient[parameter.range] += full[r]
-        self.beside = full.clone() if self.also else None
+        full, further = self.frozen.gradient.zero_(), self.also if active is None else frozenset()
+        kept = self.kept if kept is None else kept
+        value = self.loss.value_gradient(self.insert(theta), full, kept, self._whole(active) | further)
+        for place, r in zip(self.places, self.ranges, strict=True):
+            gradient[place] += full[r]
+        if active is None:
+            self.beside = full.clone() if further else None
         return value
+
+    def _whole(self, active: frozenset[int] | None) -> frozenset[int]:
+        """The numbers that some of the layers (default: all) have in the whole loss."""
+        return self.active if active is None else frozenset(self.numbers[i] for i in active)
 
     def gauss_newton_product(
         self, theta: Tensor, direction: Tensor, product: Tensor, kept: Any = None, active: frozenset[int] | None = None
@@ -174,19 +206,10 @@ class RestrictedLoss(Loss):
         """See :meth:`Loss.gauss_newton_product`: behind the kept prefix, linearised in the active layers."""
         change, image = torch.zeros_like(self.frozen.full), torch.zeros_like(self.frozen.full)
         self.loss.gauss_newton_product(
-            self.insert(theta), self.insert(direction.to(change), change), image, self.kept, self.active
-        )
+            self.insert(theta), self.insert(direction.to(change), change), image,
+            self.kept if kept is None else kept, self._whole(active),
+        )  # fmt: skip
         product += self.take(image)
-
-    def modular_norm(
-        self,
-        masses: Sequence[float] | None = None,
-        convolution: str = "unfolded",
-        tolerance: float = TOLERANCE,
-        exact: int = EXACT,
-    ) -> ModularNorm:
-        """The norm of a vector that is zero outside the subdomain; masses are those of the whole network."""
-        return self.loss.modular_norm(masses, convolution, tolerance, exact).restricted(self.ranges)
 
     @property
     def enough(self) -> float:
@@ -194,28 +217,18 @@ class RestrictedLoss(Loss):
         return self.loss.enough
 
     @property
-    def _begin(self) -> int:
-        """The layer where evaluations start."""
-        return self.first if self.loss.keeps(self.first) else 0
+    def charges(self) -> RestrictedCharges:
+        """See :attr:`Loss.charges`: those of the whole loss behind the kept prefix, in its work units."""
+        return RestrictedCharges(self.loss.charges, self.begin, self.numbers, self.also)
 
-    @property
-    def operations(self) -> float:
-        """Those of the whole network: work units are its."""
-        return self.loss.operations
 
-    def charge(self, first: int = 0, active: frozenset[int] | None = None, gradient: bool = True) -> float:
-        """Work units of one evaluation behind the kept prefix."""
-        return self.loss.charge(self._begin, self.active | self.also, gradient)
-
-    def prefix_charge(self, first: int = 0) -> float:
-        """Work units of :meth:`freeze`."""
-        return self.loss.prefix_charge(self.first)
-
-    def hessian_charge(self, first: int = 0, active: frozenset[int] | None = None) -> float:
-        """Work units of a Hessian product: torch differentiates by all layers from the first active one on."""
-        begin = self._begin
-        return self.loss.hessian_charge(begin, frozenset(range(begin, len(self.loss.layers))))
-
-    def gauss_newton_charge(self, first: int = 0, active: frozenset[int] | None = None) -> float:
-        """Work units of a Gauss-Newton product behind the kept prefix."""
-        return self.loss.gauss_newton_charge(self._begin, self.active)
+def _pieces(parameter: Parameter, ranges: Sequence[slice]) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and shape of what each range has of a parameter, cut ones flat."""
+    found: list[tuple[str, tuple[int, ...]]] = []
+    for r in ranges:
+        begin, end = max(r.start, parameter.offset), min(r.stop, parameter.range.stop)
+        if begin < end and end - begin == parameter.size:
+            found.append((parameter.name, parameter.shape))
+        elif begin < end:
+            found.append((f"{parameter.name}[{begin - parameter.offset}:{end - parameter.offset}]", (end - begin,)))
+    return found

@@ -15,7 +15,8 @@ from torch import Tensor
 from ddml.data.sample_sets import spread_rows
 from ddml.errors import CollectiveError, InputError
 from ddml.layout import ParameterLayout
-from ddml.losses.kronecker import Layer
+from ddml.losses.kronecker import KroneckerLoss, Layer
+from ddml.losses.loss import Loss
 from ddml.objectives.composed import sampled
 from ddml.objectives.objective import Objective
 from ddml.parameters import Parameter
@@ -41,7 +42,7 @@ class KroneckerNorm(Norm):
     Parameters
     ----------
     objective
-        Of a loss with :meth:`ddml.losses.loss.Loss.kronecker_layers`.
+        Of a :class:`ddml.losses.kronecker.KroneckerLoss`.
     fraction
         Of the samples.
     interval
@@ -58,7 +59,7 @@ class KroneckerNorm(Norm):
 
     def __init__(self, objective: Objective, fraction: float = 0.1, interval: int = 10) -> None:
         self.objective, self.fraction, self.interval = objective, fraction, interval
-        self.layers = objective.loss.kronecker_layers()
+        self.layers = _factored(objective.loss).kronecker_layers()
         comm = objective.comm
         self.mine = dealt([float(layer.entries.size * sum(layer.sizes)) for layer in self.layers], comm)
         sizes = [size**2 for layer in self.layers for size in layer.sizes]
@@ -82,21 +83,21 @@ class KroneckerNorm(Norm):
         objective, version = self.objective, self.refreshes
         rows = spread_rows(objective.loss.count, self.fraction, version)
         sub = sampled(objective, rows)
-        sub.cut_into(min(sub.blocks, BLOCKS))
+        sub.parts.cut_into(min(sub.parts.blocks, BLOCKS))
         edges = np.cumsum([0, *objective.comm.allgather(sum(part.count for part in sub.parts))])
         draws = np.random.default_rng([1, version]).random(int(edges[-1]))[edges[objective.comm.rank] :]
         theta = sub.parameters(x)
-        sub.work.add(sub.fraction * sub.loss.kronecker_charge())
-        sub.compute(0.0, fresh=max(sub.blocks, 1) * len(self.factors))
+        sub.work.add(sub.fraction * _factored(sub.loss).kronecker_charge())
+        sub.compute(0.0, fresh=max(sub.parts.blocks, 1) * len(self.factors))
         found, begin = np.zeros((max(len(sub.parts), 1), len(self.factors))), 0
         for row, part in zip(found, sub.parts, strict=False):
             u = torch.from_numpy(draws[begin : begin + part.count])
             begin += part.count
             if part.count:
-                pieces = [m.reshape(-1).cpu() for pair in part.kronecker_statistics(theta, u) for m in pair]
+                pieces = [m.reshape(-1).cpu() for pair in _factored(part).kronecker_statistics(theta, u) for m in pair]
                 row[:] = torch.cat(pieces).numpy()
         total = self.flat.vector()
-        sub.reduce_parts(list(torch.from_numpy(found[: len(sub.parts)])), total, self.flat)
+        sub.parts.sum_vectors(list(torch.from_numpy(found[: len(sub.parts)])), total, self.flat)
         new = self.flat.gather(total).numpy().copy()
         total.destroy()
         if not np.isfinite(new).all():
@@ -120,6 +121,11 @@ class KroneckerNorm(Norm):
     def version(self) -> int:
         """Grows when the norm changes."""
         return self.refreshes
+
+    @property
+    def fresh(self) -> bool:
+        """Whether no step has been tried since the last refresh."""
+        return self.age == 0
 
     def damped(self, number: int) -> list[Tensor]:
         """A + a I and G + c I of a layer."""
@@ -153,7 +159,8 @@ class KroneckerNorm(Norm):
     ) -> RestrictedKroneckerNorm:
         """The norm of vectors that are 0 outside ``ranges`` of theta, for what is inside, in another layout.
 
-        What it computes is charged to ``objective`` (default: the whole norm's).
+        What it computes is charged to ``objective`` (default: the whole norm's); whoever asks for the same ranges and
+        layout gets the same norm.
         """
         key = tuple((r.start, r.stop) for r in ranges)
         made = self._inside.get(key)
@@ -252,7 +259,7 @@ class RestrictedKroneckerNorm(KroneckerNorm):
             layers.append(Layer(layer.name, entries[np.ix_(rows, columns)]))
         self.layers = tuple(layers)
         self.mine = dealt([float(layer.entries.size * sum(layer.sizes)) for layer in layers], layout.comm)
-        self._roots = -1, {}
+        self._roots, self._inside = (-1, {}), {}
 
     @property
     def version(self) -> int:
@@ -261,12 +268,17 @@ class RestrictedKroneckerNorm(KroneckerNorm):
 
     def refresh(self, x: PETSc.Vec) -> None:
         """See :class:`Norm`; a solve that begins behind a refresh of the whole norm factorises."""
-        if self.whole.age == 0:
+        if self.fresh:
             self._charge_roots()
 
     def aged(self, x: PETSc.Vec) -> None:
         """See :class:`Norm`."""
         return
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the whole norm is."""
+        return self.whole.fresh
 
     def damped(self, number: int) -> list[Tensor]:
         """See :meth:`KroneckerNorm.damped`."""
@@ -281,6 +293,12 @@ class RestrictedKroneckerNorm(KroneckerNorm):
     def restore(self, state: dict[str, Any]) -> None:
         """See :class:`Norm`."""
         return
+
+
+def _factored(loss: Loss) -> KroneckerLoss:
+    if not isinstance(loss, KroneckerLoss):
+        raise InputError(f"a {type(loss).__name__} has no K-FAC norm: choose another -norm")
+    return loss
 
 
 def _left(T: Tensor, X: Tensor, upper: bool = False) -> Tensor:

@@ -38,7 +38,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -48,9 +47,6 @@ from torch import Tensor
 from ddml.errors import InputError
 from ddml.linalg import polar
 from ddml.linalg.polar import EPS, polar_factor
-
-if TYPE_CHECKING:
-    pass
 
 Indices = NDArray[np.int64]
 

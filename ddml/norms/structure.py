@@ -7,16 +7,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from ddml.errors import InputError
+from ddml.parameters import Parameter
 
 from .modular import Block, Tile
-
-if TYPE_CHECKING:
-    from ddml.parameters import Parameter
 
 CONVOLUTIONS = ("unfolded", "slices")
 

@@ -30,9 +30,7 @@ def sampled(objective: Objective, rows: ArrayLike) -> Objective:
     if numbers.size == 0 or numbers.min() < 0 or numbers.max() >= objective.loss.count:
         raise InputError(f"sample numbers must be 0 to {objective.loss.count - 1}, at least one; got {numbers}")
     loss = objective.loss.sampled(torch.as_tensor(numbers, device=objective.loss.device))
-    derived = objective.derived(loss)
-    derived.fraction = objective.fraction * numbers.size / objective.loss.count
-    return derived
+    return objective.derived(loss, fraction=objective.fraction * numbers.size / objective.loss.count)
 
 
 def shifted(objective: Objective, dg: PETSc.Vec, theta0: PETSc.Vec) -> Objective:
@@ -43,7 +41,6 @@ def shifted(objective: Objective, dg: PETSc.Vec, theta0: PETSc.Vec) -> Objective
     of squares with a linear term is none: h has the Jacobian products of a
     :class:`ddml.objectives.residual.ResidualObjective`, and refuses to give its residual.
     """
-    derived = objective.derived(objective.loss, objective.parts)
-    derived.linear = (*objective.linear, LinearTerm(dg, theta0))
+    derived = objective.derived(objective.loss, objective.parts, terms=[LinearTerm(dg, theta0)])
     objective.follow_with(derived)
     return derived

@@ -73,8 +73,8 @@ class ConsistentObjective(RestrictedObjective):
         self.whole, self.decomposition, self.s = objective, decomposition, s
         self.widening, self.seed = overlap, seed
         part = self._sampled()
-        loss, parts = restricted_parts(part, decomposition, s, part.split_over(decomposition.group))
-        super().__init__(loss, decomposition.group_layout(loss, s), part.stop, part.blocks, parts)
+        loss, parts = restricted_parts(part, decomposition, s, part.parts.split_over(decomposition.group))
+        super().__init__(loss, decomposition.group_layout(s), part.stop, part.parts.blocks, parts)
         self.inherit(part)
         self.theta0, self.dg = self.layout.vector(), self.layout.vector()
         self.linear = (*self.linear, LinearTerm(self.dg, self.theta0))
@@ -84,13 +84,13 @@ class ConsistentObjective(RestrictedObjective):
         parts = len(self.decomposition.subdomains)
         part = sampled(self.whole, sample_parts(self.whole.loss.count, parts, self.widening, self.seed)[self.s])
         # no group has more ranks than this, and a block is then as large as one of the whole objective
-        part.cut_into(-(-self.whole.blocks // parts))
+        part.parts.cut_into(-(-self.whole.parts.blocks // parts))
         return part
 
     def follow(self, objective: Objective, parts: object) -> None:
         """Take the part of the samples that the whole objective has now."""
         part = self._sampled()
-        super().follow(part, part.split_over(self.decomposition.group))
+        super().follow(part, part.parts.split_over(self.decomposition.group))
 
     def know(self, x: PETSc.Vec, value: float, g: PETSc.Vec) -> None:
         """Make x theta_k, where the whole loss has the gradient g; ``start`` is h_p there."""

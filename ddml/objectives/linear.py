@@ -59,3 +59,8 @@ class LinearTerm:
         """Destroy the vectors, where they are not somebody else's."""
         self.dg.destroy()
         self.theta0.destroy()
+
+
+def tilted(terms: Sequence[LinearTerm], value: float, x: PETSc.Vec) -> float:
+    """A value with linear terms at x. Collective."""
+    return sum((term.value(x) for term in terms), value)

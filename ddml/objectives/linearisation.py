@@ -28,7 +28,7 @@ class Linearisation:
 
     Vectors of residual space are lists of tensors in double precision, one for each part of the
     samples that this rank has; vectors of parameters are (n,), the same on every rank. Charged as
-    a loss, and where the rows are stored as :meth:`ddml.losses.residual.ResidualLoss.rows_charge` says.
+    a loss, and where the rows are stored as :meth:`ddml.losses.charges.ResidualCharges.rows` says.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ class Linearisation:
         self.objective, self.comm, self.size = objective, objective.comm, objective.size
         self.theta = objective.parameters(x).clone()
         self.parts = [objective.part(i) for i in range(len(objective.parts))]
-        objective.work.add(objective.fraction * objective.loss.charge(gradient=False), losses=1)
+        objective.work.add(objective.fraction * objective.loss.charges.evaluation(gradient=False), losses=1)
         self.residual = [_double(part.residual(self.theta)) for part in self.parts]
         self.count = int(self.comm.allreduce(sum(map(len, self.residual))))
         self.value = self.total([float(r @ r) for r in self.residual])
@@ -77,7 +77,7 @@ class Linearisation:
         """The residual at another point; charged as a loss."""
         objective = self.objective
         theta = objective.parameters(x)
-        objective.work.add(objective.fraction * objective.loss.charge(gradient=False), losses=1)
+        objective.work.add(objective.fraction * objective.loss.charges.evaluation(gradient=False), losses=1)
         return [_double(part.residual(theta)) for part in self.parts]
 
     def total(self, values: list[float]) -> float:
@@ -88,7 +88,7 @@ class Linearisation:
         return _double(part.jacobian(self.theta).T).contiguous()
 
     def _charge_rows(self) -> None:
-        self.objective.work.add(self.objective.fraction * self.objective.loss.rows_charge(self.count))
+        self.objective.work.add(self.objective.fraction * self.objective.loss.charges.rows(self.count))
 
     def _pass(self, operations: float = 0.0, ranges: Sequence[slice] = (slice(None),)) -> None:
         """Charge what is done with all rows once: multiply-adds, and the numbers that pass by."""
@@ -105,7 +105,7 @@ class Linearisation:
         if self._rows is not None:
             self._pass(ranges=ranges)
             return [sum(torch.mv(rows[r].T, v[r]) for r in ranges) for rows in self._rows]  # type: ignore[misc]
-        self._charge(self.objective.loss.jacobian_charge())
+        self._charge(self.objective.loss.charges.jacobian())
         v = v.to(device=self.theta.device, dtype=self.theta.dtype)
         return [_double(part.jacobian_product(self.theta, v)) for part in self.parts]
 
@@ -119,12 +119,12 @@ class Linearisation:
                 for r in ranges:
                     torch.mv(rows[r], weights, out=into[r])
         else:
-            self._charge(self.objective.loss.transpose_charge())
+            self._charge(self.objective.loss.charges.transpose())
             for part, weights, into in zip(self.parts, w, sums, strict=True):
                 whole = torch.zeros_like(self.theta)
                 part.jacobian_transpose_product(self.theta, weights.to(self.theta), whole)
                 into.copy_(whole)
-        self.objective.reduce_parts(sums, vec)
+        self.objective.parts.sum_vectors(sums, vec)
 
     def _charge(self, units: float) -> None:
         self.objective.work.add(self.objective.fraction * units, products=1)
@@ -133,7 +133,7 @@ class Linearisation:
         """Write the diagonal of J^T J to ``vec``."""
         self._pass()
         squares = (self.transposed(i) for i in range(len(self.parts)))
-        self.objective.reduce_parts([(rows * rows).sum(1) for rows in squares], vec)
+        self.objective.parts.sum_vectors([(rows * rows).sum(1) for rows in squares], vec)
 
     def gram_product(self, columns: Any) -> Array:
         """The rows of J^T J Y (n_local, k) that belong to this rank's parameters, for Y (n, k) on every rank.
@@ -149,7 +149,7 @@ class Linearisation:
                 row = self.transposed(number).numpy()
                 return np.asarray(row @ (y.T @ row).T)
 
-            found.append(self.objective.sum_matrices(product, y.shape[1]))
+            found.append(self.objective.parts.sum_matrices(product, y.shape[1]))
         return np.concatenate(found, axis=1)
 
     def gram_blocks(self, decomposition: Decomposition) -> dict[int, Array]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from weakref import WeakSet
 
 import numpy as np
 import torch
-from mpi4py import MPI
 from numpy.typing import NDArray
 from petsc4py import PETSc
 from torch import Tensor
@@ -18,10 +16,28 @@ from torch import Tensor
 from ddml.layout import Operator, ParameterLayout
 from ddml.losses.loss import Loss
 from ddml.losses.work import DOUBLE, FRESH, PASSED, WorkCounter
-from ddml.parallel import Interrupted, StopRequest, split
-from ddml.summation import Tree, leaves
+from ddml.parallel import StopRequest
 
-from .linear import GatheredTerm, LinearTerm
+from .linear import GatheredTerm, LinearTerm, tilted
+from .parts import Parts
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What comes with a loss that replaces another one.
+
+    Attributes
+    ----------
+    overlap : ndarray of int64, or None
+        Numbers of the loss's samples that the loss before it had, too, if that is known:
+        ``ddml.objectives.composed.sampled(objective, overlap)`` is the loss on them.
+    report : callable, or None
+        Wants to be told which part of the decrease that a method promised itself of its steps on the loss before there
+        has been on this one; NaN if that is not known.
+    """
+
+    overlap: NDArray[np.int64] | None = None
+    report: Callable[[float], None] | None = None
 
 
 class Objective:
@@ -39,27 +55,20 @@ class Objective:
         Asked at every evaluation on several ranks: all of them raise
         :class:`ddml.parallel.Interrupted` together once one got a signal.
     blocks
-        0: each rank sums over its samples. Otherwise the samples are cut into this many blocks, the leaves of a
-        :class:`ddml.summation.Tree`, so that loss and gradient are the same to the last bit on any number of ranks;
-        each rank sums up the entries that it owns, and is sent little more than one vector by all of the others.
+        See :class:`ddml.objectives.parts.Parts`.
     parts
         This rank's blocks of the loss, if it has been cut already.
 
     Attributes
     ----------
+    parts : Parts
     work : WorkCounter
     fraction : float
         Samples of this objective over those of the whole data set, in work units.
     version : int
         Grows when the loss is replaced: what solvers know of it is then out of date.
-    overlap : ndarray of int64, or None
-        After a replacement, numbers of the loss's samples that the loss before it had, too, if that is known:
-        ``ddml.objectives.composed.sampled(objective, objective.overlap)`` is the loss on them.
-    agreement : float
-        After a replacement, which part of the decrease that a trust-region method promised itself of its steps on the
-        loss before there has been on this one; NaN if that is not known.
-    metric : KroneckerNorm or None
-        What is known of the curvature, for solvers of objectives that are made of this one.
+    replacement : Replacement
+        What came with the loss, when it was last replaced.
     linear : tuple of LinearTerm
         What is added to the loss (:func:`ddml.objectives.composed.shifted`), in the value and in the gradient.
     """
@@ -79,72 +88,75 @@ class Objective:
         self.work = WorkCounter()
         self.fraction = 1.0
         self.version = 0
-        self.overlap: NDArray[np.int64] | None = None
-        self.agreement = math.nan
-        self.metric: Any = None
+        self.replacement = Replacement()
         self.linear: tuple[LinearTerm, ...] = ()
+        self.parts = Parts(loss, layout, blocks, parts)
         self._followers: WeakSet[Objective] = WeakSet()
-        self.blocks = blocks
-        self.parts = list(self.split_over(self.comm) if parts is None else parts)
-        self._spare: list[Tensor] = []
         self._events = {name: PETSc.Log.Event(f"ddml {name}") for name in ("loss", "gradient", "product")}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} of {self.loss.count} samples on {self.comm.size} ranks\n{self.layout!r}"
 
-    def split_over(self, comm: MPI.Comm) -> list[Loss]:
-        """This rank's blocks of the samples when the ranks of ``comm`` share them all."""
-        edges = split(self.loss.count, self.blocks or comm.size)
-        mine = split(len(edges) - 1, comm.size)
-        return [self.loss.part(edges[i], edges[i + 1]) for i in range(mine[comm.rank], mine[comm.rank + 1])]
-
-    def parts_for(self, comm: MPI.Comm) -> list[Loss]:
-        """As :meth:`split_over`; where ``comm`` has as many ranks as the objective's, its own parts."""
-        return list(self.parts) if comm.size == self.comm.size else self.split_over(comm)
-
-    def replace(self, loss: Loss, fraction: float | None = None, overlap: NDArray[np.int64] | None = None) -> None:
+    def replace(
+        self,
+        loss: Loss,
+        fraction: float | None = None,
+        overlap: NDArray[np.int64] | None = None,
+        report: Callable[[float], None] | None = None,
+    ) -> None:
         """Minimise another loss of the same parameters from now on, say with other samples. Collective.
 
-        ``fraction`` and ``overlap`` are the attributes'; the fraction stays what it is unless it is given.
+        ``overlap`` and ``report`` are those of a :class:`Replacement`; the fraction stays what it is unless it is
+        given.
         """
-        self.loss, self.overlap = loss, overlap
+        self.loss, self.parts, self.replacement = loss, self.parts.of(loss), Replacement(overlap, report)
         self.fraction = self.fraction if fraction is None else fraction
-        self.parts = list(self.split_over(self.comm))
         self.version += 1
         self.lead()
 
-    def derived(self, loss: Loss, parts: Sequence[Loss] | None = None) -> Objective:
+    def derived(
+        self,
+        loss: Loss,
+        parts: Sequence[Loss] | None = None,
+        fraction: float | None = None,
+        terms: Sequence[LinearTerm] = (),
+    ) -> Objective:
         """An objective of another loss of the same parameters: with the same linear terms and the same counter of work.
 
-        ``parts`` are this rank's share of the loss, if it has been cut already.
+        Parameters
+        ----------
+        loss
+            The other loss.
+        parts
+            This rank's share of it, if it has been cut already.
+        fraction
+            Of the samples (default: this objective's).
+        terms
+            More linear terms.
         """
-        made = self._made(loss, parts)
-        made.fraction, made.work, made.metric, made.linear = self.fraction, self.work, self.metric, self.linear
+        made = self._made(loss, self.parts.blocks_of(loss) if parts is None else self.parts.blocks, parts)
+        made.fraction = self.fraction if fraction is None else fraction
+        made.work, made.linear = self.work, (*self.linear, *terms)
         return made
 
-    def _made(self, loss: Loss, parts: Sequence[Loss] | None) -> Objective:
-        return type(self)(loss, self.layout, self.stop, self.blocks_of(loss, parts), parts)
-
-    def blocks_of(self, loss: Loss, parts: Sequence[Loss] | None) -> int:
-        """How many blocks to cut another loss into: no more than this one's, and not wastefully many."""
-        return self.blocks if parts is not None else min(self.blocks, leaves(loss.count, loss.enough))
-
-    def cut_into(self, blocks: int) -> None:
-        """Cut the samples into so many blocks from now on."""
-        self.blocks = blocks
-        self.parts = list(self.split_over(self.comm))
+    def _made(self, loss: Loss, blocks: int, parts: Sequence[Loss] | None) -> Objective:
+        return type(self)(loss, self.layout, self.stop, blocks, parts)
 
     def follow_with(self, other: Objective) -> None:
         """Let an objective of the same loss get whatever this one's is replaced by, from now on."""
-        other.version, other.overlap = self.version, self.overlap
+        other.version, other.replacement = self.version, self.replacement
         self._followers.add(other)
 
     def lead(self) -> None:
         """Hand the loss, which is a new one, to those that follow."""
         for other in list(self._followers):
             other.loss, other.parts, other.fraction = self.loss, self.parts, self.fraction
-            other.version, other.overlap = self.version, self.overlap
+            other.version, other.replacement = self.version, self.replacement
             other.lead()
+
+    def uninterrupted(self) -> AbstractContextManager[None]:
+        """A block in which no evaluation, of whatever is made of this objective either, notices a request to stop."""
+        return nullcontext() if self.stop is None else self.stop.deferred()
 
     def linear_terms(self) -> list[GatheredTerm]:
         """The linear terms with their whole vectors, for objectives of some of the parameters. Collective."""
@@ -158,35 +170,31 @@ class Objective:
         """The loss at x."""
         with self._events["loss"]:
             theta = self.parameters(x)
-            self.work.add(self.fraction * self.loss.charge(gradient=False), losses=1)
-            return self._tilted(self.sum_parts([part.value(theta) for part in self.parts]), x)
+            self.work.add(self.fraction * self.loss.charges.evaluation(gradient=False), losses=1)
+            return tilted(self.linear, self.sum_parts([part.value(theta) for part in self.parts]), x)
 
     def value_gradient(self, x: PETSc.Vec, g: PETSc.Vec) -> float:
         """The loss at x; its gradient is written to g."""
         with self._events["gradient"]:
             theta = self.parameters(x)
-            self.work.add(self.fraction * self.loss.charge(), gradients=1)
+            self.work.add(self.fraction * self.loss.charges.evaluation(), gradients=1)
             values = [0.0] * len(self.parts)
 
             def evaluate(number: int, row: Tensor) -> None:
                 values[number] = self.parts[number].value_gradient(theta, row)
 
-            self._sum_rows(evaluate, g)
+            self.parts.sum_rows(evaluate, g)
             for term in self.linear:
                 g.axpy(1.0, term.dg)
-            return self._tilted(self.sum_parts(values), x)
-
-    def _tilted(self, value: float, x: PETSc.Vec) -> float:
-        """The value with the linear terms at x."""
-        return sum((term.value(x) for term in self.linear), value)
-
-    def gradient(self, x: PETSc.Vec, g: PETSc.Vec) -> None:
-        """The gradient at x, written to g."""
-        self.value_gradient(x, g)
+            return tilted(self.linear, self.sum_parts(values), x)
 
     def hessian_product(self, x: PETSc.Vec, direction: PETSc.Vec, product: PETSc.Vec) -> None:
         """The Hessian at x times ``direction``, written to ``product``."""
-        self._multiply("hessian_product", self.loss.hessian_charge(), x, direction, product)
+
+        def multiply(part: Loss, theta: Tensor, v: Tensor, row: Tensor) -> None:
+            part.hessian_product(theta, v, row)
+
+        self._multiply(multiply, self.loss.charges.hessian(), x, direction, product)
 
     def gauss_newton_product(self, x: PETSc.Vec, direction: PETSc.Vec, product: PETSc.Vec) -> None:
         """The Gauss-Newton matrix at x times ``direction``, written to ``product``.
@@ -196,7 +204,11 @@ class Objective:
         InputError
             If the loss has none.
         """
-        self._multiply("gauss_newton_product", self.loss.gauss_newton_charge(), x, direction, product)
+
+        def multiply(part: Loss, theta: Tensor, v: Tensor, row: Tensor) -> None:
+            part.gauss_newton_product(theta, v, row)
+
+        self._multiply(multiply, self.loss.charges.gauss_newton(), x, direction, product)
 
     def compute(self, operations: float, numbers: float = 0.0, fresh: float = 0.0) -> None:
         """Charge linear algebra: multiply-adds in double precision, numbers that pass by, those of new large arrays.
@@ -207,33 +219,22 @@ class Objective:
             Of all ranks together, and the same on any number of ranks, see :mod:`ddml.losses.work`.
         """
         spent = DOUBLE * operations + PASSED * numbers + FRESH * fresh
-        self.work.add(spent * self.fraction / (self.loss.count * self.loss.operations))
+        self.work.add(spent * self.fraction / (self.loss.count * self.loss.charges.operations))
 
-    def _multiply(self, method: str, units: float, x: PETSc.Vec, direction: PETSc.Vec, product: PETSc.Vec) -> None:
-        """A product that the losses have under that name and its work units on all samples."""
+    def _multiply(
+        self,
+        multiply: Callable[[Loss, Tensor, Tensor, Tensor], None],
+        units: float,
+        x: PETSc.Vec,
+        direction: PETSc.Vec,
+        product: PETSc.Vec,
+    ) -> None:
+        """A product that takes so many work units on all samples, and is added to a row for each part."""
         with self._events["product"]:
             theta = self.parameters(x).clone()  # the second gather may use the same buffer
             v = self.parameters(direction)
             self.work.add(self.fraction * units, products=1)
-            self._sum_rows(lambda number, row: getattr(self.parts[number], method)(theta, v, row), product)
-
-    def _sum_rows(self, evaluate: Callable[[int, Tensor], None], g: PETSc.Vec) -> None:
-        """Sum over all parts what ``evaluate`` adds to a vector (n,) for one of this rank's, into g."""
-        first, kept = self.tree.edges[self.comm.rank], self._spare
-
-        def leaf(number: int) -> Tensor:
-            row = kept.pop() if kept else self._row()
-            row.zero_()
-            evaluate(number - first, row)
-            return row
-
-        sums = [self.tree.add(node, leaf, kept.append) for node in self.tree.nodes[self.comm.rank]]
-        self._reduce(sums, g, self.layout, np.float32 if self.loss.dtype == torch.float32 else np.float64)
-        kept += sums
-
-    def _row(self) -> Tensor:
-        dtype = torch.float32 if self.loss.dtype == torch.float32 else torch.float64
-        return torch.empty(self.loss.size, dtype=dtype, device=self.loss.device)
+            self.parts.sum_rows(lambda number, row: multiply(self.parts[number], theta, v, row), product)
 
     def initial(self, x: PETSc.Vec) -> None:
         """Write the initial parameters to x."""
@@ -241,75 +242,23 @@ class Objective:
         with x as array:
             array[:] = self.loss.initial()[begin:end].to(torch.float64).cpu().numpy()
 
-    def sum_parts(self, values: list[float]) -> float:
+    def sum_parts(self, values: Sequence[float]) -> float:
         """The sum of one number for each part over all ranks; also where a request to stop is noticed."""
-        stopped = self.stop is not None and self.stop.requested
-        if self.comm.size == 1:
-            if stopped:
-                raise Interrupted
-            return sum(values, 0.0)
-        if self.blocks:
-            counts = np.diff(self.tree.edges) + 1  # the last number of each rank is its request
-            gathered = np.empty(counts.sum())
-            self.comm.Allgatherv(np.array([*values, float(stopped)]), [gathered, counts])
-            ends = np.cumsum(counts) - 1
-            stopped = bool(gathered[ends].any())
-            total = sum(np.delete(gathered, ends).tolist(), 0.0)
-        else:
-            pair = np.array([sum(values, 0.0), float(stopped)])
-            self.comm.Allreduce(MPI.IN_PLACE, pair)
-            total, stopped = float(pair[0]), pair[1] > 0
-        if stopped:
-            raise Interrupted
-        return total
-
-    def reduce_parts(self, rows: Sequence[Tensor], g: PETSc.Vec, layout: ParameterLayout | None = None) -> None:
-        """Sum vectors (n,), one for each part of this rank, over all ranks into g, of any layout; in place."""
-        rows = [row.to(dtype=torch.float64, device="cpu") for row in rows]
-        self._reduce(self._nodes(rows), g, layout or self.layout, np.float64)
-
-    def sum_matrices(self, product: Callable[[int], NDArray[np.float64]], width: int) -> NDArray[np.float64]:
-        """Sum the matrices (n, width) that ``product`` gives for each part of this rank, over all ranks: its rows."""
-        first, nodes = self.tree.edges[self.comm.rank], self.tree.nodes[self.comm.rank]
-        sums = [self.tree.add(node, lambda i: product(i - first)) for node in nodes]
-        return self.layout.sum_nodes(sums, self.tree, np.float64, (width,))
-
-    def sum_everywhere(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Sum arrays (parts, ...), one for each part of this rank, over all ranks, on every rank. Collective."""
-        sums = [node for nodes in self.comm.allgather(self._nodes(list(rows))) for node in nodes]
-        return np.asarray(self.tree.total(sums))
-
-    def _nodes(self, rows: list[Any]) -> list[Any]:
-        """The sums over this rank's nodes of the tree of its parts' rows, which they are formed in."""
-        first = self.tree.edges[self.comm.rank]
-        return [self.tree.add(node, lambda i: rows[i - first]) for node in self.tree.nodes[self.comm.rank]]
-
-    def _reduce(self, sums: list[Tensor], g: PETSc.Vec, layout: ParameterLayout, dtype: Any) -> None:
-        """Write the sum over all ranks' nodes, of this type of numbers, to g."""
-        if not self.blocks:
-            layout.reduce(sums[0].cpu(), g)
-            return
-        with g as array:
-            array[:] = layout.sum_nodes([s.cpu().numpy() for s in sums], self.tree, dtype)
-
-    @property
-    def tree(self) -> Tree:
-        """Over the blocks, or over the ranks where these sum for themselves."""
-        return _tree(self.blocks or self.comm.size, self.comm.size)
+        return self.parts.sum(values, self.stop is not None and self.stop.due)
 
     def attach(self, tao: PETSc.TAO) -> None:
         """Give this objective to a TAO solver: value, gradient, Hessian products, and itself as context."""
+
+        def gradient(_: PETSc.TAO, x: PETSc.Vec, g: PETSc.Vec) -> None:
+            self.value_gradient(x, g)
+
         tao.setObjective(lambda _, x: self.value(x))
-        tao.setGradient(lambda _, x, g: self.gradient(x, g), None)
+        tao.setGradient(gradient, None)
         tao.setObjectiveGradient(lambda _, x, g: self.value_gradient(x, g), None)
         tao.setAppCtx(self)
-        hessian = self.hessian()
+        hessian = Hessian(self).matrix()
         tao.setHessian(lambda _, x, H, P: H.getPythonContext().move(x), hessian)
         hessian.destroy()  # TAO keeps it
-
-    def hessian(self) -> PETSc.Mat:
-        """A matrix that multiplies by the Hessian at the point of its context; the caller destroys it."""
-        return _Hessian(self).matrix()
 
     @property
     def size(self) -> int:
@@ -317,11 +266,8 @@ class Objective:
         return self.layout.size
 
 
-_tree = lru_cache(maxsize=16)(Tree)
-
-
-class _Hessian(Operator):
-    """Python context of the Hessian matrix at a point."""
+class Hessian(Operator):
+    """Python context of the Hessian matrix at a point, which :meth:`move` sets."""
 
     def __init__(self, objective: Objective) -> None:
         super().__init__(objective.layout)

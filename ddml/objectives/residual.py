@@ -61,23 +61,23 @@ class ResidualObjective(Objective):
         """
         self.check_squares()
         theta = self.parameters(x)
-        self.work.add(self.fraction * self.loss.charge(gradient=False), losses=1)
+        self.work.add(self.fraction * self.loss.charges.evaluation(gradient=False), losses=1)
         self._write(r, [self.part(i).residual(theta) for i in range(len(self.parts))])
 
     def jacobian_product(self, x: PETSc.Vec, direction: PETSc.Vec, product: PETSc.Vec) -> None:
         """Write J(x) v to ``product``."""
         theta = self.parameters(x).clone()
         v = self.parameters(direction)
-        self.work.add(self.fraction * self.loss.jacobian_charge(), products=1)
+        self.work.add(self.fraction * self.loss.charges.jacobian(), products=1)
         self._write(product, [self.part(i).jacobian_product(theta, v) for i in range(len(self.parts))])
 
     def jacobian_transpose_product(self, x: PETSc.Vec, weights: PETSc.Vec, product: PETSc.Vec) -> None:
         """Write J(x)^T w to ``product``."""
         theta = self.parameters(x)
-        self.work.add(self.fraction * self.loss.transpose_charge(), products=1)
+        self.work.add(self.fraction * self.loss.charges.transpose(), products=1)
         w = torch.from_numpy(np.array(weights.array_r)).to(device=self.loss.device, dtype=self.loss.dtype)
         edges = np.cumsum([0, *(self.part(i).residual_count() for i in range(len(self.parts)))])
-        self._sum_rows(
+        self.parts.sum_rows(
             lambda i, row: self.part(i).jacobian_transpose_product(theta, w[edges[i] : edges[i + 1]], row), product
         )
 
@@ -96,14 +96,14 @@ class ResidualObjective(Objective):
         theta = self.parameters(x).clone()
         columns = [self.parameters(d).clone() for d in directions]
         count = len(columns)
-        self.work.add(self.fraction * count * self.loss.jacobian_charge(), products=count)
-        self.work.add(self.fraction * self.loss.charge(gradient=False), losses=1)
+        self.work.add(self.fraction * count * self.loss.charges.jacobian(), products=count)
+        self.work.add(self.fraction * self.loss.charges.evaluation(gradient=False), losses=1)
         products = np.zeros((len(self.parts), count + 1, count + 1))
         for i in range(len(self.parts)):
             part = self.part(i)
             W = torch.stack([*(part.jacobian_product(theta, d) for d in columns), part.residual(theta)])
             products[i] = (W @ W.T).to(dtype=torch.float64, device="cpu").numpy()
-        return self.sum_everywhere(products)
+        return self.parts.sum_everywhere(products)
 
     @staticmethod
     def _write(vec: PETSc.Vec, pieces: list[Tensor]) -> None:

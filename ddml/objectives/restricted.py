@@ -52,16 +52,16 @@ class RestrictedObjective(Objective):
         self._known: tuple[int, NDArray[np.float64], float, NDArray[np.float64]] | None = None
         self._last: tuple[int, NDArray[np.float64], float] | None = None
 
-    def _made(self, loss: Loss, parts: Sequence[Loss] | None) -> Objective:
+    def _made(self, loss: Loss, blocks: int, parts: Sequence[Loss] | None) -> Objective:
         assert isinstance(loss, RestrictedLoss)
         kind = RestrictedResidualObjective if isinstance(self, ResidualObjective) else RestrictedObjective
-        made = kind(loss, self.layout, self.stop, self.blocks_of(loss, parts), parts)
+        made = kind(loss, self.layout, self.stop, blocks, parts)
         made._carried, made._whole_terms = self._carried, self._whole_terms
         return made
 
     def inherit(self, objective: Objective) -> None:
         """Take over what the whole network's objective has besides a loss. Collective on the group."""
-        self.fraction, self.metric = objective.fraction, objective.metric
+        self.fraction = objective.fraction
         self._carried = tuple(LinearTerm(self.layout.vector(), self.layout.vector()) for _ in objective.linear)
         self.linear = self._carried
 
@@ -69,7 +69,7 @@ class RestrictedObjective(Objective):
         """Restrict what the whole network's objective is now, and its loss's parts on this rank, from now on."""
         ranges, frozen = self.loss.ranges, self.loss.frozen
         self.loss, self.fraction = restricted_loss(objective.loss, ranges, frozen), objective.fraction
-        self.parts = [restricted_loss(part, ranges, frozen) for part in parts]
+        self.parts = self.parts.of(self.loss, [restricted_loss(part, ranges, frozen) for part in parts])
         self.version += 1
         self.release()
         self.lead()
@@ -145,7 +145,7 @@ class RestrictedObjective(Objective):
         for row, part in zip(rows, self._frozen(), strict=True):
             assert part.beside is not None
             row[:] = part.take(part.beside, ranges).cpu().numpy()
-        gradient = self.sum_everywhere(rows)
+        gradient = self.parts.sum_everywhere(rows)
         for slope in self._slopes():
             gradient += np.concatenate([slope[r] for r in ranges])
         return self._last[2], gradient
@@ -155,8 +155,8 @@ class RestrictedObjective(Objective):
         found = [term.dg for term in self._whole_terms]
         for term in self.linear[len(self._carried) :]:
             slope, inside = np.zeros(self.loss.loss.size), self.layout.gather(term.dg).numpy()
-            for parameter, r in zip(self.loss.parameters, self.loss.ranges, strict=True):
-                slope[r] = inside[parameter.range]
+            for place, r in zip(self.loss.places, self.loss.ranges, strict=True):
+                slope[r] = inside[place]
             found.append(slope)
         return found
 
@@ -181,11 +181,11 @@ def restricted(objective: Objective, decomposition: Decomposition) -> dict[int, 
     The caller destroys them. Collective on the decomposition's communicator.
     """
     kind = RestrictedResidualObjective if isinstance(objective, ResidualObjective) else RestrictedObjective
-    parts = objective.parts_for(decomposition.group)
+    parts = objective.parts.split_for(decomposition.group)
     found = {}
     for s in decomposition.mine:
         loss, own = restricted_parts(objective, decomposition, s, parts)
-        found[s] = kind(loss, decomposition.group_layout(loss, s), objective.stop, objective.blocks, own)
+        found[s] = kind(loss, decomposition.group_layout(s), objective.stop, objective.parts.blocks, own)
         found[s].inherit(objective)
     return found
 

@@ -20,7 +20,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(outputs, targets, reduction="none")
 
 
-class ClassificationLoss(ModuleLoss):
+class ClassificationLoss(ModuleLoss, kronecker.KroneckerLoss):
     """Mean cross entropy over samples.
 
     Parts and batches hold the numbers of their samples only; inputs are made of the stored values when a part is first
@@ -54,14 +54,14 @@ class ClassificationLoss(ModuleLoss):
         self._build(module, cross_entropy, samples, batch or suitable_batch(module, probe.inputs))
 
     def kronecker_layers(self) -> tuple[kronecker.Layer, ...]:
-        """See :meth:`ddml.losses.loss.Loss.kronecker_layers`."""
+        """See :meth:`.KroneckerLoss.kronecker_layers`."""
         known = kronecker.layers(self.module, self.parameters)
         everything = frozenset(range(len(self.parameters)))
         kronecker.check(self._at(self.initial(), everything), known, self.samples.part(0, 2).inputs)
         return known
 
     def kronecker_statistics(self, theta: Tensor, draws: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """See :meth:`ddml.losses.loss.Loss.kronecker_statistics`; labels are drawn from softmax(outputs)."""
+        """See :meth:`.KroneckerLoss.kronecker_statistics`; labels are drawn from softmax(outputs)."""
         known = kronecker.layers(self.module, self.parameters)
         module = self._at(theta.detach(), frozenset(range(len(self.parameters))))
         sums: list[tuple[Tensor, Tensor]] = []
@@ -77,12 +77,12 @@ class ClassificationLoss(ModuleLoss):
         return [(self.weight * A, self.weight * G) for A, G in sums]
 
     def kronecker_charge(self) -> float:
-        """See :meth:`ddml.losses.loss.Loss.kronecker_charge`: a gradient, and a a^T and gamma gamma^T of every row."""
+        """See :meth:`.KroneckerLoss.kronecker_charge`: a gradient, and a a^T and gamma gamma^T of every row."""
         numbers = forward_numbers(self.module, self.samples.part(0, 1).inputs)
         known = self.kronecker_layers()
         rows = [numbers.get(layer.name, (0, 0))[1] / layer.sizes[1] for layer in known]
         products = sum(r * sum(size**2 for size in layer.sizes) for r, layer in zip(rows, known, strict=True))
-        return 1.0 + products / self.operations
+        return 1.0 + products / self.charges.operations
 
 
 class TestSet:

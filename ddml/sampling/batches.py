@@ -37,7 +37,7 @@ class Batches:
     at random, so that at least the fraction ``batch_overlap`` is common to both. All is drawn for the whole set: the
     batches do not depend on the number of ranks.
 
-    With ``batch_growth`` above 1, where the objective's ``agreement`` is below 1/4 when a batch ends, a new epoch
+    With ``batch_growth`` above 1, where ``agreement`` is below 1/4 when a batch ends, a new epoch
     begins with batches that are larger by this factor: what the solver gained on its batch has not been there on the
     next one, so that batches of this size say too little. Once a batch holds all samples it stays (our choice; after
     Byrd, Chin, Nocedal, Wu 2012, whose test is of the gradients' variance).
@@ -64,8 +64,11 @@ class Batches:
     rows : ndarray of int64
         Numbers of the batch's samples in the whole set, in increasing order.
     shared : ndarray of int64
-        Those of them that the batch before had, too; none in the first batch. The objective's ``overlap`` has their
-        places in ``rows``.
+        Those of them that the batch before had, too; none in the first batch. The ``overlap`` of the objective's
+        :class:`ddml.objectives.objective.Replacement` has their places in ``rows``.
+    agreement : float
+        Which part of the decrease that the solver promised itself of its steps on a batch there was on the next one, as
+        it last said; NaN if it never did.
 
     Raises
     ------
@@ -81,6 +84,7 @@ class Batches:
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
         self.number = self.epoch = self.index = 0  # of this batch since the beginning, its epoch, and its place there
         self.rows = self.shared = self._fresh = np.empty(0, np.int64)
+        self.agreement = math.nan
         self._resize(settings.batch_size)
         self._draw()
 
@@ -96,7 +100,7 @@ class Batches:
         if self.per_epoch == 1:
             return
         self.number, self.index = self.number + 1, self.index + 1
-        grows = self.settings.batch_growth > 1 and self.objective.agreement < GROW_BELOW
+        grows = self.settings.batch_growth > 1 and self.agreement < GROW_BELOW
         if grows:
             self._resize(self.size * self.settings.batch_growth)
         if grows or self.index == self.per_epoch:
@@ -120,13 +124,17 @@ class Batches:
     def _take(self, rows: NDArray[np.int64], shared: NDArray[np.int64], fresh: NDArray[np.int64]) -> None:
         self.rows, self.shared, self._fresh = rows, shared, fresh
         loss = self.loss.sampled(torch.as_tensor(rows, device=self.loss.device))
-        self.objective.replace(loss, len(rows) / self.total, np.searchsorted(rows, shared))
+        self.objective.replace(loss, len(rows) / self.total, np.searchsorted(rows, shared), self.judge)
+
+    def judge(self, agreement: float) -> None:
+        """Take a solver's word for which part of the decrease promised on the batch before there is on this one."""
+        self.agreement = agreement
 
     def state(self) -> dict[str, Any]:
         """What :meth:`restore` needs."""
         return {
             "total": self.total, "number": self.number, "epoch": self.epoch, "index": self.index, "size": self.size,
-            "rows": self.rows, "shared": self.shared, "fresh": self._fresh, "agreement": self.objective.agreement,
+            "rows": self.rows, "shared": self.shared, "fresh": self._fresh, "agreement": self.agreement,
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -148,4 +156,4 @@ class Batches:
         self._resize(state["size"])
         self.number, self.epoch, self.index = state["number"], state["epoch"], state["index"]
         self._take(state["rows"], state["shared"], state["fresh"])
-        self.objective.agreement = state["agreement"]
+        self.agreement = state["agreement"]

@@ -98,7 +98,9 @@ def restricted(settings: Any) -> None:
                 part.freeze(theta)
             calls = [partial(part.value_gradient, part.initial(), new(part.size)) for part in parts]
             whole, *pieces = medians(settings.repeats, partial(loss.value_gradient, theta, g), *calls)
-            row = ", ".join(f"{t / whole:.2f} / {p.charge():.2f}" for t, p in zip(pieces, parts, strict=True))
+            row = ", ".join(
+                f"{t / whole:.2f} / {p.charges.evaluation():.2f}" for t, p in zip(pieces, parts, strict=True)
+            )
             print(f"- {problem} {width}x{depth} {kind}: {row}", flush=True)
 
 

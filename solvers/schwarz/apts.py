@@ -176,7 +176,7 @@ class APTSWeights(_APTS):
         settings = self.settings
         return ConfinedSchwarz(
             self.objective, self.subdomains, settings.local_steps, self.prefix, settings, self.norm_name,
-            settings.local_solver,
+            self.norm, settings.local_solver,
         )  # fmt: skip
 
     def _correction(self, x: PETSc.Vec, delta: float, s: PETSc.Vec) -> float:
@@ -225,7 +225,7 @@ class APTSData(_APTS):
         settings = self.settings
         return ConfinedSchwarz(
             self.objective, whole_copies(self.objective.loss, self.count()), settings.local_steps, self.prefix,
-            settings, self.norm_name, settings.local_solver, (settings.sample_overlap, settings.sample_seed),
+            settings, self.norm_name, self.norm, settings.local_solver, (settings.sample_overlap, settings.sample_seed),
         )  # fmt: skip
 
     def _correction(self, x: PETSc.Vec, delta: float, s: PETSc.Vec) -> float:

@@ -15,6 +15,7 @@ from ddml.objectives.objective import Objective
 from ddml.objectives.restricted import RestrictedObjective
 from ddml.options import preset
 from ddml.parallel import agreed
+from solvers.base import Solver
 from solvers.trust_region.trust_region import TrustRegion
 
 from .schwarz import Schwarz
@@ -36,8 +37,8 @@ class ConfinedSchwarz(Schwarz):
         See :class:`solvers.schwarz.schwarz.Schwarz`.
     prefix, settings
         Of the global method.
-    norm_name
-        Of the global method's norm.
+    norm_name, norm
+        The global method's norm; what of K-FAC's is measured serves the local ones.
     solver
         Name of the local solver.
     samples
@@ -61,10 +62,11 @@ class ConfinedSchwarz(Schwarz):
         prefix: str,
         settings: Any,
         norm_name: str,
+        norm: Norm,
         solver: str,
         samples: tuple[float, int] | None = None,
     ) -> None:
-        self.samples, self.budget, self.f, self.promise = samples, math.inf, 0.0, 0.0
+        self.samples, self.norm, self.budget, self.f, self.promise = samples, norm, math.inf, 0.0, 0.0
         self.decreases: dict[int, float] = {}
         self.slopes: dict[int, float] = {}
         own = {"model": settings.model, "norm": norm_name, "memory": settings.memory, "momentum": 0.0,
@@ -74,13 +76,14 @@ class ConfinedSchwarz(Schwarz):
             if getattr(settings, name) is not None:
                 own[name] = getattr(settings, name)
         with preset(**{f"{prefix}sub_{name}": value for name, value in own.items()} if solver == "tr" else {}):
-            super().__init__(objective, subdomains, True, f"{prefix}sub_", [steps] * len(subdomains), solver)
+            super().__init__(
+                objective, subdomains, True, f"{prefix}sub_", [steps] * len(subdomains), solver, whole=True
+            )
         self.norms: dict[int, Norm] = {}
         with self.building():
             with agreed(objective.comm):
                 for s, local_objective in self.restricted.items():
-                    local_objective.stop = None  # an iteration of the global method is finished before a run stops
-                    self.norms[s] = make_norm(local_objective, norm_name, settings, prefix)
+                    self.norms[s] = make_norm(local_objective, norm_name, settings, prefix, norm)
             self.steps = {s: self.own(local.x.duplicate()) for s, local in self.local.items()}
 
     def _restrict(self) -> dict[int, RestrictedObjective]:
@@ -89,6 +92,10 @@ class ConfinedSchwarz(Schwarz):
         overlap, seed = self.samples
         here = self.decomposition
         return {s: ConsistentObjective(self.objective, here, s, overlap, seed) for s in here.mine}
+
+    def _prepare(self, context: Solver) -> None:
+        if isinstance(context, TrustRegion):
+            context.inherit(self.norm)
 
     def confined(self, x: PETSc.Vec, f: float, g: PETSc.Vec, budget: float, correction: PETSc.Vec) -> float:
         """Write sum_s E_s (theta_s* - R_s x) to ``correction``; the decrease that it promises. Collective.

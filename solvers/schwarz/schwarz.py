@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,8 @@ class LocalSolver(Owner):
         Name, see :func:`solvers.configure`; ``-<prefix>tao_type`` wins.
     remembers
         See above.
+    prepare
+        What is done to a solver of ours between reading its options and setting it up.
 
     Raises
     ------
@@ -55,10 +58,16 @@ class LocalSolver(Owner):
     """
 
     def __init__(
-        self, objective: RestrictedObjective, prefix: str, steps: int, solver: str = "lbfgs", remembers: bool = False
+        self,
+        objective: RestrictedObjective,
+        prefix: str,
+        steps: int,
+        solver: str = "lbfgs",
+        remembers: bool = False,
+        prepare: Callable[[Solver], None] = lambda _: None,
     ) -> None:
         self.objective, self.prefix, self.given_steps = objective, prefix, steps
-        self.solver, self.remembers = solver, remembers
+        self.solver, self.remembers, self.prepare = solver, remembers, prepare
         self.layers: frozenset[int] = frozenset()
         with self.building():
             self.x = self.own(objective.layout.vector())
@@ -77,6 +86,8 @@ class LocalSolver(Owner):
         own = {prefix + name: value for name, value in stop.items()}
         with preset(**own, **ONE_BY_ONE):
             self.tao.setFromOptions()
+            if isinstance(self.context, Solver):
+                self.prepare(self.context)
             self.tao.setUp()
         self.steps = self.tao.getMaximumIterations()
         self.tao.setMonitor(self._before_last)
@@ -139,6 +150,8 @@ class Schwarz(Owner):
         Of each :class:`LocalSolver`; those that remember finish what they have begun when a run is to stop.
     beside
         Other corrections, whose local solvers keep their matrices at the same time.
+    whole
+        Whether a run does not stop within local solves; it never does within those of solvers that remember.
 
     Raises
     ------
@@ -161,8 +174,9 @@ class Schwarz(Owner):
         solver: str = "lbfgs",
         remembers: bool = False,
         beside: Sequence[Schwarz] = (),
+        whole: bool = False,
     ) -> None:
-        self.objective = objective
+        self.objective, self.whole = objective, whole or remembers
         self.version = objective.version
         self.layers = [objective.loss.layer_numbers(ranges) for ranges in subdomains.ranges]
         self._local_event = PETSc.Log.Event("ddml local")
@@ -174,19 +188,25 @@ class Schwarz(Owner):
                 for restricted_objective in self.restricted.values():
                     self.own(restricted_objective)
                 self.local = {
-                    s: self.own(LocalSolver(o, prefix, steps[s], solver, remembers)) for s, o in self.restricted.items()
+                    s: self.own(LocalSolver(o, prefix, steps[s], solver, remembers, self._prepare))
+                    for s, o in self.restricted.items()
                 }
             self.needed = sum(local.needed for local in self.local.values())
             everything = self.needed + sum(other.needed for other in beside)
             check_memory(objective.comm, everything, "what the local solvers keep in dense matrices", LOCAL_REMEDY)
             self.x = [self.own(self.decomposition.vector(s)) for s in range(len(subdomains))]
-        if remembers:
-            for restricted_objective in self.restricted.values():
-                restricted_objective.stop = None
 
     def _restrict(self) -> dict[int, RestrictedObjective]:
         """The objective of each subdomain that this rank works on."""
         return dict(restricted(self.objective, self.decomposition))
+
+    def _prepare(self, context: Solver) -> None:
+        """What is done to a local solver of ours before it is set up."""
+        return
+
+    def _stopping(self) -> AbstractContextManager[None]:
+        """A block of local solves."""
+        return self.objective.uninterrupted() if self.whole else nullcontext()
 
     def additive(self, x: PETSc.Vec, f: float, g: PETSc.Vec, correction: PETSc.Vec) -> None:
         """Write sum_s E_s (theta_s* - R_s x) to ``correction``; f, g are the loss and gradient at x. Collective."""
@@ -211,7 +231,11 @@ class Schwarz(Owner):
             for s in range(len(self.x)):
                 self._load(s, g, lambda local: local.g)
                 self._load(s, x, lambda local: local.x)
-        with self._local_event, agreed(self.objective.comm):  # on errors, and on a stop that one group has noticed
+        with (
+            self._local_event,
+            self._stopping(),
+            agreed(self.objective.comm),
+        ):  # on errors, and on a stop that one group has noticed
             for s, local in self.local.items():
                 self.restricted[s].freeze(theta, terms)
                 self.restricted[s].know(local.x, f, local.g)
@@ -246,7 +270,7 @@ class Schwarz(Owner):
             elif known is not None:
                 local.g.array[:] = known[1][self.decomposition.local_range(s)]
                 sub.know(local.x, known[0], local.g)
-            with self._local_event, agreed(self.objective.comm):
+            with self._local_event, self._stopping(), agreed(self.objective.comm):
                 local.solve(frozenset() if last else self.layers[s + 1])
             with self._exchange_event:
                 known = None if last else sub.also_gradient(local.x, self.decomposition.subdomains.ranges[s + 1])
@@ -266,7 +290,7 @@ class Schwarz(Owner):
             return
         self.version = self.objective.version
         with agreed(self.objective.comm):
-            parts = self.objective.parts_for(self.decomposition.group)
+            parts = self.objective.parts.split_for(self.decomposition.group)
             for restricted_objective in self.restricted.values():
                 restricted_objective.follow(self.objective, parts)
 

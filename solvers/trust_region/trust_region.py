@@ -12,6 +12,7 @@ from petsc4py import PETSc
 from ddml.errors import InputError
 from ddml.norms.build import make_norm
 from ddml.norms.modular import EXACT, TOLERANCE
+from ddml.norms.norm import Norm
 from ddml.norms.structure import CONVOLUTIONS
 from ddml.objectives.composed import sampled
 from ddml.options import WITH_SOLVER, Option
@@ -88,6 +89,10 @@ class TrustRegion(Solver):
     moves_within: ClassVar[bool] = False  # theta, in an iteration, before its last evaluation
     failure = PETSc.TAO.ConvergedReason.DIVERGED_TR_REDUCTION
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole_norm: Norm | None = None
+
     def setFromOptions(self, tao: PETSc.TAO) -> None:
         """Read the options. Collective.
 
@@ -128,7 +133,7 @@ class TrustRegion(Solver):
         """
         super().prepare(tao)
         settings, objective = self.settings, self.objective
-        self.norm = make_norm(objective, self.norm_name, settings, self.prefix)
+        self.norm = make_norm(objective, self.norm_name, settings, self.prefix, self.whole_norm)
         self.radius = TrustRadius(settings, self.norm_name, torch.finfo(objective.loss.dtype).eps)
         self.model = self.own(self._make_model())
         self.budget = math.inf  # how far a local solve may go from where it begins
@@ -149,6 +154,10 @@ class TrustRegion(Solver):
             return Secant(settings.model, settings.memory, objective.layout, self.norm)
         fraction = settings.curvature_fraction or 1.0
         return Products(objective, settings.model, fraction, self.prefix, self.norm)
+
+    def inherit(self, norm: Norm) -> None:
+        """Before :meth:`setUp`: that of the whole network, where the objective is on a subdomain."""
+        self.whole_norm = norm
 
     def confine(self, budget: float, first: float) -> None:
         """Keep the next solves within this distance of where they begin; their first radius."""
@@ -203,21 +212,22 @@ class TrustRegion(Solver):
         agreement = (1 + found / promised) / 2 if promised < 0 else math.nan
         if self.settings.overlap_pairs and self.model.learns and promised < 0:
             self._learn_on_overlap(x, S)
-        self.objective.agreement = agreement
+        if self.objective.replacement.report is not None:
+            self.objective.replacement.report(agreement)
         self.radius.renew(self.f, math.sqrt(0.5) if agreement < 0.25 else 1.0)
         self.norm.refresh(x)
         self._mark()
 
     def _learn_on_overlap(self, x: PETSc.Vec, S: PETSc.Vec) -> None:
         """Tell the model how the gradient of the samples that two batches share changed over the displacement S."""
-        rows = self.objective.overlap
+        rows = self.objective.replacement.overlap
         if rows is None or not len(rows):
             return
         common = sampled(self.objective, rows)
-        common.stop = None  # a batch begins as a whole
         y, before = self.vectors["y"], self.vectors["trial_g"]
-        common.value_gradient(self.vectors["batch_x"], before)
-        common.value_gradient(x, y)
+        with self.objective.uninterrupted():  # a batch begins as a whole
+            common.value_gradient(self.vectors["batch_x"], before)
+            common.value_gradient(x, y)
         y.axpy(-1.0, before)
         if math.isfinite(y.norm()):
             self.model.learn(S, y)

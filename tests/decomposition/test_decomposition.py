@@ -153,7 +153,7 @@ def test_random_tensors_depend_on_the_seed_only() -> None:
 
 def layer_cost(loss: PDELoss, a: int, b: int) -> float:
     """Of a gradient by layers a to b behind the kept prefix."""
-    return loss.charge(a if loss.keeps(a) else 0, frozenset(range(a, b)))
+    return loss.charges.evaluation(a if loss.keeps(a) else 0, frozenset(range(a, b)))
 
 
 @pytest.mark.parametrize("depth", [2, 5, 8])

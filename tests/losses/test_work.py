@@ -17,6 +17,7 @@ from ddml.layout import ParameterLayout
 from ddml.losses import work
 from ddml.losses.loss import Loss
 from ddml.networks.tanh import TanhNetwork
+from ddml.norms.build import modular_norm
 from ddml.norms.kronecker import BLOCKS, SOLVE, KroneckerNorm
 from ddml.norms.norm import DistributedModularNorm
 from ddml.objectives.objective import Objective
@@ -245,7 +246,7 @@ def test_the_modular_norm_is_charged_its_polar_factors(comm: MPI.Comm) -> None:
     loss, count = classifier(), counted_classifier()
     layout = ParameterLayout(loss.parameters, comm)
     objective = Objective(loss, layout)
-    norm = DistributedModularNorm(loss.modular_norm(), layout, objective)
+    norm = DistributedModularNorm(modular_norm(loss), layout, objective)
     x, y = layout.vector(), layout.vector()
     objective.initial(x)
     norm.steepest(x, y)

@@ -128,23 +128,25 @@ def test_passes_are_counted_operations(network: str, shape: tuple[int, ...], tol
     def close(call: Callable[[], object], units: float, slack: float = 0.03) -> bool:
         return counted(call) / whole == pytest.approx(units, rel=slack, abs=tolerance)
 
-    assert close(lambda: loss.value(theta), loss.charge(gradient=False))
+    assert close(lambda: loss.value(theta), loss.charges.evaluation(gradient=False))
     for first in range(len(loss.layers)):
         kept = loss.prefix(theta, first)
         assert (kept is None) == (not loss.keeps(first))
-        assert close(lambda first=first: loss.prefix(theta, first), loss.prefix_charge(first))
+        assert close(lambda first=first: loss.prefix(theta, first), loss.charges.prefix(first))
         for active in (frozenset([first]), frozenset(range(first, len(loss.layers)))):
             arguments = theta, gradient, kept, active
-            assert close(lambda arguments=arguments: loss.value_gradient(*arguments), loss.charge(first, active))
+            assert close(
+                lambda arguments=arguments: loss.value_gradient(*arguments), loss.charges.evaluation(first, active)
+            )
             direction = torch.zeros_like(theta)
             for k in (k for i in active for k in loss.layers[i]):
                 direction[loss.parameters[k].range] = 1.0
             product = theta, direction, gradient, kept, active
-            units = loss.gauss_newton_charge(first, active)
+            units = loss.charges.gauss_newton(first, active)
             if network == "mlp":  # torch's second derivatives of convolutions take up to half as much again
                 assert close(lambda product=product: loss.gauss_newton_product(*product), units)
     if network == "mlp":
-        assert close(lambda: loss.hessian_product(theta, theta, gradient), loss.hessian_charge())
+        assert close(lambda: loss.hessian_product(theta, theta, gradient), loss.charges.hessian())
 
 
 def test_stages_may_have_names() -> None:

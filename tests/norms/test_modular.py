@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ddml.errors import InputError
 from ddml.losses.module import ModuleLoss
 from ddml.losses.restricted import RestrictedLoss
+from ddml.norms.build import modular_norm
 from ddml.norms.modular import Block, ModularNorm
 from ddml.norms.structure import Atom, Composition, Concatenation, modular
 from ddml.parameters import parameter_table
@@ -209,9 +210,9 @@ def test_restricted_to_subdomains() -> None:
     loss = ModuleLoss(
         network, nn.CrossEntropyLoss(reduction="none"), vector(70).view(10, 7), torch.arange(10) % 3,
     )  # fmt: skip
-    whole, theta = loss.modular_norm(), vector(70)
+    whole, theta = modular_norm(loss), vector(70)
     for ranges in ([slice(0, 32)], [slice(0, 28), slice(52, 67)], [slice(28, 32)], [slice(7, 14)]):
-        part = RestrictedLoss(loss, ranges).modular_norm()
+        part = modular_norm(RestrictedLoss(loss, ranges))
         inside = torch.cat([theta[r] for r in ranges])
         extended = torch.zeros(70, dtype=torch.float64)
         for r in ranges:
@@ -220,13 +221,13 @@ def test_restricted_to_subdomains() -> None:
         g = inside.clone()
         assert float(g @ part.dualize(g)) == pytest.approx(whole.dual_norm(extended), rel=1e-12)
     with pytest.raises(InputError, match="cuts a tensor"):
-        RestrictedLoss(loss, [slice(3, 12)]).modular_norm()
+        modular_norm(RestrictedLoss(loss, [slice(3, 12)]))
 
 
 def test_a_loss_without_modules_says_so(sum_over_rows: Any) -> None:
     loss = sum_over_rows(lambda theta, rows: rows @ theta, torch.ones(3, 2), [2], torch.zeros(2))
     with pytest.raises(InputError, match="choose -norm 2 or infinity"):
-        loss.modular_norm()
+        modular_norm(loss)
 
 
 def test_where_any_matrix_is() -> None:
@@ -259,7 +260,7 @@ def test_where_any_matrix_is() -> None:
 def test_large_matrices_are_within_the_tolerance(dtype: torch.dtype) -> None:
     network = nn.Sequential(nn.Linear(60, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 4)).double()
     loss = ModuleLoss(network, lambda y, t: ((y - t) ** 2).sum(1), torch.zeros(2, 60).double(), torch.zeros(2, 4))
-    exact = loss.modular_norm()
+    exact = modular_norm(loss)
     near = ModularNorm(loss.size, exact.blocks, exact.eps, torch.empty(0, dtype=dtype), 0.05, 20)
     assert [near.large(block) for block in near.blocks] == [True, True, False]
     draw = torch.Generator().manual_seed(0)

@@ -10,6 +10,7 @@ from ddml.data.sample_sets import TensorSamples, spread_rows
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout
 from ddml.losses.work import DOUBLE, FRESH
+from ddml.norms.build import modular_norm
 from ddml.norms.kronecker import BLOCKS, KroneckerNorm
 from ddml.norms.norm import DistributedModularNorm, InfinityNorm, Norm, TwoNorm
 from ddml.objectives.objective import Objective
@@ -31,7 +32,7 @@ def make_loss() -> ClassificationLoss:
 def test_steepest_directions(kind: str, comm: MPI.Comm) -> None:
     loss = make_loss()
     layout = ParameterLayout(loss.parameters, comm)
-    modular = loss.modular_norm()
+    modular = modular_norm(loss)
     norm: Norm = {"2": TwoNorm(), "infinity": InfinityNorm()}.get(kind) or DistributedModularNorm(modular, layout)
     g, direction = layout.vector(), layout.vector()
     full = np.random.default_rng(0).standard_normal(loss.size)
@@ -62,7 +63,7 @@ def test_steepest_directions(kind: str, comm: MPI.Comm) -> None:
 def test_large_matrices_have_the_same_bits_on_any_number_of_ranks(comm: MPI.Comm) -> None:
     loss = make_loss()
     layout = ParameterLayout(loss.parameters, comm)
-    modular = loss.modular_norm(tolerance=0.1, exact=2)
+    modular = modular_norm(loss, tolerance=0.1, exact=2)
     assert sum(modular.large(block) for block in modular.blocks) == 3
     norm = DistributedModularNorm(modular, layout)
     g, direction = layout.vector(), layout.vector()
@@ -73,7 +74,7 @@ def test_large_matrices_have_the_same_bits_on_any_number_of_ranks(comm: MPI.Comm
     assert layout.gather(direction).numpy().tobytes() == expected.numpy().tobytes()
     assert dual == modular.dual_norm(torch.as_tensor(full))
     assert dual == pytest.approx(float(torch.as_tensor(full) @ expected), rel=1e-13)
-    assert 0.9 * loss.modular_norm().dual_norm(torch.as_tensor(full)) < dual
+    assert 0.9 * modular_norm(loss).dual_norm(torch.as_tensor(full)) < dual
     assert norm(g) == modular.norm(torch.as_tensor(full))
     assert layout.gather(g).numpy().tobytes() == full.tobytes()
     for vec in (g, direction):
@@ -84,7 +85,7 @@ def test_large_matrices_have_the_same_bits_on_any_number_of_ranks(comm: MPI.Comm
 def test_a_direction_may_take_the_place_of_the_gradient(kind: str, comm: MPI.Comm) -> None:
     loss = make_loss()
     layout = ParameterLayout(loss.parameters, comm)
-    modular = DistributedModularNorm(loss.modular_norm(), layout)
+    modular = DistributedModularNorm(modular_norm(loss), layout)
     norm: Norm = {"2": TwoNorm(), "infinity": InfinityNorm()}.get(kind) or modular
     g, direction = layout.vector(), layout.vector()
     g.setArray(np.random.default_rng(0).standard_normal(loss.size)[slice(*g.getOwnershipRange())])
@@ -99,7 +100,7 @@ def test_a_norm_of_some_parameters_only_is_refused(comm: MPI.Comm) -> None:
     loss = make_loss()
     with pytest.raises(InputError, match="of all"):
         DistributedModularNorm(
-            loss.modular_norm().restricted([loss.parameters[0].range]), ParameterLayout(loss.parameters, comm)
+            modular_norm(loss).restricted([loss.parameters[0].range]), ParameterLayout(loss.parameters, comm)
         )
 
 
@@ -142,10 +143,10 @@ def test_kronecker_norm(blocks: int, comm: MPI.Comm) -> None:
     assert norm.factors == pytest.approx(0.9 * expected[0] + 0.1 * expected[1], rel=1e-12, abs=1e-14)
     # a gradient and the products of rows with themselves on 8 samples of 12, and the sums over blocks, twice
     squares = [10**2 + 3**2, 49**2 + 9**2, 10**2 + 4**2]  # with 16 rows of patches for each sample in the first layer
-    products = 8 * (loss.operations + 16 * squares[0] + squares[1] + squares[2])
+    products = 8 * (loss.charges.operations + 16 * squares[0] + squares[1] + squares[2])
     factors = DOUBLE * sum(side**3 for side in (10, 3, 49, 9, 10, 4)) / 6
     refresh = products + factors + FRESH * (max(min(blocks, BLOCKS), 1) + 1) * sum(squares)
-    assert objective.work.total == pytest.approx(2 * refresh / (12 * loss.operations), rel=1e-13)
+    assert objective.work.total == pytest.approx(2 * refresh / (12 * loss.charges.operations), rel=1e-13)
     M, rng = dense(norm), np.random.default_rng(5)
     begin, end = x.getOwnershipRange()
     full_x, full_g = rng.standard_normal((2, loss.size))

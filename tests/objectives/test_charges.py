@@ -13,7 +13,7 @@ from ddml.objectives.composed import sampled, shifted
 from ddml.objectives.objective import Objective
 from ddml.objectives.residual import ResidualObjective
 from ddml.objectives.restricted import restricted
-from ddml.problems.pde.loss import AUTOGRAD
+from ddml.problems.pde.charges import AUTOGRAD
 
 
 @losses
@@ -23,9 +23,9 @@ def test_evaluations_of_the_whole_are_charged_as_documented(comm: MPI.Comm, name
     objective = Objective(loss, layout)
     x, y = put(layout, points(loss, 1)[0]), layout.vector()
     calls = [
-        (lambda: objective.value(x), loss.charge(gradient=False), "losses"),
+        (lambda: objective.value(x), loss.charges.evaluation(gradient=False), "losses"),
         (lambda: objective.value_gradient(x, y), 1.0, "gradients"),
-        (lambda: objective.hessian_product(x, x, y), loss.hessian_charge(), "products"),
+        (lambda: objective.hessian_product(x, x, y), loss.charges.hessian(), "products"),
     ]
     for call, units, kind in calls:
         before = objective.work.state()
@@ -55,7 +55,7 @@ def test_jacobian_products_are_charged_as_documented(comm: MPI.Comm) -> None:
     ):
         call()
         totals.append(objective.work.total)
-    forward, adjoint, weights, _ = loss.passes()
+    forward, adjoint, weights, _ = loss.charges.passes()
     whole, residual = forward + adjoint + weights, AUTOGRAD / len(loss.indices)
     # the kernels go forward once for the residual and again for its derivative; a tangent is as much as a point
     expected = [forward / whole, (4 * forward + residual) / whole, (whole + forward + residual) / whole]
@@ -75,16 +75,16 @@ def test_restricted_evaluations_are_charged_by_what_is_left(comm: MPI.Comm, name
         layers = sorted(loss.layer_numbers(part.loss.ranges))
         first = layers[0] if loss.keeps(layers[0]) else 0
         part.freeze(torch.tensor(theta))
-        assert part.work.total == pytest.approx(loss.prefix_charge(first), abs=1e-15)
+        assert part.work.total == pytest.approx(loss.charges.prefix(first), abs=1e-15)
         part.work.reset()
         x, g = part.layout.vector(), part.layout.vector()
         mine = np.concatenate([theta[r] for r in decomposition.subdomains.ranges[s]])
         x.setArray(mine[slice(*x.getOwnershipRange())])
         assert part.value(x) == pytest.approx(value, rel=1e-12)
-        assert part.work.total == pytest.approx(loss.charge(first, gradient=False), rel=1e-13)
+        assert part.work.total == pytest.approx(loss.charges.evaluation(first, gradient=False), rel=1e-13)
         part.work.reset()
         assert part.value_gradient(x, g) == pytest.approx(value, rel=1e-12)
-        assert part.work.total == pytest.approx(loss.charge(first, frozenset(layers)), rel=1e-13)
+        assert part.work.total == pytest.approx(loss.charges.evaluation(first, frozenset(layers)), rel=1e-13)
         chosen = np.concatenate([gradient[r] for r in decomposition.subdomains.ranges[s]])
         assert close(part.layout, g, chosen)
         part.work.reset()
@@ -94,7 +94,7 @@ def test_restricted_evaluations_are_charged_by_what_is_left(comm: MPI.Comm, name
         assert part.work.gradients == 0
         part.hessian_product(x, g, g.duplicate())
         behind = frozenset(range(first, len(loss.layers)))  # torch differentiates by all of them
-        assert part.work.total == pytest.approx(loss.hessian_charge(first, behind), rel=1e-13)
+        assert part.work.total == pytest.approx(loss.charges.hessian(first, behind), rel=1e-13)
     assert objective.work.total == 0
     decomposition.destroy()
 

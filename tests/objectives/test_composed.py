@@ -81,7 +81,7 @@ def test_a_shifted_objective_follows_its_objective(comm: MPI.Comm, name: str, le
     old = objective.loss
     objective.replace(old.sampled(rows), 0.5, np.arange(4))
     if letters == "RT":
-        parts = objective.split_over(top.decomposition.group)  # type: ignore[union-attr]
+        parts = objective.parts.split_over(top.decomposition.group)  # type: ignore[union-attr]
         for child in top.children:
             child.objective.follow(objective, parts)  # type: ignore[attr-defined]
     top.freeze(0)
@@ -96,7 +96,7 @@ def test_a_shifted_objective_follows_its_objective(comm: MPI.Comm, name: str, le
         assert part.fraction == pytest.approx(0.15, rel=1e-13)
         assert_is(part, moved.but(rows=rows[[0, 3, 5]]), 0)
         if letters != "RT":
-            assert np.array_equal(followed.overlap, np.arange(4))
+            assert np.array_equal(followed.replacement.overlap, np.arange(4))
     top.destroy()
 
 
@@ -111,7 +111,7 @@ def test_all_work_is_charged_to_one_counter(comm: MPI.Comm, letters: str) -> Non
     if letters.startswith("R"):
         decomposition = Decomposition(Subdomains.of_layers(loss, [[1]]), layout, parallel=True)
         made = list(restricted(objective, decomposition).values())
-        kept, gradient = loss.prefix_charge(1), loss.charge(1, frozenset({1}))
+        kept, gradient = loss.charges.prefix(1), loss.charges.evaluation(1, frozenset({1}))
     fraction = 7 / 13 if "S" in letters else 1.0
     for base in made:
         composed = base

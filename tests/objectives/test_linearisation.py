@@ -17,7 +17,7 @@ from ddml.networks.tanh import TanhNetwork
 from ddml.objectives.linearisation import Linearisation
 from ddml.objectives.residual import ResidualObjective
 from ddml.problems import Burgers, PDELoss
-from ddml.problems.pde.linearisation import AUTOGRAD
+from ddml.problems.pde.charges import AUTOGRAD
 
 ASSEMBLED = pytest.mark.parametrize("assembled", [True, False])
 
@@ -134,8 +134,8 @@ def test_work_is_charged(comm: MPI.Comm) -> None:
     """Stored rows by the numbers that are made and those that pass by, products without rows by passes."""
     case = Case(comm, 0)
     loss, total, m = case.loss, lambda: case.objective.work.total, 61
-    forward, adjoint, *_ = loss.passes()
-    unit = 61 * loss.operations
+    forward, adjoint, *_ = loss.charges.passes()
+    unit = 61 * loss.charges.operations
     residual, rows = 61 * 4 * forward, 61 * (4 * (2 * forward + adjoint) + AUTOGRAD) + FRESH * m * loss.size
     assert len(loss.indices) == 4
     assert total() == pytest.approx((residual + rows) / unit, rel=1e-13)
@@ -158,7 +158,7 @@ def test_work_is_charged(comm: MPI.Comm) -> None:
     free = Case(comm, 0, assembled=False)
     free.objective.work.reset()
     free.at.transpose_product(free.at.product(v), free.vec)
-    passes = loss.jacobian_charge() + loss.transpose_charge()
+    passes = loss.charges.jacobian() + loss.charges.transpose()
     assert free.objective.work.total == pytest.approx(passes, rel=1e-13)
     assert free.objective.work.products == 2
     free.objective.work.reset()

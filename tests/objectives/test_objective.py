@@ -14,7 +14,7 @@ from ddml.decomposition.subdomains import Subdomains
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout, owned
 from ddml.objectives.composed import sampled, shifted
-from ddml.objectives.objective import Objective
+from ddml.objectives.objective import Hessian, Objective
 from ddml.objectives.residual import ResidualObjective
 from ddml.objectives.restricted import restricted
 from ddml.parallel import Interrupted, StopRequest
@@ -35,11 +35,11 @@ def test_values_and_derivatives_are_those_of_the_serial_loss(comm: MPI.Comm, nam
         assert objective.value_gradient(x, g) == pytest.approx(value, rel=1e-12)
         assert close(layout, g, gradient)
         g.set(7.0)
-        objective.gradient(x, g)
+        objective.value_gradient(x, g)
         assert close(layout, g, gradient)
         objective.hessian_product(x, d, g)
         assert close(layout, g, product.numpy(), 1e-11)
-        mat = objective.hessian()
+        mat = Hessian(objective).matrix()
         mat.getPythonContext().point = x
         mat.mult(d, g)
         assert close(layout, g, product.numpy(), 1e-11)
@@ -122,7 +122,7 @@ def test_residuals_and_jacobian_products(comm: MPI.Comm, blocks: int) -> None:
     assert close(layout, back, J.T @ weights)
     assert Jd.dot(w) == pytest.approx(d.dot(back), rel=1e-11)
     objective.jacobian_transpose_product(x, r, back)
-    objective.gradient(x, g)
+    objective.value_gradient(x, g)
     g.axpy(-2.0, back)
     assert g.norm() <= 1e-11 * back.norm()
 
@@ -194,10 +194,10 @@ def test_a_shift_by_the_gap_makes_the_gradient_consistent(comm: MPI.Comm) -> Non
     part = sampled(whole, range(0, 37, 3))
     x = put(layout, points(loss, 1)[0])
     g, dg, h = layout.vector(), layout.vector(), layout.vector()
-    whole.gradient(x, g)
-    part.gradient(x, dg)
+    whole.value_gradient(x, g)
+    part.value_gradient(x, dg)
     dg.aypx(-1.0, g)
-    shifted(part, dg, x).gradient(x, h)
+    shifted(part, dg, x).value_gradient(x, h)
     h.axpy(-1.0, g)
     assert h.norm() <= 1e-14 * g.norm()
 

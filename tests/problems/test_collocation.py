@@ -16,8 +16,8 @@ from ddml.layout import ParameterLayout
 from ddml.networks.tanh import TanhNetwork
 from ddml.objectives.residual import ResidualObjective
 from ddml.problems import Burgers, Interior, PDELoss, Points, Term
+from ddml.problems.pde.charges import AUTOGRAD
 from ddml.problems.pde.collocation import OPTIONS, FreshLoss, MovingPoints, residual_size, sobol
-from ddml.problems.pde.linearisation import AUTOGRAD
 
 
 class BurgersWithData(Burgers):
@@ -131,9 +131,9 @@ def test_candidates_are_charged_as_losses(comm: MPI.Comm) -> None:
     moving = made(comm)
     loss, work = moving.loss, moving.objective.work
     moving.move(loss.initial())
-    expected = 5 * 120 * (4 * loss.passes().forward + 2 * AUTOGRAD)
+    expected = 5 * 120 * (4 * loss.charges.passes().forward + 2 * AUTOGRAD)
     assert len(loss.indices) == 4
-    assert work.total == pytest.approx(expected / (120 * loss.operations), rel=1e-13)
+    assert work.total == pytest.approx(expected / (120 * loss.charges.operations), rel=1e-13)
     blind = made(comm, "sobol")
     blind.move(loss.initial())
     assert blind.objective.work.total == 0

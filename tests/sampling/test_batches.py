@@ -95,11 +95,11 @@ def test_the_objective_is_the_mean_over_the_batch_and_its_work_a_fraction(comm: 
         assert objective.version == number + 1
         if number:
             before = objective.work.total
-            common = sampled(objective, objective.overlap)
+            common = sampled(objective, objective.replacement.overlap)
             there = whole.sampled(torch.as_tensor(batches.shared)).value(theta)
             assert common.value(x) == pytest.approx(there, rel=1e-12)
             assert objective.work.total - before == pytest.approx(
-                len(batches.shared) / 103 * whole.charge(gradient=False)
+                len(batches.shared) / 103 * whole.charges.evaluation(gradient=False)
             )
         batches.move(NONE)
     x.destroy()
@@ -118,7 +118,7 @@ def test_batches_grow_where_a_new_one_belies_the_old(comm: MPI.Comm) -> None:
     sizes, starts = [], []
     for agreement in (math.nan, 0.3, 0.2, 0.2, 0.9, -1.0, 0.9, 0.9, 0.1, 0.1, 0.1, 0.1):
         before, version = batches.rows, objective.version
-        objective.agreement = agreement
+        objective.replacement.report(agreement)
         batches.move(NONE)
         sizes.append(batches.per_epoch)
         starts.append(batches.index)
@@ -132,20 +132,20 @@ def test_batches_grow_where_a_new_one_belies_the_old(comm: MPI.Comm) -> None:
     assert starts == [1, 2, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0]
     assert np.array_equal(batches.rows, np.arange(6000))
     fixed = made(comm, count=6000, batch_size=1000)
-    fixed.objective.agreement = -1.0
+    fixed.judge(-1.0)
     fixed.move(NONE)
     assert fixed.per_epoch == 6
     for number in (2, 5):  # a state goes on as the batches it is of
         first = made(comm, count=600, batch_size=100, batch_growth=1.5)
         for _ in range(number):
-            first.objective.agreement = 0.1
+            first.judge(0.1)
             first.move(NONE)
         second = made(comm, count=600, batch_size=100, batch_growth=1.5)
         second.restore(first.state())
         assert (second.per_epoch, second.interval) == (first.per_epoch, first.interval)
         for agreement in (0.9, 0.1, 0.9):
             for batches in (first, second):
-                batches.objective.agreement = agreement
+                batches.judge(agreement)
                 batches.move(NONE)
             assert np.array_equal(first.rows, second.rows) and np.array_equal(first.shared, second.shared)
 

@@ -263,7 +263,7 @@ def test_the_linear_model_is_the_dense_one(comm: MPI.Comm, blocks: int) -> None:
     products = objective.linear_model(x, vectors)
     assert products == pytest.approx(W.T @ W, rel=1e-11)
     assert (objective.work.products, objective.work.losses) == (4, 1)
-    assert objective.work.total == pytest.approx(4 * loss.jacobian_charge() + loss.charge(gradient=False))
+    assert objective.work.total == pytest.approx(4 * loss.charges.jacobian() + loss.charges.evaluation(gradient=False))
     expected = np.linalg.lstsq(W[:, :-1], -W[:, -1], rcond=None)[0]
     assert best_lengths(products) == pytest.approx(expected, rel=1e-7)
 

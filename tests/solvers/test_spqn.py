@@ -188,7 +188,7 @@ class Bookkeeper:
 def documented_units(loss: Loss, active: frozenset[int]) -> tuple[float, float]:
     """A gradient by the active layers behind the kept prefix, and that prefix, as charged alone."""
     first = min(active) if loss.keeps(min(active)) else 0
-    return loss.charge(first, active), loss.prefix_charge(min(active))
+    return loss.charges.evaluation(first, active), loss.charges.prefix(min(active))
 
 
 LOSSES = {"burgers": burgers, "least squares": None}
@@ -229,7 +229,7 @@ def test_an_iteration_takes_the_documented_number_of_evaluations(
             units[s] = prefix + local[s] * plain
             for (where, wanted), times in extended.items():
                 if where == s:  # the last local iteration computes the gradient of the next subdomain, too
-                    units[s] += times * sum(loss.costs[i] for i in wanted - s) / loss.passes().gradient
+                    units[s] += times * sum(loss.costs[i] for i in wanted - s) / loss.charges.passes().gradient
         total, critical = (np.diff(column)[iteration - 1] for column in (run.total, run.critical))
         longest = max(units.values()) if solver == "aspqn" else sum(units.values())
         assert total == pytest.approx(evaluations["whole"] + sum(units.values()), rel=1e-12)

@@ -53,7 +53,7 @@ class MovingPoints:
     ``residual`` is the residual-based adaptive distribution: from scrambled Sobol candidates, points
     are drawn without replacement with probabilities proportional to |r|^k / mean |r|^k + c, k = c = 1
     by default (Wu, Zhu, Tan, Kartha, Lu 2023). The candidates, five a point by default, are our choice.
-    Residuals of candidates are charged as losses (:meth:`ddml.problems.PDELoss.candidates_charge`).
+    Residuals of candidates are charged as losses (:meth:`ddml.problems.pde.charges.PDECharges.candidates`).
     All is drawn for the whole problem from the seed and the number of the draw: the points do not
     depend on the number of ranks.
 
@@ -92,7 +92,7 @@ class MovingPoints:
         comm = self.objective.comm
         edges = split(len(candidates), comm.size)
         mine = candidates[edges[comm.rank] : edges[comm.rank + 1]]
-        self.objective.work.add(self.objective.fraction * self.loss.candidates_charge(len(candidates)))
+        self.objective.work.add(self.objective.fraction * self.loss.charges.candidates(len(candidates)))
         size = np.concatenate(comm.allgather(residual_size(self.loss, term, mine, theta)))
         size **= self.settings.resample_power
         density = size / max(size.mean(), np.finfo(float).tiny) + self.settings.resample_constant

@@ -8,16 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddml.jets.compiled import CompiledJets
 from ddml.jets.evaluator import Evaluator, Index
 from ddml.losses.residual import ResidualLoss
 
 from .points import TermPoints
 from .statement import Statement
-
-# multiply-adds of torch's derivative of a residual at a point, and how many times longer torch takes for second
-# derivatives by theta than the kernels for as many passes (measured, our choice)
-AUTOGRAD, DOUBLE_BACKWARD = 12_000.0, 15.0
 
 
 class ResidualGraph:
@@ -90,7 +85,7 @@ class ResidualGraph:
 
 
 class LinearisedResiduals(ResidualLoss):
-    """Products with the Jacobian of residuals of jets, chunk by chunk of points, and the charges for them.
+    """Products with the Jacobian of residuals of jets, chunk by chunk of points.
 
     Attributes
     ----------
@@ -170,29 +165,3 @@ class LinearisedResiduals(ResidualLoss):
         if not pieces:
             return super().jacobian(theta)
         return (torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]).T
-
-    def hessian_charge(self, first: int = 0, active: frozenset[int] | None = None) -> float:
-        """See :meth:`ddml.losses.loss.Loss.hessian_charge`: torch does it."""
-        slower = DOUBLE_BACKWARD if isinstance(self.evaluator, CompiledJets) else 1.0
-        return slower * super().hessian_charge(first, active)
-
-    def jacobian_charge(self) -> float:
-        """See :meth:`ddml.losses.residual.ResidualLoss.jacobian_charge`: forward, again, and with its tangent."""
-        return self._linearised_charge(4, 0)
-
-    def transpose_charge(self) -> float:
-        """See :meth:`ddml.losses.residual.ResidualLoss.transpose_charge`: forward, again, and backward."""
-        return self._linearised_charge(2, 1) + self.passes().weights / self.passes().gradient
-
-    def rows_charge(self, count: int) -> float:
-        """See :meth:`ddml.losses.residual.ResidualLoss.rows_charge`: all rows in one backward pass."""
-        return self._linearised_charge(2, 1) + self.stored(count)
-
-    def candidates_charge(self, count: int) -> float:
-        """Work units of residuals at so many other points: as a loss, and what torch makes the points of."""
-        return count / self.count * (self.charge(gradient=False) + 2 * AUTOGRAD / self.operations)
-
-    def _linearised_charge(self, forward: int, adjoint: int) -> float:
-        whole = self.passes()
-        spent = forward * whole.forward + adjoint * whole.adjoint
-        return (spent + AUTOGRAD / self.besides.repeats) / whole.gradient

@@ -11,6 +11,7 @@ from ddml.jets.compiled import CompiledJets
 from ddml.jets.fused import ORDER
 from ddml.jets.taylor import TaylorJets
 
+from .charges import PDECharges
 from .pde import PDE
 from .points import TermPoints
 from .program import NotElementwise, Prepared, Program
@@ -178,3 +179,8 @@ class PDELoss(PDEResiduals):
             self.evaluator.backward(graph.adjoint(gradients))
         self.evaluator.finish()
         return total
+
+    @property
+    def charges(self) -> PDECharges:
+        """See :attr:`ddml.losses.loss.Loss.charges`."""
+        return PDECharges(self, self.evaluator)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
@@ -146,7 +147,8 @@ class Solver(Owner, ABC):
                 self.renew(x)
                 self._version = self.objective.version
                 self.objective.work.settle()  # a state from here on does not renew again
-            result = self._iterate(x)
+            with self.objective.uninterrupted() if self.whole_iterations else nullcontext():
+                result = self.iterate(x)
             if not result.success:
                 tao.setConvergedReason(self.failure)
                 return
@@ -156,12 +158,6 @@ class Solver(Owner, ABC):
             going = self.report(tao, self.iteration, self.f, self.g.norm(), result.step)
         if tao.getConvergedReason() == PETSc.TAO.ConvergedReason.CONTINUE_ITERATING:
             tao.setConvergedReason(PETSc.TAO.ConvergedReason.DIVERGED_MAXITS)
-
-    def _iterate(self, x: PETSc.Vec) -> SearchResult:
-        if not self.whole_iterations:
-            return self.iterate(x)
-        with self.objective.uninterrupted():
-            return self.iterate(x)
 
     @property
     def outdated(self) -> bool:

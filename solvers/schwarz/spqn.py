@@ -294,8 +294,9 @@ class MSPQN(_SPQN):
 class DenseMSPQN(MSPQN):
     """:class:`MSPQN` with other defaults: overlapping windows of two layers, whose dense self-scaled matrices are kept.
 
-    The matrices of L layers of n / L parameters take about 4 / L of the memory of :class:`solvers.quasi_newton.self_scaled.SSBroyden`'s. Windows, kept
-    matrices and the numbers of local steps are our choices. As an iteration takes many evaluations, points move often.
+    The matrices of L layers of n / L parameters take about 4 / L of the memory of that of
+    :class:`solvers.quasi_newton.self_scaled.SSBroyden`. Windows, kept matrices and the numbers of local steps are our
+    choices. As an iteration takes many evaluations, points move often.
     """
 
     options: ClassVar[Sequence[Option]] = with_defaults(

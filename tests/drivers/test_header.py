@@ -21,8 +21,7 @@ PROBLEMS = Path(__file__).with_name("mixed_problems.py")
         ),
         (
             f"{PROBLEMS}:Dispersion",
-            "derivatives u.xxx are not in the kernels, which go to order 2: torch evaluates all, "
-            "about 20 times slower\n"
+            "derivatives u.xxx beyond the kernels' order 2: all in torch, about 20 times slower\n"
             "residuals in torch (derivatives beyond order 2)\n",
         ),
         (f"{PROBLEMS.with_name('faulty_problems.py')}:BecomesNotANumber", "residuals in torch (compiled = False)\n"),

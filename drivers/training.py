@@ -24,6 +24,7 @@ from ddml.options import Option
 from ddml.parallel import StopRequest
 from ddml.summation import efficiency, fixes_order, leaves
 from solvers import PETSC_TYPES, SOLVERS, TO_ROUNDING, configure, solver_class
+from solvers.base import Solver
 from solvers.spqn import subdomains
 
 __all__ = ["HELP", "OPTIONS", "Training", "check_device", "decompose", "help_text", "read_options"]
@@ -180,8 +181,17 @@ class Training:
             names = ", ".join("-" + key for key in left)
             raise InputError(f"unknown option{'s' * (len(left) > 1)} {names}; -help lists them")
 
+    def _to_rounding(self) -> str:
+        """What sums by ranks in spite of fixed orders, in words; nothing if nothing does. Collective."""
+        if self.tao.getType() in TO_ROUNDING:
+            return ", in PETSc's secant matrices by ranks"
+        context = self.tao.getPythonContext() if self.tao.getType() == "python" else None
+        mine = context.inner_types if isinstance(context, Solver) else frozenset()
+        inside = sorted(frozenset(TO_ROUNDING) & frozenset().union(*self.comm.allgather(mine)))
+        return f", in PETSc's secant matrices of local solvers ({', '.join(inside)}) by ranks" if inside else ""
+
     def summation(self) -> str:
-        """How samples are summed, in words."""
+        """How samples are summed, in words. Collective."""
         ranks = self.comm.size
         words = f"on {ranks} rank{'s' * (ranks > 1)}, "
         if not self.blocks:
@@ -191,8 +201,8 @@ class Training:
         words += f"sums in fixed order over {self.blocks} blocks of samples"
         if not fixes_order():
             words += ", dot products by ranks (kernels/sums.c was not built)"
-        elif self.settings.solver in TO_ROUNDING:
-            words += ", in PETSc's secant matrices by ranks"
+        else:
+            words += self._to_rounding()
         busy = efficiency(self.blocks, ranks)
         return words + (f"; they keep {busy:.0%} of the ranks busy" if busy < 0.9 else "")
 

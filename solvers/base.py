@@ -97,6 +97,11 @@ class Solver(ABC):
         return 0
 
     @property
+    def inner_types(self) -> frozenset[str]:
+        """TAO types of the solvers inside this one, and of those inside them, that work on this rank."""
+        return frozenset()
+
+    @property
     def g(self) -> PETSc.Vec:
         """The gradient at the current point."""
         return self.vectors["g"]

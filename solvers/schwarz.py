@@ -76,6 +76,12 @@ class LocalSolver:
         own = {prefix + name: value for name, value in stop.items()}
         with preset(**own, **ONE_BY_ONE):
             self.tao.setFromOptions()
+            kind = self.tao.getType()
+            if kind not in (*PETSC_TYPES, "python"):
+                raise InputError(
+                    f"option -{prefix}tao_type must be one of {', '.join(PETSC_TYPES)}, or python with "
+                    f"-{prefix}tao_python_type; got '{kind}'"
+                )
             self.tao.setUp()
         self.steps = self.tao.getMaximumIterations()
         self.tao.setMonitor(self._before_last)
@@ -91,6 +97,12 @@ class LocalSolver:
     def context(self) -> Solver | None:
         """The solver itself, if it is one of ours."""
         return self.tao.getPythonContext() if self.tao.getType() == "python" else None
+
+    @property
+    def types(self) -> frozenset[str]:
+        """TAO type of this solver, and those of the solvers inside it."""
+        inside = self.context.inner_types if isinstance(self.context, Solver) else frozenset()
+        return frozenset((self.tao.getType(),)) | inside
 
     def _before_last(self, tao: PETSc.TAO) -> None:
         if tao.getIterationNumber() == self.steps - 1:
@@ -287,6 +299,11 @@ class Schwarz:
         self.objective.work.add_parallel([work for works in gathered for work in works.values()])
         for s in subdomains:
             self.restricted[s].work.reset()  # objectives that were made of it charge the same counter
+
+    @property
+    def types(self) -> frozenset[str]:
+        """TAO types of the local solvers on this rank, and of the solvers inside them."""
+        return frozenset().union(*(local.types for local in self.local.values()))
 
     def kinds(self) -> list[tuple[str, int]]:
         """Class of the local solver, and size, of each subdomain. Collective."""

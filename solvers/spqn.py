@@ -128,6 +128,12 @@ class _SPQN(LBFGS):
         if hasattr(self, "_half"):
             self._half.destroy()
 
+    @property
+    def inner_types(self) -> frozenset[str]:
+        """See :attr:`solvers.base.Solver.inner_types`: local and coarse solvers."""
+        inside = [*self.local, *([self.coarse] if self.coarse is not None else [])]
+        return frozenset().union(*(schwarz.types for schwarz in inside))
+
     def _forget_written(self) -> None:
         for vec in getattr(self, "_written", ()):
             vec.destroy()

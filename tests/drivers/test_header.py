@@ -1,9 +1,12 @@
 """What a driver says it is about to run."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from launch import SMALL, launch
+from mpi4py import MPI
+from test_all_solvers import drive  # noqa: F401
 
 PROBLEMS = Path(__file__).with_name("mixed_problems.py")
 
@@ -24,3 +27,48 @@ def test_the_header_says_which_residuals_are_compiled(problem: str, expected: st
     done = launch(1, "-problem", problem, *SMALL, "-max_it", 1)
     assert done.rc == 0, done.err
     assert expected in done.out
+
+
+LOCAL = "in PETSc's secant matrices of local solvers ({}) by ranks"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("digits", "-solver lmvm", "in PETSc's secant matrices by ranks"),
+        ("digits", "-solver cg", None),
+        ("digits", "-solver aspqn", None),
+        ("digits", "-solver aspqn -local_solver cg", None),
+        ("digits", "-solver aspqn -local_solver lmvm", LOCAL.format("lmvm")),
+        ("klein_gordon", "-solver mspqn -sub_tao_type bntr", LOCAL.format("bntr")),
+        ("klein_gordon", "-solver mspqn -side_by_side 0 -local_solver lmvm", LOCAL.format("lmvm")),
+        ("digits", "-solver mspqn -coarse_step true -coarse_tao_type bqnls", LOCAL.format("bqnls")),
+        (
+            "digits",
+            "-solver aspqn -local_solver blmvm -coarse_step true -coarse_tao_type bqnls",
+            LOCAL.format("blmvm, bqnls"),
+        ),
+        ("digits", "-solver apts_weights -local_solver blmvm", LOCAL.format("blmvm")),
+        ("digits", "-solver apts_data -sub_tao_type bncg", LOCAL.format("bncg")),
+        ("digits", "-solver napts -local_solver bqnktr", LOCAL.format("bqnktr")),
+        ("digits", "-solver napts", None),
+        ("digits", "-solver aspqn -decomposition windows -local_solver mspqn -sub_sub_tao_type lmvm",
+         LOCAL.format("lmvm")),
+        ("digits", "-solver aspqn -local_solver lmvm -local_steps 0", None),
+        ("digits", "-solver lmvm -summation_blocks 0", None),
+    ],
+)  # fmt: skip
+def test_the_header_says_which_solvers_sum_by_ranks(
+    drive: Callable[[str, str], int],  # noqa: F811
+    capfd: pytest.CaptureFixture[str],
+    comm: MPI.Comm,
+    name: str,
+    options: str,
+    expected: str | None,
+) -> None:
+    """Also those inside others."""
+    assert drive(name, f"{options} -max_it 1") == 0
+    if comm.rank == 0:
+        line = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("solver "))
+        assert line.count("secant matrices") == (expected is not None)
+        assert expected is None or line.partition(", in")[1:] == (", in", expected.removeprefix("in"))

@@ -22,6 +22,7 @@ from ddml.restricted import RestrictedObjective, restricted
 from ddml.state import narrowed, widened
 
 from .base import Solver
+from .line_search import at_rounding
 
 LOCAL_REMEDY = "use more nodes, smaller subdomains, -sub_matrix_dtype float32, or another -local_solver"
 
@@ -118,6 +119,9 @@ class LocalSolver:
         try:
             with preset(**ONE_BY_ONE):
                 self.tao.solve()
+        except PETSc.Error as error:  # a search of PETSc's own minimisers, which leaves x at the last iterate
+            if self.context is not None or not at_rounding(error):
+                raise
         finally:
             self.objective.also(frozenset())
         reached = float(self.tao.getSolutionStatus()[1])

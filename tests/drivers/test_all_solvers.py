@@ -79,6 +79,8 @@ def test_it_runs(
     [
         ("-solver bqnkls", "'bqnkls'"),
         ("-tao_type bqnkls", "-tao_type must be one of"),
+        ("-solver ntl", "'ntl'"),
+        ("-solver mspqn -sub_tao_type ntl", "-sub_tao_type must be one of .* got 'ntl'"),
         ("-tao_type python", "by -solver"),
         ("-solver lmvm -tao_type cg", "ask for two solvers"),
         ("-tao_max_it 7 -max_it 40", "-tao_max_it is -max_it"),

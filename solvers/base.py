@@ -128,6 +128,11 @@ class Solver(Owner, ABC):
         return 0
 
     @property
+    def inner_types(self) -> frozenset[str]:
+        """TAO types of the solvers inside this one, and of those inside them, that work on this rank."""
+        return frozenset()
+
+    @property
     def g(self) -> PETSc.Vec:
         """The gradient at the current point."""
         return self.vectors["g"]
@@ -155,7 +160,7 @@ class Solver(Owner, ABC):
             self.f = result.value
             self.g.copy(self.vectors["accepted_g"])
             self.iteration += 1
-            going = self.report(tao, self.iteration, self.f, self.g.norm(), result.step)
+            going = _report(tao, self.iteration, self.f, self.g.norm(), result.step)
         if tao.getConvergedReason() == PETSc.TAO.ConvergedReason.CONTINUE_ITERATING:
             tao.setConvergedReason(PETSc.TAO.ConvergedReason.DIVERGED_MAXITS)
 
@@ -180,7 +185,7 @@ class Solver(Owner, ABC):
             self.f = self.objective.value_gradient(x, self.g)
             self.g.copy(accepted)
             self.begin()
-        return self.report(tao, 0, self.f, self.g.norm(), 0.0)
+        return _report(tao, 0, self.f, self.g.norm(), 0.0)
 
     def renew(self, x: PETSc.Vec) -> None:
         """Evaluate the objective, which has changed, at the current point. Collective."""
@@ -249,10 +254,11 @@ class Solver(Owner, ABC):
             vec.destroy()
         self.take_state(state)
 
-    def report(self, tao: PETSc.TAO, iteration: int, f: float, residual: float, step: float) -> bool:
-        """Set the iteration number, call the monitors, test convergence; True to go on. Collective."""
-        tao.setIterationNumber(iteration)
-        tao.monitor(its=iteration, f=f, res=residual, cnorm=0.0, step=step)
-        if tao.getConvergedReason() == PETSc.TAO.ConvergedReason.CONTINUE_ITERATING:
-            tao.checkConverged()
-        return bool(tao.getConvergedReason() == PETSc.TAO.ConvergedReason.CONTINUE_ITERATING)
+
+def _report(tao: PETSc.TAO, iteration: int, f: float, residual: float, step: float) -> bool:
+    """Set the iteration number, call the monitors, test convergence; True to go on. Collective."""
+    tao.setIterationNumber(iteration)
+    tao.monitor(its=iteration, f=f, res=residual, cnorm=0.0, step=step)
+    if tao.getConvergedReason() == PETSc.TAO.ConvergedReason.CONTINUE_ITERATING:
+        tao.checkConverged()
+    return bool(tao.getConvergedReason() == PETSc.TAO.ConvergedReason.CONTINUE_ITERATING)

@@ -82,6 +82,12 @@ class _SPQN(LBFGS):
             self.local,
         )  # fmt: skip
 
+    @property
+    def inner_types(self) -> frozenset[str]:
+        """See :attr:`solvers.base.Solver.inner_types`: local and coarse solvers."""
+        inside = [*self.local, *([self.coarse] if self.coarse is not None else [])]
+        return frozenset().union(*(schwarz.types for schwarz in inside))
+
     def view(self, tao: PETSc.TAO, viewer: PETSc.Viewer) -> None:
         """See :meth:`solvers.base.Solver.view`."""
         super().view(tao, viewer)

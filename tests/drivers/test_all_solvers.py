@@ -55,9 +55,16 @@ def test_it_runs(
     [
         ("-solver bqnkls", "'bqnkls'"),
         ("-tao_type bqnkls", "-tao_type must be one of"),
+        ("-solver ntl", "'ntl'"),
+        ("-solver mspqn -sub_tao_type ntl", "-sub_tao_type must be one of .* got 'ntl'"),
         ("-tao_type python", "by -solver"),
         ("-solver lmvm -tao_type cg", "ask for two solvers"),
         ("-tao_max_it 7 -max_it 40", "-tao_max_it is -max_it"),
+        ("-solver mspqn -sub_tao_type bqnkls", "-sub_tao_type must be one of .* got 'bqnkls'"),
+        ("-solver aspqn -sub_tao_type tron", "-sub_tao_type must be one of .* got 'tron'"),
+        ("-solver aspqn -coarse_step true -coarse_tao_type bqnkls", "-coarse_tao_type must be one of"),
+        ("-solver apts_data -norm 2 -sub_tao_type bqnkls", "-sub_tao_type must be one of"),
+        ("-solver aspqn -local_solver mspqn -sub_sub_tao_type bqnkls", "-sub_sub_tao_type must be one of"),
     ],
 )
 @pytest.mark.parametrize("name", DRIVERS)

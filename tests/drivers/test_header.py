@@ -1,6 +1,5 @@
 """What a driver says it is about to run."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,9 +28,11 @@ PROBLEMS = Path(__file__).with_name("mixed_problems.py")
         (f"{PROBLEMS.with_name('faulty_problems.py')}:BecomesNotANumber", "residuals in torch (compiled = False)\n"),
     ],
 )
-from launch import SMALL, launch
-from mpi4py import MPI
-from test_all_solvers import drive  # noqa: F401
+def test_the_header_says_which_residuals_are_compiled(
+    problem: str, expected: str, comm: MPI.Comm, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert call("pinn", "-problem", problem, *SMALL, "-max_it", 1) == 0
+    assert comm.rank > 0 or expected in capfd.readouterr().out
 
 
 LOCAL = "in PETSc's secant matrices of local solvers ({}) by ranks"

@@ -212,12 +212,12 @@ class Solver(Owner, ABC):
     def take_state(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`inner_state` gave; the vectors :attr:`saved` have been. Collective.
 
-        The vectors in it are to be kept or destroyed.
+        The vectors that it gave are to be kept or destroyed.
 
         Raises
         ------
         InputError
-            If it is that of other options.
+            If it is that of other options; nothing has been taken then.
         """
         return
 
@@ -242,19 +242,21 @@ class Solver(Owner, ABC):
         Raises
         ------
         InputError
-            If the state is not one of this version of ddml, or of other options.
+            If the state is not one of this version of ddml, or of other options; its vectors are the caller's then.
         """
-        self.remembers = "iteration" not in state
-        if not self.remembers:
-            if "outdated" not in state:
-                raise InputError(
-                    "the solver's state in the run file is of an older ddml: another -solver begins afresh there"
-                )
-            self.iteration, self.f, self._restored = state["iteration"], state["f"], state["outdated"]
+        complete = "iteration" in state
+        if complete and "outdated" not in state:
+            raise InputError(
+                "the solver's state in the run file is of an older ddml: another -solver begins afresh there"
+            )
         for name, vec in state["vectors"].items():
             vec.copy(self.vectors[name])
-            vec.destroy()
         self.take_state(state)
+        for vec in state["vectors"].values():
+            vec.destroy()
+        self.remembers = not complete
+        if complete:
+            self.iteration, self.f, self._restored = state["iteration"], state["f"], state["outdated"]
 
     def report(self, tao: PETSc.TAO, iteration: int, f: float, residual: float, step: float) -> bool:
         """Set the iteration number, call the monitors, test convergence; True to go on. Collective."""

@@ -56,6 +56,8 @@ class Solver(Owner, ABC):
     whole_iterations : bool
         Whether a request to stop waits for the end of an iteration, which changes what :meth:`inner_state` gives
         meanwhile.
+    needed : int
+        Bytes of the dense matrices that :meth:`prepare` has made on this rank, and the solver will fill.
     notes : list of str
         What a user should know of the method as it has been set up.
     remembers : bool
@@ -82,6 +84,7 @@ class Solver(Owner, ABC):
         self.f, self.iteration, self._version = 0.0, 0, 0
         self._restored: bool | None = None  # whether the restored state is outdated; None: there is none
         self.remembers = self.whole_iterations = False
+        self.needed = 0
 
     @classmethod
     def decompose(cls, loss: Loss, prefix: str = "") -> Subdomains:
@@ -120,11 +123,6 @@ class Solver(Owner, ABC):
     def shared_vectors(self) -> Mapping[str, str]:
         """Vectors, by name, that are no vectors of their own, and which they are."""
         return {}
-
-    @property
-    def needed(self) -> int:
-        """Bytes of the dense matrices that :meth:`prepare` has made on this rank, and the solver will fill."""
-        return 0
 
     @property
     def g(self) -> PETSc.Vec:

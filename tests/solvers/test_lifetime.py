@@ -18,7 +18,12 @@ from solvers.owner import Owner
 
 MODEL, LOCAL = {"norm": "2"}, {"local_steps": 2, "coarse_step": True, "local_memory": "keep"}
 SETTINGS = {
-    **{"tr": MODEL, "apts_weights": MODEL, "apts_data": MODEL, "napts": MODEL, "aspqn": LOCAL, "mspqn": LOCAL},
+    "tr": MODEL,
+    "apts_weights": MODEL,
+    "apts_data": MODEL,
+    "napts": MODEL,
+    "aspqn": LOCAL,
+    "mspqn": LOCAL,
     "gauss_newton": {"form": "primal", "preconditioner": "schwarz"},
 }
 

@@ -57,6 +57,8 @@ class Solver(Owner, ABC):
     whole_iterations : bool
         Whether a request to stop waits for the end of an iteration, which changes what :meth:`inner_state` gives
         meanwhile.
+    needed : int
+        Bytes of the dense matrices that :meth:`prepare` has made on this rank, and the solver will fill.
     notes : list of str
         What a user should know of the method as it has been set up.
     remembers : bool
@@ -83,6 +85,7 @@ class Solver(Owner, ABC):
         self.f, self.iteration, self._version = 0.0, 0, 0
         self._restored: bool | None = None  # whether the restored state is outdated; None: there is none
         self.remembers = self.whole_iterations = False
+        self.needed = 0
 
     @classmethod
     def decompose(cls, loss: Loss, prefix: str = "") -> Subdomains:
@@ -121,11 +124,6 @@ class Solver(Owner, ABC):
     def shared_vectors(self) -> Mapping[str, str]:
         """Vectors, by name, that are no vectors of their own, and which they are."""
         return {}
-
-    @property
-    def needed(self) -> int:
-        """Bytes of the dense matrices that :meth:`prepare` has made on this rank, and the solver will fill."""
-        return 0
 
     @property
     def inner_types(self) -> frozenset[str]:
@@ -210,12 +208,12 @@ class Solver(Owner, ABC):
     def take_state(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`inner_state` gave; the vectors :attr:`saved` have been. Collective.
 
-        The vectors in it are to be kept or destroyed.
+        The vectors that it gave are to be kept or destroyed.
 
         Raises
         ------
         InputError
-            If it is that of other options.
+            If it is that of other options; nothing has been taken then.
         """
         return
 
@@ -240,19 +238,21 @@ class Solver(Owner, ABC):
         Raises
         ------
         InputError
-            If the state is not one of this version of ddml, or of other options.
+            If the state is not one of this version of ddml, or of other options; its vectors are the caller's then.
         """
-        self.remembers = "iteration" not in state
-        if not self.remembers:
-            if "outdated" not in state:
-                raise InputError(
-                    "the solver's state in the run file is of an older ddml: another -solver begins afresh there"
-                )
-            self.iteration, self.f, self._restored = state["iteration"], state["f"], state["outdated"]
+        complete = "iteration" in state
+        if complete and "outdated" not in state:
+            raise InputError(
+                "the solver's state in the run file is of an older ddml: another -solver begins afresh there"
+            )
         for name, vec in state["vectors"].items():
             vec.copy(self.vectors[name])
-            vec.destroy()
         self.take_state(state)
+        for vec in state["vectors"].values():
+            vec.destroy()
+        self.remembers = not complete
+        if complete:
+            self.iteration, self.f, self._restored = state["iteration"], state["f"], state["outdated"]
 
 
 def _report(tao: PETSc.TAO, iteration: int, f: float, residual: float, step: float) -> bool:

@@ -166,7 +166,7 @@ class Training:
                 limit=settings.summation_limit, stop=self.stop, fmin=fmin,
             )  # fmt: skip
         self.layout, self.objective, self.x, self.tao = made.layout, made.objective, made.x, made.tao
-        self.blocks, self.context = made.objective.blocks, made.context
+        self.blocks, self.context = made.objective.parts.blocks, made.context
 
     def _to_rounding(self) -> str:
         """What sums by ranks in spite of fixed orders, in words; nothing if nothing does. Collective."""

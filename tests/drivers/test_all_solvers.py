@@ -97,6 +97,18 @@ def test_one_layer_is_the_undivided_method(
         assert "note: there is one subdomain" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("solver", ["apts_weights", "napts", "mspqn_dense"])
+def test_a_number_of_subdomains_alone_is_of_layers(
+    drive: Callable[[str, str], int], capfd: pytest.CaptureFixture[str], comm: MPI.Comm, solver: str
+) -> None:
+    assert drive("digits", f"-solver {solver} -subdomains 3 -max_it 1") == 0
+    alone = capfd.readouterr().out
+    assert drive("digits", f"-solver {solver} -decomposition layers -subdomains 3 -max_it 1") == 0
+    if comm.rank == 0:
+        pattern = re.compile("^.*subdomain.*$", re.MULTILINE)
+        assert pattern.findall(alone) == pattern.findall(capfd.readouterr().out) != []
+
+
 @pytest.mark.parametrize("solver", ["aspqn", "lbfgs", "ssbroyden", "lmvm", "bntr"])
 @pytest.mark.parametrize("name", DRIVERS)
 def test_no_iterations(

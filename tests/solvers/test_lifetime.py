@@ -156,3 +156,34 @@ def test_a_refused_state_stays_the_callers(train: Any, copied: Any) -> None:
     plain, tried = (train(burgers(), kind(), 3, norm="infinity") for kind in (TrustRegion, Tried))
     assert np.array_equal(plain.theta, tried.theta)
     assert all(vec.handle for vec in states[-1]["vectors"].values())
+
+
+BASE = {"iteration", "f", "outdated", "vectors"}
+PAIRS, DENSE = {"pair_pending", "pairs"}, {"fresh", "trial", "wear", "quotients", "form", "dtype", "matrix", "pending"}
+RADIUS = {"radius", "model", "model_state", "norm", "norm_state"}
+KEYS = {
+    "lbfgs": PAIRS,
+    "aspqn": PAIRS | {"local"},
+    "mspqn": PAIRS | {"local"},
+    "mspqn_dense": PAIRS | {"local"},
+    "ssbroyden": DENSE,
+    "ssbfgs": DENSE,
+    "tr": RADIUS,
+    "apts_weights": RADIUS,
+    "apts_data": RADIUS,
+    "napts": RADIUS | {"coarse"},
+    "gauss_newton": {"damping", "growth", "limit", "kind", "preconditioner"},
+}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_states_keep_their_keys(train: Any, name: str) -> None:
+    """Run files of before go on."""
+    found: list[dict[str, Any]] = []
+    train(burgers(), name, 2, watch=lambda context, _: found.append(dict(context.state())), **SETTINGS.get(name, {}))
+    assert found[-1].keys() == BASE | KEYS[name]
+    for local in found[-1].get("local", ()):
+        assert local.keys() == {"solver", "size", "memory"}
+        inner = {"LBFGS": PAIRS, "SSBroyden": DENSE}[local["solver"]]
+        assert local["memory"].keys() == {"vectors"} | inner
+    assert set(found[-1]["vectors"]) == {"accepted_g", *SOLVERS[name].saved}

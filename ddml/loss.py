@@ -24,6 +24,7 @@ from .modular import EXACT, TOLERANCE, ModularNorm, modular
 from .modules import evaluated, not_finite, occurrences, trained
 from .sample_sets import SampleSet, TensorSamples
 
+LARGE = 1_000_000  # parameters from which memory is worth some time (our choice)
 CHANCES = 8  # evaluations that must agree: of a few samples one by chance can (our choice)
 
 
@@ -103,6 +104,10 @@ class Loss(ABC):
     @abstractmethod
     def initial(self) -> Tensor:
         """Initial parameters (n,)."""
+
+    def drop_initial(self) -> None:
+        """Free the memory of the initial parameters, if they take any: they are not asked for any more."""
+        return
 
     @abstractmethod
     def terms(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
@@ -592,7 +597,15 @@ class ModuleLoss(Loss):
         return self.on(self.samples.take(rows))
 
     def initial(self) -> Tensor:
-        """The module's trained parameters."""
+        """The module's trained parameters.
+
+        Raises
+        ------
+        RuntimeError
+            After :meth:`drop_initial`.
+        """
+        if any(p.numel() != known.size for p, known in zip(self._trained, self.parameters, strict=True)):
+            raise RuntimeError("the initial parameters have been dropped")
         return torch.cat([p.detach().reshape(-1) for p in self._trained])
 
     @torch.no_grad()
@@ -694,6 +707,8 @@ class ModuleLoss(Loss):
     def outputs(self, theta: Tensor, kept: Any = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Outputs (B, ...) and targets (B, ...), batch by batch."""
         yield from self._batches(self._behind(self._at(theta), kept), kept)
+        if self.large:
+            self._leave()
 
     @torch.no_grad()
     def value(self, theta: Tensor, kept: Any = None) -> float:
@@ -708,6 +723,8 @@ class ModuleLoss(Loss):
         module = self._behind(self._at(theta.detach(), wanted), kept)
         numbers = sorted(wanted)
         value = 0.0
+        if self.large and gradient.dtype == self.dtype:
+            return self._summed_in_place(module, gradient, numbers, kept)
         for outputs, y in self._batches(module, kept):
             term = self.criterion(outputs, y).sum() * self.weight
             if term.requires_grad:
@@ -717,3 +734,38 @@ class ModuleLoss(Loss):
                         gradient[self.parameters[k].range] += g.reshape(-1)
             value += float(term.detach())
         return value
+
+    def _summed_in_place(self, module: nn.Module, gradient: Tensor, numbers: Sequence[int], kept: Any) -> float:
+        """As :meth:`value_gradient`, to the same bits: each gradient is added and freed as soon as it is there.
+
+        What is kept of theta is freed, too.
+        """
+        leaves, value = [self._leaves[k] for k in numbers], 0.0
+        try:
+            for k, leaf in zip(numbers, leaves, strict=True):
+                leaf.grad = gradient[self.parameters[k].range].view(self.parameters[k].shape)
+            for outputs, y in self._batches(module, kept):
+                term = self.criterion(outputs, y).sum() * self.weight
+                if term.requires_grad:
+                    term.backward(inputs=leaves)  # type: ignore[no-untyped-call]
+                value += float(term.detach())
+                del outputs, term
+        finally:
+            self._leave()
+        return value
+
+    def _leave(self) -> None:
+        """Let the copy keep nothing of the theta that it was at."""
+        for leaf in self._leaves:
+            leaf.grad = None
+            leaf.data = leaf.data.new_empty(0)
+
+    def drop_initial(self) -> None:
+        """See :meth:`Loss.drop_initial`; the module's trained parameters are empty then."""
+        for parameter in self._trained:
+            parameter.data = parameter.data.new_empty(0)
+
+    @property
+    def large(self) -> bool:
+        """Whether memory is worth some time."""
+        return self.size >= LARGE

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from petsc4py import PETSc
 from torch import Tensor
 
+from .compact import Compact
 from .layout import Operator, ParameterLayout
 from .linear import GatheredTerm, LinearTerm
-from .loss import Loss
+from .loss import LARGE, Loss
 from .parallel import Interrupted, StopRequest, split
 from .summation import Tree, leaves
 from .work import DOUBLE, FRESH, PASSED, WorkCounter
@@ -151,7 +152,9 @@ class Objective:
 
     def parameters(self, x: PETSc.Vec) -> Tensor:
         """All parameters at x in the loss's precision, on its device; x's own memory where that is possible."""
-        return self.layout.gather(x).to(device=self.loss.device, dtype=self.loss.dtype)
+        single = self.loss.dtype == torch.float32
+        full = self.layout.gather(x, torch.float32 if single else torch.float64)
+        return full.to(device=self.loss.device, dtype=self.loss.dtype)
 
     def value(self, x: PETSc.Vec) -> float:
         """The loss at x."""
@@ -163,17 +166,40 @@ class Objective:
     def value_gradient(self, x: PETSc.Vec, g: PETSc.Vec) -> float:
         """The loss at x; its gradient is written to g."""
         with self._events["gradient"]:
-            theta = self.parameters(x)
-            self.work.add(self.fraction * self.loss.charge(), gradients=1)
-            values = [0.0] * len(self.parts)
-
-            def evaluate(number: int, row: Tensor) -> None:
-                values[number] = self.parts[number].value_gradient(theta, row)
-
-            self._sum_rows(evaluate, g)
+            values, sums = self._evaluated(self.parameters(x))
+            self._reduce(sums, g, self.layout, self._numbers)
+            self._keep(sums)
             for term in self.linear:
                 g.axpy(1.0, term.dg)
             return self._tilted(self.sum_parts(values), x)
+
+    def value_compact(self, x: PETSc.Vec, ready: Callable[[], None] = lambda: None) -> tuple[float, Compact]:
+        """The loss at x and its gradient as it comes, in the precision of the loss; not with linear terms.
+
+        ``ready`` is called as soon as the parameters have been read: x may be overwritten from then on.
+        """
+        assert not self.linear
+        with self._events["gradient"]:
+            theta = self.parameters(x)
+            ready()
+            values, sums = self._evaluated(theta)
+            del theta
+            if self.blocks:
+                mine = self.layout.sum_nodes([s.cpu().numpy() for s in sums], self.tree, self._numbers)
+            else:
+                mine = self.layout.summed(sums[0].cpu().numpy())
+            sums.clear()
+            return self.sum_parts(values), Compact(mine)
+
+    def _evaluated(self, theta: Tensor) -> tuple[list[float], list[Tensor]]:
+        """The values of this rank's parts, and the gradients summed up over its nodes of the tree."""
+        self.work.add(self.fraction * self.loss.charge(), gradients=1)
+        values = [0.0] * len(self.parts)
+
+        def evaluate(number: int, row: Tensor) -> None:
+            values[number] = self.parts[number].value_gradient(theta, row)
+
+        return values, self._rows(evaluate)
 
     def _tilted(self, value: float, x: PETSc.Vec) -> float:
         """The value with the linear terms at x."""
@@ -218,21 +244,36 @@ class Objective:
 
     def _sum_rows(self, evaluate: Callable[[int, Tensor], None], g: PETSc.Vec) -> None:
         """Sum over all parts what ``evaluate`` adds to a vector (n,) for one of this rank's, into g."""
+        sums = self._rows(evaluate)
+        self._reduce(sums, g, self.layout, self._numbers)
+        self._keep(sums)
+
+    def _rows(self, evaluate: Callable[[int, Tensor], None]) -> list[Tensor]:
+        """What ``evaluate`` adds to a vector (n,) for each of this rank's parts, summed up over its nodes."""
         first, kept = self.tree.edges[self.comm.rank], self._spare
 
         def leaf(number: int) -> Tensor:
-            row = kept.pop() if kept else self._row()
-            row.zero_()
+            row = kept.pop().zero_() if kept else self._row()
             evaluate(number - first, row)
             return row
 
-        sums = [self.tree.add(node, leaf, kept.append) for node in self.tree.nodes[self.comm.rank]]
-        self._reduce(sums, g, self.layout, np.float32 if self.loss.dtype == torch.float32 else np.float64)
-        kept += sums
+        return [self.tree.add(node, leaf, kept.append) for node in self.tree.nodes[self.comm.rank]]
+
+    def _keep(self, rows: list[Tensor]) -> None:
+        """Keep vectors that are not needed any more for the next ones, unless they are large."""
+        self._spare += rows
+        if self.loss.size >= LARGE:
+            self._spare.clear()
 
     def _row(self) -> Tensor:
+        # large ones take no memory before they are written to
         dtype = torch.float32 if self.loss.dtype == torch.float32 else torch.float64
-        return torch.empty(self.loss.size, dtype=dtype, device=self.loss.device)
+        return torch.zeros(self.loss.size, dtype=dtype, device=self.loss.device)
+
+    @property
+    def _numbers(self) -> Any:
+        """The type of numbers that gradients are summed in."""
+        return np.float32 if self.loss.dtype == torch.float32 else np.float64
 
     def initial(self, x: PETSc.Vec) -> None:
         """Write the initial parameters to x."""
@@ -325,11 +366,13 @@ class _Hessian(Operator):
     def __init__(self, objective: Objective) -> None:
         super().__init__(objective.layout)
         self.objective = objective
-        self.point = objective.layout.vector()
+        self.point: PETSc.Vec | None = None  # made when it is needed: most solvers never do
         self.diagonal = 0.0
 
     def move(self, x: PETSc.Vec) -> None:
         """Make x the point."""
+        if self.point is None:
+            self.point = self.objective.layout.vector()
         x.copy(self.point)
         self.diagonal = 0.0
 
@@ -339,9 +382,12 @@ class _Hessian(Operator):
 
     def mult(self, mat: PETSc.Mat, x: PETSc.Vec, y: PETSc.Vec) -> None:
         """Multiply."""
+        if self.point is None:
+            raise RuntimeError("a Hessian matrix multiplies after move() only")
         self.objective.hessian_product(self.point, x, y)
         y.axpy(self.diagonal, x)
 
     def destroy(self, mat: PETSc.Mat) -> None:
         """Destroy the point."""
-        self.point.destroy()
+        if self.point is not None:
+            self.point.destroy()

@@ -15,15 +15,16 @@ from torch import Tensor
 
 import ddml.run
 from ddml import options, plugins
+from ddml.compact import trim_at_once
 from ddml.decomposition import Subdomains
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout
-from ddml.loss import Loss
+from ddml.loss import LARGE, Loss
 from ddml.objective import Objective
 from ddml.options import Option
 from ddml.parallel import StopRequest
 from ddml.summation import efficiency, fixes_order, leaves
-from solvers import PETSC_TYPES, SOLVERS, TO_ROUNDING, configure, solver_class
+from solvers import PETSC_TYPES, SOLVERS, TO_ROUNDING, Solver, configure, solver_class
 from solvers.spqn import subdomains
 
 __all__ = ["HELP", "OPTIONS", "Training", "check_device", "decompose", "help_text", "read_options"]
@@ -161,6 +162,8 @@ class Training:
         self.blocks = settings.summation_blocks
         if self.blocks is None:
             self.blocks = 0 if loss.size > settings.summation_limit else leaves(samples or loss.count, loss.enough)
+        if loss.size >= LARGE:
+            trim_at_once()
         self.layout = ParameterLayout(loss.parameters, comm, chosen.ownership(comm.size))
         self.objective = kind(loss, self.layout, self.stop, self.blocks)
         self.x = self.layout.vector()
@@ -175,6 +178,9 @@ class Training:
             with options.preset(tao_fmin=fmin):
                 self.tao.setFromOptions()
             self.tao.setUp()
+        context = self.tao.getPythonContext() if self.tao.getType() == "python" else None
+        if isinstance(context, Solver) and context.spares_memory:
+            loss.drop_initial()
         left = options.unused()
         if left:
             names = ", ".join("-" + key for key in left)

@@ -48,6 +48,8 @@ class Solver(ABC):
         Whether a request to stop waits for the end of an iteration, which changes what :meth:`kept` gives meanwhile.
     notes : list of str
         What a user should know of the method as it has been set up.
+    spares_memory : bool
+        Whether it works in as little memory as it can, as the network is large; set by :meth:`setUp`.
     remembers : bool
         Whether :meth:`solve` begins with what the last one, of an objective that may have changed since, has
         learnt of curvature, instead of afresh.
@@ -69,7 +71,7 @@ class Solver(ABC):
         self.vectors: dict[str, PETSc.Vec] = {}
         self.f, self.iteration, self._version = 0.0, 0, 0
         self._resume: dict[str, Any] | None = None
-        self.remembers = self.whole_iterations = False
+        self.remembers = self.whole_iterations = self.spares_memory = False
 
     def setFromOptions(self, tao: PETSc.TAO) -> None:
         """Read the options; of an objective on a subdomain with :attr:`local_defaults`. Collective."""
@@ -83,9 +85,13 @@ class Solver(ABC):
         self.search = LineSearch(self.objective, self.prefix)
         # g: at the current point, which moves within an iteration; accepted_g and what is saved change at its end only
         shared = self.shared_vectors()
-        names = [name for name in ("g", "accepted_g", *self.work_vectors) if name not in shared]
+        names = [name for name in ("g", "accepted_g", *self.needed_vectors()) if name not in shared]
         self.vectors = {name: tao.getSolution().duplicate() for name in names}
         self.vectors |= {name: self.vectors[other] for name, other in shared.items()}
+
+    def needed_vectors(self) -> Sequence[str]:
+        """Names of the vectors that there are besides the gradient's (default: :attr:`work_vectors`)."""
+        return self.work_vectors
 
     def shared_vectors(self) -> Mapping[str, str]:
         """Vectors, by name, that are no vectors of their own, and which they are."""
@@ -205,9 +211,13 @@ class Solver(ABC):
             "iteration": self.iteration,
             "f": self.f,
             "outdated": self.outdated,
-            "vectors": {name: self.vectors[name] for name in ("accepted_g", *self.saved)},
+            "vectors": self.saved_vectors(),
             **self.kept(),
         }
+
+    def saved_vectors(self) -> dict[str, PETSc.Vec]:
+        """The vectors of :meth:`state`, this object's, which are read before the next iteration. Collective."""
+        return {name: self.vectors[name] for name in ("accepted_g", *self.saved)}
 
     def resume(self, state: dict[str, Any]) -> None:
         """Make the next :meth:`solve` go on from :meth:`state` instead of starting anew.

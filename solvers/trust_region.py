@@ -12,6 +12,7 @@ from petsc4py import PETSc
 from ddml.composed import sampled
 from ddml.errors import InputError
 from ddml.kfac import KroneckerNorm
+from ddml.loss import LARGE
 from ddml.modular import CONVOLUTIONS, EXACT, TOLERANCE
 from ddml.norms import DistributedModularNorm, InfinityNorm, Norm, TwoNorm
 from ddml.objective import Objective
@@ -20,6 +21,7 @@ from ddml.restricted import RestrictedObjective
 
 from . import radius
 from .base import Solver
+from .frugal import Frugal
 from .line_search import SearchResult
 from .models import FirstOrder, Model, Products, Secant
 from .radius import BOUNDARY, ROUNDINGS, SMALLEST, TrustRadius, complaint
@@ -105,7 +107,8 @@ class TrustRegion(Solver):
     one of its own.
 
     With the first-order model it keeps seven vectors (n,): theta, the gradients at theta, at the trial point and where
-    the batch began, theta there, the step, which becomes the trial point, and the momentum.
+    the batch began, theta there, the step, which becomes the trial point, and the momentum. Of networks from a million
+    parameters in float32, in the modular norm, some of them take half of that or nothing (:mod:`solvers.frugal`).
     """
 
     options: ClassVar[Sequence[Option]] = OPTIONS
@@ -153,13 +156,16 @@ class TrustRegion(Solver):
         InputError
             If the loss has no modular norm, or no residuals for Gauss-Newton products.
         """
+        self.frugal: Frugal | None = None
+        self.spares_memory = self._may_spare(tao.getAppCtx())
         super().setUp(tao)
         settings, objective = self.settings, self.objective
         self.norm = make_norm(objective, self.norm_name, settings, self.prefix)
         self.radius = TrustRadius(settings, self.norm_name, torch.finfo(objective.loss.dtype).eps)
         self.model: Model
         if settings.model == "first":
-            self.model = FirstOrder(self.norm, settings.momentum, self.g)
+            self.model = first = FirstOrder(self.norm, settings.momentum, self.g)
+            self.frugal = Frugal(objective, first, self.g, self.vectors["s"], first.m) if self.spares_memory else None
         elif settings.model in ("sr1", "lbfgs"):
             self.model = Secant(settings.model, settings.memory, objective.layout, self.norm)
         else:
@@ -168,10 +174,23 @@ class TrustRegion(Solver):
         self.budget = math.inf  # how far a local solve may go from where it begins
         self.point = tao.getSolution()
 
+    def _may_spare(self, objective: Objective) -> bool:
+        """Whether to work as :class:`solvers.frugal.Frugal` does."""
+        loss = objective.loss
+        alone = not (self.moves_within or isinstance(objective, RestrictedObjective) or objective.linear)
+        first = self.settings.model == "first" and self.norm_name == "modular"
+        return alone and first and loss.dtype == torch.float32 and loss.size >= LARGE
+
+    def needed_vectors(self) -> Sequence[str]:
+        """See :meth:`solvers.base.Solver.needed_vectors`."""
+        return ("s",) if self.spares_memory else super().needed_vectors()
+
     def shared_vectors(self) -> Mapping[str, str]:
         """See :meth:`solvers.base.Solver.shared_vectors`."""
         if self.settings.model != "first":
             return {}
+        if self.spares_memory:
+            return {"trial": "s", "accepted_g": "g"}
         own = {} if self.moves_within else {"accepted_g": "g"}
         return {"trial": "s", "y": "trial_g", **own}
 
@@ -180,6 +199,8 @@ class TrustRegion(Solver):
         super().destroy(tao)
         if hasattr(self, "model"):
             self.model.destroy()
+        if getattr(self, "frugal", None) is not None:
+            self.frugal.give_back()  # type: ignore[union-attr]
 
     def confine(self, budget: float, first: float) -> None:
         """Keep the next solves within this distance of where they begin; their first radius."""
@@ -194,6 +215,9 @@ class TrustRegion(Solver):
 
     def _mark(self) -> None:
         """Remember where the objective began to be what it is."""
+        if self.frugal is not None:
+            self.frugal.mark(self.g)
+            return
         self.point.copy(self.vectors["batch_x"])
         self.g.copy(self.vectors["batch_g"])
 
@@ -213,6 +237,23 @@ class TrustRegion(Solver):
         self.model.restore(state["model_state"])
         self.norm.restore(state.get("norm_state", {}))
 
+    def saved_vectors(self) -> dict[str, PETSc.Vec]:
+        """See :meth:`solvers.base.Solver.saved_vectors`."""
+        if self.frugal is None:
+            return super().saved_vectors()
+        return {"accepted_g": self.g, **self.frugal.saved(self.vectors["s"])}
+
+    def _take(self, state: dict[str, Any]) -> None:
+        vectors = state["vectors"]
+        if self.frugal is not None:
+            self.frugal.restore(vectors, self.point)
+            for name in {"batch_g", "batch_x", "displacement"} & set(vectors):
+                vectors.pop(name).destroy()
+        elif "displacement" in vectors:  # of a run that was frugal
+            vectors["batch_x"] = moved = vectors.pop("displacement")
+            moved.aypx(-1.0, self.point)
+        super()._take(state)
+
     def resume(self, state: dict[str, Any]) -> None:
         """See :meth:`solvers.base.Solver.resume`.
 
@@ -231,17 +272,21 @@ class TrustRegion(Solver):
 
     def renew(self, x: PETSc.Vec) -> None:
         """See :meth:`solvers.base.Solver.renew`; the radius shrinks if the last steps were wrong for the new one."""
-        super().renew(x)
-        S, first = self.vectors["s"], self.vectors["batch_g"]
-        S.waxpy(-1.0, self.vectors["batch_x"], x)
-        promised, found = float(first.dot(S)), float(self.g.dot(S))
+        S = self.vectors["s"]
+        if self.frugal is not None:
+            self.f, promised, found = self.frugal.renew(x, self.g, S)
+        else:
+            super().renew(x)
+            S.waxpy(-1.0, self.vectors["batch_x"], x)
+            promised, found = float(self.vectors["batch_g"].dot(S)), float(self.g.dot(S))
         agreement = (1 + found / promised) / 2 if promised < 0 else math.nan
         if self.settings.overlap_pairs and self.model.learns and promised < 0:
             self._learn_on_overlap(x, S)
         self.objective.agreement = agreement
         self.radius.renew(self.f, math.sqrt(0.5) if agreement < 0.25 else 1.0)
         self.norm.refresh(x)
-        self._mark()
+        if self.frugal is None:
+            self._mark()
 
     def _learn_on_overlap(self, x: PETSc.Vec, S: PETSc.Vec) -> None:
         """Tell the model how the gradient of the samples that two batches share changed over the displacement S."""
@@ -263,8 +308,10 @@ class TrustRegion(Solver):
 
     def advance(self, x: PETSc.Vec) -> SearchResult:
         """Try one step from x, where the loss is ``self.f`` and the gradient ``self.g``. Collective."""
-        s, trial, trial_g, y = (self.vectors[name] for name in ("s", "trial", "trial_g", "y"))
         delta = self.radius.value
+        if self.frugal is not None and delta >= SMALLEST:
+            return self._advance_frugally(x, self.frugal)
+        s, trial = self.vectors["s"], self.vectors["trial"]
         if self.budget < math.inf:
             s.waxpy(-1.0, self.vectors["batch_x"], x)
             room = self.budget - self.norm(s)
@@ -274,6 +321,7 @@ class TrustRegion(Solver):
                 self.failure = self._ending(x)
             return SearchResult(self.f, 0.0, False)
         predicted, length = self.model.step(x, self.g, delta, s)
+        trial_g, y = self.vectors["trial_g"], self.vectors["y"]
         if trial.handle == s.handle:
             s.axpy(1.0, x)
         else:
@@ -291,6 +339,20 @@ class TrustRegion(Solver):
             trial_g.copy(self.g)
         self.norm.aged(x)
         return SearchResult(value, length, True) if accepted else SearchResult(self.f, 0.0, True)
+
+    def _advance_frugally(self, x: PETSc.Vec, frugal: Frugal) -> SearchResult:
+        """As :meth:`advance`."""
+        s, delta = self.vectors["s"], self.radius.value
+        trial = frugal.propose(x, self.g, delta, s)
+        self.model.observe(s, None)
+        length = trial.length
+        accepted = self.radius.judge(
+            trial.value, trial.predicted, length >= BOUNDARY * delta, self.model.momentum > 0, length
+        )
+        if accepted:
+            frugal.accept(trial, x, self.g, delta, s)
+        self.norm.aged(x)
+        return SearchResult(trial.value, length, True) if accepted else SearchResult(self.f, 0.0, True)
 
     def _ending(self, x: PETSc.Vec) -> int:
         """PETSc's reason where no step from x decreases the loss: whether rounding hides what is left to gain."""

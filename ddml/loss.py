@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -73,6 +73,8 @@ class Loss(ABC):
         Number of samples.
     gauss_newton : bool
         Whether there is a :meth:`gauss_newton_product`.
+    large_from : int
+        Parameters from which memory is worth some time.
     once : tuple of float
         Multiply-adds, and multiply-adds a parameter, that samples must cost for what is done once in each evaluation
         to take a tenth of the time (measured on one core, our choice).
@@ -86,12 +88,18 @@ class Loss(ABC):
     dtype: torch.dtype
     device: torch.device
     gauss_newton: bool = False
+    large_from: ClassVar[int] = LARGE
     once: tuple[float, float] = (0.0, 0.0)
 
     @property
     def size(self) -> int:
         """n, the length of theta."""
         return self.parameters[-1].range.stop
+
+    @property
+    def large(self) -> bool:
+        """Whether memory is worth some time; numbers do not depend on it."""
+        return self.size >= self.large_from
 
     @abstractmethod
     def part(self, begin: int, end: int) -> Loss:
@@ -764,8 +772,3 @@ class ModuleLoss(Loss):
         """See :meth:`Loss.drop_initial`; the module's trained parameters are empty then."""
         for parameter in self._trained:
             parameter.data = parameter.data.new_empty(0)
-
-    @property
-    def large(self) -> bool:
-        """Whether memory is worth some time."""
-        return self.size >= LARGE

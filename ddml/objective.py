@@ -18,7 +18,7 @@ from torch import Tensor
 from .compact import Compact
 from .layout import Operator, ParameterLayout
 from .linear import GatheredTerm, LinearTerm
-from .loss import LARGE, Loss
+from .loss import Loss
 from .parallel import Interrupted, StopRequest, split
 from .summation import Tree, leaves
 from .work import DOUBLE, FRESH, PASSED, WorkCounter
@@ -262,7 +262,7 @@ class Objective:
     def _keep(self, rows: list[Tensor]) -> None:
         """Keep vectors that are not needed any more for the next ones, unless they are large."""
         self._spare += rows
-        if self.loss.size >= LARGE:
+        if self.loss.large:
             self._spare.clear()
 
     def _row(self) -> Tensor:

@@ -19,7 +19,7 @@ from ddml.compact import trim_at_once
 from ddml.decomposition import Subdomains
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout
-from ddml.loss import LARGE, Loss
+from ddml.loss import Loss
 from ddml.objective import Objective
 from ddml.options import Option
 from ddml.parallel import StopRequest
@@ -162,7 +162,7 @@ class Training:
         self.blocks = settings.summation_blocks
         if self.blocks is None:
             self.blocks = 0 if loss.size > settings.summation_limit else leaves(samples or loss.count, loss.enough)
-        if loss.size >= LARGE:
+        if loss.large:
             trim_at_once()
         self.layout = ParameterLayout(loss.parameters, comm, chosen.ownership(comm.size))
         self.objective = kind(loss, self.layout, self.stop, self.blocks)

@@ -12,7 +12,6 @@ from petsc4py import PETSc
 from ddml.composed import sampled
 from ddml.errors import InputError
 from ddml.kfac import KroneckerNorm
-from ddml.loss import LARGE
 from ddml.modular import CONVOLUTIONS, EXACT, TOLERANCE
 from ddml.norms import DistributedModularNorm, InfinityNorm, Norm, TwoNorm
 from ddml.objective import Objective
@@ -179,7 +178,7 @@ class TrustRegion(Solver):
         loss = objective.loss
         alone = not (self.moves_within or isinstance(objective, RestrictedObjective) or objective.linear)
         first = self.settings.model == "first" and self.norm_name == "modular"
-        return alone and first and loss.dtype == torch.float32 and loss.size >= LARGE
+        return alone and first and loss.dtype == torch.float32 and loss.large
 
     def needed_vectors(self) -> Sequence[str]:
         """See :meth:`solvers.base.Solver.needed_vectors`."""

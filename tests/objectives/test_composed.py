@@ -67,7 +67,7 @@ def test_a_restriction_is_not_frozen_without_the_linear_terms(comm: MPI.Comm) ->
     top = Node(objective, dense, "TR")
     for node in top.children[0].children:
         with pytest.raises(InputError, match=r"has 1 linear terms, and freeze\(\) got 0: pass its linear_terms"):
-            node.objective.freeze(numbers(objective.size, 0))  # type: ignore[attr-defined]
+            node.objective.freeze(numbers(objective.layout.size, 0))  # type: ignore[attr-defined]
     top.destroy()
 
 

@@ -1,6 +1,7 @@
 """What all tests share; the suite runs on any number of ranks, the same tests in the same order on each."""
 
 import itertools
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -30,6 +31,17 @@ if MPI.COMM_WORLD.size > 1:
         "test_history.py", "test_kronecker.py", "test_loss.py", "test_modular.py", "test_options.py", "test_plot.py",
         "test_polar.py", "test_prepare.py", "test_samples.py",
     ]  # fmt: skip
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out long tests, and say so in a line."""
+    long = [item for item in items if item.get_closest_marker("long") is not None]
+    if not long or os.environ.get("DDML_LONG"):
+        return
+    for item in long:
+        item.add_marker(pytest.mark.skip(reason="long: set DDML_LONG"))
+    if MPI.COMM_WORLD.rank == 0:
+        print(f"\n{len(long)} long tests are skipped: DDML_LONG=1 runs them", file=sys.__stderr__, flush=True)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

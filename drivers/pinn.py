@@ -153,10 +153,8 @@ def derivatives(loss: PDELoss) -> str:
     """A line on derivatives that the kernels do not have, and what that costs; nothing where they have all."""
     if not loss.beyond_kernels or loss.device.type != "cpu":
         return ""
-    return (
-        f"derivatives {', '.join(loss.beyond_kernels)} are not in the kernels, which go to order {ORDER}: torch"
-        f" evaluates all, about {TORCH_JETS:.0f} times slower\n"
-    )
+    names = ", ".join(loss.beyond_kernels)
+    return f"derivatives {names} beyond the kernels' order {ORDER}: all in torch, about {TORCH_JETS:.0f} times slower\n"
 
 
 def residuals(loss: PDELoss) -> str:

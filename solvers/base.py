@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
@@ -56,6 +57,8 @@ class Solver(Owner, ABC):
     whole_iterations : bool
         Whether a request to stop waits for the end of an iteration, which changes what :meth:`inner_state` gives
         meanwhile.
+    needed : int
+        Bytes of the dense matrices that :meth:`prepare` has made on this rank, and the solver will fill.
     notes : list of str
         What a user should know of the method as it has been set up.
     remembers : bool
@@ -82,6 +85,7 @@ class Solver(Owner, ABC):
         self.f, self.iteration, self._version = 0.0, 0, 0
         self._restored: bool | None = None  # whether the restored state is outdated; None: there is none
         self.remembers = self.whole_iterations = False
+        self.needed = 0
 
     @classmethod
     def decompose(cls, loss: Loss, prefix: str = "") -> Subdomains:
@@ -122,9 +126,9 @@ class Solver(Owner, ABC):
         return {}
 
     @property
-    def needed(self) -> int:
-        """Bytes of the dense matrices that :meth:`prepare` has made on this rank, and the solver will fill."""
-        return 0
+    def inner_types(self) -> frozenset[str]:
+        """TAO types of the solvers inside this one, and of those inside them, that work on this rank."""
+        return frozenset()
 
     @property
     def g(self) -> PETSc.Vec:
@@ -146,22 +150,17 @@ class Solver(Owner, ABC):
                 self.renew(x)
                 self._version = self.objective.version
                 self.objective.work.settle()  # a state from here on does not renew again
-            result = self._iterate(x)
+            with self.objective.uninterrupted() if self.whole_iterations else nullcontext():
+                result = self.iterate(x)
             if not result.success:
                 tao.setConvergedReason(self.failure)
                 return
             self.f = result.value
             self.g.copy(self.vectors["accepted_g"])
             self.iteration += 1
-            going = self.report(tao, self.iteration, self.f, self.g.norm(), result.step)
+            going = _report(tao, self.iteration, self.f, self.g.norm(), result.step)
         if tao.getConvergedReason() == PETSc.TAO.ConvergedReason.CONTINUE_ITERATING:
             tao.setConvergedReason(PETSc.TAO.ConvergedReason.DIVERGED_MAXITS)
-
-    def _iterate(self, x: PETSc.Vec) -> SearchResult:
-        if not self.whole_iterations:
-            return self.iterate(x)
-        with self.objective.uninterrupted():
-            return self.iterate(x)
 
     @property
     def outdated(self) -> bool:
@@ -184,7 +183,7 @@ class Solver(Owner, ABC):
             self.f = self.objective.value_gradient(x, self.g)
             self.g.copy(accepted)
             self.begin()
-        return self.report(tao, 0, self.f, self.g.norm(), 0.0)
+        return _report(tao, 0, self.f, self.g.norm(), 0.0)
 
     def renew(self, x: PETSc.Vec) -> None:
         """Evaluate the objective, which has changed, at the current point. Collective."""
@@ -209,12 +208,12 @@ class Solver(Owner, ABC):
     def take_state(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`inner_state` gave; the vectors :attr:`saved` have been. Collective.
 
-        The vectors in it are to be kept or destroyed.
+        The vectors that it gave are to be kept or destroyed.
 
         Raises
         ------
         InputError
-            If it is that of other options.
+            If it is that of other options; nothing has been taken then.
         """
         return
 
@@ -239,24 +238,27 @@ class Solver(Owner, ABC):
         Raises
         ------
         InputError
-            If the state is not one of this version of ddml, or of other options.
+            If the state is not one of this version of ddml, or of other options; its vectors are the caller's then.
         """
-        self.remembers = "iteration" not in state
-        if not self.remembers:
-            if "outdated" not in state:
-                raise InputError(
-                    "the solver's state in the run file is of an older ddml: another -solver begins afresh there"
-                )
-            self.iteration, self.f, self._restored = state["iteration"], state["f"], state["outdated"]
+        complete = "iteration" in state
+        if complete and "outdated" not in state:
+            raise InputError(
+                "the solver's state in the run file is of an older ddml: another -solver begins afresh there"
+            )
         for name, vec in state["vectors"].items():
             vec.copy(self.vectors[name])
-            vec.destroy()
         self.take_state(state)
+        for vec in state["vectors"].values():
+            vec.destroy()
+        self.remembers = not complete
+        if complete:
+            self.iteration, self.f, self._restored = state["iteration"], state["f"], state["outdated"]
 
-    def report(self, tao: PETSc.TAO, iteration: int, f: float, residual: float, step: float) -> bool:
-        """Set the iteration number, call the monitors, test convergence; True to go on. Collective."""
-        tao.setIterationNumber(iteration)
-        tao.monitor(its=iteration, f=f, res=residual, cnorm=0.0, step=step)
-        if tao.getConvergedReason() == PETSc.TAO.ConvergedReason.CONTINUE_ITERATING:
-            tao.checkConverged()
-        return bool(tao.getConvergedReason() == PETSc.TAO.ConvergedReason.CONTINUE_ITERATING)
+
+def _report(tao: PETSc.TAO, iteration: int, f: float, residual: float, step: float) -> bool:
+    """Set the iteration number, call the monitors, test convergence; True to go on. Collective."""
+    tao.setIterationNumber(iteration)
+    tao.monitor(its=iteration, f=f, res=residual, cnorm=0.0, step=step)
+    if tao.getConvergedReason() == PETSc.TAO.ConvergedReason.CONTINUE_ITERATING:
+        tao.checkConverged()
+    return bool(tao.getConvergedReason() == PETSc.TAO.ConvergedReason.CONTINUE_ITERATING)

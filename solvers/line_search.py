@@ -21,6 +21,11 @@ RETRIES = 16
 OUT_OF_RANGE = 63  # PETSC_ERR_ARG_OUTOFRANGE: how the search ends where rounding has turned its interval round
 
 
+def at_rounding(error: PETSc.Error) -> bool:
+    """Whether PETSc raised this because rounding has turned the interval of a line search round."""
+    return bool(error.ierr == OUT_OF_RANGE and error.__cause__ is None)
+
+
 @dataclass(frozen=True)
 class SearchResult:
     """Outcome of a search: on failure the point, loss and gradient are those it started from."""
@@ -47,17 +52,20 @@ class LineSearch(Owner):
     """
 
     def __init__(self, objective: Objective, prefix: str) -> None:
-        self.objective = objective
-        self.search = self.own(PETSc.TAOLineSearch().create(objective.comm))
-        self.search.setOptionsPrefix(prefix)
-        self.search.setType("more-thuente")
-        self.search.setObjectiveGradient(self._evaluate)
-        constants = {"ftol": 1e-4, "gtol": 0.9, "max_funcs": 25}
-        with preset(**{f"{prefix}tao_ls_{name}": value for name, value in constants.items()}):
-            self.search.setFromOptions()
+        self.objective, self.prefix = objective, prefix
+        self._create()
         self._start: tuple[float, PETSc.Vec] | None = None
         self._limit = math.inf
         self._beyond = False
+
+    def _create(self) -> None:
+        self.search = self.own(PETSc.TAOLineSearch().create(self.objective.comm))
+        self.search.setOptionsPrefix(self.prefix)
+        self.search.setType("more-thuente")
+        self.search.setObjectiveGradient(self._evaluate)
+        constants = {"ftol": 1e-4, "gtol": 0.9, "max_funcs": 25}
+        with preset(**{f"{self.prefix}tao_ls_{name}": value for name, value in constants.items()}):
+            self.search.setFromOptions()
 
     def _evaluate(self, search: PETSc.TAOLineSearch, x: PETSc.Vec, g: PETSc.Vec) -> float:
         if self._start is not None:  # PETSc asks for the point where the search starts, too
@@ -82,9 +90,11 @@ class LineSearch(Owner):
                 try:
                     value, step, reason = self.search.apply(x, g, direction)
                 except PETSc.Error as error:
-                    if error.ierr != OUT_OF_RANGE:
+                    if not at_rounding(error):
                         raise
                     value, step, reason = math.inf, 0.0, None
+                    self.release(self.search)  # PETSc leaves it with the limits and the flag of what broke off
+                    self._create()
                 # without a Wolfe point (say, at the limit of evaluations) a decrease is still progress
                 if math.isfinite(value) and (reason == PETSc.TAOLineSearch.ConvergedReason.SUCCESS or value < f):
                     return SearchResult(value, step, True)

@@ -86,7 +86,7 @@ class Minimisation:
     Parameters
     ----------
     loss
-        What is minimised; every rank passes the same.
+        What is minimised; every rank passes the same. Or an objective that there is already, on its own ranks.
     solver
         One of :data:`solvers.SOLVERS`, a PETSc type, or ``path/to/file.py:Class``; or a TAO context.
     comm
@@ -126,7 +126,7 @@ class Minimisation:
 
     def __init__(
         self,
-        loss: Loss,
+        loss: Loss | Objective,
         solver: str | Solver,
         comm: MPI.Comm = MPI.COMM_WORLD,
         prefix: str = "",
@@ -138,13 +138,17 @@ class Minimisation:
         stop: StopRequest | None = None,
         **defaults: Any,
     ) -> None:
-        if blocks is None:
-            blocks = 0 if loss.size > limit else leaves(samples or loss.count, loss.enough)
-        kind = solver_class(solver) if isinstance(solver, str) else type(solver)
-        chosen = kind.decompose(loss, prefix) if subdomains is None else subdomains
-        self.layout = ParameterLayout(loss.parameters, comm, chosen.ownership(comm.size))
-        made = ResidualObjective if isinstance(loss, ResidualLoss) else Objective
-        self.objective = made(loss, self.layout, stop, blocks)
+        if isinstance(loss, Objective):
+            self.objective = loss
+        else:
+            if blocks is None:
+                blocks = 0 if loss.size > limit else leaves(samples or loss.count, loss.enough)
+            owner = solver_class(solver) if isinstance(solver, str) else type(solver)
+            chosen = owner.decompose(loss, prefix) if subdomains is None else subdomains
+            layout = ParameterLayout(loss.parameters, comm, chosen.ownership(comm.size))
+            kind = ResidualObjective if isinstance(loss, ResidualLoss) else Objective
+            self.objective = kind(loss, layout, stop, blocks)
+        self.layout, comm = self.objective.layout, self.objective.comm
         self.x = self.layout.vector()
         self.objective.initial(self.x)
         self.tao = PETSc.TAO().create(comm)

@@ -49,10 +49,11 @@ class _Solvers(Mapping[str, type[Solver]]):
 SOLVERS: Mapping[str, type[Solver]] = _Solvers()
 
 # PETSc's types for unconstrained minimisation, which take our objectives as they are; not bqnkls, which shifts a
-# quasi-Newton matrix that PETSc cannot solve with then
+# quasi-Newton matrix that PETSc cannot solve with then, nor ntl, which crashes where the search along a Newton step
+# fails: it then solves with a quasi-Newton matrix that it has not made
 PETSC_TYPES = (
     *("lmvm", "cg", "bncg", "blmvm", "bqnls", "bqnktr", "bqnktl", "nm"),
-    *("nls", "ntr", "ntl", "bnls", "bntr", "bntl"),  # with Hessian products
+    *("nls", "ntr", "bnls", "bntr", "bntl"),  # with Hessian products
 )
 
 # those whose limited-memory matrices sum by ranks: the same on any number of ranks to rounding only

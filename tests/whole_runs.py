@@ -5,14 +5,13 @@ from typing import Any
 
 import numpy as np
 from mpi4py import MPI
-from petsc4py import PETSc
 
 import ddml.runs.run
 from ddml.layout import ParameterLayout
 from ddml.losses.loss import Loss
 from ddml.objectives.objective import Objective
 from ddml.sampling.batches import OPTIONS, Batches
-from solvers import Solver, configure
+from solvers import Minimisation
 
 
 def make_batches(loss: Loss, comm: MPI.Comm, blocks: int = 4, seed: int = 5, **settings: Any) -> Batches:
@@ -27,22 +26,13 @@ class Training:
 
     def __init__(self, moving: Any, prefix: str, solver: str, **limits: Any) -> None:
         self.moving, self.objective = moving, moving.objective
-        self.x = self.objective.layout.vector()
-        self.objective.initial(self.x)
-        self.tao = PETSc.TAO().create(self.objective.comm)
-        self.tao.setOptionsPrefix(prefix)
-        configure(self.tao, solver)
-        self.objective.attach(self.tao)
-        self.tao.setSolution(self.x)
-        self.tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
-        self.tao.setFromOptions()
-        self.tao.setUp()
+        made = Minimisation(self.objective, solver, prefix=prefix)
+        self.x, self.tao = made.x, made.tao
         settings = {o.name: o.default for o in ddml.runs.run.OPTIONS} | {"progress": "none"} | limits
-        context = self.tao.getPythonContext() if self.tao.getType() == "python" else None
         self.run = ddml.runs.run.Run(
             self.objective, self.tao, self.x, SimpleNamespace(**settings),
             {"solver": solver, "driver": "t", "problem": "b"}, lambda theta: {}, moving,
-            solver=context if isinstance(context, Solver) else None,
+            solver=made.context,
         )  # fmt: skip
         self.good = self.run.execute()
 

@@ -85,36 +85,21 @@ class ModuleLoss(Loss):
         self.layers = tuple(tuple(g) for g in groups.values())
         stages = list(module._modules)
         self.layer_stage = [stages.index(k) if self._stepped else 0 for k in groups]
-        self._check()
+        _check(module, criterion, samples.part(0, min(self.count, 8)))
         costs = forward_costs(module, samples.part(0, min(self.count, 1)).inputs) if self.count else {}
         self.costs = tuple(
             sum(c for name, c in costs.items() if (name.split(".")[0] if self._stepped else name) == owner)
             or float(sum(self.parameters[i].size for i in group))
             for owner, group in groups.items()
         )
-        self.besides = self._besides(tuple(groups))
+        first = samples.part(0, 1).inputs if self.count else None
+        self.besides = _besides(module, first, tuple(groups), self._stepped)
         # evaluations that need no derivative by theta itself are those of a copy whose parameters lie in theta, which
         # takes half the time of functional_call where batches are small
         # (frozen ones are shared with it)
         self._copy = copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad})
         copied = dict(self._copy.named_parameters())
         self._leaves = [copied[parameter.name] for parameter in self.parameters]
-
-    def _besides(self, owners: Sequence[str]) -> work.Besides:
-        """What a sample takes besides products, by the numbers that enter and leave the module's parts."""
-        if not self.count:
-            return work.Besides()
-        numbers = forward_numbers(self.module, self.samples.part(0, 1).inputs)
-        given = dict.fromkeys(owners, 0)
-        for name, part in self.module.named_modules():
-            owner = name.split(".")[0] if self._stepped else name
-            if owner in given and name in numbers and any(True for _ in part.parameters(recurse=False)):
-                given[owner] += numbers[name][1]
-        return work.Besides(
-            tuple(work.ACTIVATION * given[owner] for owner in owners),
-            tuple(work.KEPT * numbers[owner][0] if owner in numbers else 0.0 for owner in owners),
-            work.CRITERION * numbers[""][1],
-        )
 
     @property
     def inputs(self) -> Tensor:
@@ -125,25 +110,6 @@ class ModuleLoss(Loss):
     def targets(self) -> Tensor:
         """The targets (N, ...)."""
         return self.samples.targets
-
-    def _check(self) -> None:
-        probe = self.samples.part(0, min(self.count, 8))
-        half = max(len(probe) // 2, 1)
-        outputs = evaluated(self.module, probe.inputs)
-        with torch.no_grad():
-            first = self.criterion(outputs, probe.targets)
-            again = [self.criterion(self.module(probe.inputs[:half]), probe.targets[:half]) for _ in range(CHANCES)]
-        if first.shape != (len(probe),):
-            shape = f"({len(probe)},)"
-            raise InputError(f"the criterion must give one loss per sample, {shape}, got {tuple(first.shape)}")
-        wrong = not_finite(probe.inputs, outputs, first)
-        if wrong:
-            raise InputError(wrong)
-        if not all(torch.allclose(first[:half], second, rtol=1e-3, atol=1e-6) for second in again):
-            raise InputError(
-                "a sample's output depends on others (batch statistics) or on chance (dropout): "
-                "call the module's eval()"
-            )
 
     def on(self, samples: SampleSet, weight: float | None = None) -> Self:
         """The loss of other samples, each with that weight (default: their mean)."""
@@ -191,7 +157,7 @@ class ModuleLoss(Loss):
         Positive semidefinite where the criterion is convex in the outputs, as cross entropy is.
         """
         wanted = sorted(k for i, layer in enumerate(self.layers) if active is None or i in active for k in layer)
-        module = self._behind(self._at(theta.detach(), frozenset(wanted)), kept)
+        module = _behind(self._at(theta.detach(), frozenset(wanted)), kept)
         leaves, ranges = [self._leaves[k] for k in wanted], [self.parameters[k].range for k in wanted]
         directions = [direction[r].to(leaf).view_as(leaf) for r, leaf in zip(ranges, leaves, strict=True)]
         for outputs, y in self._batches(module, kept):
@@ -222,10 +188,6 @@ class ModuleLoss(Loss):
             leaf.data = theta[parameter.range].view(parameter.shape)
         return self._copy
 
-    def _behind(self, module: nn.Module, kept: Any) -> nn.Module:
-        """What of a module is left to compute behind a prefix."""
-        return module if kept is None else nn.Sequential(OrderedDict(list(module._modules.items())[kept[0] :]))  # type: ignore[arg-type]
-
     def _batches(self, forward: Callable[[Tensor], Tensor], kept: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """Outputs and targets, batch by batch."""
         if self.count == 0:
@@ -249,13 +211,13 @@ class ModuleLoss(Loss):
 
     def terms(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
         """See :meth:`Loss.terms`."""
-        for outputs, y in self._batches(self._forward(self._behind(self.module, kept), theta), kept):
+        for outputs, y in self._batches(self._forward(_behind(self.module, kept), theta), kept):
             yield self.criterion(outputs, y).sum() * self.weight
 
     @torch.no_grad()
     def outputs(self, theta: Tensor, kept: Any = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Outputs (B, ...) and targets (B, ...), batch by batch."""
-        yield from self._batches(self._behind(self._at(theta), kept), kept)
+        yield from self._batches(_behind(self._at(theta), kept), kept)
 
     @torch.no_grad()
     def value(self, theta: Tensor, kept: Any = None) -> float:
@@ -267,7 +229,7 @@ class ModuleLoss(Loss):
     ) -> float:
         """See :meth:`Loss.value_gradient`; the other layers' parameters get no gradient at all."""
         wanted = frozenset(k for i, layer in enumerate(self.layers) if active is None or i in active for k in layer)
-        module = self._behind(self._at(theta.detach(), wanted), kept)
+        module = _behind(self._at(theta.detach(), wanted), kept)
         numbers = sorted(wanted)
         value = 0.0
         for outputs, y in self._batches(module, kept):
@@ -279,3 +241,44 @@ class ModuleLoss(Loss):
                         gradient[self.parameters[k].range] += g.reshape(-1)
             value += float(term.detach())
         return value
+
+
+def _besides(module: nn.Module, inputs: Tensor | None, owners: Sequence[str], stepped: bool) -> work.Besides:
+    """What a sample takes besides products, by the numbers that enter and leave the module's parts."""
+    if inputs is None:
+        return work.Besides()
+    numbers = forward_numbers(module, inputs)
+    given = dict.fromkeys(owners, 0)
+    for name, part in module.named_modules():
+        owner = name.split(".")[0] if stepped else name
+        if owner in given and name in numbers and any(True for _ in part.parameters(recurse=False)):
+            given[owner] += numbers[name][1]
+    return work.Besides(
+        tuple(work.ACTIVATION * given[owner] for owner in owners),
+        tuple(work.KEPT * numbers[owner][0] if owner in numbers else 0.0 for owner in owners),
+        work.CRITERION * numbers[""][1],
+    )
+
+
+def _check(module: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], probe: SampleSet) -> None:
+    """Raise an InputError where a few samples show that the module and the criterion do not make a loss."""
+    half = max(len(probe) // 2, 1)
+    outputs = evaluated(module, probe.inputs)
+    with torch.no_grad():
+        first = criterion(outputs, probe.targets)
+        again = [criterion(module(probe.inputs[:half]), probe.targets[:half]) for _ in range(CHANCES)]
+    if first.shape != (len(probe),):
+        shape = f"({len(probe)},)"
+        raise InputError(f"the criterion must give one loss per sample, {shape}, got {tuple(first.shape)}")
+    wrong = not_finite(probe.inputs, outputs, first)
+    if wrong:
+        raise InputError(wrong)
+    if not all(torch.allclose(first[:half], second, rtol=1e-3, atol=1e-6) for second in again):
+        raise InputError(
+            "a sample's output depends on others (batch statistics) or on chance (dropout): call the module's eval()"
+        )
+
+
+def _behind(module: nn.Module, kept: Any) -> nn.Module:
+    """What of a module is left to compute behind a prefix."""
+    return module if kept is None else nn.Sequential(OrderedDict(list(module._modules.items())[kept[0] :]))  # type: ignore[arg-type]

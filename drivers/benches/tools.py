@@ -20,14 +20,15 @@ from torch import Tensor
 
 from ddml.runs import run_file
 from ddml.runs.history import History
-from ddml.layout import ParameterLayout, owned
+from ddml.layout import owned
 from ddml.losses.restricted import RestrictedLoss
 from ddml.networks.tanh import TanhNetwork
 from ddml.objectives.objective import Objective
 from ddml.problems import PROBLEMS, PDELoss
 from ddml.problems.pde.accuracy import SolutionError
 from ddml.states import vectors_in
-from solvers import configure
+from ddml.decomposition.subdomains import Subdomains
+from solvers import Minimisation
 
 CASES = (("burgers", 20, 8), ("klein_gordon", 50, 6))
 NETWORKS = ("mlp", "residual")
@@ -124,22 +125,13 @@ def minimise(
     target: float = 0.0,
 ) -> Outcome:
     """Run a solver, at most until its error is below a target."""
-    objective = Objective(loss, ParameterLayout(loss.parameters, comm))
     measure = SolutionError(loss, comm, 5000)
-    x = objective.layout.vector()
-    objective.initial(x)
     prefix = f"bench{time.perf_counter_ns()}_"
     for name, value in given.items():
         PETSc.Options().setValue(prefix + name, value)
-    tao = PETSc.TAO().create(comm)
-    tao.setOptionsPrefix(prefix)
-    configure(tao, solver)
-    objective.attach(tao)
-    tao.setSolution(x)
-    tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
+    made = Minimisation(loss, solver, comm, prefix, subdomains=Subdomains.by_layers(loss, 1), blocks=0)
+    objective, x, tao = made.objective, made.x, made.tao
     tao.setMaximumIterations(iterations)
-    tao.setFromOptions()
-    tao.setUp()
     rows: list[tuple[float, ...]] = []
     evaluating = aside = 0.0
     original = Objective.value_gradient  # with what it takes to gather parameters and to sum gradients
@@ -175,5 +167,6 @@ def minimise(
         Objective.value_gradient, RestrictedLoss.freeze = original, freeze  # type: ignore[method-assign]
         for name in given:
             PETSc.Options().delValue(prefix + name)
-    tao.destroy()
-    return Outcome(rows, evaluating, objective.parameters(x).clone())
+    theta = objective.parameters(x).clone()
+    made.destroy()
+    return Outcome(rows, evaluating, theta)

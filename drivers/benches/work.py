@@ -23,7 +23,7 @@ from ddml.losses.residual import ResidualLoss
 from ddml.objectives.residual import ResidualObjective
 from ddml.data.scaling import Scaling
 from ddml.summation import leaves
-from solvers import configure, solver_class
+from solvers import Minimisation, solver_class
 
 from .tools import loss_of
 
@@ -92,19 +92,12 @@ def measured(row: Row) -> Measured:
     blocks = leaves(samples, loss.enough)  # as the drivers choose them
     objective = kind(loss, ParameterLayout(loss.parameters, MPI.COMM_SELF), blocks=blocks)
     moving = _moving(row, objective)
-    x, tao = objective.layout.vector(), PETSc.TAO().create(MPI.COMM_SELF)
-    objective.initial(x)
-    g, prefix = x.duplicate(), f"work{time.perf_counter_ns()}_"
-    tao.setOptionsPrefix(prefix)
-    configure(tao, row.solver)
-    objective.attach(tao)
-    tao.setSolution(x)
-    tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
-    tao.setMaximumIterations(row.iterations)
+    prefix = f"work{time.perf_counter_ns()}_"
     for name, value in row.given.items():
         PETSc.Options().setValue(prefix + name, value)
-    tao.setFromOptions()
-    tao.setUp()
+    made = Minimisation(objective, row.solver, prefix=prefix)
+    x, tao, g = made.x, made.tao, made.x.duplicate()
+    tao.setMaximumIterations(row.iterations)
     solver, beside, started = [0.0], [0.0, 0.0], [time.process_time()]  # seconds; seconds and units; since when
 
     def monitor(tao: PETSc.TAO) -> None:
@@ -121,7 +114,7 @@ def measured(row: Row) -> Measured:
 
     tao.setMonitor(monitor)
     tao.solve()
-    for thing in (tao, x, g):
+    for thing in (made, g):
         thing.destroy()
     for name in row.given:
         PETSc.Options().delValue(prefix + name)

@@ -166,10 +166,18 @@ class Training:
                 limit=settings.summation_limit, stop=self.stop, fmin=fmin,
             )  # fmt: skip
         self.layout, self.objective, self.x, self.tao = made.layout, made.objective, made.x, made.tao
-        self.blocks, self.context = made.objective.blocks, made.context
+        self.blocks, self.context = made.objective.parts.blocks, made.context
+
+    def _to_rounding(self) -> str:
+        """What sums by ranks in spite of fixed orders, in words; nothing if nothing does. Collective."""
+        if self.tao.getType() in TO_ROUNDING:
+            return ", in PETSc's secant matrices by ranks"
+        mine = self.context.inner_types if self.context is not None else frozenset()
+        inside = sorted(frozenset(TO_ROUNDING) & frozenset().union(*self.comm.allgather(mine)))
+        return f", in PETSc's secant matrices of local solvers ({', '.join(inside)}) by ranks" if inside else ""
 
     def summation(self) -> str:
-        """How samples are summed, in words."""
+        """How samples are summed, in words. Collective."""
         ranks = self.comm.size
         words = f"on {ranks} rank{'s' * (ranks > 1)}, "
         if not self.blocks:
@@ -179,8 +187,8 @@ class Training:
         words += f"sums in fixed order over {self.blocks} blocks of samples"
         if not fixes_order():
             words += ", dot products by ranks (kernels/sums.c was not built)"
-        elif self.settings.solver in TO_ROUNDING:
-            words += ", in PETSc's secant matrices by ranks"
+        else:
+            words += self._to_rounding()
         busy = efficiency(self.blocks, ranks)
         return words + (f"; they keep {busy:.0%} of the ranks busy" if busy < 0.9 else "")
 

@@ -68,6 +68,7 @@ class SelfScaled(Solver):
         form = self.settings.matrix_form
         self.form = "symmetric" if form == "auto" else form
         self.inverse = self._made(self.form, self.settings.matrix_dtype)
+        self.needed = int(self.inverse.matrix.needed)
         self.whole_iterations = True
         self.fresh, self.trial, self.wear = True, 1.0, 0.0  # wear: repairs of late
         self.quotients = math.inf, 0.0  # smallest and largest Rayleigh quotient of H since it was the identity
@@ -79,11 +80,6 @@ class SelfScaled(Solver):
         """Go over to another form of H."""
         self.release(self.inverse)
         self.form, self.inverse = form, inverse
-
-    @property
-    def needed(self) -> int:
-        """See :attr:`solvers.base.Solver.needed`."""
-        return int(self.inverse.matrix.needed)
 
     def begin(self) -> None:
         """See :meth:`solvers.base.Solver.begin`."""

@@ -59,6 +59,11 @@ class _APTS(TrustRegion):
         if self.settings.local_steps > 0 and self.count() > 1:
             self.local = self.own(self._make_local())
 
+    @property
+    def inner_types(self) -> frozenset[str]:
+        """See :attr:`solvers.base.Solver.inner_types`: local solvers."""
+        return self.local.types if self.local is not None else frozenset()
+
     @abstractmethod
     def count(self) -> int:
         """Number of subdomains."""

@@ -23,6 +23,7 @@ from ddml.parallel import agreed, check_memory
 from ddml.plugins import blamed
 from ddml.states import narrowed, widened
 from solvers.base import Solver
+from solvers.line_search import at_rounding
 from solvers.owner import Owner
 from solvers.registry import PETSC_TYPES, SOLVERS, configure
 
@@ -86,6 +87,12 @@ class LocalSolver(Owner):
         own = {prefix + name: value for name, value in stop.items()}
         with preset(**own, **ONE_BY_ONE):
             self.tao.setFromOptions()
+            kind = self.tao.getType()
+            if kind not in (*PETSC_TYPES, "python"):
+                raise InputError(
+                    f"option -{prefix}tao_type must be one of {', '.join(PETSC_TYPES)}, or python with "
+                    f"-{prefix}tao_python_type; got '{kind}'"
+                )
             if isinstance(self.context, Solver):
                 self.prepare(self.context)
             self.tao.setUp()
@@ -105,6 +112,12 @@ class LocalSolver(Owner):
         context = self.tao.getPythonContext() if self.tao.getType() == "python" else None
         return context if isinstance(context, Solver) else None
 
+    @property
+    def types(self) -> frozenset[str]:
+        """TAO type of this solver, and those of the solvers inside it."""
+        inside = self.context.inner_types if isinstance(self.context, Solver) else frozenset()
+        return frozenset((self.tao.getType(),)) | inside
+
     def _before_last(self, tao: PETSc.TAO) -> None:
         if tao.getIterationNumber() == self.steps - 1:
             self.objective.also(self.layers)
@@ -119,6 +132,9 @@ class LocalSolver(Owner):
         try:
             with preset(**ONE_BY_ONE):
                 self.tao.solve()
+        except PETSc.Error as error:  # a search of PETSc's own minimisers, which leaves x at the last iterate
+            if self.context is not None or not at_rounding(error):
+                raise
         finally:
             self.objective.also(frozenset())
         reached = float(self.tao.getSolutionStatus()[1])
@@ -313,6 +329,11 @@ class Schwarz(Owner):
         self.objective.work.add_parallel([work for works in gathered for work in works.values()])
         for s in subdomains:
             self.restricted[s].work.reset()  # objectives that were made of it charge the same counter
+
+    @property
+    def types(self) -> frozenset[str]:
+        """TAO types of the local solvers on this rank, and of the solvers inside them."""
+        return frozenset().union(*(local.types for local in self.local.values()))
 
     def kinds(self) -> list[tuple[str, int]]:
         """Class of the local solver, and size, of each subdomain. Collective."""

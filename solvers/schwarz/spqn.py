@@ -82,6 +82,12 @@ class _SPQN(LBFGS):
             self.local,
         )  # fmt: skip
 
+    @property
+    def inner_types(self) -> frozenset[str]:
+        """See :attr:`solvers.base.Solver.inner_types`: local and coarse solvers."""
+        inside = [*self.local, *([self.coarse] if self.coarse is not None else [])]
+        return frozenset().union(*(schwarz.types for schwarz in inside))
+
     def view(self, tao: PETSc.TAO, viewer: PETSc.Viewer) -> None:
         """See :meth:`solvers.base.Solver.view`."""
         super().view(tao, viewer)
@@ -294,8 +300,9 @@ class MSPQN(_SPQN):
 class DenseMSPQN(MSPQN):
     """:class:`MSPQN` with other defaults: overlapping windows of two layers, whose dense self-scaled matrices are kept.
 
-    The matrices of L layers of n / L parameters take about 4 / L of the memory of :class:`solvers.quasi_newton.self_scaled.SSBroyden`'s. Windows, kept
-    matrices and the numbers of local steps are our choices. As an iteration takes many evaluations, points move often.
+    The matrices of L layers of n / L parameters take about 4 / L of the memory of that of
+    :class:`solvers.quasi_newton.self_scaled.SSBroyden`. Windows, kept matrices and the numbers of local steps are our
+    choices. As an iteration takes many evaluations, points move often.
     """
 
     options: ClassVar[Sequence[Option]] = with_defaults(

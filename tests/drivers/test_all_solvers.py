@@ -1,5 +1,6 @@
 """Every solver of the table, ours and PETSc's, on digits and on an equation: it runs, or refuses in one line."""
 
+import re
 from pathlib import Path
 
 import h5py
@@ -55,9 +56,16 @@ def test_it_runs(
     [
         ("-solver bqnkls", "'bqnkls'"),
         ("-tao_type bqnkls", "-tao_type must be one of"),
+        ("-solver ntl", "'ntl'"),
+        ("-solver mspqn -sub_tao_type ntl", "-sub_tao_type must be one of .* got 'ntl'"),
         ("-tao_type python", "by -solver"),
         ("-solver lmvm -tao_type cg", "ask for two solvers"),
         ("-tao_max_it 7 -max_it 40", "-tao_max_it is -max_it"),
+        ("-solver mspqn -sub_tao_type bqnkls", "-sub_tao_type must be one of .* got 'bqnkls'"),
+        ("-solver aspqn -sub_tao_type tron", "-sub_tao_type must be one of .* got 'tron'"),
+        ("-solver aspqn -coarse_step true -coarse_tao_type bqnkls", "-coarse_tao_type must be one of"),
+        ("-solver apts_data -norm 2 -sub_tao_type bqnkls", "-sub_tao_type must be one of"),
+        ("-solver aspqn -local_solver mspqn -sub_sub_tao_type bqnkls", "-sub_sub_tao_type must be one of"),
     ],
 )
 @pytest.mark.parametrize("name", DRIVERS)
@@ -88,6 +96,18 @@ def test_one_layer_is_the_undivided_method(
     assert drive("digits", f"-network {network}:one -solver {solver} -max_it 3") == 0
     if comm.rank == 0:
         assert "note: there is one subdomain" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("solver", ["apts_weights", "napts", "mspqn_dense"])
+def test_a_number_of_subdomains_alone_is_of_layers(
+    capfd: pytest.CaptureFixture[str], comm: MPI.Comm, solver: str
+) -> None:
+    assert drive("digits", f"-solver {solver} -subdomains 3 -max_it 1") == 0
+    alone = capfd.readouterr().out
+    assert drive("digits", f"-solver {solver} -decomposition layers -subdomains 3 -max_it 1") == 0
+    if comm.rank == 0:
+        pattern = re.compile("^.*subdomain.*$", re.MULTILINE)
+        assert pattern.findall(alone) == pattern.findall(capfd.readouterr().out) != []
 
 
 @pytest.mark.parametrize("solver", ["aspqn", "lbfgs", "ssbroyden", "lmvm", "bntr"])

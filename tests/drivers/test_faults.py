@@ -41,7 +41,7 @@ def test_state_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path: 
     assert np.isfinite(run.theta).all() and np.isfinite(run.history["loss"]).all()
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize(
     "options",
     [

@@ -177,7 +177,7 @@ class Node:
 
         def linear(x: Tensor) -> Tensor:
             if known.get("at") is not self.frozen:
-                known.update(at=self.frozen, gap=self.dense.gradient(self.frozen) - part.value_gradient(self.frozen))
+                known.update(at=self.frozen, gap=self.dense.gradient(self.frozen) - part.gradient(self.frozen))
             return part.linear(x) + known["gap"] @ (x - self.frozen)
 
         return part.but(linear=linear)

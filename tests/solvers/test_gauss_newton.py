@@ -11,6 +11,7 @@ import torch
 from mpi4py import MPI
 from petsc4py import PETSc
 
+from ddml.decomposition.subdomains import Subdomains
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout
 from ddml.linalg.small import cholesky
@@ -356,3 +357,17 @@ def test_other_losses_are_refused(train: Train, least_squares: Callable[..., Los
     with pytest.raises(PETSc.Error) as error:
         train(least_squares([3, 4]), "gauss_newton", 1)
     assert "needs a loss that is a sum of squared residuals" in str(cause(error.value, InputError))
+
+
+@pytest.mark.parametrize(("settings", "expected"), [({}, "windows"), ({"gn_subdomains": 2}, "layers")])
+def test_a_number_of_subdomains_alone_is_of_layers(train: Train, settings: dict[str, Any], expected: str) -> None:
+    loss, seen = burgers(), []
+    layers = len(loss.layers)
+    chosen = Subdomains.windows(loss, min(2, layers)) if expected == "windows" else Subdomains.by_layers(loss, 2)
+
+    def watch(context: Any, iteration: int) -> None:
+        if iteration:
+            seen.append(context.preconditioner.decomposition.subdomains.ranges)
+
+    train(loss, "gauss_newton", 1, watch=watch, form="primal", preconditioner="schwarz", **settings)
+    assert seen == [chosen.ranges]

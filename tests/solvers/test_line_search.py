@@ -152,3 +152,27 @@ def test_petsc_options_change_the_conditions(comm: MPI.Comm, prefix: str, least_
     result = searched(1e-2)
     assert result.success
     assert abs(searched.g.dot(searched.d)) <= 1e-3 * abs(searched.slope)
+
+
+@pytest.mark.parametrize("place", [1e-11, 1e-10, 1e-9])
+def test_a_search_that_ends_in_rounding_leaves_nothing_to_the_next(
+    comm: MPI.Comm, prefix: str, sum_over_rows: Any, place: float
+) -> None:
+    """1 + x^4 falls by nothing, where x is 1e-10; from x = 1 PETSc needs several trials."""
+
+    def function(theta: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return rows[:, 0] * (1 + theta[0] ** 4)
+
+    def searched(start: float) -> Searched:
+        return Searched(comm, prefix, sum_over_rows(function, np.full((6, 1), 1 / 6), [1, 3], [start, 0.0, 0.0, 0.0]))
+
+    tired, fresh = searched(place), searched(1.0)
+    assert not tired().success
+    tired.assert_restored()
+    for vec in ("x", "g", "d"):
+        getattr(fresh, vec).copy(getattr(tired, vec))
+    tired.f = fresh.f
+    tired.objective.work.reset()
+    again, expected = tired(), fresh()
+    assert again == expected
+    assert expected.success and tired.evaluations == fresh.evaluations > 1

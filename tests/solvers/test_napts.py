@@ -77,7 +77,7 @@ def test_combined_corrections_promise_no_less_and_save_the_global_step(
     base, whole, seen = APTSWeights._correction, NAPTS._correction, []
 
     def local(self: Any, *args: Any) -> float:
-        seen.append([base(self, *args), 0.0, len(self.P)])
+        seen.append([base(self, *args), 0.0, len(self.displacements.P)])
         return float(seen[-1][0])
 
     def combined(self: Any, x: Any, delta: float, s: Any) -> float:

@@ -349,3 +349,25 @@ def test_options_that_do_not_go_together_are_refused(prefix: str, settings: dict
         PETSc.Options().setValue(prefix + name, value)
     with pytest.raises(InputError, match=words):
         subdomains(burgers(), prefix)
+
+
+# Rounding -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("local", ["lbfgs", "lmvm", "cg", "bncg", "bqnktl"])
+@pytest.mark.parametrize("settings", [{}, {"side_by_side": 0}, {"local_solver": "aspqn"}])
+@pytest.mark.parametrize("place", [1e-10, 1e-9])
+def test_a_subdomain_whose_gradient_is_at_rounding_stays_where_it_is(
+    train: Train, sum_over_rows: Any, local: str, settings: dict[str, Any], place: float
+) -> None:
+    """1 + x^4 at 1e-10, where PETSc's line search turns its interval round; the other subdomain is minimised."""
+
+    def rows(theta: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return table[:, 0] * ((theta[0] - 1) ** 2 + (theta[1] - 2) ** 2 + 1 + (theta[2:] ** 4).sum())
+
+    loss = sum_over_rows(rows, np.full((6, 1), 1 / 6), [2, 2], [3.0, 4.0, place, -place])
+    name = "sub_local_solver" if settings.get("local_solver") else "local_solver"
+    run = train(loss, "mspqn", 3, blocks=6, **{"local_steps": 10, **settings, name: local})
+    assert run.losses[0] > 8 and (np.diff(run.losses) <= 0).all()
+    assert run.losses[-1] == pytest.approx(1.0, abs=1e-8)
+    assert np.abs(run.theta[-1, 2:]).max() < 1e-3

@@ -116,7 +116,8 @@ class LinearisedResiduals(ResidualLoss):
 
     def leaves(self, theta: Tensor) -> list[Tensor]:
         """The coefficients in theta (n,), each to be differentiated by."""
-        return [c.detach().requires_grad_() for c in theta[self.tail]]
+        tail = self.tail
+        return [c.detach().requires_grad_() for c in theta[tail]] if tail.stop > tail.start else []
 
     def _linearised(self, theta: Tensor) -> Iterator[tuple[TermPoints, Tensor, Tensor, Tensor]]:
         """For each piece of r: chunk, network inputs, adjoint of the jets, derivatives (c, N) by the coefficients.

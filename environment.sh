@@ -70,7 +70,7 @@ exec 9>"$wheels/.lock"
 flock 9
 rm -rf "$wheels"/new.*
 
-say "making .venv with $("$python" -V), about 5 minutes on two cores, half a minute with the wheels in $wheels"
+say "making .venv with $("$python" -V), 6 minutes of processor time, 1 with the wheels in $wheels"
 rm -rf "$venv"
 "$python" -m venv $([ $given = yes ] && echo --system-site-packages) "$venv"
 echo "$PWD" >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ddml.pth" # in place

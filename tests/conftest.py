@@ -43,7 +43,7 @@ SERIAL = (
     *("test_options.py", "test_prepare.py", "test_house.py"),
     "runs/test_run_file_damage.py::test_a_kill_at_any_moment_leaves_a_whole_file",  # a writer on one rank
     *(f"drivers/test_{name}.py" for name in ("all_solvers", "bad_problems", "bench", "classify", "faults", "header")),
-    *(f"drivers/test_{name}.py" for name in ("kill", "plot_driver", "readme", "restart", "rivals")),
+    *(f"drivers/test_{name}.py" for name in ("kill", "plot_driver", "readme", "restart", "rivals", "same_bits")),
 )
 
 # make check: a solver of each family on three ranks, and through a restart

@@ -33,7 +33,8 @@ are vector operations of solvers, and making the inputs of new samples.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -167,6 +168,16 @@ class WorkCounter:
             self.losses += part.losses
             self.gradients += part.gradients
             self.products += part.products
+
+    @contextmanager
+    def unpaid(self) -> Iterator[None]:
+        """Charge nothing in this block: what a restart does again has been paid before."""
+        spent = self.state()
+        try:
+            yield
+        finally:
+            for name, value in spent.items():
+                setattr(self, name, value)
 
     def reset(self) -> None:
         """Set everything to zero."""

@@ -2,6 +2,7 @@ r"""Limited-memory Hessian approximations B for trust regions, indefinite (SR1) 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ class SecantModel:
         self.gamma = 0.0 if metric is None else 1.0
         self.S: list[PETSc.Vec] = []
         self.Y: list[PETSc.Vec] = []
+        self._paid = 0  # of these, how many were charged before a restart
         self._images: tuple[int, list[Array]] = (-1, [])  # this rank's s and y in the metric's coordinates
 
     def __len__(self) -> int:
@@ -66,6 +68,7 @@ class SecantModel:
             self.S.pop(0).destroy()
             self.Y.pop(0).destroy()
             del self._images[1][:1]
+            self._paid = max(self._paid - 1, 0)
         for vec, vectors in ((s, self.S), (y, self.Y)):
             vectors.append(vec.copy())
             vectors[-1].scale(1 / length)
@@ -98,10 +101,12 @@ class SecantModel:
             self._images = self.metric.version, []
         known, image = self._images[1], self.S[0].duplicate()
         for s, y in list(zip(self.S, self.Y, strict=True))[len(known) :]:
-            self.metric.coordinates(s, image)
-            columns = [image.array_r.copy()]
-            self.metric.covector(y, image)
+            with self.metric.objective.work.unpaid() if len(known) < self._paid else nullcontext():
+                self.metric.coordinates(s, image)
+                columns = [image.array_r.copy()]
+                self.metric.covector(y, image)
             known.append(np.stack([*columns, image.array_r]))
+        self._paid = 0
         image.destroy()
         S, Y = np.stack(known, axis=2)
         return S, Y
@@ -124,7 +129,7 @@ class SecantModel:
         """Forget everything."""
         for vec in (*self.S, *self.Y):
             vec.destroy()
-        self.S, self.Y, self._images = [], [], (-1, [])
+        self.S, self.Y, self._images, self._paid = [], [], (-1, []), 0
         self.gamma = 0.0 if self.metric is None else 1.0
 
     def destroy(self) -> None:
@@ -133,9 +138,11 @@ class SecantModel:
 
     def state(self) -> dict[str, Any]:
         """Everything, for a checkpoint; the vectors are this object's."""
-        return {"S": list(self.S), "Y": list(self.Y), "gamma": self.gamma}
+        current = self.metric is not None and self._images[0] == self.metric.version
+        return {"S": list(self.S), "Y": list(self.Y), "gamma": self.gamma, "images": len(self._images[1]) * current}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over the vectors of a checkpoint."""
         self.clear()
         self.S, self.Y, self.gamma = list(state["S"]), list(state["Y"]), state["gamma"]
+        self._paid = state.get("images", 0)  # which files of before do not know

@@ -1,5 +1,6 @@
 """Every solver of the table, ours and PETSc's, on digits and on an equation: it runs, or refuses in one line."""
 
+import re
 from pathlib import Path
 
 import h5py
@@ -99,7 +100,7 @@ def test_one_layer_is_the_undivided_method(
 
 @pytest.mark.parametrize("solver", ["apts_weights", "napts", "mspqn_dense"])
 def test_a_number_of_subdomains_alone_is_of_layers(
-    drive: Callable[[str, str], int], capfd: pytest.CaptureFixture[str], comm: MPI.Comm, solver: str
+    capfd: pytest.CaptureFixture[str], comm: MPI.Comm, solver: str
 ) -> None:
     assert drive("digits", f"-solver {solver} -subdomains 3 -max_it 1") == 0
     alone = capfd.readouterr().out

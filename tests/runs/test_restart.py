@@ -35,6 +35,7 @@ RUNS = {
     "local solvers": ("pinn", f"{EQUATION} -solver aspqn -local_steps 3 -coarse_step -sub_memory 2 -coarse_memory 1"),
     "Gauss-Newton": ("pinn", f"{EQUATION} -solver gauss_newton -form primal -preconditioner schwarz -gn_ksp_rtol 0.01"),
     "batches": ("classify", f"{DIGITS} -solver tr -norm kfac -delta0 0.03 -batch_growth 1.5"),
+    "K-FAC and SR1": ("classify", f"{DIGITS} -solver tr -norm kfac -model sr1 -delta0 0.03"),
     "batches and subdomains": ("classify", f"{DIGITS} -solver napts -overlap_pairs -seed 3 -dtype float64"),
 }
 

@@ -318,7 +318,7 @@ def test_batches_are_charged_as_the_fraction_that_they_are(train: Train, solver:
     ("solver", "given", "message"),
     [
         ("apts_weights", {"subdomains": 9, "decomposition": "layers"}, "must be 1 to 3"),
-        ("apts_weights", {"subdomains": 2}, "use -window"),
+        ("apts_weights", {"subdomains": 2, "decomposition": "windows"}, "use -window"),
         ("apts_weights", {"sub_norm": "modular", "model": "sr1"}, "needs -test"),
         ("apts_data", {"subdomains": 61}, "can be dealt into 1 to 60"),
         ("apts_data", {"sample_overlap": 1.5}, "fraction from 0 to 1"),

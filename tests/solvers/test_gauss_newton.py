@@ -354,9 +354,8 @@ def test_bad_options_are_refused(train: Train, settings: dict[str, Any], words: 
 
 
 def test_other_losses_are_refused(train: Train, least_squares: Callable[..., Loss]) -> None:
-    with pytest.raises(PETSc.Error) as error:
+    with pytest.raises(InputError, match="needs a loss that is a sum of squared residuals"):
         train(least_squares([3, 4]), "gauss_newton", 1)
-    assert "needs a loss that is a sum of squared residuals" in str(cause(error.value, InputError))
 
 
 @pytest.mark.parametrize(("settings", "expected"), [({}, "windows"), ({"gn_subdomains": 2}, "layers")])

@@ -37,7 +37,7 @@ def test_residuals_are_those_of_the_composition_or_refused_in_words(comm: MPI.Co
     for leaf in top.leaves():
         composed, layout = leaf.objective, leaf.objective.layout
         assert isinstance(composed, ResidualObjective)
-        x, v = numbers(composed.size, 3), numbers(composed.size, 4)
+        x, v = numbers(composed.layout.size, 3), numbers(composed.layout.size, 4)
         at, direction, back = put(layout, x), put(layout, v), layout.vector()
         r, Jv = composed.residual_vector(), composed.residual_vector()
         J = torch.autograd.functional.jacobian(lambda y, d=leaf.dense: d.outputs(d.embed(y), d.rows), x)

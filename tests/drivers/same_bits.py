@@ -12,7 +12,7 @@ import classify  # first: it initialises PETSc
 import pinn
 from mpi4py import MPI
 from petsc4py import PETSc
-from program import run_program
+from common.program import run_program
 
 MAINS = {"digits": classify.main, "klein_gordon": pinn.main}
 COMMON = {

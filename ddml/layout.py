@@ -86,29 +86,39 @@ class ParameterLayout:
         vec.set(0.0)
         return vec
 
-    def gather(self, x: PETSc.Vec) -> Tensor:
-        """All n entries of x on every rank, float64. Collective.
+    def gather(self, x: PETSc.Vec, dtype: torch.dtype = torch.float64) -> Tensor:
+        """All n entries of x on every rank, in float64 or float32. Collective.
 
-        On one rank this is x's own memory, on several a buffer that the next call uses again:
+        In float64 this is x's own memory on one rank, on several a buffer that the next call uses again:
         read it, and do not keep it.
         """
-        local = owned(x)
+        local = owned(x).to(dtype)
         if self.comm.size == 1:
             return local
-        full = self._buffer(torch.float64)
-        self.comm.Allgatherv(local.numpy(), [full.numpy(), self.counts, self.ranges[:-1], MPI.DOUBLE])
+        double = dtype == torch.float64
+        full = self._buffer(dtype) if double else torch.empty(self.size, dtype=dtype)
+        kind = MPI.DOUBLE if double else MPI.FLOAT
+        self.comm.Allgatherv(local.numpy(), [full.numpy(), self.counts, self.ranges[:-1], kind])
         return full
 
     def reduce(self, contributions: Tensor, g: PETSc.Vec) -> None:
         """Sum the ranks' vectors (n,) into the distributed vector g. Collective."""
+        given = contributions.numpy()
         with g as array:
-            if self.comm.size == 1:
-                array[:] = contributions.numpy()
-                return
-            given = contributions.numpy()
-            mine = array if given.dtype == array.dtype else np.empty(len(array), given.dtype)
-            self.comm.Reduce_scatter(given, mine, list(self.counts), MPI.SUM)
-            array[:] = mine
+            mine = self.summed(given, array if given.dtype == array.dtype else None)
+            if mine is not array:
+                array[:] = mine
+
+    def summed(self, given: Array, out: Array | None = None) -> Array:
+        """The entries that this rank owns of the sum of the ranks' vectors (n,), in their precision. Collective.
+
+        On one rank the vector itself; else written to ``out`` if that is given.
+        """
+        if self.comm.size == 1:
+            return given
+        mine = np.empty(self.counts[self.comm.rank], given.dtype) if out is None else out
+        self.comm.Reduce_scatter(given, mine, list(self.counts), MPI.SUM)
+        return mine
 
     def sum_nodes(self, sums: Sequence[Array], tree: Tree, dtype: Any, rest: tuple[int, ...] = ()) -> Array:
         r"""Sum vectors or matrices (n, \*rest), one for each node of this rank, over all ranks: its rows. Collective.

@@ -59,6 +59,8 @@ class Solver(Owner, ABC):
         meanwhile.
     needed : int
         Bytes of the dense matrices that :meth:`prepare` has made on this rank, and the solver will fill.
+    spares_memory : bool
+        Whether it works in as little memory as it can, as the network is large; set by :meth:`prepare`.
     notes : list of str
         What a user should know of the method as it has been set up.
     remembers : bool
@@ -68,8 +70,8 @@ class Solver(Owner, ABC):
 
     options: ClassVar[Sequence[Option]] = ()
     local_defaults: ClassVar[Mapping[str, Any]] = {}
-    work_vectors: ClassVar[Sequence[str]] = ()
-    saved: ClassVar[Sequence[str]] = ()
+    work_vectors: Sequence[str] = ()
+    saved: Sequence[str] = ()
     subdomains_of: ClassVar[Literal["parameters", "samples", ""]] = ""
     judges_batches: ClassVar[bool] = False
     moves_points: ClassVar[int] = 0
@@ -84,7 +86,7 @@ class Solver(Owner, ABC):
         self.vectors: dict[str, PETSc.Vec] = {}
         self.f, self.iteration, self._version = 0.0, 0, 0
         self._restored: bool | None = None  # whether the restored state is outdated; None: there is none
-        self.remembers = self.whole_iterations = False
+        self.remembers = self.whole_iterations = self.spares_memory = False
         self.needed = 0
 
     @classmethod

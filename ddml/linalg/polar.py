@@ -99,24 +99,26 @@ def near_factor(G: Tensor, tolerance: float) -> Tensor | None:
     while not m * low <= spare * at_least:
         if low < 8 * torch.finfo(G.dtype).eps:
             return None
-        X = _quintic(X, R, GROWING)
+        R = _polynomial(R, GROWING)  # in the place of its argument: no more than four matrices are there at a time
+        X = R @ X
+        del R
         low, at_least = low / GROWTH, max(at_least, inner(G, X) / bound)
         R = symmetric_product(X)
-    for coefficients in FINISHING:
-        X = _quintic(X, R, coefficients)
-        if coefficients is not FINISHING[-1]:
-            R = symmetric_product(X)
+    for number, coefficients in enumerate(FINISHING):
+        R = _polynomial(symmetric_product(X) if number else R, coefficients)
+        X = R @ X
+        del R
     reached = inner(G, X)
     dual = reached / REACHED + m * low * bound / 4
     return X if reached >= (1 - tolerance) * dual else None
 
 
-def _quintic(X: Tensor, R: Tensor, coefficients: Sequence[float]) -> Tensor:
-    """Evaluate a X + b X X^T X + c (X X^T)^2 X of X (rows, columns), with R its product X X^T."""
+def _polynomial(R: Tensor, coefficients: Sequence[float]) -> Tensor:
+    """Evaluate a + b R + c R^2 of a symmetric R (m, m): of R = X X^T, what an odd quintic multiplies X with."""
     a, b, c = coefficients
     Z = symmetric_product(R, c, R, b)
     Z.diagonal().add_(a)
-    return Z @ X
+    return Z
 
 
 def inner(A: Tensor, B: Tensor) -> float:

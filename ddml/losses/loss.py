@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from ddml.parameters import Parameter
 
 from .charges import Charges
 from .work import Besides
+
+LARGE = 1_000_000  # parameters from which memory is worth some time (our choice)
 
 
 class Loss(ABC):
@@ -40,6 +42,8 @@ class Loss(ABC):
         The torch module whose parameters theta is made of, by their names, where the loss is of the outputs of one.
     gauss_newton : bool
         Whether there is a :meth:`gauss_newton_product`.
+    large_from : int
+        Parameters from which memory is worth some time.
     once : tuple of float
         Multiply-adds, and multiply-adds a parameter, that samples must cost for what is done once in each evaluation
         to take a tenth of the time (measured on one core, our choice).
@@ -54,12 +58,18 @@ class Loss(ABC):
     dtype: torch.dtype
     device: torch.device
     gauss_newton: bool = False
+    large_from: ClassVar[int] = LARGE
     once: tuple[float, float] = (0.0, 0.0)
 
     @property
     def size(self) -> int:
         """n, the length of theta."""
         return self.parameters[-1].range.stop
+
+    @property
+    def large(self) -> bool:
+        """Whether memory is worth some time; numbers do not depend on it."""
+        return self.size >= self.large_from
 
     @abstractmethod
     def part(self, begin: int, end: int) -> Loss:
@@ -72,6 +82,10 @@ class Loss(ABC):
     @abstractmethod
     def initial(self) -> Tensor:
         """Initial parameters (n,)."""
+
+    def drop_initial(self) -> None:
+        """Free the memory of the initial parameters, if they take any: they are not asked for any more."""
+        return
 
     @abstractmethod
     def terms(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:

@@ -127,13 +127,28 @@ class ModuleLoss(Loss):
         return self.on(self.samples.take(rows))
 
     def initial(self) -> Tensor:
-        """The module's trained parameters."""
+        """The module's trained parameters.
+
+        Raises
+        ------
+        RuntimeError
+            After :meth:`drop_initial`.
+        """
+        if any(p.numel() != known.size for p, known in zip(self._trained, self.parameters, strict=True)):
+            raise RuntimeError("the initial parameters have been dropped")
         return torch.cat([p.detach().reshape(-1) for p in self._trained])
+
+    def drop_initial(self) -> None:
+        """See :meth:`Loss.drop_initial`; the module's trained parameters are empty until :meth:`assign`."""
+        for parameter in self._trained:
+            parameter.data = parameter.data.new_empty(0)
 
     @torch.no_grad()
     def assign(self, theta: Tensor) -> None:
         """Write parameters (n,), of a result, say, into the module."""
         for parameter, table in zip(self._trained, self.parameters, strict=True):
+            if parameter.numel() != table.size:  # they have been dropped
+                parameter.data = parameter.data.new_empty(table.shape)
             parameter.copy_(theta[table.range].view(table.shape))
 
     @torch.no_grad()
@@ -176,11 +191,6 @@ class ModuleLoss(Loss):
                     if image is not None:
                         product[r] += image.reshape(-1)
 
-    def _forward(self, module: nn.Module, theta: Tensor) -> Callable[[Tensor], Tensor]:
-        """The module, or a part of it, at theta, differentiable by it."""
-        views = {n: theta[p.range].view(p.shape) for n, p in occurrences(module, self._places).items()}
-        return lambda x: torch.func.functional_call(module, views, (x,), tie_weights=False)
-
     def _at(self, theta: Tensor, wanted: frozenset[int] = frozenset()) -> nn.Module:
         """The copy of the module at theta; the parameters of these numbers are leaves to differentiate by."""
         for number, (leaf, parameter) in enumerate(zip(self._leaves, self.parameters, strict=True)):
@@ -211,13 +221,22 @@ class ModuleLoss(Loss):
 
     def terms(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
         """See :meth:`Loss.terms`."""
-        for outputs, y in self._batches(self._forward(_behind(self.module, kept), theta), kept):
+        module = _behind(self.module, kept)
+        views = {n: theta[p.range].view(p.shape) for n, p in occurrences(module, self._places).items()}
+
+        def forward(x: Tensor) -> Tensor:
+            found: Tensor = torch.func.functional_call(module, views, (x,), tie_weights=False)
+            return found
+
+        for outputs, y in self._batches(forward, kept):
             yield self.criterion(outputs, y).sum() * self.weight
 
     @torch.no_grad()
     def outputs(self, theta: Tensor, kept: Any = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Outputs (B, ...) and targets (B, ...), batch by batch."""
         yield from self._batches(_behind(self._at(theta), kept), kept)
+        if self.large:
+            _leave(self._leaves)
 
     @torch.no_grad()
     def value(self, theta: Tensor, kept: Any = None) -> float:
@@ -231,6 +250,17 @@ class ModuleLoss(Loss):
         wanted = frozenset(k for i, layer in enumerate(self.layers) if active is None or i in active for k in layer)
         module = _behind(self._at(theta.detach(), wanted), kept)
         numbers = sorted(wanted)
+        if self.large and gradient.dtype == self.dtype:
+            for k in numbers:
+                self._leaves[k].grad = gradient[self.parameters[k].range].view(self.parameters[k].shape)
+            try:  # the same bits, in less memory
+                return _summed_in_place(
+                    self._batches(module, kept),
+                    lambda outputs, y: self.criterion(outputs, y).sum() * self.weight,
+                    [self._leaves[k] for k in numbers],
+                )
+            finally:
+                _leave(self._leaves)
         value = 0.0
         for outputs, y in self._batches(module, kept):
             term = self.criterion(outputs, y).sum() * self.weight
@@ -241,6 +271,27 @@ class ModuleLoss(Loss):
                         gradient[self.parameters[k].range] += g.reshape(-1)
             value += float(term.detach())
         return value
+
+
+def _summed_in_place(
+    batches: Iterator[tuple[Tensor, Tensor]], term: Callable[[Tensor, Tensor], Tensor], leaves: Sequence[Tensor]
+) -> float:
+    """The sum of the terms; each leaf's derivative is added to its ``grad``, and freed, as soon as it is there."""
+    value = 0.0
+    for outputs, y in batches:
+        found = term(outputs, y)
+        if found.requires_grad:
+            found.backward(inputs=leaves)  # type: ignore[no-untyped-call]
+        value += float(found.detach())
+        del outputs, found
+    return value
+
+
+def _leave(leaves: Sequence[Tensor]) -> None:
+    """Let the leaves keep nothing of the theta that they were at."""
+    for leaf in leaves:
+        leaf.grad = None
+        leaf.data = leaf.data.new_empty(0)
 
 
 def _besides(module: nn.Module, inputs: Tensor | None, owners: Sequence[str], stepped: bool) -> work.Besides:

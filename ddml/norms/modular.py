@@ -36,8 +36,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -143,6 +143,16 @@ class Block:
         return cls(tiles(entries), (rows, columns), scale, by_rows)
 
     @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Where in theta each tile's entries lie, from the first to behind the last."""
+        ends = [t.offset + sum((k - 1) * step for k, step in zip(t.shape, t.steps, strict=True)) for t in self.tiles]
+        return [(t.offset, end + 1) for t, end in zip(self.tiles, ends, strict=True)]
+
+    def moved(self, place: Callable[[int], int]) -> Block:
+        """The same matrix in another vector, where entry ``offset`` of a tile is at ``place(offset)``."""
+        return replace(self, tiles=tuple(replace(t, offset=place(t.offset)) for t in self.tiles))
+
+    @property
     def entries(self) -> Indices:
         """Where the matrix (rows, columns) is in theta."""
         places = np.empty(self.shape, dtype=np.int64)
@@ -166,11 +176,6 @@ class Block:
         """Put a matrix (rows, columns) to its place in theta."""
         for tile in self.tiles:
             tile.of(theta).copy_(tile.inside(matrix))
-
-    def clear(self, theta: Tensor) -> None:
-        """Set the matrix's place in theta to zero."""
-        for tile in self.tiles:
-            tile.of(theta).zero_()
 
     def largest(self, theta: Tensor) -> float:
         """The largest absolute value of an entry; NaN if there is one."""
@@ -337,6 +342,11 @@ class ModularNorm:
             if rows.any():
                 blocks.append(Block.of(where[entries[np.ix_(rows, columns)]], block.scale, block.by_rows))
         return ModularNorm(end, blocks, self.eps, self.like, self.tolerance, self.exact)
+
+    def among(self, chosen: Sequence[int], place: Callable[[int], int], size: int) -> ModularNorm:
+        """The norm of some blocks only, in another vector (size,), see :meth:`Block.moved`."""
+        blocks = [self.blocks[b].moved(place) for b in chosen]
+        return ModularNorm(size, blocks, self.eps, self.like, self.tolerance, self.exact)
 
     def _chosen(self, chosen: Sequence[int] | None) -> Sequence[int]:
         return range(len(self.blocks)) if chosen is None else chosen

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +13,10 @@ import numpy as np
 import torch
 from mpi4py import MPI
 from petsc4py import PETSc
+from torch import Tensor
 
 from ddml.errors import InputError
-from ddml.layout import ParameterLayout
+from ddml.layout import ParameterLayout, owned
 from ddml.objectives.objective import Objective
 
 from .modular import ModularNorm
@@ -125,7 +128,7 @@ class DistributedModularNorm(Norm):
 
     def __init__(self, norm: ModularNorm, layout: ParameterLayout, objective: Objective | None = None) -> None:
         self.norm, self.layout, self.objective = norm, layout, objective
-        self.mine = dealt(norm.costs, layout.comm)
+        self.share = _Share(norm, layout)
         known = sum(math.prod(block.shape) for block in norm.blocks)
         if known != layout.size:
             raise InputError(f"a modular norm must be of all {layout.size} parameters, this one is of {known}")
@@ -147,7 +150,7 @@ class DistributedModularNorm(Norm):
     def __call__(self, x: PETSc.Vec) -> float:
         """See :class:`Norm`."""
         self._charge(False, 2)
-        return max(self._collect(self.norm.norms(self.layout.gather(x), self.mine)), default=0.0)
+        return max(self._collect(self.share.norm.norms(self.share.fetch(x))), default=0.0)
 
     def steepest(self, g: PETSc.Vec, direction: PETSc.Vec) -> float:
         """See :class:`Norm`: the duality map."""
@@ -160,16 +163,89 @@ class DistributedModularNorm(Norm):
                 shares = self.norm.dualize_blocks(full, full)
                 full += 0.0  # -0 becomes 0, as it does where other ranks' zeros are added
             return math.fsum(shares)
-        full = self.layout.gather(g)  # whose buffer serves for the result, too: n numbers less
-        shares = self.norm.dualize_blocks(full, full, self.mine)
-        for b in set(range(len(self.norm.blocks))).difference(self.mine):
-            self.norm.blocks[b].clear(full)
-        self.layout.reduce(full, direction)
+        mine = self.share.fetch(g)
+        image = torch.zeros_like(mine) if self.share.mixed else mine
+        shares = self.share.norm.dualize_blocks(mine, image)
+        self.share.deliver(image, direction)
         return math.fsum(self._collect(shares))
 
     def _collect(self, mine: list[float]) -> list[float]:
         """One number for each block of this rank, from all ranks."""
         return [value for values in self.layout.comm.allgather(mine) for value in values]
+
+
+class _Share:
+    """The blocks of a norm that this rank works on, in a vector of their entries only; all is collective.
+
+    Attributes
+    ----------
+    norm : ModularNorm
+        Of that vector (k,).
+    mixed : bool
+        Whether there are entries of other blocks among them, as slices of a convolution lie between each other.
+    """
+
+    def __init__(self, norm: ModularNorm, layout: ParameterLayout) -> None:
+        self.layout = layout
+        mine = dealt(norm.costs, layout.comm)
+        ranges = _joined([span for b in mine for span in norm.blocks[b].spans])
+        starts = [0, *itertools.accumulate(end - begin for begin, end in ranges)]
+
+        def place(offset: int) -> int:
+            k = bisect_right(ranges, offset, key=lambda r: r[0]) - 1
+            return starts[k] + offset - ranges[k][0]
+
+        self.size = starts[-1]
+        self.norm = norm.among(mine, place, self.size)
+        self.mixed = sum(math.prod(block.shape) for block in self.norm.blocks) < self.size
+        # what each rank needs of this one's entries, and what this one needs of theirs, in increasing order
+        here, edges = layout.comm.rank, layout.ranges
+        wanted = layout.comm.allgather(ranges)
+        self._given = [_inside(there, edges[here], edges[here + 1]) for there in wanted]
+        self._taken = [sum(b - a for a, b in _inside(ranges, *edge)) for edge in itertools.pairwise(edges)]
+
+    @property
+    def _counts(self) -> list[int]:
+        return [sum(b - a for a, b in there) for there in self._given]
+
+    def fetch(self, x: PETSc.Vec) -> Tensor:
+        """The entries of x that this rank works on (k,): a copy, on one rank x's own memory where all are."""
+        local = owned(x)
+        if self.layout.comm.size == 1 and self.size == len(local):
+            return local
+        given = [local[a:b] for there in self._given for a, b in there]
+        sent, received = torch.cat([local[:0], *given]), local.new_empty(self.size)
+        self.layout.comm.Alltoallv([sent.numpy(), self._counts], [received.numpy(), self._taken])
+        return received
+
+    def deliver(self, image: Tensor, x: PETSc.Vec) -> None:
+        """Write to x what all ranks have found of it, each (k,); entries of others' blocks must be 0 there."""
+        received = np.empty(sum(self._counts))
+        self.layout.comm.Alltoallv([image.numpy(), self._taken], [received, self._counts])
+        with x as array:
+            array[:] = 0.0
+            end = 0
+            for there in self._given:
+                for a, b in there:
+                    begin, end = end, end + b - a
+                    array[a:b] += received[begin:end]
+
+
+def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges that cover all of these, in increasing order and apart."""
+    found: list[tuple[int, int]] = []
+    for begin, end in sorted(spans):
+        if found and begin <= found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((begin, end))
+    return found
+
+
+def _inside(ranges: Sequence[tuple[int, int]], begin: int, end: int) -> list[tuple[int, int]]:
+    """What of some ranges lies between two places, counted from the first."""
+    cut = [(max(a, begin) - begin, min(b, end) - begin) for a, b in ranges]
+    return [(a, b) for a, b in cut if a < b]
 
 
 def dealt(costs: Sequence[float], comm: MPI.Comm) -> list[int]:

@@ -57,7 +57,7 @@ class Linearisation:
 
     def __init__(self, objective: ResidualObjective, x: PETSc.Vec, assembled: bool) -> None:
         objective.check_squares()
-        self.objective, self.comm, self.size = objective, objective.comm, objective.size
+        self.objective, self.comm, self.size = objective, objective.comm, objective.layout.size
         self.theta = objective.parameters(x).clone()
         self.parts = [objective.part(i) for i in range(len(objective.parts))]
         objective.work.add(objective.fraction * objective.loss.charges.evaluation(gradient=False), losses=1)

@@ -14,6 +14,7 @@ from petsc4py import PETSc
 from torch import Tensor
 
 from ddml.layout import Operator, ParameterLayout
+from ddml.linalg.compact import Compact
 from ddml.losses.loss import Loss
 from ddml.losses.work import DOUBLE, FRESH, PASSED, WorkCounter
 from ddml.parallel import StopRequest
@@ -164,7 +165,9 @@ class Objective:
 
     def parameters(self, x: PETSc.Vec) -> Tensor:
         """All parameters at x in the loss's precision, on its device; x's own memory where that is possible."""
-        return self.layout.gather(x).to(device=self.loss.device, dtype=self.loss.dtype)
+        single = self.loss.dtype == torch.float32
+        full = self.layout.gather(x, torch.float32 if single else torch.float64)
+        return full.to(device=self.loss.device, dtype=self.loss.dtype)
 
     def value(self, x: PETSc.Vec) -> float:
         """The loss at x."""
@@ -176,17 +179,25 @@ class Objective:
     def value_gradient(self, x: PETSc.Vec, g: PETSc.Vec) -> float:
         """The loss at x; its gradient is written to g."""
         with self._events["gradient"]:
-            theta = self.parameters(x)
-            self.work.add(self.fraction * self.loss.charges.evaluation(), gradients=1)
-            values = [0.0] * len(self.parts)
-
-            def evaluate(number: int, row: Tensor) -> None:
-                values[number] = self.parts[number].value_gradient(theta, row)
-
-            self.parts.sum_rows(evaluate, g)
+            values, rows = _evaluated(self, self.parameters(x))
+            self.parts.write_rows(rows, g)
             for term in self.linear:
                 g.axpy(1.0, term.dg)
             return tilted(self.linear, self.sum_parts(values), x)
+
+    def value_compact(self, x: PETSc.Vec, ready: Callable[[], None] = lambda: None) -> tuple[float, Compact]:
+        """The loss at x and its gradient as it comes, in the precision of the loss; not with linear terms.
+
+        ``ready`` is called as soon as the parameters have been read: x may be overwritten from then on.
+        """
+        assert not self.linear
+        with self._events["gradient"]:
+            theta = self.parameters(x)
+            ready()
+            values, rows = _evaluated(self, theta)
+            del theta
+            mine = self.parts.owned_rows(rows)
+            return self.sum_parts(values), Compact(mine)
 
     def hessian_product(self, x: PETSc.Vec, direction: PETSc.Vec, product: PETSc.Vec) -> None:
         """The Hessian at x times ``direction``, written to ``product``."""
@@ -260,10 +271,16 @@ class Objective:
         tao.setHessian(lambda _, x, H, P: H.getPythonContext().move(x), hessian)
         hessian.destroy()  # TAO keeps it
 
-    @property
-    def size(self) -> int:
-        """n, the number of parameters."""
-        return self.layout.size
+
+def _evaluated(objective: Objective, theta: Tensor) -> tuple[list[float], list[Tensor]]:
+    """The values of this rank's parts at theta, and the :meth:`ddml.objectives.parts.Parts.rows` of their gradients."""
+    objective.work.add(objective.fraction * objective.loss.charges.evaluation(), gradients=1)
+    values = [0.0] * len(objective.parts)
+
+    def evaluate(number: int, row: Tensor) -> None:
+        values[number] = objective.parts[number].value_gradient(theta, row)
+
+    return values, objective.parts.rows(evaluate)
 
 
 class Hessian(Operator):
@@ -272,11 +289,13 @@ class Hessian(Operator):
     def __init__(self, objective: Objective) -> None:
         super().__init__(objective.layout)
         self.objective = objective
-        self.point = objective.layout.vector()
+        self.point: PETSc.Vec | None = None  # made when it is needed: most solvers never do
         self.diagonal = 0.0
 
     def move(self, x: PETSc.Vec) -> None:
         """Make x the point."""
+        if self.point is None:
+            self.point = self.objective.layout.vector()
         x.copy(self.point)
         self.diagonal = 0.0
 
@@ -286,9 +305,12 @@ class Hessian(Operator):
 
     def mult(self, mat: PETSc.Mat, x: PETSc.Vec, y: PETSc.Vec) -> None:
         """Multiply."""
+        if self.point is None:
+            raise RuntimeError("a Hessian matrix multiplies after move() only")
         self.objective.hessian_product(self.point, x, y)
         y.axpy(self.diagonal, x)
 
     def destroy(self, mat: PETSc.Mat) -> None:
         """Destroy the point."""
-        self.point.destroy()
+        if self.point is not None:
+            self.point.destroy()

@@ -111,21 +111,38 @@ class Parts(Sequence[Loss]):
 
     def sum_rows(self, evaluate: Callable[[int, Tensor], None], g: PETSc.Vec) -> None:
         """Sum over all parts what ``evaluate`` adds to a vector (n,) for one of this rank's, into g."""
+        self.write_rows(self.rows(evaluate), g)
+
+    def rows(self, evaluate: Callable[[int, Tensor], None]) -> list[Tensor]:
+        """What ``evaluate`` adds to a vector (n,) for each of this rank's parts, summed up over its nodes."""
         first, kept = self.tree.edges[self.comm.rank], self._spare
+        dtype = torch.float32 if _numbers(self.loss) == np.float32 else torch.float64
 
         def leaf(number: int) -> Tensor:
-            row = kept.pop() if kept else self._row()
-            row.zero_()
+            # a large one that is new takes no memory before it is written to
+            row = kept.pop().zero_() if kept else torch.zeros(self.loss.size, dtype=dtype, device=self.loss.device)
             evaluate(number - first, row)
             return row
 
-        sums = [self.tree.add(node, leaf, kept.append) for node in self.tree.nodes[self.comm.rank]]
-        self._write(sums, g, self.layout, np.float32 if self.loss.dtype == torch.float32 else np.float64)
-        kept += sums
+        return [self.tree.add(node, leaf, kept.append) for node in self.tree.nodes[self.comm.rank]]
 
-    def _row(self) -> Tensor:
-        dtype = torch.float32 if self.loss.dtype == torch.float32 else torch.float64
-        return torch.empty(self.loss.size, dtype=dtype, device=self.loss.device)
+    def write_rows(self, rows: list[Tensor], g: PETSc.Vec) -> None:
+        """Sum the :meth:`rows` of all ranks into g; their memory serves for the next ones, unless it is large."""
+        self._write(rows, g, self.layout, _numbers(self.loss))
+        self._spare += rows
+        if self.loss.large:
+            self._spare.clear()
+
+    def owned_rows(self, rows: list[Tensor]) -> NDArray[Any]:
+        """The entries that this rank owns of the sum of the :meth:`rows` of all ranks, in their precision.
+
+        ``rows`` is empty behind it.
+        """
+        given = [row.cpu().numpy() for row in rows]
+        rows.clear()
+        if not self.blocks:
+            return self.layout.summed(given[0])
+        return self.layout.sum_nodes(given, self.tree, _numbers(self.loss))
 
     def sum_vectors(self, rows: Sequence[Tensor], g: PETSc.Vec, layout: ParameterLayout | None = None) -> None:
         """Sum vectors (n,), one for each part of this rank, over all ranks into g, of any layout; in place."""
@@ -155,6 +172,11 @@ class Parts(Sequence[Loss]):
             return
         with g as array:
             array[:] = layout.sum_nodes([s.cpu().numpy() for s in sums], self.tree, dtype)
+
+
+def _numbers(loss: Loss) -> Any:
+    """The type of numbers that the gradients of a loss are summed in."""
+    return np.float32 if loss.dtype == torch.float32 else np.float64
 
 
 _tree = lru_cache(maxsize=16)(Tree)

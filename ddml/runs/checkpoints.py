@@ -221,7 +221,8 @@ class Checkpoints:
         if [(p.name, tuple(p.shape), p.offset) for p in header.parameters] != mine:
             raise InputError(
                 f"{self.source} was written with another network ({header.attributes.get('network', 'unknown')}, "
-                f"{header.size} parameters), this one is {self.attributes.get('network')} with {self.objective.size}"
+                f"{header.size} parameters), this one is {self.attributes.get('network')} with "
+                f"{self.objective.layout.size}"
             )
         for key in ("problem", "driver"):
             then, now = str(header.attributes.get(key)), str(self.attributes.get(key))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ddml.data import files
 from ddml.sampling.batches import Batches
+from ddml.linalg.compact import trim_at_once
 from ddml.layout import ParameterLayout
 from ddml.norms.modular import EXACT
 from ddml.objectives.objective import Objective
@@ -108,6 +109,8 @@ class Run:
         self.tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
         self.tao.setFromOptions()
         self.tao.setUp()
+        if self.tao.getPythonContext().spares_memory:
+            loss.drop_initial()
 
     def solve(self, batches: int, watch: Callable[[int], None] = lambda _: None) -> None:
         """Iterate on so many batches; ``watch`` is called with the number of each iteration, from 0 on. Once only."""
@@ -116,7 +119,7 @@ class Run:
         def monitor(tao: PETSc.TAO) -> None:
             watch(tao.getIterationNumber())
             if tao.getIterationNumber() % interval == 0 and tao.getIterationNumber():
-                self.moving.move(self.objective.loss.initial())
+                self.moving.move(torch.empty(0))
 
         self.tao.setMaximumIterations(batches * interval)
         self.tao.setMonitor(monitor)
@@ -149,6 +152,7 @@ def resident() -> int:
 def large_worker(settings: Any) -> None:
     """What the ranks of the section large do."""
     comm = MPI.COMM_WORLD
+    trim_at_once()
     samples = samples_of(settings.large_data)
     Run(loss_of(samples, f"{EXACT + 1},{EXACT + 1}"), settings.large_batch, comm).solve(1)
     before = resident()
@@ -161,7 +165,7 @@ def large_worker(settings: Any) -> None:
 
     def muon() -> tuple[float, ...]:
         torch.set_num_threads(comm.size)
-        rival[:] = rival or [Muon(loss)]
+        rival[:] = rival or [Muon(loss_of(samples, settings.large_widths))]
         batch = run.objective.loss
         assert isinstance(batch, ClassificationLoss)
         taken = (*rival[0].step(batch, False), *rival[0].step(batch, True))

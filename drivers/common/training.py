@@ -17,6 +17,7 @@ import ddml.runs.run
 import ddml.runs.restart
 from ddml import options, plugins
 from ddml.decomposition.subdomains import Subdomains
+from ddml.linalg.compact import trim_at_once
 from ddml.errors import InputError
 from ddml.losses.loss import Loss
 from ddml.options import EACH_START, NEVER, Option
@@ -160,6 +161,8 @@ class Training:
     ) -> None:
         self.comm, self.settings, self.loss = comm, settings, loss
         self.stop = StopRequest()
+        if loss.large:
+            trim_at_once()
         with plugins.blamed(settings.solver, {**SOLVERS, **dict.fromkeys(PETSC_TYPES)}, "solver"):
             made = Minimisation(
                 loss, settings.solver, comm, subdomains=chosen, blocks=settings.summation_blocks, samples=samples,
@@ -167,6 +170,8 @@ class Training:
             )  # fmt: skip
         self.layout, self.objective, self.x, self.tao = made.layout, made.objective, made.x, made.tao
         self.blocks, self.context = made.objective.parts.blocks, made.context
+        if self.context is not None and self.context.spares_memory:
+            loss.drop_initial()
 
     def _to_rounding(self) -> str:
         """What sums by ranks in spite of fixed orders, in words; nothing if nothing does. Collective."""

@@ -49,7 +49,7 @@ class NystromPC(Preconditioner):
 
     def build(self, at: Linearisation) -> None:
         """See :meth:`Preconditioner.build`; every rank does what is small for itself."""
-        n = self.objective.size
+        n = self.objective.layout.size
         rank = min(self.settings.rank, n)
         test = self.basis
         if test is None or test.shape[1] != rank:
@@ -72,7 +72,7 @@ class NystromPC(Preconditioner):
     def apply(self, pc: PETSc.PC, x: PETSc.Vec, y: PETSc.Vec) -> None:
         """See :meth:`Preconditioner.apply`."""
         assert self.matrix is not None
-        self.objective.compute(0.0, 2 * self.objective.size * len(self.values))
+        self.objective.compute(0.0, 2 * self.objective.layout.size * len(self.values))
         small = self.matrix.transpose_times(x.array_r)
         least = max(self.values[-1] + self.damping, np.finfo(float).tiny)
         small *= least / (self.values + self.damping) - 1

@@ -64,8 +64,8 @@ class InverseHessian(Owner, ABC):
     def __init__(self, objective: Objective, vectors: dict[str, PETSc.Vec], dtype: str) -> None:
         self.objective, self.vectors = objective, vectors
         comm = objective.comm
-        units = leaves(objective.size, ROWS) if objective.parts.blocks else comm.size
-        self.matrix: Any = self.kind(comm, objective.size, units, dtype)
+        units = leaves(objective.layout.size, ROWS) if objective.parts.blocks else comm.size
+        self.matrix: Any = self.kind(comm, objective.layout.size, units, dtype)
         self.pending: tuple[float, ...] | None = None
 
     def reset(self) -> None:

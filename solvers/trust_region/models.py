@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from petsc4py import PETSc
@@ -81,19 +83,32 @@ class FirstOrder(Model):
 
     def step(self, x: PETSc.Vec, g: PETSc.Vec, radius: float, s: PETSc.Vec) -> tuple[float, float]:
         """See :meth:`Model.step`."""
+        slope = self.direction(g, s)
+        s.scale(-radius)
+        return radius * slope, radius if slope > 0 else 0.0
+
+    def direction(
+        self, g: PETSc.Vec, s: PETSc.Vec, meanwhile: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> float:
+        """Write D(d) to s, which is 0 or of norm 1: <g, s>. Collective.
+
+        While the duality map is computed g is not touched, and the context ``meanwhile`` is entered.
+        """
         mu = self.momentum
         slope = 0.0
+        g.copy(s)
         if mu > 0:
-            g.copy(s)
             s.axpby(mu, 1 - mu, self.m)
             s.axpby(1 - mu, mu, g)
-            self.norm.steepest(s, s)
+            with meanwhile():
+                self.norm.steepest(s, s)
             slope = float(g.dot(s))
         self._last = (mu if slope > 0 else 0.0), g
         if not slope > 0:
-            slope = self.norm.steepest(g, s)
-        s.scale(-radius)
-        return radius * slope, radius if slope > 0 else 0.0
+            g.copy(s)
+            with meanwhile():
+                slope = self.norm.steepest(s, s)
+        return slope
 
     def observe(self, s: PETSc.Vec, y: PETSc.Vec | None) -> None:
         """See :meth:`Model.observe`."""

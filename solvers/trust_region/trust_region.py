@@ -15,11 +15,14 @@ from ddml.norms.modular import EXACT, TOLERANCE
 from ddml.norms.norm import Norm
 from ddml.norms.structure import CONVOLUTIONS
 from ddml.objectives.composed import sampled
+from ddml.objectives.objective import Objective
+from ddml.objectives.restricted import RestrictedObjective
 from ddml.options import WITH_SOLVER, Option
 from solvers.base import Solver
 from solvers.line_search import SearchResult
 from solvers.trust_region import radius
 
+from .frugal import Frugal
 from .models import FirstOrder, Model, Products, Secant
 from .radius import BOUNDARY, ROUNDINGS, SMALLEST, TrustRadius, complaint
 
@@ -78,14 +81,16 @@ class TrustRegion(Solver):
     a hard one of its own.
 
     With the first-order model it keeps seven vectors (n,): theta, the gradients at theta, at the trial point and where
-    the batch began, theta there, the step, which becomes the trial point, and the momentum.
+    the batch began, theta there, the step, which becomes the trial point, and the momentum. Of networks from a million
+    parameters in float32, in the modular norm, some of them take half of that or nothing
+    (:mod:`solvers.trust_region.frugal`).
     """
 
     judges_batches = True
     options: ClassVar[Sequence[Option]] = OPTIONS
     local_defaults: ClassVar[Mapping[str, Any]] = {"momentum": 0.0}
-    work_vectors: ClassVar[Sequence[str]] = ("s", "trial", "trial_g", "y", "batch_x", "batch_g")
-    saved: ClassVar[Sequence[str]] = ("batch_x", "batch_g")
+    work_vectors: Sequence[str] = ("s", "trial", "trial_g", "y", "batch_x", "batch_g")
+    saved: Sequence[str] = ("batch_x", "batch_g")
     moves_within: ClassVar[bool] = False  # theta, in an iteration, before its last evaluation
     failure = PETSc.TAO.ConvergedReason.DIVERGED_TR_REDUCTION
 
@@ -131,18 +136,34 @@ class TrustRegion(Solver):
         InputError
             If the loss has no modular norm, or no residuals for Gauss-Newton products.
         """
+        self.spares_memory = self._may_spare(tao.getAppCtx())
+        if self.spares_memory:
+            self.work_vectors, self.saved = ("s",), ()
         super().prepare(tao)
         settings, objective = self.settings, self.objective
         self.norm = make_norm(objective, self.norm_name, settings, self.prefix, self.whole_norm)
         self.radius = TrustRadius(settings, self.norm_name, torch.finfo(objective.loss.dtype).eps)
         self.model = self.own(self._make_model())
+        self.frugal: Frugal | None = None
+        if self.spares_memory:
+            assert isinstance(self.model, FirstOrder)
+            self.frugal = self.own(Frugal(objective, self.model, self.g, self.vectors["s"], self.model.m))
         self.budget = math.inf  # how far a local solve may go from where it begins
         self.point = tao.getSolution()
+
+    def _may_spare(self, objective: Objective) -> bool:
+        """Whether to work as :class:`solvers.trust_region.frugal.Frugal` does."""
+        loss = objective.loss
+        alone = not (self.moves_within or isinstance(objective, RestrictedObjective) or objective.linear)
+        first = self.settings.model == "first" and self.norm_name == "modular"
+        return alone and first and loss.dtype == torch.float32 and loss.large
 
     def shared_vectors(self) -> Mapping[str, str]:
         """See :meth:`solvers.base.Solver.shared_vectors`."""
         if self.settings.model != "first":
             return {}
+        if self.spares_memory:
+            return {"trial": "s", "accepted_g": "g"}
         own = {} if self.moves_within else {"accepted_g": "g"}
         return {"trial": "s", "y": "trial_g", **own}
 
@@ -172,12 +193,17 @@ class TrustRegion(Solver):
 
     def _mark(self) -> None:
         """Remember where the objective began to be what it is."""
+        if self.frugal is not None:
+            self.frugal.mark(self.g)
+            return
         self.point.copy(self.vectors["batch_x"])
         self.g.copy(self.vectors["batch_g"])
 
     def inner_state(self) -> dict[str, Any]:
         """See :meth:`solvers.base.Solver.inner_state`."""
+        more = {} if self.frugal is None else {"frugal": self.frugal.state(self.vectors["s"])}
         return {
+            **more,
             "radius": self.radius.state(),
             "model": self.settings.model,
             "model_state": self.model.state(),
@@ -202,13 +228,33 @@ class TrustRegion(Solver):
         self.radius.restore(state["radius"])
         self.model.restore(state["model_state"])
         self.norm.restore(state.get("norm_state", {}))
+        batch = state.get("frugal")
+        if batch is None:
+            return
+        if self.frugal is not None:
+            self.frugal.restore(batch, self.point)
+        else:  # of a run that was frugal
+            self.vectors["batch_x"].waxpy(-1.0, batch["displacement"], self.point)
+            batch["batch_g"].copy(self.vectors["batch_g"])
+        for vec in batch.values():
+            vec.destroy()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """See :meth:`solvers.base.Solver.restore`; the parameters are those of the state already."""
+        vectors = state["vectors"]
+        if self.frugal is not None and "frugal" not in state:  # of a run that was not
+            state["frugal"] = {name: vectors.pop(name) for name in ("batch_g", "batch_x")}
+        super().restore(state)
 
     def renew(self, x: PETSc.Vec) -> None:
         """See :meth:`solvers.base.Solver.renew`; the radius shrinks if the last steps were wrong for the new one."""
-        super().renew(x)
-        S, first = self.vectors["s"], self.vectors["batch_g"]
-        S.waxpy(-1.0, self.vectors["batch_x"], x)
-        promised, found = float(first.dot(S)), float(self.g.dot(S))
+        S = self.vectors["s"]
+        if self.frugal is not None:
+            self.f, promised, found = self.frugal.renew(x, self.g, S)
+        else:
+            super().renew(x)
+            S.waxpy(-1.0, self.vectors["batch_x"], x)
+            promised, found = float(self.vectors["batch_g"].dot(S)), float(self.g.dot(S))
         agreement = (1 + found / promised) / 2 if promised < 0 else math.nan
         if self.settings.overlap_pairs and self.model.learns and promised < 0:
             self._learn_on_overlap(x, S)
@@ -216,7 +262,8 @@ class TrustRegion(Solver):
             self.objective.replacement.report(agreement)
         self.radius.renew(self.f, math.sqrt(0.5) if agreement < 0.25 else 1.0)
         self.norm.refresh(x)
-        self._mark()
+        if self.frugal is None:
+            self._mark()
 
     def _learn_on_overlap(self, x: PETSc.Vec, S: PETSc.Vec) -> None:
         """Tell the model how the gradient of the samples that two batches share changed over the displacement S."""
@@ -238,8 +285,10 @@ class TrustRegion(Solver):
 
     def advance(self, x: PETSc.Vec) -> SearchResult:
         """Try one step from x, where the loss is ``self.f`` and the gradient ``self.g``. Collective."""
-        s, trial, trial_g, y = (self.vectors[name] for name in ("s", "trial", "trial_g", "y"))
         delta = self.radius.value
+        if self.frugal is not None and delta >= SMALLEST:
+            return self._advance_frugally(x, self.frugal)
+        s, trial = self.vectors["s"], self.vectors["trial"]
         if self.budget < math.inf:
             s.waxpy(-1.0, self.vectors["batch_x"], x)
             room = self.budget - self.norm(s)
@@ -249,6 +298,7 @@ class TrustRegion(Solver):
                 self.failure = self._ending(x)
             return SearchResult(self.f, 0.0, False)
         predicted, length = self.model.step(x, self.g, delta, s)
+        trial_g, y = self.vectors["trial_g"], self.vectors["y"]
         if trial.handle == s.handle:
             s.axpy(1.0, x)
         else:
@@ -266,6 +316,20 @@ class TrustRegion(Solver):
             trial_g.copy(self.g)
         self.norm.aged(x)
         return SearchResult(value, length, True) if accepted else SearchResult(self.f, 0.0, True)
+
+    def _advance_frugally(self, x: PETSc.Vec, frugal: Frugal) -> SearchResult:
+        """As :meth:`advance`."""
+        s, delta = self.vectors["s"], self.radius.value
+        trial = frugal.propose(x, self.g, delta, s)
+        self.model.observe(s, None)
+        length = trial.length
+        accepted = self.radius.judge(
+            trial.value, trial.predicted, length >= BOUNDARY * delta, self.model.momentum > 0, length
+        )
+        if accepted:
+            frugal.accept(trial, x, self.g, delta, s)
+        self.norm.aged(x)
+        return SearchResult(trial.value, length, True) if accepted else SearchResult(self.f, 0.0, True)
 
     def _ending(self, x: PETSc.Vec) -> int:
         """PETSc's reason where no step from x decreases the loss: whether rounding hides what is left to gain."""

@@ -251,8 +251,11 @@ def test_where_any_matrix_is() -> None:
     expected[cases[3].ravel()] = theta[cases[3].ravel()]
     assert torch.equal(target, expected)
     assert block.inner(theta, block.read(theta).float()) == pytest.approx(float((expected**2).sum()), rel=1e-6)
-    block.clear(target)
-    assert (target == 0).all()
+    places = torch.as_tensor(cases[3].ravel())
+    assert all(((a <= places) & (places < b)).any() for a, b in block.spans)
+    assert sum(int(((a <= places) & (places < b)).sum()) for a, b in block.spans) >= len(places)
+    behind = block.moved(lambda offset: offset + 7)
+    assert torch.equal(behind.read(torch.cat([theta[:7], theta])), block.read(theta))
     assert len(Block.of(np.hstack([whole[:, 1:], whole[:, :1] + 300]), 1.0).tiles) == 2
 
 

@@ -106,7 +106,7 @@ def test_a_norm_of_some_parameters_only_is_refused(comm: MPI.Comm) -> None:
 
 def dense(norm: KroneckerNorm) -> np.ndarray:
     """The norm's matrix."""
-    size = norm.objective.size
+    size = norm.objective.layout.size
     M = np.zeros((size, size))
     for number, layer in enumerate(norm.layers):
         factors = []

@@ -136,10 +136,10 @@ class Node:
         self.objective, self.dense = objective, dense
         self.children: list[Node] = []
         self.decomposition: Decomposition | None = None
-        self.frozen = numbers(objective.size, 9)
+        self.frozen = numbers(objective.layout.size, 9)
         if not letters:
             return
-        letter, n, count = letters[0], objective.size, objective.loss.count
+        letter, n, count = letters[0], objective.layout.size, objective.loss.count
         made: list[tuple[Objective, Dense]] = []
         if letter == "S":
             rows = torch.arange(0, count, 2)
@@ -184,7 +184,7 @@ class Node:
 
     def freeze(self, seed: int) -> None:
         """Freeze all that is made of this objective at a point of that seed."""
-        self.frozen = numbers(self.objective.size, 9, seed)
+        self.frozen = numbers(self.objective.layout.size, 9, seed)
         if self.decomposition is not None:
             terms = self.objective.linear_terms()
             for child in self.children:
@@ -218,7 +218,7 @@ def whole(name: str, comm: MPI.Comm, blocks: int) -> tuple[Objective, Dense]:
 
 def assert_is(objective: Objective, dense: Dense, seed: int, points: int = 2) -> None:
     """Value, gradient and products, at some points."""
-    layout, n = objective.layout, objective.size
+    layout, n = objective.layout, objective.layout.size
     for point in range(points):
         x, v = numbers(n, 3, seed, point), numbers(n, 4, seed, point)
         at, direction, found = put(layout, x), put(layout, v), layout.vector()

@@ -37,7 +37,7 @@ def test_residuals_are_those_of_the_composition_or_refused_in_words(comm: MPI.Co
     for leaf in top.leaves():
         composed, layout = leaf.objective, leaf.objective.layout
         assert isinstance(composed, ResidualObjective)
-        x, v = numbers(composed.size, 3), numbers(composed.size, 4)
+        x, v = numbers(composed.layout.size, 3), numbers(composed.layout.size, 4)
         at, direction, back = put(layout, x), put(layout, v), layout.vector()
         r, Jv = composed.residual_vector(), composed.residual_vector()
         J = torch.autograd.functional.jacobian(lambda y, d=leaf.dense: d.outputs(d.embed(y), d.rows), x)
@@ -67,7 +67,7 @@ def test_a_restriction_is_not_frozen_without_the_linear_terms(comm: MPI.Comm) ->
     top = Node(objective, dense, "TR")
     for node in top.children[0].children:
         with pytest.raises(InputError, match=r"has 1 linear terms, and freeze\(\) got 0: pass its linear_terms"):
-            node.objective.freeze(numbers(objective.size, 0))  # type: ignore[attr-defined]
+            node.objective.freeze(numbers(objective.layout.size, 0))  # type: ignore[attr-defined]
     top.destroy()
 
 

@@ -84,7 +84,7 @@ def dense_secant(kind: str, M: np.ndarray, loss: Any, iterations: int, delta: fl
 
 def dense_matrix(norm: KroneckerNorm) -> np.ndarray:
     """M of the K-FAC norm."""
-    M = np.zeros((norm.objective.size, norm.objective.size))
+    M = np.zeros((norm.objective.layout.size, norm.objective.layout.size))
     for number, layer in enumerate(norm.layers):
         A, G = (
             norm.factors[norm.places[2 * number + i] : norm.places[2 * number + i + 1]].reshape(size, size)

@@ -10,9 +10,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "drivers"))
 
 import classify  # first: it initialises PETSc
 import pinn
+from common.program import run_program
 from mpi4py import MPI
 from petsc4py import PETSc
-from program import run_program
 
 MAINS = {"digits": classify.main, "klein_gordon": pinn.main}
 COMMON = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from petsc4py import PETSc
 
 CHUNK = 65_536  # entries that are stored alike, and worked on at a time (our choice)
-THRESHOLD = 1 << 20  # bytes of a block that goes back to the system when it is freed, see trim_at_once (our choice)
+THRESHOLD = 4 << 20  # bytes of a block that goes back to the system when it is freed, see trim_at_once (our choice)
 
 Array = NDArray[Any]
 
@@ -38,23 +38,13 @@ class Compact:
     @classmethod
     def of(cls, vec: PETSc.Vec) -> Compact:
         """What this rank has of a vector."""
-        return cls._made(vec.array_r, lambda piece: None)
-
-    @classmethod
-    def taken(cls, vec: PETSc.Vec) -> Compact:
-        """What this rank has of a vector, which is lost there: see :func:`release`."""
-        with vec as array:
-            return cls._made(array, _give_back)
-
-    @classmethod
-    def _made(cls, array: NDArray[np.float64], leave: Callable[[Array], None]) -> Compact:
+        array = vec.array_r
         short, rest = np.empty(len(array), np.float32), {}
         for number, (part, piece) in enumerate(zip(_chunks(short), _chunks(array), strict=True)):
             with np.errstate(over="ignore"):
                 part[:] = piece
             if not (part == piece).all():
                 rest[number] = piece.copy()
-            leave(piece)
         return cls(short, rest)
 
     @property
@@ -93,21 +83,16 @@ def add_rounded(total: NDArray[np.float32], vec: PETSc.Vec) -> None:
 def release(vec: PETSc.Vec) -> None:
     """Give the memory behind a vector back to the system until it is written to; its values are lost."""
     with vec as array:
-        _give_back(array)
-
-
-def _give_back(array: Array) -> None:
-    """Give the whole pages that a contiguous array fills back to the system."""
-    begin = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (array.ctypes.data + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if end > begin and hasattr(mmap, "MADV_DONTNEED"):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+        begin = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (array.ctypes.data + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > begin and hasattr(mmap, "MADV_DONTNEED"):
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
 @contextmanager
-def aside(vec: PETSc.Vec) -> Iterator[None]:
-    """Keep a vector that is not touched meanwhile as a :class:`Compact`."""
-    kept = Compact.taken(vec)
+def aside(vec: PETSc.Vec, kept: Compact) -> Iterator[None]:
+    """Keep a vector that is not touched meanwhile as this :class:`Compact` of it only."""
+    release(vec)
     try:
         yield
     finally:
@@ -115,7 +100,7 @@ def aside(vec: PETSc.Vec) -> Iterator[None]:
 
 
 def trim_at_once() -> None:
-    """Make the C library give freed blocks of 1 MB and more back to the system at once, for the life of the process.
+    """Make the C library give freed blocks of 4 MB and more back to the system at once, for the life of the process.
 
     By itself it soon keeps blocks of up to 32 MB, and what lies between them, for later: matrices of large networks.
     """

@@ -87,38 +87,36 @@ def near_factor(G: Tensor, tolerance: float) -> Tensor | None:
     if len(G) > len(G.T):
         found = near_factor(G.T, tolerance)
         return None if found is None else found.T
-    R = symmetric_product(G)
+    m, n = G.shape
+    # X is in one of two rooms, R = X X^T in the other, where the next X is written: with Z and G four matrices in all
+    here, there, Z = G.new_empty(m * n), G.new_empty(m * n), G.new_empty(m, m)
+    R = symmetric_product(G, out=there[: m * m].view(m, m))
     bound = math.sqrt(float(torch.linalg.matrix_norm(R)))
     if bound == 0:
         return torch.zeros_like(G)
     R /= bound**2
-    X = G / bound
-    low, m = LOW, len(G)
+    X = torch.div(G, bound, out=here.as_strided((m, n), torch.empty_like(G, device="meta").stride()))
+    low, number = LOW, 0
     at_least = float(torch.linalg.matrix_norm(X)) ** 3  # of the dual norm of X, Hoelder's inequality
     spare = 4 * (REACHED - (1 - tolerance)) / REACHED
-    while not m * low <= spare * at_least:
-        if low < 8 * torch.finfo(G.dtype).eps:
+    while number < len(FINISHING):
+        if m * low <= spare * at_least:
+            coefficients, number = FINISHING[number], number + 1
+        elif low < 8 * torch.finfo(G.dtype).eps:
             return None
-        R = _polynomial(R, GROWING)  # in the place of its argument: no more than four matrices are there at a time
-        X = R @ X
-        del R
-        low, at_least = low / GROWTH, max(at_least, inner(G, X) / bound)
-        R = symmetric_product(X)
-    for number, coefficients in enumerate(FINISHING):
-        R = _polynomial(symmetric_product(X) if number else R, coefficients)
-        X = R @ X
-        del R
+        else:
+            coefficients = GROWING
+        a, b, c = coefficients
+        symmetric_product(R, c, R, b, out=Z)
+        Z.diagonal().add_(a)
+        X, here, there = torch.mm(Z, X, out=there.view(m, n)), there, here
+        if coefficients is GROWING:
+            low, at_least = low / GROWTH, max(at_least, inner(G, X) / bound)
+        if number < len(FINISHING):
+            R = symmetric_product(X, out=there[: m * m].view(m, m))
     reached = inner(G, X)
     dual = reached / REACHED + m * low * bound / 4
     return X if reached >= (1 - tolerance) * dual else None
-
-
-def _polynomial(R: Tensor, coefficients: Sequence[float]) -> Tensor:
-    """Evaluate a + b R + c R^2 of a symmetric R (m, m): of R = X X^T, what an odd quintic multiplies X with."""
-    a, b, c = coefficients
-    Z = symmetric_product(R, c, R, b)
-    Z.diagonal().add_(a)
-    return Z
 
 
 def inner(A: Tensor, B: Tensor) -> float:
@@ -127,9 +125,14 @@ def inner(A: Tensor, B: Tensor) -> float:
     return math.fsum(float((a * b).sum(dtype=torch.float64)) for a, b in pieces)
 
 
-def symmetric_product(A: Tensor, alpha: float = 1.0, plus: Tensor | None = None, beta: float = 1.0) -> Tensor:
-    """Compute alpha A A^T + beta plus (m, m) of A (m, n) and a symmetric ``plus``; on a CPU half of it is mirrored."""
-    out = A.new_empty(len(A), len(A))
+def symmetric_product(
+    A: Tensor, alpha: float = 1.0, plus: Tensor | None = None, beta: float = 1.0, out: Tensor | None = None
+) -> Tensor:
+    """Compute alpha A A^T + beta plus (m, m) of A (m, n) and a symmetric ``plus``; on a CPU half of it is mirrored.
+
+    Written to ``out`` if that is given, which is none of the others.
+    """
+    out = A.new_empty(len(A), len(A)) if out is None else out
     _fill(A, alpha, plus, beta, out, TILE if A.device.type == "cpu" else len(A))
     return out
 

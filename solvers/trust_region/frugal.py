@@ -56,9 +56,10 @@ class Frugal(Owner):
     def propose(self, x: PETSc.Vec, g: PETSc.Vec, delta: float, s: PETSc.Vec) -> _Trial:
         """Write the step from x of norm delta to s, which is used up, and evaluate there. Collective."""
         self.destroy()
-        slope = self.model.direction(g, s, lambda: aside(g))
-        direction = Compact.of(s)
-        with aside(g):
+        before = Compact.of(g)
+        slope = self.model.direction(g, s, lambda: aside(g, before))
+        with aside(g, before):
+            direction = Compact.of(s)
             s.scale(-delta)
             s.axpy(1.0, x)
             value, gradient = self.objective.value_compact(s, lambda: release(s))
@@ -91,7 +92,9 @@ class Frugal(Owner):
         self._show(s)
         self._stay()
         gradient.load(g)
-        return value, promised, float(g.dot(s))
+        found = float(g.dot(s))
+        release(s)
+        return value, promised, found
 
     def _show(self, s: PETSc.Vec) -> None:
         with s as array:

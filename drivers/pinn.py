@@ -97,8 +97,8 @@ def main(comm: MPI.Comm) -> int:
     return made.run(limits, attributes, measure, moving, words, restart, closing)
 
 
-def build(settings: Any) -> tuple[PDELoss, str]:
-    """The loss that the options describe, and the network in words; what a run leaves open is chosen."""
+def build(settings: Any, training: bool = True) -> tuple[PDELoss, str]:
+    """The loss that the options describe, and the network in words; for a training what is left open is chosen."""
     problem_class = plugins.load(settings.problem, PROBLEMS, "problem")
     problem = problem_class() if isinstance(problem_class, type) else problem_class
     if not isinstance(problem, PDE):
@@ -109,7 +109,7 @@ def build(settings: Any) -> tuple[PDELoss, str]:
     settings.width, settings.depth = settings.width or problem.width, settings.depth or problem.depth
     network, words = build_network(settings, len(problem.embed(*probe)), len(problem.fields))
     device = check_device(settings.device)
-    if hasattr(settings, "solver"):
+    if training:
         choose(settings, sum(p.numel() for p in network.parameters() if p.requires_grad))
     loss = PDELoss(problem, network, settings.points, dtype, device, settings.chunk)
     if loss.count == 0:

@@ -76,7 +76,7 @@ def draw_maps(header: run_file.Header, theta: object, target: Path) -> None:
         chunk=1024,
         **network,
     )
-    loss, _ = pinn.build(settings)
+    loss, _ = pinn.build(settings, training=False)
     axes, reference = loss.problem.reference(20_000)
     if len(axes) > 2:
         raise InputError("maps are drawn for one or two coordinates; use -no_maps")

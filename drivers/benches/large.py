@@ -28,7 +28,7 @@ from ddml.objectives.objective import Objective
 from ddml.problems.classification import ClassificationLoss
 from ddml.data.sample_sets import SampleSet, TensorSamples
 from ddml.data.scaling import Samples, Scaling
-from solvers import configure
+from solvers import Minimisation
 
 from .tools import BENCH, LAUNCH, alone, without_mpi
 
@@ -101,15 +101,8 @@ class Run:
         self.objective = Objective(loss, ParameterLayout(loss.parameters, comm))
         chosen = SimpleNamespace(batch_size=batch, batch_overlap=0.01, batch_growth=1.0, batch_steps=None)
         self.moving = Batches(self.objective, chosen, 0)
-        self.x, self.tao = self.objective.layout.vector(), PETSc.TAO().create(comm)
-        self.objective.initial(self.x)
-        configure(self.tao, "tr")
-        self.objective.attach(self.tao)
-        self.tao.setSolution(self.x)
-        self.tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
-        self.tao.setFromOptions()
-        self.tao.setUp()
-        if self.tao.getPythonContext().spares_memory:
+        self.made = Minimisation(self.objective, "tr")
+        if self.made.context is not None and self.made.context.spares_memory:
             loss.drop_initial()
 
     def solve(self, batches: int, watch: Callable[[int], None] = lambda _: None) -> None:
@@ -121,11 +114,10 @@ class Run:
             if tao.getIterationNumber() % interval == 0 and tao.getIterationNumber():
                 self.moving.move(torch.empty(0))
 
-        self.tao.setMaximumIterations(batches * interval)
-        self.tao.setMonitor(monitor)
-        self.tao.solve()
-        self.tao.destroy()
-        self.x.destroy()
+        self.made.tao.setMaximumIterations(batches * interval)
+        self.made.tao.setMonitor(monitor)
+        self.made.tao.solve()
+        self.made.destroy()
 
 
 def large(settings: Any) -> None:

@@ -34,7 +34,7 @@ WRONG = {
     "no steps on a batch": ("-batch_steps 0", "-batch_steps"),
     "too many subdomains": ("-solver aspqn -subdomains 9", "9"),
     "no such device": ("-device cuda:99", "-device"),
-    "restart with another network": ("-restart {run} -widths 9", "another network"),
+    "restart with another network": ("-restart {run} -widths 9", "-widths cannot change"),
     "restart of other samples": ("-restart {run} -samples 900 -batch_size 300", "-samples"),
     "output exists": ("-output {run}", "-overwrite"),
 }

@@ -15,8 +15,7 @@ from ddml.layout import ParameterLayout
 from ddml.objectives.composed import shifted
 from ddml.objectives.objective import Objective
 from ddml.objectives.residual import ResidualObjective
-from ddml.parallel import cause
-from solvers import configure
+from solvers import Minimisation
 
 
 def minimise(
@@ -26,20 +25,14 @@ def minimise(
     database, x = PETSc.Options(), put(objective.layout, start)
     for key, value in settings.items():
         database.setValue(prefix + key, value)
-    tao = PETSc.TAO().create(objective.comm)
-    tao.setOptionsPrefix(prefix)
-    configure(tao, solver)
-    objective.attach(tao)
-    tao.setSolution(x)
-    tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
-    tao.setMaximumIterations(iterations)
-    tao.setFromOptions()
-    tao.setUp()
+    made = Minimisation(objective, solver, prefix=prefix)
+    x.copy(made.x)
+    made.tao.setMaximumIterations(iterations)
     losses: list[float] = []
-    tao.setMonitor(lambda tao: losses.append(tao.getSolutionStatus()[1]))
-    tao.solve()
-    found = SimpleNamespace(losses=losses, theta=objective.layout.gather(x).numpy().copy())
-    tao.destroy()
+    made.tao.setMonitor(lambda tao: losses.append(tao.getSolutionStatus()[1]))
+    made.tao.solve()
+    found = SimpleNamespace(losses=losses, theta=objective.layout.gather(made.x).numpy().copy())
+    made.destroy()
     x.destroy()
     return found
 
@@ -96,9 +89,8 @@ def test_a_solver_of_squares_refuses_a_linear_term(comm: MPI.Comm, prefix: str) 
     loss = burgers()[0]
     layout = ParameterLayout(loss.parameters, comm)
     objective = shifted(ResidualObjective(loss, layout), layout.vector(), layout.vector())
-    with pytest.raises(PETSc.Error) as caught:
+    with pytest.raises(InputError, match="an objective with a linear term is no sum of squared residuals"):
         minimise(objective, "gauss_newton", loss.initial(), {}, prefix, 1)
-    assert "an objective with a linear term is no sum of squared residuals" in str(cause(caught.value, InputError))
 
 
 def test_gauss_newton_solves_in_subdomains(comm: MPI.Comm, prefix: str) -> None:

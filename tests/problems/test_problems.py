@@ -7,17 +7,13 @@ import pytest
 import torch
 import user_problems as users
 from mpi4py import MPI
-from petsc4py import PETSc
 
 from ddml.jets.evaluator import closure
 from ddml.jets.nested import nested_jets
-from ddml.layout import ParameterLayout
 from ddml.networks.tanh import TanhNetwork
-from ddml.objectives.objective import Objective
-from ddml.options import preset
 from ddml.problems import PROBLEMS, Field, PDELoss
 from ddml.problems.pde.accuracy import SolutionError
-from solvers import configure
+from solvers import minimise
 
 
 def make_loss(problem, width: int = 16, depth: int = 2, points: int = 400) -> PDELoss:
@@ -94,21 +90,8 @@ def test_reference_satisfies_the_equation(name: str, points: list[tuple[float, f
 
 def train(problem, comm: MPI.Comm, iterations: int, **network: int) -> tuple[dict[str, float], PDELoss, np.ndarray]:
     loss = make_loss(problem, **network)
-    objective = Objective(loss, ParameterLayout(loss.parameters, comm), blocks=6)
-    x = objective.layout.vector()
-    objective.initial(x)
-    tao = PETSc.TAO().create(comm)
-    tao.setOptionsPrefix("user_")
-    configure(tao, "lbfgs")
-    objective.attach(tao)
-    tao.setSolution(x)
-    tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
-    tao.setMaximumIterations(iterations)
-    with preset(user_memory=50, user_momentum=1.0):
-        tao.setFromOptions()
-    tao.solve()
-    theta = objective.parameters(x).clone()
-    tao.destroy()
+    found = minimise(loss, "lbfgs", comm, {"memory": 50, "momentum": 1.0}, iterations=iterations, blocks=6)
+    theta = found.theta
     return dict(SolutionError(loss, comm, 1000)(theta)), loss, theta.numpy()
 
 

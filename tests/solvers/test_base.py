@@ -7,12 +7,10 @@ import torch
 from mpi4py import MPI
 from petsc4py import PETSc
 
-from ddml.layout import ParameterLayout
 from ddml.networks.tanh import TanhNetwork
-from ddml.objectives.residual import ResidualObjective
 from ddml.parallel import Interrupted, StopRequest, cause
 from ddml.problems import Burgers, PDELoss
-from solvers import configure
+from solvers import Minimisation
 
 DENSE = {"decomposition": "windows", "local_solver": "ssbroyden", "local_memory": "keep", "local_steps": 2}
 
@@ -37,20 +35,11 @@ def test_a_request_to_stop_waits_where_an_iteration_changes_what_is_kept(
     network = TanhNetwork(2, 5, 3, 1).double()
     network.reset_parameters(torch.Generator().manual_seed(0))
     loss, stop = PDELoss(Burgers(), network, 30), StopRequest()
-    layout = ParameterLayout(loss.parameters, comm)
-    objective = ResidualObjective(loss, layout, stop)
     for name, value in settings.items():
         PETSc.Options().setValue(prefix + name, value)
-    x, tao, done = layout.vector(), PETSc.TAO().create(comm), []
-    objective.initial(x)
-    tao.setOptionsPrefix(prefix)
-    configure(tao, solver)
-    objective.attach(tao)
-    tao.setSolution(x)
-    tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
+    made, done = Minimisation(loss, solver, comm, prefix, blocks=0, stop=stop), list[int]()
+    objective, tao = made.objective, made.tao
     tao.setMaximumIterations(3)
-    tao.setFromOptions()
-    tao.setUp()
 
     def monitor(tao: PETSc.TAO) -> None:
         done.append(tao.getIterationNumber())
@@ -66,4 +55,4 @@ def test_a_request_to_stop_waits_where_an_iteration_changes_what_is_kept(
             tao.solve()
         assert cause(error.value, Interrupted) is not None
         assert done == [0]
-    tao.destroy()
+    made.destroy()

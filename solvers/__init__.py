@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .gauss_newton.gauss_newton import GaussNewton
     from .gauss_newton.nystrom import NystromPC
     from .gauss_newton.schwarz_pc import SchwarzPC
-    from .minimise import Minimisation, Result, minimise
+    from .minimisation import Minimisation, Result, minimise
     from .quasi_newton.lbfgs import LBFGS
     from .quasi_newton.self_scaled import SSBFGS, SSBroyden
     from .registry import PETSC_TYPES, SOLVERS, TO_ROUNDING, configure, solver_class
@@ -26,11 +26,11 @@ _HOMES = {
     "GaussNewton": "solvers.gauss_newton.gauss_newton",
     "LBFGS": "solvers.quasi_newton.lbfgs",
     "MSPQN": "solvers.schwarz.spqn",
-    "Minimisation": "solvers.minimise",
+    "Minimisation": "solvers.minimisation",
     "NAPTS": "solvers.schwarz.napts",
     "NystromPC": "solvers.gauss_newton.nystrom",
     "PETSC_TYPES": "solvers.registry",
-    "Result": "solvers.minimise",
+    "Result": "solvers.minimisation",
     "SOLVERS": "solvers.registry",
     "SSBFGS": "solvers.quasi_newton.self_scaled",
     "SSBroyden": "solvers.quasi_newton.self_scaled",
@@ -39,7 +39,7 @@ _HOMES = {
     "TO_ROUNDING": "solvers.registry",
     "TrustRegion": "solvers.trust_region.trust_region",
     "configure": "solvers.registry",
-    "minimise": "solvers.minimise",
+    "minimise": "solvers.minimisation",
     "solver_class": "solvers.registry",
 }
 

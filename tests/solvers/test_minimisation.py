@@ -15,7 +15,7 @@ import solvers
 from ddml.errors import InputError
 from ddml.networks.tanh import TanhNetwork
 from ddml.problems import PROBLEMS, PDELoss
-from solvers.minimise import Minimisation, minimise
+from solvers import Minimisation, minimise
 
 
 def module_loss(seed: int = 0) -> ddml.ModuleLoss:
@@ -128,6 +128,7 @@ def test_what_is_joined_can_be_had(comm: MPI.Comm) -> None:
 def test_public_names() -> None:
     for package in (ddml, solvers):
         for name in package.__all__:
-            assert getattr(package, name) is not None
+            assert getattr(package, name) is getattr(package, name) is not None
+    assert callable(solvers.minimise) and callable(solvers.minimise)  # no module of that name stands before it
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         ddml.nothing  # noqa: B018

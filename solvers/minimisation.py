@@ -42,6 +42,7 @@ from ddml.sampling.batches import Batches
 from ddml.summation import leaves
 
 from .base import REASONS, Solver
+from .owner import Owner
 from .registry import configure, solver_class
 
 LIMIT = 1_000_000  # parameters above which sums go by ranks (our choice)
@@ -80,8 +81,8 @@ class Result:
     losses: NDArray[np.float64] = field(repr=False)
 
 
-class Minimisation:
-    """A loss on the ranks, and the solver that is to minimise it, set up; collective.
+class Minimisation(Owner):
+    """A loss on the ranks, and the solver that is to minimise it, set up; collective, as is :meth:`destroy`.
 
     Parameters
     ----------
@@ -148,10 +149,15 @@ class Minimisation:
             layout = ParameterLayout(loss.parameters, comm, chosen.ownership(comm.size))
             kind = ResidualObjective if isinstance(loss, ResidualLoss) else Objective
             self.objective = kind(loss, layout, stop, blocks)
-        self.layout, comm = self.objective.layout, self.objective.comm
-        self.x = self.layout.vector()
+        self.layout = self.objective.layout
+        with self.building():
+            self._build(solver, prefix, defaults)
+        self.context: Solver | None = self.tao.getPythonContext() if self.tao.getType() == "python" else None
+
+    def _build(self, solver: str | Solver, prefix: str, defaults: Mapping[str, Any]) -> None:
+        self.x = self.own(self.layout.vector())
         self.objective.initial(self.x)
-        self.tao = PETSc.TAO().create(comm)
+        self.tao = self.own(PETSc.TAO().create(self.objective.comm))
         self.tao.setOptionsPrefix(prefix)
         if isinstance(solver, str):
             configure(self.tao, solver)
@@ -165,12 +171,6 @@ class Minimisation:
             with tables.preset(**{f"{prefix}tao_{name}": value for name, value in defaults.items()}):
                 self.tao.setFromOptions()
             self.tao.setUp()
-        self.context: Solver | None = self.tao.getPythonContext() if self.tao.getType() == "python" else None
-
-    def destroy(self) -> None:
-        """Destroy the solver and the parameters. Collective."""
-        self.tao.destroy()
-        self.x.destroy()
 
 
 def minimise(
@@ -216,8 +216,10 @@ def minimise(
     prefix = next(_prefixes)
     with _given(prefix, options or {}):
         batched = tables.read(BATCHES, prefix)
-        if batched.batch_size and not 0 < batched.batch_size < loss.count:
-            batched.batch_size = 0
+        if batched.batch_size > loss.count:
+            raise InputError(f"batch_size must be at most {loss.count}, the samples; got {batched.batch_size}")
+        if batched.batch_size == loss.count:
+            batched.batch_size = 0  # all of them, all the time
         made = Minimisation(
             loss, solver, comm, prefix, subdomains=subdomains, blocks=blocks, samples=batched.batch_size
         )

@@ -163,7 +163,7 @@ class Training:
         self.stop = StopRequest()
         if loss.large:
             trim_at_once()
-        with plugins.blamed(settings.solver, {**SOLVERS, **dict.fromkeys(PETSC_TYPES)}, "solver"):
+        with plugins.blamed(settings.solver, dict.fromkeys((*SOLVERS, *PETSC_TYPES)), "solver"):
             made = Minimisation(
                 loss, settings.solver, comm, subdomains=chosen, blocks=settings.summation_blocks, samples=samples,
                 limit=settings.summation_limit, stop=self.stop, fmin=fmin,

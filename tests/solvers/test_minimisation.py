@@ -98,6 +98,7 @@ def test_start_tolerance_and_monitor(comm: MPI.Comm) -> None:
         ("lbfgs", {"memry": 3}, "unknown option memry of solver lbfgs"),
         ("lbfgs", {"memory": -3}, "memory must be"),
         ("lbfgs", {"batch_size": -1}, "batch_size must be 0 or more"),
+        ("lbfgs", {"batch_size": 61}, "batch_size must be at most 60, the samples; got 61"),
     ],
 )
 def test_bad_input_is_refused(comm: MPI.Comm, solver: str, settings: dict[str, Any], message: str) -> None:

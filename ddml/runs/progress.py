@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +14,14 @@ from ddml.options import Option
 from .history import History
 
 OPTIONS = (
-    Option("progress", "auto", "A bar, a line per iteration, or a bar on a terminal and lines elsewhere.",
+    Option("progress", "auto", "A bar, a line per iteration, or a bar on a terminal and elsewhere ten lines a second.",
            choices=("auto", "bar", "lines", "none")),
 )  # fmt: skip
+
+# Our choices. A run of thousands of short iterations would fill the log; and mpiexec, which does not forward what is
+# printed while it ends its ranks, would leave them waiting with their last checkpoint unwritten.
+PACE = 0.1  # seconds from line to line
+AT_FIRST = 10  # lines without that distance
 
 _WIDTHS = (6, 13, 11, 9, 11, 10, 10, 8)  # of a line's columns
 
@@ -34,9 +40,12 @@ class Progress:
     """
 
     def __init__(self, mode: str, shown: str, first: int, last: int) -> None:
+        self.pace = PACE if mode == "auto" else 0.0
         if mode == "auto":
             mode = "bar" if sys.stderr.isatty() else "lines"
-        self.mode, self.shown = mode, shown
+        self.mode, self.shown, self.first = mode, shown, first
+        self.due = 0.0  # when the next line is
+        self.waiting = ""  # the last line, if it was not due
         self.bar: Any = None
         if mode == "bar":
             from tqdm import tqdm
@@ -60,14 +69,21 @@ class Progress:
             self.bar.set_postfix_str(f"loss {row['loss']:.3e} {self.shown} {row[self.shown]:.3e}")
             self.bar.update(iteration - self.bar.n)
             return
-        print(
+        line = (
             f"{iteration:6d} {row['loss']:13.6e} {row['gradient_norm']:11.3e} {row['step']:9.2e}"
-            f" {row[self.shown]:11.4e} {row['work']:10.1f} {row['work_critical']:10.1f} {row['time']:8.1f}",
-            flush=True,
+            f" {row[self.shown]:11.4e} {row['work']:10.1f} {row['work_critical']:10.1f} {row['time']:8.1f}"
         )
+        now = time.monotonic()
+        if now < self.due and iteration - self.first > AT_FIRST:
+            self.waiting = line
+            return
+        self.due, self.waiting = now + self.pace, ""
+        print(line, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Leave the bar as it is; show the last line."""
+        if self.waiting:
+            print(self.waiting, flush=True)
         if self.bar is not None:
             self.bar.close()
 

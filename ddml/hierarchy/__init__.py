@@ -1,0 +1,1 @@
+"""Levels of a problem, and what carries parameters and gradients between them."""

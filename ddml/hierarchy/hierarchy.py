@@ -1,0 +1,153 @@
+"""Levels of a problem, from the coarsest to the finest, and the transfers between them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from petsc4py import PETSc
+
+from ddml.objectives.objective import Objective
+
+
+@dataclass(frozen=True)
+class Level:
+    """One member of a hierarchy.
+
+    Attributes
+    ----------
+    objective : Objective
+        On all ranks. That of a coarse level charges a counter of its own, in work units of the finest one.
+    words : str
+        What it is, as in ``8 blocks`` or ``1000 samples``.
+    share : float
+        What a gradient costs, over that of the finest level.
+    """
+
+    objective: Objective
+    words: str
+    share: float
+
+
+class Transfer(ABC):
+    """Between a level and the next finer one; everything is collective on their ranks.
+
+    Attributes
+    ----------
+    stretch : float
+        The largest 2-norm of a prolongation, over that of what is prolonged.
+    """
+
+    stretch: float = 1.0
+
+    @abstractmethod
+    def prolong(self, coarse: PETSc.Vec, fine: PETSc.Vec) -> None:
+        """Write I s to ``fine``, s the coarse parameters or step."""
+
+    @abstractmethod
+    def restrict(self, fine: PETSc.Vec, coarse: PETSc.Vec) -> None:
+        """Write R g = I^T g to ``coarse``, g the fine gradient."""
+
+    @abstractmethod
+    def project(self, fine: PETSc.Vec, coarse: PETSc.Vec) -> None:
+        """Write P theta to ``coarse``, theta the fine parameters; P I is the identity."""
+
+    def destroy(self) -> None:
+        """Destroy the matrices."""
+        return
+
+
+class Identity(Transfer):
+    """Between levels that have the same parameters."""
+
+    def prolong(self, coarse: PETSc.Vec, fine: PETSc.Vec) -> None:
+        """See :meth:`Transfer.prolong`."""
+        coarse.copy(fine)
+
+    def restrict(self, fine: PETSc.Vec, coarse: PETSc.Vec) -> None:
+        """See :meth:`Transfer.restrict`."""
+        fine.copy(coarse)
+
+    def project(self, fine: PETSc.Vec, coarse: PETSc.Vec) -> None:
+        """See :meth:`Transfer.project`."""
+        fine.copy(coarse)
+
+
+class MatrixTransfer(Transfer):
+    """By PETSc matrices, which are this object's from then on.
+
+    Parameters
+    ----------
+    prolongation
+        I (n of the fine level, n of the coarse one).
+    projection
+        P (n of the coarse level, n of the fine one).
+    stretch
+        The largest singular value of I.
+    """
+
+    def __init__(self, prolongation: PETSc.Mat, projection: PETSc.Mat, stretch: float = 1.0) -> None:
+        self.prolongation, self.projection, self.stretch = prolongation, projection, stretch
+
+    def prolong(self, coarse: PETSc.Vec, fine: PETSc.Vec) -> None:
+        """See :meth:`Transfer.prolong`."""
+        self.prolongation.mult(coarse, fine)
+
+    def restrict(self, fine: PETSc.Vec, coarse: PETSc.Vec) -> None:
+        """See :meth:`Transfer.restrict`."""
+        self.prolongation.multTranspose(fine, coarse)
+
+    def project(self, fine: PETSc.Vec, coarse: PETSc.Vec) -> None:
+        """See :meth:`Transfer.project`."""
+        self.projection.mult(fine, coarse)
+
+    def destroy(self) -> None:
+        """See :meth:`Transfer.destroy`."""
+        self.prolongation.destroy()
+        self.projection.destroy()
+
+
+class Hierarchy:
+    """Levels, the coarsest first, and the transfers between them.
+
+    The objective of the finest level is the one that is minimised; it stays its owner's.
+
+    Parameters
+    ----------
+    levels
+        The coarsest first.
+    transfers
+        ``transfers[l]`` is between levels l and l + 1.
+    """
+
+    def __init__(self, levels: Sequence[Level], transfers: Sequence[Transfer]) -> None:
+        assert len(transfers) == len(levels) - 1
+        self.levels, self.transfers = list(levels), list(transfers)
+
+    def __len__(self) -> int:
+        return len(self.levels)
+
+    def __repr__(self) -> str:
+        lines = [f"{len(self)} levels"]
+        for number in reversed(range(len(self))):
+            level = self.levels[number]
+            loss = level.objective.loss
+            lines.append(
+                f"  level {number}: {level.words}, {loss.size} parameters, {loss.count} samples, a gradient costs "
+                f"{level.share:.3g}"
+            )
+        return "\n".join(lines)
+
+    def follow(self) -> None:
+        """Give the coarse levels the samples that the finest objective has now. Collective."""
+        return
+
+    def draw(self, number: int) -> None:
+        """Make the coarse levels what they are in the cycle of that number. Collective."""
+        return
+
+    def destroy(self) -> None:
+        """Destroy the transfers. Collective."""
+        for transfer in self.transfers:
+            transfer.destroy()

@@ -7,6 +7,7 @@ from ddml.lazy import lazily
 if TYPE_CHECKING:
     from .base import Solver
     from .gauss_newton.gauss_newton import GaussNewton
+    from .gauss_newton.newton import Newton
     from .gauss_newton.nystrom import NystromPC
     from .gauss_newton.schwarz_pc import SchwarzPC
     from .minimisation import Minimisation, Result, minimise
@@ -16,18 +17,21 @@ if TYPE_CHECKING:
     from .schwarz.apts import APTSData, APTSWeights
     from .schwarz.napts import NAPTS
     from .schwarz.spqn import ASPQN, MSPQN, DenseMSPQN
+    from .trust_region.astrom import ASTROM
     from .trust_region.trust_region import TrustRegion
 
 _HOMES = {
     "APTSData": "solvers.schwarz.apts",
     "APTSWeights": "solvers.schwarz.apts",
     "ASPQN": "solvers.schwarz.spqn",
+    "ASTROM": "solvers.trust_region.astrom",
     "DenseMSPQN": "solvers.schwarz.spqn",
     "GaussNewton": "solvers.gauss_newton.gauss_newton",
     "LBFGS": "solvers.quasi_newton.lbfgs",
     "MSPQN": "solvers.schwarz.spqn",
     "Minimisation": "solvers.minimisation",
     "NAPTS": "solvers.schwarz.napts",
+    "Newton": "solvers.gauss_newton.newton",
     "NystromPC": "solvers.gauss_newton.nystrom",
     "PETSC_TYPES": "solvers.registry",
     "Result": "solvers.minimisation",
@@ -51,7 +55,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "ASPQN", "LBFGS", "MSPQN", "NAPTS", "PETSC_TYPES", "SOLVERS", "SSBFGS", "TO_ROUNDING", "APTSData", "APTSWeights",
-    "DenseMSPQN", "GaussNewton", "Minimisation", "NystromPC", "Result", "SSBroyden", "SchwarzPC", "Solver",
+    "ASPQN", "ASTROM", "LBFGS", "MSPQN", "NAPTS", "PETSC_TYPES", "SOLVERS", "SSBFGS", "TO_ROUNDING", "APTSData",
+    "APTSWeights", "DenseMSPQN", "GaussNewton", "Minimisation", "Newton", "NystromPC", "Result", "SSBroyden", "SchwarzPC", "Solver",
     "TrustRegion", "configure", "minimise", "solver_class",
 ]  # fmt: skip

@@ -22,6 +22,8 @@ PATHS = {
     "mspqn": "solvers.schwarz.spqn.MSPQN",
     "mspqn_dense": "solvers.schwarz.spqn.DenseMSPQN",
     "tr": "solvers.trust_region.trust_region.TrustRegion",
+    "astrom": "solvers.trust_region.astrom.ASTROM",
+    "newton": "solvers.gauss_newton.newton.Newton",
     "apts_weights": "solvers.schwarz.apts.APTSWeights",
     "apts_data": "solvers.schwarz.apts.APTSData",
     "napts": "solvers.schwarz.napts.NAPTS",

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from petsc4py import PETSc
 
 from ddml.data.sample_sets import spread_rows
@@ -19,7 +21,10 @@ from ddml.objectives.objective import Objective
 from ddml.options import preset
 from solvers.owner import Owner
 
+from .accuracy import Accuracy
 from .secant_model import SecantModel
+
+Rows = Callable[[], NDArray[np.int64] | None]
 
 
 class Model(Owner, ABC):
@@ -192,12 +197,14 @@ class Products(Model):
         Gives the products.
     kind
         ``hessian`` or ``gauss_newton``.
-    fraction
-        Of the objective's samples, on which H is measured.
+    rows
+        Gives the numbers of the samples on which H is measured at the next step; None: all of them.
     prefix
         Of the options.
     norm
         The 2-norm or a KroneckerNorm.
+    rule
+        One of :data:`solvers.trust_region.accuracy.RULES`, for what the options of KSP leave open.
 
     Raises
     ------
@@ -205,15 +212,18 @@ class Products(Model):
         If the loss has no Gauss-Newton matrix.
     """
 
-    def __init__(self, objective: Objective, kind: str, fraction: float, prefix: str, norm: Norm) -> None:
+    def __init__(
+        self, objective: Objective, kind: str, rows: Rows, prefix: str, norm: Norm, rule: str = "fixed"
+    ) -> None:
         if kind == "gauss_newton" and not objective.loss.gauss_newton:
             raise CollectiveError(
                 f"option -{prefix}model gauss_newton needs a loss that is convex in a network's outputs, as a sum of "
                 "squares of residuals is; use hessian"
             )
         self.rhs = self.own(objective.layout.vector())
-        self.matrix = self.own(_Curvature(objective, kind, fraction).matrix())
+        self.matrix = self.own(_Curvature(objective, kind, rows).matrix())
         self.norm = norm
+        self.accuracy = Accuracy(rule)
         self.prefix = f"{prefix}tr_"
         self.ksp = self.own(PETSc.KSP().create(objective.comm))
         self.ksp.setOptionsPrefix(self.prefix)
@@ -224,11 +234,11 @@ class Products(Model):
             pc.setPythonContext(_Metric(norm))
         else:
             pc.setType("none")
-        self._options(0.0)
+        self._options(0.0, 0.0)
 
-    def _options(self, radius: float) -> None:
-        # PETSc offers the radius as an option only; accuracy and limit are our choice
-        own = {"ksp_type": "stcg", "ksp_rtol": 0.1, "ksp_max_it": 20, "ksp_cg_dtype": "preconditioned"}
+    def _options(self, radius: float, norm: float) -> None:
+        # PETSc offers the radius as an option only
+        own = {"ksp_type": "stcg", "ksp_cg_dtype": "preconditioned", **self.accuracy.options(norm)}
         name = f"{self.prefix}ksp_cg_radius"
         PETSc.Options().setValue(name, repr(radius))
         with preset(**{self.prefix + key: value for key, value in own.items()}):
@@ -238,29 +248,58 @@ class Products(Model):
     def step(self, x: PETSc.Vec, g: PETSc.Vec, radius: float, s: PETSc.Vec) -> tuple[float, float]:
         """See :meth:`Model.step`."""
         self.matrix.getPythonContext().move(x)
-        self._options(radius)
+        self._options(radius, float(g.norm()) if self.accuracy.relative else 0.0)
         g.copy(self.rhs)
         self.rhs.scale(-1.0)
         self.ksp.solve(self.rhs, s)
         return -float(self.ksp.getCGObjectiveValue()), self.norm(s)
 
+    def forget(self) -> None:
+        """See :meth:`Model.forget`."""
+        self.accuracy.first = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """See :meth:`Model.state`."""
+        return {"first_norm": self.accuracy.first} if self.accuracy.relative else {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """See :meth:`Model.restore`; behind a run with another rule |g_0| is that of the next gradient."""
+        self.accuracy.first = float(state.get("first_norm", 0.0))
+
+
+def spread(objective: Objective, fraction: float) -> Rows:
+    """About this fraction of an objective's samples, at equal distances: others when its loss is replaced."""
+    known: list[tuple[int, NDArray[np.int64]]] = []
+
+    def rows() -> NDArray[np.int64] | None:
+        if fraction >= 1:
+            return None
+        if not known or known[0][0] != objective.version:
+            known[:] = [(objective.version, spread_rows(objective.loss.count, fraction, objective.version))]
+        return known[0][1]
+
+    return rows
+
 
 class _Curvature(Operator, Owner):
     """Python context of a Hessian or Gauss-Newton matrix at a point, on a part of the samples."""
 
-    def __init__(self, objective: Objective, kind: str, fraction: float) -> None:
+    def __init__(self, objective: Objective, kind: str, rows: Rows) -> None:
         super().__init__(objective.layout)
-        self.objective, self.kind, self.fraction = objective, kind, fraction
+        self.objective, self.kind, self.choose = objective, kind, rows
         self.point = self.own(objective.layout.vector())
         self.part, self.version = objective, objective.version
+        self.rows: NDArray[np.int64] | None = None
 
     def move(self, x: PETSc.Vec) -> None:
         """Make x the point."""
         x.copy(self.point)
-        objective = self.objective
-        if self.fraction < 1 and (self.part is objective or self.version != objective.version):
-            rows = spread_rows(objective.loss.count, self.fraction, objective.version)
-            self.part, self.version = sampled(objective, rows), objective.version
+        objective, rows = self.objective, self.choose()
+        if rows is None:
+            self.part = objective
+        elif rows is not self.rows or self.version != objective.version:
+            self.part = sampled(objective, rows)
+        self.rows, self.version = rows, objective.version
 
     def mult(self, mat: PETSc.Mat, x: PETSc.Vec, y: PETSc.Vec) -> None:
         """Multiply."""

@@ -59,6 +59,8 @@ class TrustRadius:
         delta, in units of the norm.
     recent : list of float
         The last M + 1 accepted losses.
+    ratio : float
+        rho of the last trial; minus infinity where the loss was not finite or no decrease was predicted.
     """
 
     def __init__(self, settings: Any, norm: str, eps: float) -> None:
@@ -70,6 +72,7 @@ class TrustRadius:
         self.value = self.first
         self.recent: list[float] = []
         self.rejected = 0
+        self.ratio = -math.inf
 
     def begin(self, f: float) -> None:
         """Start from a loss with the first radius."""
@@ -108,6 +111,7 @@ class TrustRadius:
         rho = -math.inf
         if math.isfinite(trial) and predicted + e > 0:
             rho = (self.reference - trial + e) / (predicted + e)
+        self.ratio = rho
         accepted = rho > s.accept and trial <= self.reference
         if not accepted:
             self.value = min(self.value, size) * s.shrink

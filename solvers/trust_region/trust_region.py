@@ -22,8 +22,9 @@ from solvers.base import Solver
 from solvers.line_search import SearchResult
 from solvers.trust_region import radius
 
+from . import accuracy
 from .frugal import Frugal
-from .models import FirstOrder, Model, Products, Secant
+from .models import FirstOrder, Model, Products, Secant, spread
 from .radius import BOUNDARY, ROUNDINGS, SMALLEST, TrustRadius, complaint
 
 # our choice: a local solve ends when less than this part of its budget is left
@@ -51,6 +52,7 @@ OPTIONS = (
            "factors, all for products).", kind=float, above=0.0),
     Option("curvature_interval", 10, "Steps on the same samples behind which K-FAC factors are measured again.",
            minimum=1),
+    accuracy.OPTION,
     *radius.OPTIONS,
 )  # fmt: skip
 
@@ -111,9 +113,24 @@ class TrustRegion(Solver):
         wrong = complaint(self.prefix, settings)
         if wrong:
             raise InputError(wrong)
+        self.norm_name = settings.norm or ("modular" if settings.model == "first" else "2")
+        self.check_model()
+        if not (settings.curvature_fraction or 0.1) <= 1:
+            raise InputError(
+                f"option -{self.prefix}curvature_fraction must be at most 1, got {settings.curvature_fraction:g}"
+            )
+
+    def check_model(self) -> None:
+        """Refuse constants of the model that are out of range, and a norm that it does not go with.
+
+        Raises
+        ------
+        InputError
+            If there are some.
+        """
+        settings = self.settings
         if not settings.momentum < 1:
             raise InputError(f"option -{self.prefix}momentum must be less than 1, got {settings.momentum:g}")
-        self.norm_name = settings.norm or ("modular" if settings.model == "first" else "2")
         if settings.model != "first" and self.norm_name not in ("2", "kfac"):
             raise InputError(
                 f"option -{self.prefix}model {settings.model} needs -{self.prefix}norm 2 or kfac: with -norm "
@@ -122,10 +139,6 @@ class TrustRegion(Solver):
         if not settings.polar_tolerance < 1:
             raise InputError(
                 f"option -{self.prefix}polar_tolerance must be less than 1, got {settings.polar_tolerance:g}"
-            )
-        if not (settings.curvature_fraction or 0.1) <= 1:
-            raise InputError(
-                f"option -{self.prefix}curvature_fraction must be at most 1, got {settings.curvature_fraction:g}"
             )
 
     def prepare(self, tao: PETSc.TAO) -> None:
@@ -143,7 +156,7 @@ class TrustRegion(Solver):
         settings, objective = self.settings, self.objective
         self.norm = make_norm(objective, self.norm_name, settings, self.prefix, self.whole_norm)
         self.radius = TrustRadius(settings, self.norm_name, torch.finfo(objective.loss.dtype).eps)
-        self.model = self.own(self._make_model())
+        self.model = self.own(self.make_model())
         self.frugal: Frugal | None = None
         if self.spares_memory:
             assert isinstance(self.model, FirstOrder)
@@ -167,14 +180,16 @@ class TrustRegion(Solver):
         own = {} if self.moves_within else {"accepted_g": "g"}
         return {"trial": "s", "y": "trial_g", **own}
 
-    def _make_model(self) -> Model:
+    def make_model(self) -> Model:
+        """The model; norm and controller are there. Collective."""
         settings, objective = self.settings, self.objective
         if settings.model == "first":
             return FirstOrder(self.norm, settings.momentum, self.g)
         if settings.model in ("sr1", "lbfgs"):
             return Secant(settings.model, settings.memory, objective.layout, self.norm)
         fraction = settings.curvature_fraction or 1.0
-        return Products(objective, settings.model, fraction, self.prefix, self.norm)
+        rows = spread(objective, fraction)
+        return Products(objective, settings.model, rows, self.prefix, self.norm, settings.cg_rule)
 
     def inherit(self, norm: Norm) -> None:
         """Before :meth:`setUp`: that of the whole network, where the objective is on a subdomain."""
@@ -256,7 +271,7 @@ class TrustRegion(Solver):
             S.waxpy(-1.0, self.vectors["batch_x"], x)
             promised, found = float(self.vectors["batch_g"].dot(S)), float(self.g.dot(S))
         agreement = (1 + found / promised) / 2 if promised < 0 else math.nan
-        if self.settings.overlap_pairs and self.model.learns and promised < 0:
+        if self.model.learns and self.settings.overlap_pairs and promised < 0:
             self._learn_on_overlap(x, S)
         if self.objective.replacement.report is not None:
             self.objective.replacement.report(agreement)

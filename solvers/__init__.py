@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from .gauss_newton.nystrom import NystromPC
     from .gauss_newton.schwarz_pc import SchwarzPC
     from .minimisation import Minimisation, Result, minimise
+    from .multilevel.depth import MGOPT, RMTR, Cascade
+    from .multilevel.samples import MLVR, SARAH, SVRG, SubsampledNewton
+    from .quasi_newton.gradient import GradientDescent
     from .quasi_newton.lbfgs import LBFGS
     from .quasi_newton.self_scaled import SSBFGS, SSBroyden
     from .registry import PETSC_TYPES, SOLVERS, TO_ROUNDING, configure, solver_class
@@ -21,6 +24,14 @@ if TYPE_CHECKING:
     from .trust_region.trust_region import TrustRegion
 
 _HOMES = {
+    "SubsampledNewton": "solvers.multilevel.samples",
+    "SVRG": "solvers.multilevel.samples",
+    "SARAH": "solvers.multilevel.samples",
+    "RMTR": "solvers.multilevel.depth",
+    "MLVR": "solvers.multilevel.samples",
+    "MGOPT": "solvers.multilevel.depth",
+    "GradientDescent": "solvers.quasi_newton.gradient",
+    "Cascade": "solvers.multilevel.depth",
     "APTSData": "solvers.schwarz.apts",
     "APTSWeights": "solvers.schwarz.apts",
     "ASPQN": "solvers.schwarz.spqn",
@@ -55,7 +66,36 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "ASPQN", "ASTROM", "LBFGS", "MSPQN", "NAPTS", "PETSC_TYPES", "SOLVERS", "SSBFGS", "TO_ROUNDING", "APTSData",
-    "APTSWeights", "DenseMSPQN", "GaussNewton", "Minimisation", "Newton", "NystromPC", "Result", "SSBroyden", "SchwarzPC", "Solver",
-    "TrustRegion", "configure", "minimise", "solver_class",
+    "ASPQN",
+    "ASTROM",
+    "LBFGS",
+    "MGOPT",
+    "MLVR",
+    "MSPQN",
+    "NAPTS",
+    "PETSC_TYPES",
+    "RMTR",
+    "SARAH",
+    "SOLVERS",
+    "SSBFGS",
+    "SVRG",
+    "TO_ROUNDING",
+    "APTSData",
+    "APTSWeights",
+    "Cascade",
+    "DenseMSPQN",
+    "GaussNewton",
+    "GradientDescent",
+    "Minimisation",
+    "Newton",
+    "NystromPC",
+    "Result",
+    "SSBroyden",
+    "SchwarzPC",
+    "Solver",
+    "SubsampledNewton",
+    "TrustRegion",
+    "configure",
+    "minimise",
+    "solver_class",
 ]  # fmt: skip

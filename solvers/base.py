@@ -29,7 +29,8 @@ class Solver(Owner, ABC):
 
     A subclass defines :meth:`iterate`, and names the vectors that an iteration needs; if it keeps more than vectors
     from one iteration to the next also :meth:`begin`, :meth:`inner_state` and :meth:`take_state`: then its runs restart
-    to the last bit. What needs the objective is made in :meth:`prepare`.
+    to the last bit. What needs the objective is made in :meth:`prepare`. One that knows something of the point where an
+    iteration ended also defines :meth:`resume`.
 
     The objective must have been given with :meth:`ddml.objectives.objective.Objective.attach`. Options are
     read once, under the prefix of the TAO object.
@@ -198,6 +199,13 @@ class Solver(Owner, ABC):
 
     def begin(self) -> None:
         """Forget everything: the loss and gradient at the initial point are known. Collective."""
+        return
+
+    def resume(self, x: PETSc.Vec) -> None:
+        """Go on from x, to which somebody else has moved, or with another linear term in the objective. Collective.
+
+        The loss and the gradient there are known; what has been learnt of curvature stays.
+        """
         return
 
     def inner_state(self) -> dict[str, Any]:

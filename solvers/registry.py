@@ -23,10 +23,18 @@ PATHS = {
     "mspqn_dense": "solvers.schwarz.spqn.DenseMSPQN",
     "tr": "solvers.trust_region.trust_region.TrustRegion",
     "astrom": "solvers.trust_region.astrom.ASTROM",
+    "gradient": "solvers.quasi_newton.gradient.GradientDescent",
     "newton": "solvers.gauss_newton.newton.Newton",
     "apts_weights": "solvers.schwarz.apts.APTSWeights",
     "apts_data": "solvers.schwarz.apts.APTSData",
     "napts": "solvers.schwarz.napts.NAPTS",
+    "rmtr": "solvers.multilevel.depth.RMTR",
+    "mgopt": "solvers.multilevel.depth.MGOPT",
+    "cascade": "solvers.multilevel.depth.Cascade",
+    "mlvr": "solvers.multilevel.samples.MLVR",
+    "ssn": "solvers.multilevel.samples.SubsampledNewton",
+    "svrg": "solvers.multilevel.samples.SVRG",
+    "sarah": "solvers.multilevel.samples.SARAH",
 }
 
 

@@ -93,12 +93,17 @@ class NestedSets:
         self.number, self._order = number, None
         self._rows.clear()
 
+    @property
+    def order(self) -> NDArray[np.int64]:
+        """The permutation (count,)."""
+        if self._order is None:
+            self._order = np.random.default_rng([self.seed, 3, self.number]).permutation(self.count)
+        return self._order
+
     def rows(self, level: int) -> NDArray[np.int64]:
         """The sample numbers (size,) of a set, increasing; the same array until the set is another one."""
         if level not in self._rows:
-            if self._order is None:
-                self._order = np.random.default_rng([self.seed, 3, self.number]).permutation(self.count)
-            self._rows[level] = np.sort(self._order[: self.sizes[level]])
+            self._rows[level] = np.sort(self.order[: self.sizes[level]])
         return self._rows[level]
 
     def whole(self, level: int) -> bool:

@@ -71,6 +71,10 @@ class LBFGS(Solver):
         super().renew(x)
         self.pair_pending = False
 
+    def resume(self, x: PETSc.Vec) -> None:
+        """See :meth:`solvers.base.Solver.resume`: a pair that waits for a gradient is dropped."""
+        self.pair_pending = False
+
     def precondition(self, x: PETSc.Vec) -> float:
         """Improve x and ``self.g`` in place before the quasi-Newton step; the loss there. Here: nothing."""
         return self.f

@@ -118,6 +118,10 @@ class SelfScaled(Solver):
         super().renew(x)
         self.inverse.renew()
 
+    def resume(self, x: PETSc.Vec) -> None:
+        """See :meth:`solvers.base.Solver.resume`; H stays."""
+        self.inverse.renew()
+
     def _reset(self) -> None:
         """Make H the identity and the direction that of steepest descent."""
         self.inverse.reset()

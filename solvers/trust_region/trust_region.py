@@ -195,9 +195,17 @@ class TrustRegion(Solver):
         """Before :meth:`setUp`: that of the whole network, where the objective is on a subdomain."""
         self.whole_norm = norm
 
-    def confine(self, budget: float, first: float) -> None:
-        """Keep the next solves within this distance of where they begin; their first radius."""
-        self.budget, self.radius.first, self.radius.largest = budget, first, budget
+    def confine(self, budget: float, first: float | None = None) -> None:
+        """Keep the next steps within this distance of where they begin; the first radius of solves to come."""
+        self.budget = budget
+        if first is not None:
+            self.radius.first, self.radius.largest = first, budget
+
+    def resume(self, x: PETSc.Vec) -> None:
+        """See :meth:`solvers.base.Solver.resume`: with the radius, which is at least the smallest."""
+        self.radius.renew(self.f)
+        if self.budget < math.inf:
+            self._mark()
 
     def begin(self) -> None:
         """See :meth:`solvers.base.Solver.begin`."""

@@ -1,0 +1,174 @@
+"""Whether a coarse correction is taken, and how far the next one may go: the globalisation of a cycle."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from petsc4py import PETSc
+
+from solvers.trust_region.radius import SMALLEST, TrustRadius
+
+from .levels import LevelSolver
+
+# our choices: the first radius of corrections over that of steps, the part of its radius from which on a correction
+# was limited by it, and the part of a budget that is worth a phase
+WIDER, LIMITED, LITTLE = 4.0, 0.5, 1e-3
+
+
+class Acceptance(ABC):
+    """Everything is collective on the ranks of the level.
+
+    Attributes
+    ----------
+    judges : bool
+        Whether a correction must have decreased the coarse objective to be tried.
+    """
+
+    judges = True
+
+    @abstractmethod
+    def room(self, number: int, left: float) -> float:
+        """How far a correction of level ``number`` may go, which itself has ``left`` to go; 0 where that is nothing."""
+
+    @abstractmethod
+    def try_correction(self, number: int, level: LevelSolver, s: PETSc.Vec, decrease: float) -> float:
+        """Move the level by a part of s, or leave it: that part, and 0 of a correction that is refused.
+
+        ``decrease`` is that of the coarse objective.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state`."""
+        return
+
+
+class Search(Acceptance):
+    r"""Backtracking along the correction (MG/OPT, Nash 2000): the largest of 1, 1/2, 1/4, ... that decreases the loss.
+
+    Parameters
+    ----------
+    trials
+        At most so many; the correction is refused behind them.
+    armijo
+        c in :math:`h(\theta + a s) \le h(\theta) + c\, a \langle g, s\rangle`; 0: any decrease.
+    eps
+        Of the precision that losses are computed in.
+    """
+
+    def __init__(self, trials: int, armijo: float, eps: float) -> None:
+        self.trials, self.armijo, self.eps = trials, armijo, eps
+
+    def room(self, number: int, left: float) -> float:
+        """See :meth:`Acceptance.room`: as far as the level."""
+        return left
+
+    def try_correction(self, number: int, level: LevelSolver, s: PETSc.Vec, decrease: float) -> float:
+        """See :meth:`Acceptance.try_correction`."""
+        slope = float(level.g.dot(s))
+        if not slope < 0:
+            return 0.0
+        length, noise = 1.0, 10 * self.eps * max(1.0, abs(level.f))
+        for _ in range(self.trials):
+            level.trial.waxpy(length, s, level.x)
+            value = level.objective.value_gradient(level.trial, level.trial_g)
+            wanted = level.f + self.armijo * length * slope
+            # where the decrease that is promised is lost in rounding the gradient decides
+            hidden = decrease <= noise and abs(value - level.f) <= noise
+            if math.isfinite(value) and (value < wanted or (hidden and level.trial_g.norm() < level.g.norm())):
+                level.move(value)
+                return length
+            length *= 0.5
+        return 0.0
+
+
+class Region(Acceptance):
+    r"""The ratio of the decrease of the level to that of the coarse one, as a trust region (RMTR, Gratton et al. 2008).
+
+    ``own`` (our choice, the default): each level has a radius for corrections beside that of its steps, first four
+    times as large, which the ratio sets. ``shared`` (as published): the radius of the level's steps is that of its
+    corrections.
+
+    Parameters
+    ----------
+    levels
+        The coarsest first.
+    norms
+        Of each level; that of a step is that of its prolongation.
+    settings, eps, name
+        See :class:`solvers.trust_region.radius.TrustRadius`.
+    shared
+        See above; levels without a trust region have one of their own.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[LevelSolver],
+        norms: Sequence[Callable[[PETSc.Vec], float]],
+        settings: Any,
+        name: str,
+        eps: float,
+        shared: bool,
+    ) -> None:
+        self.norms, self.radii = norms, list[TrustRadius]()
+        self.shared = [shared and level.trust_region is not None for level in levels]
+        for level, together in zip(levels, self.shared, strict=True):
+            inside = level.trust_region
+            if together and inside is not None:
+                self.radii.append(inside.radius)
+                continue
+            radius = TrustRadius(settings, name, eps)
+            radius.value = min(WIDER * radius.first, radius.largest)
+            self.radii.append(radius)
+
+    def room(self, number: int, left: float) -> float:
+        """See :meth:`Acceptance.room`."""
+        radius = self.radii[number].value
+        found = min(radius, left)
+        return found if found > LITTLE * radius and found >= SMALLEST else 0.0
+
+    def try_correction(self, number: int, level: LevelSolver, s: PETSc.Vec, decrease: float) -> float:
+        """See :meth:`Acceptance.try_correction`."""
+        radius, size = self.radii[number], self.norms[number](s)
+        level.trial.waxpy(1.0, level.x, s)
+        value = level.objective.value_gradient(level.trial, level.trial_g)
+        finite = math.isfinite(value) and math.isfinite(level.trial_g.norm())
+        if not self.shared[number]:
+            radius.recent = [level.f]
+        limited = size >= (0.9 if self.shared[number] else LIMITED) * radius.value
+        if not radius.judge(value if finite else math.inf, decrease, limited, size=size):
+            return 0.0
+        level.move(value)
+        return 1.0
+
+    def state(self) -> dict[str, Any]:
+        """See :meth:`Acceptance.state`."""
+        return {"radii": [float(radius.value) for radius in self.radii]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """See :meth:`Acceptance.restore`."""
+        for radius, value, together in zip(self.radii, state["radii"], self.shared, strict=True):
+            if not together:
+                radius.value = value
+
+
+class Always(Acceptance):
+    """Every correction, as it is: methods with a fixed step, whose bounds are elsewhere."""
+
+    judges = False
+
+    def room(self, number: int, left: float) -> float:
+        """See :meth:`Acceptance.room`: as far as the level."""
+        return left
+
+    def try_correction(self, number: int, level: LevelSolver, s: PETSc.Vec, decrease: float) -> float:
+        """See :meth:`Acceptance.try_correction`."""
+        level.trial.waxpy(1.0, level.x, s)
+        level.move(level.objective.value_gradient(level.trial, level.trial_g))
+        return 1.0

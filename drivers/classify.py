@@ -74,8 +74,7 @@ def main(comm: MPI.Comm) -> int:
     if settings.batch_size > dataset.count:
         raise InputError(f"option -batch_size must be at most {dataset.count}, the samples; got {settings.batch_size}")
     scaling = Scaling(dataset, settings.scaling, comm)
-    known = ("mlp", "cnn", "residual")
-    with agreed(comm), plugins.blamed(settings.network, dict.fromkeys(known), "network"):
+    with agreed(comm), plugins.blamed(settings.network, classifiers.KNOWN, "network"):
         loss, network, test = build(settings, dataset, scaling)
         chosen = solver_class(settings.solver).decompose(loss)
     made = training.Training(comm, settings, loss, chosen, 0.0, settings.batch_size)

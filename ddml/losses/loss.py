@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class Loss(ABC):
         Number of samples.
     module : Module, or None
         The torch module whose parameters theta is made of, by their names, where the loss is of the outputs of one.
+    network : Module, or None
+        The torch module whose parameters stand in front in theta; there may be others behind them.
     gauss_newton : bool
         Whether there is a :meth:`gauss_newton_product`.
     large_from : int
@@ -55,6 +57,7 @@ class Loss(ABC):
     besides = Besides()
     count: int
     module: nn.Module | None = None
+    network: nn.Module | None = None
     dtype: torch.dtype
     device: torch.device
     gauss_newton: bool = False
@@ -78,6 +81,26 @@ class Loss(ABC):
     @abstractmethod
     def sampled(self, rows: Tensor) -> Loss:
         """The loss of a data set of these samples only (numbers, int64), normalised anew."""
+
+    def of_module(self, module: nn.Module) -> Self:
+        """The loss of another module on the same samples, each with the same weight.
+
+        Raises
+        ------
+        InputError
+            If this loss is of none, or the module does not make such a loss.
+        """
+        raise InputError(f"a {type(self).__name__} is of no torch module: there is none in its place")
+
+    def on_samples_of(self, other: Loss) -> Self:
+        """This loss on the samples of another one of its kind, with the weights that they have there.
+
+        Raises
+        ------
+        InputError
+            If that one is of another kind.
+        """
+        raise InputError(f"a {type(self).__name__} takes no samples of a {type(other).__name__}")
 
     @abstractmethod
     def initial(self) -> Tensor:

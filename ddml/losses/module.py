@@ -16,13 +16,13 @@ from ddml.losses import work
 from ddml.parameters import parameter_table
 
 from .costs import forward_costs, forward_numbers
-from .loss import Loss
 from .modules import evaluated, not_finite, occurrences, trained
+from .samples import SampledLoss
 
 CHANCES = 8  # evaluations that must agree: of a few samples one by chance can (our choice)
 
 
-class ModuleLoss(Loss):
+class ModuleLoss(SampledLoss):
     """Mean of a criterion over samples, of any torch module.
 
     Frozen parameters, those with ``requires_grad`` False when the loss is made, are no part of theta and stay as they
@@ -67,7 +67,8 @@ class ModuleLoss(Loss):
     def _build(
         self, module: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], samples: SampleSet, batch: int
     ) -> None:
-        self.module, self.criterion, self.batch = module, criterion, batch
+        self.module = self.network = module
+        self.criterion, self.batch = criterion, batch
         self.samples = samples
         self.count = len(samples)
         self.weight = 1 / max(self.count, 1)
@@ -101,30 +102,12 @@ class ModuleLoss(Loss):
         copied = dict(self._copy.named_parameters())
         self._leaves = [copied[parameter.name] for parameter in self.parameters]
 
-    @property
-    def inputs(self) -> Tensor:
-        """The inputs (N, ...)."""
-        return self.samples.inputs
-
-    @property
-    def targets(self) -> Tensor:
-        """The targets (N, ...)."""
-        return self.samples.targets
-
-    def on(self, samples: SampleSet, weight: float | None = None) -> Self:
-        """The loss of other samples, each with that weight (default: their mean)."""
+    def of_module(self, module: nn.Module) -> Self:
+        """See :meth:`.Loss.of_module`: with the same criterion, of as many samples a forward pass."""
         other = copy.copy(self)
-        other.samples, other.count = samples, len(samples)
-        other.weight = 1 / max(len(samples), 1) if weight is None else weight
+        other._build(module, self.criterion, self.samples, self.batch)
+        other.weight = self.weight
         return other
-
-    def part(self, begin: int, end: int) -> Self:
-        """See :meth:`Loss.part`."""
-        return self.on(self.samples.part(begin, end), self.weight)
-
-    def sampled(self, rows: Tensor) -> Self:
-        """See :meth:`Loss.sampled`."""
-        return self.on(self.samples.take(rows))
 
     def initial(self) -> Tensor:
         """The module's trained parameters.

@@ -13,11 +13,21 @@ from ddml import plugins
 from ddml.errors import InputError
 from ddml.options import NEVER, Option
 
+from .euler import euler, euler_cnn
+
+WIDTHS = {"euler": 32, "euler_cnn": 16}  # our choice: what an evaluation may cost
+
 OPTIONS = (
     Option("network", "mlp", "mlp (widths of -widths, ReLU), cnn (LeNet: two convolutions and three linear layers), "
-           "residual (three residual blocks without batch statistics), or path/to/file.py:Name, called with the shape "
-           "of a sample and the number of classes.", changes=NEVER),
+           "residual (three residual blocks without batch statistics), euler and euler_cnn (-blocks steps of y' = "
+           "tanh(W y + b), dense and of convolutions), or path/to/file.py:Name, called with the shape of a sample and "
+           "the number of classes.", changes=NEVER),
     Option("widths", "32,32", "Hidden layers of the mlp: their neurons, as in 512,256.", changes=NEVER),
+    Option("blocks", 16, "Steps of euler and euler_cnn; levels of depth halve them.", minimum=1, changes=NEVER),
+    Option("width", None, f"Neurons of a block (default: euler {WIDTHS['euler']}), or channels (euler_cnn "
+           f"{WIDTHS['euler_cnn']}).", kind=int, minimum=1, changes=NEVER),
+    Option("horizon", 1.0, "The time T of euler and euler_cnn, of which each block is an equal step.", above=0.0,
+           changes=NEVER),
 )  # fmt: skip
 
 
@@ -88,6 +98,11 @@ def residual(shape: tuple[int, ...], classes: int) -> nn.Sequential:
     )  # fmt: skip
 
 
+KNOWN: dict[str, Any] = {
+    "mlp": mlp, "cnn": cnn, "residual": residual, "euler": euler, "euler_cnn": euler_cnn,
+}  # fmt: skip
+
+
 def parse_widths(text: str) -> list[int]:
     """Positive integers, separated by commas; none for an empty text.
 
@@ -119,13 +134,19 @@ def build_classifier(settings: Any, shape: tuple[int, ...], classes: int) -> tup
     InputError
         Unknown network, one that does not fit the samples, or a user's that is no torch module.
     """
-    known: dict[str, Any] = {"mlp": mlp, "cnn": cnn, "residual": residual}
-    chosen = plugins.load(settings.network, known, "network")
+    chosen = plugins.load(settings.network, KNOWN, "network")
     arguments: list[Any] = [parse_widths(settings.widths)] if settings.network == "mlp" else []
-    with torch.random.fork_rng(devices=[]), plugins.blamed(settings.network, known, "network"):
+    if settings.network in WIDTHS:
+        arguments = [settings.blocks, settings.width or WIDTHS[settings.network], settings.horizon]
+    with torch.random.fork_rng(devices=[]), plugins.blamed(settings.network, KNOWN, "network"):
         torch.manual_seed(settings.seed)
         network = chosen(shape, classes, *arguments)
     if not isinstance(network, nn.Module) or not list(network.parameters()):
         raise InputError(f"network '{settings.network}' must give a torch module with parameters")
-    words = "-".join(map(str, [math.prod(shape), *arguments[0], classes])) if arguments else "x".join(map(str, shape))
+    words = "x".join(map(str, shape))
+    if settings.network == "mlp":
+        words = "-".join(map(str, [math.prod(shape), *arguments[0], classes]))
+    elif settings.network in WIDTHS:
+        blocks, width, horizon = arguments
+        words += f"-{width}x{blocks}-{classes}, T = {horizon:g}"
     return network.to(getattr(torch, settings.dtype)).eval(), f"{settings.network} {words}"

@@ -8,6 +8,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from ddml.errors import InputError
+
+from .depth import Source, average, check_blocks
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -52,6 +56,7 @@ class TanhNetwork(nn.Module):
         self, inputs: int, width: int, depth: int, outputs: int, residual: bool = False, adaptive: bool = False
     ) -> None:
         super().__init__()
+        self.sizes, self.residual = (inputs, width, depth, outputs), residual
         if min(inputs, width, depth, outputs) < 1:
             raise ValueError(f"a network needs positive sizes, got {inputs} inputs, width {width}, depth {depth}")
         sizes = [inputs, *[width] * depth, outputs] if not residual else [inputs, *[width] * (depth + 1), outputs]
@@ -85,6 +90,43 @@ class TanhNetwork(nn.Module):
             nn.init.zeros_(linear.bias)
         for slope in self.slopes:
             nn.init.constant_(slope, 0.1)
+
+    def coarsened(self, factor: int) -> TanhNetwork:
+        """A residual network of that many times fewer layers, at the means over the layers that come together.
+
+        Its layers take as many times the step of forward Euler, in the variable u = y / factor: see :meth:`sources`.
+
+        Raises
+        ------
+        InputError
+            If the network is not residual, if the factor does not divide the layers, or is below 2.
+        """
+        inputs, width, depth, outputs = self.sizes
+        if not self.residual:
+            raise InputError("a plain MLP has no depth hierarchy: its layers are no steps; take -network residual")
+        check_blocks(depth, factor)
+        coarse = TanhNetwork(inputs, width, depth // factor, outputs, True, len(self.slopes) > 0)
+        coarse = coarse.to(next(self.parameters())).train(self.training)
+        average(self, coarse, factor)
+        return coarse
+
+    def sources(self, factor: int) -> dict[str, Source]:
+        r"""What each parameter is a copy of in the network that is coarser by a factor c.
+
+        A layer of the coarse network takes c steps of the fine one, :math:`y + c \tanh(10 a (W y + b))`. With u = y / c
+        it has the form of a layer again, :math:`u + \tanh(10 a (c W u + b))`: W is 1 / c times the coarse weight, the
+        lift c times the coarse one, weight and bias, and the weight of the output 1 / c times the coarse one; biases b,
+        slopes a and the bias of the output are the same.
+        """
+        found = {}
+        depth = self.sizes[2]
+        for i in range(depth + 2):
+            k = 0 if i == 0 else 1 + (i - 1) // factor if i <= depth else 1 + depth // factor
+            found[f"maps.{i}.weight"] = Source(f"maps.{k}.weight", 1 / factor if i else float(factor))
+            found[f"maps.{i}.bias"] = Source(f"maps.{k}.bias", 1.0 if i else float(factor))
+        for i in range(len(self.slopes)):
+            found[f"slopes.{i}"] = Source(f"slopes.{i // factor}", 1.0)
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         """Values (N, outputs) at points (N, inputs)."""

@@ -17,7 +17,9 @@ is :math:`\max_l\, (m / m_l) \prod_{j > l} s_j\, \|w_l\|_l`, masses add and sens
 tuple of modules is :math:`\max_l\, (m / m_l) \|w_l\|_l`, masses and sensitivities add. An ``nn.Sequential`` is a
 sequence. Any other module is, as far as its weights go, the tuple of its layers; as nothing is known of how data
 pass through it, its sensitivity is 1 (our choice, right for a well-normed residual block), or its attribute
-``sensitivity``.
+``sensitivity``. Two more attributes say what a block of a deep network is: its ``modular_mass`` is that of its layers
+together, in equal shares, and its ``modular_scale`` the factor by which the norms of its layers count, because the
+block does (:class:`ddml.networks.euler.EulerBlock`).
 
 Frozen parameters are not there, and a layer with no others is a bond. A weight that layers share belongs to the first
 of them; the masses of the others stay in m, so that its uses together may change the output as much as all these

@@ -86,7 +86,8 @@ def modular(
     parameters
         Where the parameters of that module, by their names, are in theta.
     masses
-        Of the layers with weights, in the order of ``network.modules()``; default: all 1.
+        Of the layers with weights, in the order of ``network.modules()``; default: 1 each, or an equal share of the
+        ``modular_mass`` of a module around them.
     convolution
         The norm of convolutions, ``unfolded`` or ``slices``.
 
@@ -112,6 +113,13 @@ class _Builder:
         self.names = {id(m): name or type(m).__name__ for name, m in network.named_modules()}
         layers = [m for m in network.modules() if self._weighted(m)]
         self.masses = {id(m): 1.0 for m in layers}
+        self.scales = {id(m): 1.0 for m in layers}
+        for module in network.modules():
+            inside = [m for m in module.modules() if self._weighted(m)]
+            for m in inside:
+                if hasattr(module, "modular_mass"):
+                    self.masses[id(m)] = float(getattr(module, "modular_mass", 1.0)) / len(inside)
+                self.scales[id(m)] *= float(getattr(module, "modular_scale", 1.0))
         if masses is not None:
             if len(masses) != len(layers) or min(masses) < 0 or not sum(masses) > 0:
                 kinds = ", ".join(f"{self.names[id(m)]} {type(m).__name__}" for m in layers)
@@ -164,7 +172,8 @@ class _Builder:
                 f"there is no modular norm for layer {self.names[id(layer)]} of class {type(layer).__name__}, with "
                 f"parameters {', '.join(n for n, _ in layer.named_parameters(recurse=False))}: choose another norm"
             )
-        return Atom(self.masses[id(layer)], tuple(blocks))
+        scale = self.scales[id(layer)]
+        return Atom(self.masses[id(layer)], tuple(replace(block, scale=scale * block.scale) for block in blocks))
 
     def _place(self, tensor: Tensor) -> Parameter:
         place = self.places.get(id(tensor))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,14 @@ class PDELoss(PDEResiduals):
         if not isinstance(self.evaluator, TaylorJets):
             return []
         return [self.statement.name(d) for d in self.derivatives if len(d[1]) > ORDER]
+
+    def of_module(self, module: nn.Module) -> Self:
+        """See :meth:`ddml.losses.loss.Loss.of_module`: residuals that are compiled stay so, for networks in kernels."""
+        other = super().of_module(module)
+        if self.programs and not isinstance(other.evaluator, CompiledJets):
+            other.in_torch = self.in_torch | dict.fromkeys(self.programs, "as the network is")
+            other.programs = {}
+        return other
 
     def _take(self, sets: list[TermPoints]) -> None:
         super()._take(sets)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ddml.errors import InputError
 from ddml.jets.build import build_evaluator
 from ddml.jets.evaluator import Index, closure
+from ddml.losses.loss import Loss
 from ddml.losses.modules import evaluated, trained
 from ddml.parameters import parameter_table
 
@@ -43,6 +44,8 @@ class PDEResiduals(LinearisedResiduals):
         The points of each term.
     """
 
+    network: nn.Module
+
     def __init__(
         self,
         problem: PDE,
@@ -58,14 +61,8 @@ class PDEResiduals(LinearisedResiduals):
         if points < 1:
             raise InputError(f"the number of points must be 1 or more, got {points}")
         self.problem, self.network = problem, network.to(dtype=dtype, device=device)
-        chosen = trained(self.network)
-        self.trained = [p for _, p in chosen]
-        named = [(name, p.shape) for name, p in chosen]
         self.problem_terms, self.coefficients = self.statement.terms, self.statement.coefficients
-        table = parameter_table([*named, *((f"coefficients.{name}", ()) for name in self.coefficients)])
-        self.parameters = table
-        self.offsets = {p.name: (p.offset, torch.Size(p.shape)) for p in table[: len(named)]}
-        self.tail = slice(table[len(named)].offset if self.coefficients else table[-1].range.stop, table[-1].range.stop)
+        self._name()
         sets = [problem.points(term, points) for term in self.problem_terms]
         asked = set[tuple[int, Index]]().union(*(self.statement.derivatives(i, *s) for i, s in enumerate(sets)))
         for points_of_term, _ in sets[:1]:
@@ -75,16 +72,47 @@ class PDEResiduals(LinearisedResiduals):
         self.indices = closure(index for _, index in asked)
         self.position = {index: k for k, index in enumerate(self.indices)}
         self.rule = product_rule(self.indices, len(problem.fields))
-        self.layers, self.layer_stages, self.costs, self.besides = network_layers(
-            self.network, self.offsets, table, len(self.indices), len(problem.fields)
-        )
-        self.evaluator = build_evaluator(network, self.offsets, self.indices, compiled)
-        self.plain = build_evaluator(network, self.offsets, ((),), compiled)
-        self.chunk = chunk or self.evaluator.chunk
+        self.given_chunk, self.compiled = chunk, compiled
+        self._evaluate()
         self._take([
             self.statement.points(self.indices, i, term.weight / len(x), x, data)
             for i, (term, (x, data)) in enumerate(zip(self.problem_terms, sets, strict=True))
         ])  # fmt: skip
+
+    def _name(self) -> None:
+        """Make the table of parameters from those of the network and of the problem."""
+        chosen = trained(self.network)
+        self.trained = [p for _, p in chosen]
+        named = [(name, p.shape) for name, p in chosen]
+        table = parameter_table([*named, *((f"coefficients.{name}", ()) for name in self.coefficients)])
+        self.parameters = table
+        self.offsets = {p.name: (p.offset, torch.Size(p.shape)) for p in table[: len(named)]}
+        self.tail = slice(table[len(named)].offset if self.coefficients else table[-1].range.stop, table[-1].range.stop)
+
+    def _evaluate(self) -> None:
+        """Make what evaluates the network, and say what its layers are and cost."""
+        self.layers, self.layer_stages, self.costs, self.besides = network_layers(
+            self.network, self.offsets, self.parameters, len(self.indices), len(self.problem.fields)
+        )
+        self.evaluator = build_evaluator(self.network, self.offsets, self.indices, self.compiled)
+        self.plain = build_evaluator(self.network, self.offsets, ((),), self.compiled)
+        self.chunk = self.given_chunk or self.evaluator.chunk
+
+    def of_module(self, module: nn.Module) -> Self:
+        """See :meth:`ddml.losses.loss.Loss.of_module`: with coefficients of its own."""
+        other = copy.copy(self)
+        other.network = module.to(dtype=self.dtype, device=self.device)
+        other._name()
+        evaluated(other.network, self.sets[0].inputs[0, :3, 0])
+        other._evaluate()
+        other._take(self.sets)
+        return other
+
+    def on_samples_of(self, other: Loss) -> Self:
+        """See :meth:`ddml.losses.loss.Loss.on_samples_of`."""
+        if not isinstance(other, PDEResiduals) or other.problem is not self.problem:
+            raise InputError(f"a {type(self).__name__} takes points of a loss of the same problem only")
+        return self.with_sets(other.sets)
 
     def _take(self, sets: list[TermPoints]) -> None:
         self.sets = sets

@@ -21,6 +21,8 @@ from ddml.parameters import Parameter
 
 from .hierarchy import Hierarchy, Level, Transfer
 
+MOST = 5  # levels, where nobody says how many
+
 
 class Copied(NamedTuple):
     """Which parameters are copies of which, and where.
@@ -175,7 +177,7 @@ class DepthHierarchy(Hierarchy):
             level.objective.replace(loss, level.share * finest.fraction, finest.replacement.overlap)
 
 
-def depth_hierarchy(objective: Objective, levels: int, factor: int = 2) -> DepthHierarchy:
+def depth_hierarchy(objective: Objective, levels: int | None = None, factor: int = 2) -> DepthHierarchy:
     """The hierarchy of an objective's network and of those with ``factor``, ``factor`` ** 2, ... times fewer blocks.
 
     The coarse networks are made by :func:`ddml.networks.depth.coarsened`, at the projections of the network's initial
@@ -187,7 +189,7 @@ def depth_hierarchy(objective: Objective, levels: int, factor: int = 2) -> Depth
     objective
         Of the finest level, of all parameters and without linear terms.
     levels
-        How many, the finest included.
+        How many, the finest included; None: as many as the blocks allow, at most five (our choice).
     factor
         Of refinement.
 
@@ -196,18 +198,20 @@ def depth_hierarchy(objective: Objective, levels: int, factor: int = 2) -> Depth
     InputError
         On all ranks, if the network has no so coarse one, or for another objective.
     """
-    if levels < 1:
+    if levels is not None and levels < 1:
         raise InputError(f"a hierarchy has 1 level or more, got {levels}")
     if type(objective) not in (Objective, ResidualObjective) or objective.linear:
         what = "one with linear terms" if objective.linear else f"a {type(objective).__name__}"
         raise InputError(f"a depth hierarchy takes the objective of all parameters of a network, not {what}")
     losses, copied = [objective.loss], list[Copied]()
     with agreed(objective.comm):
-        for number in range(1, levels):
+        for number in range(1, levels or MOST):
             loss = losses[0]
             try:
                 coarse = coarsened(loss.network, factor)
             except InputError as error:
+                if levels is None and number > 1:
+                    break
                 raise InputError(f"{error} ({levels} levels)" if number > 1 else f"{error}") from error
             losses.insert(0, loss.of_module(coarse))
             assert loss.network is not None

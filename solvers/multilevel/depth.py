@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from ddml.hierarchy.depth import depth_hierarchy
 from petsc4py import PETSc
 
 from ddml.errors import InputError
+from ddml.hierarchy.depth import depth_hierarchy
 from ddml.hierarchy.hierarchy import Hierarchy
 from ddml.norms.norm import TwoNorm
 from ddml.objectives.objective import Objective
@@ -41,7 +42,8 @@ LEVELS = (
            "smoother).", kind=str, changes=WITH_SOLVER),
     Option("cascade", True, "Begin on the coarsest level, and go on to finer ones, before the finest is trained.",
            changes=WITH_SOLVER),
-    Option("cascade_work", 2.0, "Work units on each coarse level of the cascade.", above=0.0),
+    Option("cascade_work", "5,0.5", "Work units of the cascade on the coarsest level, the next one, ..., separated by "
+           "commas; the last number is that of all further levels; 0 leaves one out."),
 )  # fmt: skip
 
 CYCLES = (
@@ -65,6 +67,26 @@ class DepthSolver(Multilevel):
         *("curvature_fraction", "delta0", "delta_min", "delta_max", "accept", "shrink_below", "grow_above", "shrink"),
         *("grow", "nonmonotone"),
     )
+
+    def setFromOptions(self, tao: PETSc.TAO) -> None:
+        """Read the options. Collective.
+
+        Raises
+        ------
+        InputError
+            Work of the cascade that is no numbers of 0 or more, the first above 0.
+        """
+        super().setFromOptions(tao)
+        text = self.settings.cascade_work
+        try:
+            self.granted = [float(word) for word in text.split(",")]
+        except ValueError:
+            self.granted = []
+        if not self.granted or not all(0 <= units < math.inf for units in self.granted) or not self.granted[0] > 0:
+            raise InputError(
+                f"option -{self.prefix}cascade_work must be numbers of 0 or more, the first above 0, separated by "
+                f"commas; got '{text}'"
+            )
 
     def prepare(self, tao: PETSc.TAO) -> None:
         """Build the hierarchy and the solvers of the levels. Collective."""
@@ -98,10 +120,17 @@ class DepthSolver(Multilevel):
 
     def advance(self, x: PETSc.Vec) -> SearchResult:
         """See :meth:`.Multilevel.advance`: a step of the cascade, or what follows it."""
-        spent = self.spent[self.phase] - self.phase_began
-        if self.climbing and self.entered and (self.stuck or spent >= self.settings.cascade_work):
+        while self.climbing and self.entered and (self.stuck or self._spent() >= self._granted()):
             self._climb()
         return self._cascade_step() if self.climbing else self.on_finest()
+
+    def _spent(self) -> float:
+        """Work units on the level that the cascade is on."""
+        return self.spent[self.phase] - self.phase_began
+
+    def _granted(self) -> float:
+        """What it may spend there."""
+        return self.granted[min(self.phase, len(self.granted) - 1)]
 
     def on_finest(self) -> SearchResult:
         """An iteration behind the cascade. Collective."""
@@ -159,7 +188,8 @@ class DepthSolver(Multilevel):
         fine = self.levels[self.phase]
         carry(coarse, fine, transfer)
         if fine is not self.top:
-            fine.enter(None)
+            if self._granted() > 0:
+                fine.enter(None)
             return
         fine.evaluate()
         self.f = fine.f
@@ -196,6 +226,7 @@ class DepthSolver(Multilevel):
                 found = narrowed(state[name], self.objective.comm, vec)
                 found.copy(vec)
                 found.destroy()
+            self._prolong()  # the finer levels go on from there
 
 
 class Cascade(DepthSolver):

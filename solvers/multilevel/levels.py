@@ -20,6 +20,7 @@ from solvers.owner import Owner
 from solvers.registry import PETSC_TYPES, SOLVERS, configure
 from solvers.trust_region.trust_region import TrustRegion
 
+NOT_FINITE = 83  # PETSC_ERR_USER: how PETSc's methods end where a loss is not finite
 ROUNDING = 1e-10  # relative excess over a budget that counts as rounding (our choice)
 
 
@@ -212,9 +213,15 @@ class LevelSolver(Owner):
     def _with_petsc(self, steps: int) -> bool:
         assert self.tao is not None and self.name is not None
         before = self.f
+        self.x.copy(self.step)
         self.tao.setMaximumIterations(steps)
-        with preset(**ONE_BY_ONE):
-            self.tao.solve()
+        try:
+            with preset(**ONE_BY_ONE):
+                self.tao.solve()
+        except PETSc.Error as error:
+            if error.ierr != NOT_FINITE or error.__cause__ is not None:
+                raise
+            self.step.copy(self.x)  # one of its trials was not finite
         self.evaluate()
         self.release(self.tao)  # PETSc's lmvm, for one, remembers scales from solve to solve
         self._create(self.name)

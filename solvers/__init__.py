@@ -11,19 +11,24 @@ if TYPE_CHECKING:
     from .gauss_newton.nystrom import NystromPC
     from .gauss_newton.schwarz_pc import SchwarzPC
     from .minimisation import Minimisation, Result, minimise
-    from .multilevel.depth import MGOPT, RMTR, Cascade
+    from .multilevel.depth import MGOPT, RMTR, Cascade, MultilevelAdaGrad
     from .multilevel.samples import MLVR, SARAH, SVRG, SubsampledNewton
     from .quasi_newton.gradient import GradientDescent
     from .quasi_newton.lbfgs import LBFGS
     from .quasi_newton.self_scaled import SSBFGS, SSBroyden
     from .registry import PETSC_TYPES, SOLVERS, TO_ROUNDING, configure, solver_class
+    from .schwarz.adagrad import SchwarzAdaGrad
     from .schwarz.apts import APTSData, APTSWeights
     from .schwarz.napts import NAPTS
     from .schwarz.spqn import ASPQN, MSPQN, DenseMSPQN
+    from .trust_region.adagrad import AdaGrad
     from .trust_region.astrom import ASTROM
     from .trust_region.trust_region import TrustRegion
 
 _HOMES = {
+    "AdaGrad": "solvers.trust_region.adagrad",
+    "MultilevelAdaGrad": "solvers.multilevel.depth",
+    "SchwarzAdaGrad": "solvers.schwarz.adagrad",
     "SubsampledNewton": "solvers.multilevel.samples",
     "SVRG": "solvers.multilevel.samples",
     "SARAH": "solvers.multilevel.samples",
@@ -82,15 +87,18 @@ __all__ = [
     "TO_ROUNDING",
     "APTSData",
     "APTSWeights",
+    "AdaGrad",
     "Cascade",
     "DenseMSPQN",
     "GaussNewton",
     "GradientDescent",
     "Minimisation",
+    "MultilevelAdaGrad",
     "Newton",
     "NystromPC",
     "Result",
     "SSBroyden",
+    "SchwarzAdaGrad",
     "SchwarzPC",
     "Solver",
     "SubsampledNewton",

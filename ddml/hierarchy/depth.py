@@ -124,6 +124,16 @@ class Copies(Transfer):
         self._sum(fine)
         coarse.pointwiseMult(self.mean, self.scaled)
 
+    def bound(self, fine: PETSc.Vec, coarse: PETSc.Vec) -> None:
+        """See :meth:`.Transfer.bound`."""
+        coarse.set(0.0)
+        for pick in self.picks:
+            pick.mult(fine, self.scaled)
+            coarse.pointwiseMax(coarse, self.scaled)
+        self.scale.copy(self.scaled)
+        self.scaled.abs()
+        coarse.pointwiseDivide(coarse, self.scaled)
+
     def _sum(self, fine: PETSc.Vec) -> None:
         """Write the sums over the copies to ``scaled``."""
         self.scaled.set(0.0)

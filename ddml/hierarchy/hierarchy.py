@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from petsc4py import PETSc
 
+from ddml.errors import InputError
 from ddml.objectives.objective import Objective
 
 
@@ -53,6 +54,18 @@ class Transfer(ABC):
     def project(self, fine: PETSc.Vec, coarse: PETSc.Vec) -> None:
         """Write P theta to ``coarse``, theta the fine parameters; P I is the identity."""
 
+    def bound(self, fine: PETSc.Vec, coarse: PETSc.Vec) -> None:
+        """Write to ``coarse`` how far each coarse entry may go, for bounds of the fine entries that it moves.
+
+        The largest of these bounds, each over the size of the entry of I.
+
+        Raises
+        ------
+        InputError
+            Where a fine entry is moved by several coarse ones.
+        """
+        raise InputError("bounds are for transfers that copy parameters")
+
     def destroy(self) -> None:
         """Destroy the matrices."""
         return
@@ -71,6 +84,10 @@ class Identity(Transfer):
 
     def project(self, fine: PETSc.Vec, coarse: PETSc.Vec) -> None:
         """See :meth:`Transfer.project`."""
+        fine.copy(coarse)
+
+    def bound(self, fine: PETSc.Vec, coarse: PETSc.Vec) -> None:
+        """See :meth:`Transfer.bound`."""
         fine.copy(coarse)
 
 

@@ -9,6 +9,9 @@ from typing import Any
 
 from petsc4py import PETSc
 
+from ddml.errors import InputError
+from ddml.hierarchy.hierarchy import Transfer
+from solvers.trust_region.adagrad import AdaGrad, clip
 from solvers.trust_region.radius import SMALLEST, TrustRadius
 
 from .levels import LevelSolver
@@ -32,6 +35,10 @@ class Acceptance(ABC):
     @abstractmethod
     def room(self, number: int, left: float) -> float:
         """How far a correction of level ``number`` may go, which itself has ``left`` to go; 0 where that is nothing."""
+
+    def confine(self, fine: LevelSolver, coarse: LevelSolver, transfer: Transfer) -> None:
+        """Bound the coarse level's phase, which is about to begin, beside its room."""
+        return
 
     @abstractmethod
     def try_correction(self, number: int, level: LevelSolver, s: PETSc.Vec, decrease: float) -> float:
@@ -172,3 +179,56 @@ class Always(Acceptance):
         level.trial.waxpy(1.0, level.x, s)
         level.move(level.objective.value_gradient(level.trial, level.trial_g))
         return 1.0
+
+
+class Bounds(Always):
+    r"""Every correction, within bounds that come from gradients alone (Gratton, Kopanicakova, Toint, arXiv 2302.07049).
+
+    An entry of the coarse parameters stays within ``steps`` times the largest bound a |g_i| / w_i of its copies, as the
+    prolonged step of that entry has it (our choice, as is the largest); below the finest level also what is corrected
+    stays within the bounds that it has itself. Levels are solved by :class:`solvers.trust_region.adagrad.AdaGrad`.
+
+    Parameters
+    ----------
+    levels
+        The coarsest first.
+    steps
+        Of the bound of one step, that a correction may take.
+
+    Raises
+    ------
+    InputError
+        If a level has another solver.
+    """
+
+    def __init__(self, levels: Sequence[LevelSolver], steps: float) -> None:
+        for number, level in enumerate(levels):
+            if not isinstance(level.context, AdaGrad):
+                raise InputError(f"level {number} must be solved by adagrad, not {level.name}: bounds come from it")
+        self.steps = steps
+        self.limits = {id(level): level.x.duplicate() for level in levels}
+
+    def confine(self, fine: LevelSolver, coarse: LevelSolver, transfer: Transfer) -> None:
+        """See :meth:`Acceptance.confine`."""
+        limit = self.limits[id(coarse)]
+        assert isinstance(fine.context, AdaGrad) and isinstance(coarse.context, AdaGrad)
+        if not fine.begun:
+            fine.context.begin()
+        fine.context.bounds(fine.g, fine.step)
+        transfer.bound(fine.step, limit)
+        limit.scale(self.steps)
+        coarse.context.confine(coarse.start, limit)
+
+    def try_correction(self, number: int, level: LevelSolver, s: PETSc.Vec, decrease: float) -> float:
+        """See :meth:`Acceptance.try_correction`."""
+        level.trial.waxpy(1.0, level.x, s)
+        assert isinstance(level.context, AdaGrad)
+        if level.context.box is not None:
+            clip(level.trial, *level.context.box, level.trial_g)
+        level.move(level.objective.value_gradient(level.trial, level.trial_g))
+        return 1.0
+
+    def destroy(self) -> None:
+        """Destroy the vectors. Collective."""
+        for vec in self.limits.values():
+            vec.destroy()

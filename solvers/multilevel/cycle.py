@@ -103,6 +103,7 @@ class Cycle(Owner):
             return False
         transfer.project(fine.x, coarse.x)
         coarse.enter(gradient)
+        self.acceptance.confine(fine, coarse, transfer)
         finest = number == len(self.levels) - 1
         self.tried += finest
         self._visit(number - 1, kind, room / transfer.stretch)

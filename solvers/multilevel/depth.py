@@ -17,9 +17,10 @@ from ddml.objectives.objective import Objective
 from ddml.options import WITH_SOLVER, Option, with_defaults
 from ddml.states import narrowed
 from solvers.line_search import SearchResult
+from solvers.trust_region.adagrad import AdaGrad
 from solvers.trust_region.trust_region import TrustRegion
 
-from .acceptance import Acceptance, Always, Region, Search
+from .acceptance import Acceptance, Always, Bounds, Region, Search
 from .carrying import carry
 from .cycle import KINDS, Cycle
 from .multilevel import Multilevel
@@ -61,8 +62,8 @@ CYCLES = (
 class DepthSolver(Multilevel):
     """What is on a hierarchy of networks of different depth; its levels know one trust region's options."""
 
-    judges_batches = True
-    inherited = (
+    judges_batches: ClassVar[bool] = True
+    inherited: ClassVar[Sequence[str]] = (
         *("model", "norm", "momentum", "memory", "overlap_pairs", "convolution", "polar_tolerance", "polar_exact"),
         *("curvature_fraction", "delta0", "delta_min", "delta_max", "accept", "shrink_below", "grow_above", "shrink"),
         *("grow", "nonmonotone"),
@@ -308,3 +309,25 @@ class MGOPT(_Cycling):
     def make_acceptance(self, norms: Sequence[Callable[[PETSc.Vec], float]]) -> Acceptance:
         """See :meth:`_Cycling.make_acceptance`."""
         return Search(TRIALS, ARMIJO, self.eps)
+
+
+class MultilevelAdaGrad(_Cycling):
+    r"""AdaGrad over depth, a globalisation without loss values (Gratton, Kopanicakova, Toint, arXiv 2302.07049).
+
+    Cycles of :class:`solvers.trust_region.adagrad.AdaGrad` on all levels; corrections are taken as they are, within
+    bounds that come from the gradients (:class:`solvers.multilevel.acceptance.Bounds`). It tolerates noise. Constants
+    are our choice.
+    """
+
+    options: ClassVar[Sequence[Option]] = (
+        *with_defaults(LEVELS, smoother="adagrad", cascade=False),
+        *with_defaults(CYCLES, post_steps=0, coarse_steps=5),
+        *AdaGrad.options,
+    )
+    inherited = ("rate", "sigma")
+    inheriting = "adagrad"
+    judges_batches = False
+
+    def make_acceptance(self, norms: Sequence[Callable[[PETSc.Vec], float]]) -> Acceptance:
+        """See :meth:`_Cycling.make_acceptance`."""
+        return self.own(Bounds(self.levels, float(self.settings.coarse_steps)))

@@ -35,7 +35,8 @@ class Multilevel(Solver):
     """
 
     failure = PETSc.TAO.ConvergedReason.DIVERGED_TR_REDUCTION
-    inherited: ClassVar[Sequence[str]] = ()  # options that the solvers of levels take over where they know them
+    inheriting: ClassVar[str] = "tr"  # solvers of levels that take over these options
+    inherited: ClassVar[Sequence[str]] = ()
 
     def prepare(self, tao: PETSc.TAO) -> None:
         """Build the hierarchy and the solvers of the levels. Collective."""
@@ -70,7 +71,7 @@ class Multilevel(Solver):
 
     def presets(self, number: int, name: str | None, prefix: str) -> dict[str, Any]:
         """Defaults of the options of a level's solver."""
-        if name != "tr":
+        if name != self.inheriting:
             return {}
         values = {option: getattr(self.settings, option) for option in self.inherited}
         return {f"{prefix}{option}": value for option, value in values.items() if value is not None}

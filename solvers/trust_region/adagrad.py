@@ -1,0 +1,79 @@
+"""AdaGrad as a trust-region method without loss values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+from petsc4py import PETSc
+
+from ddml.options import Option
+from solvers.base import Solver
+from solvers.line_search import SearchResult
+
+
+class AdaGrad(Solver):
+    r"""First-order trust regions whose radii, one a parameter, come from gradients alone (arXiv 2302.07049).
+
+    .. math:: w_i^2 = \sigma + \sum_k g_{k,i}^2, \quad \theta_i \leftarrow \theta_i - a\, g_i / w_i
+
+    (Duchi, Hazan, Singer 2011): the step is the minimiser of :math:`\langle g, s\rangle` with
+    :math:`|s_i| \le a |g_i| / w_i`. No loss decides anything, so that noise in it does no harm; a run ends where one is
+    not finite. a = 0.1 and sigma = 1e-4 are our choice.
+    """
+
+    options: ClassVar[Sequence[Option]] = (
+        Option("rate", 0.1, "a, the step over |g_i| / w_i.", above=0.0),
+        Option("sigma", 1e-4, "What the sum of squared gradients begins with.", above=0.0),
+    )
+    work_vectors = ("squares", "s")
+    saved = ("squares",)
+    failure = PETSc.TAO.ConvergedReason.DIVERGED_NAN
+
+    def prepare(self, tao: PETSc.TAO) -> None:
+        """Make the vectors. Collective."""
+        super().prepare(tao)
+        self.box: tuple[PETSc.Vec, PETSc.Vec] | None = None
+
+    def begin(self) -> None:
+        """See :meth:`solvers.base.Solver.begin`."""
+        self.vectors["squares"].set(self.settings.sigma)
+
+    def confine(self, centre: PETSc.Vec, bounds: PETSc.Vec) -> None:
+        r"""Keep the next steps within :math:`centre \pm bounds`, two vectors that stay the caller's."""
+        self.box = centre, bounds
+
+    def bounds(self, g: PETSc.Vec, result: PETSc.Vec) -> None:
+        """Write a |g_i| / w_i to ``result``, w as the next step has it. Collective."""
+        self._steps(g, result, self.vectors["squares"])
+        result.abs()
+
+    def _steps(self, g: PETSc.Vec, result: PETSc.Vec, squares: PETSc.Vec) -> None:
+        """Write a g_i / sqrt(squares_i + g_i^2) to ``result``."""
+        result.pointwiseMult(g, g)
+        result.axpy(1.0, squares)
+        result.sqrtabs()
+        result.pointwiseDivide(g, result)
+        result.scale(self.settings.rate)
+
+    def iterate(self, x: PETSc.Vec) -> SearchResult:
+        """See :meth:`solvers.base.Solver.iterate`."""
+        squares, s, g = self.vectors["squares"], self.vectors["s"], self.g
+        self._steps(g, s, squares)
+        x.axpy(-1.0, s)
+        if self.box is not None:
+            clip(x, *self.box, s)
+        s.pointwiseMult(g, g)
+        squares.axpy(1.0, s)
+        value = self.objective.value_gradient(x, g)
+        finite = math.isfinite(value) and math.isfinite(g.norm())
+        return SearchResult(value, self.settings.rate, finite)
+
+
+def clip(x: PETSc.Vec, centre: PETSc.Vec, bounds: PETSc.Vec, work: PETSc.Vec) -> None:
+    r"""Bring x into :math:`centre \pm bounds`; ``work`` is overwritten. Collective."""
+    work.waxpy(1.0, bounds, centre)
+    x.pointwiseMin(x, work)
+    work.waxpy(-1.0, bounds, centre)
+    x.pointwiseMax(x, work)

@@ -56,6 +56,6 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "ASPQN", "ASTROM", "LBFGS", "MSPQN", "NAPTS", "PETSC_TYPES", "SOLVERS", "SSBFGS", "TO_ROUNDING", "APTSData",
-    "APTSWeights", "DenseMSPQN", "GaussNewton", "Minimisation", "Newton", "NystromPC", "Result", "SSBroyden", "SchwarzPC", "Solver",
-    "TrustRegion", "configure", "minimise", "solver_class",
+    "APTSWeights", "DenseMSPQN", "GaussNewton", "Minimisation", "Newton", "NystromPC", "Result", "SSBroyden",
+    "SchwarzPC", "Solver", "TrustRegion", "configure", "minimise", "solver_class",
 ]  # fmt: skip

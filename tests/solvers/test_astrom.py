@@ -286,6 +286,25 @@ def test_a_user_sees_the_samples(comm: MPI.Comm, prefix: str, capfd: pytest.Capt
         assert "fraction: 0.1" in shown and "curvature: nested sets of 30 of 300 samples" in shown
 
 
+@pytest.mark.parametrize("local", ["astrom", "newton"])
+@pytest.mark.parametrize(
+    ("solver", "settings"),
+    [
+        ("aspqn", {}),
+        ("apts_weights", {"norm": "2", "decomposition": "layers"}),
+        ("apts_data", {"norm": "2", "subdomains": 3}),
+    ],
+)
+def test_they_are_local_solvers(train: Train, solver: str, settings: dict[str, Any], local: str) -> None:
+    settings = {"local_steps": 2, "gathered": True, **settings}
+    run, other = (train(classifier(), solver, 3, local_solver=name, blocks=6, **settings) for name in (local, "lbfgs"))
+    assert run.losses[-1] < 0.9 * run.losses[0]
+    if MPI.COMM_WORLD.size > 1:
+        alone = train(classifier(), solver, 3, comm=MPI.COMM_SELF, local_solver=local, blocks=6, **settings)
+        assert run.losses == pytest.approx(alone.losses, rel=1e-8)
+    assert np.abs(run.losses - other.losses[: len(run.losses)]).max() > 1e-6
+
+
 def test_single_precision(train: Train) -> None:
     run = train(classifier(dtype=torch.float32), "astrom", 30, fraction=0.2)
     assert (np.diff(run.losses) <= 0).all() and run.losses[-1] < 0.05 * run.losses[0]

@@ -32,12 +32,15 @@ def test_iterates_are_those_of_dense_conjugate_gradients(train: Train) -> None:
 
 
 def test_solved_exactly_it_is_newtons_method_with_a_rate(train: Train) -> None:
-    run = train(loss(), "newton", 4, newton_ksp_max_it=60, newton_ksp_atol=1e-14, rate=0.5, line_search=False)
+    given = {"newton_ksp_type": "cg", "newton_ksp_max_it": 60, "newton_ksp_atol": 1e-14}
+    run = train(loss(), "newton", 4, rate=0.5, line_search=False, **given)
     theta = START
     for k in range(4):
         theta = theta - 0.5 * np.linalg.solve(DENSE.hessian(theta), DENSE.gradient(theta))
         assert np.abs(run.theta[k + 1] - theta).max() <= 1e-9
     assert np.array_equal(run.steps[1:], np.full(4, 0.5))
+    few = train(loss(), "newton", 1, newton_ksp_max_it=3).theta[1]
+    assert np.abs(few - steihaug(DENSE.hessian(START), DENSE.gradient(START), math.inf, 0.0, 1e-9, 3)).max() <= 1e-12
 
 
 def test_steps_that_are_too_long_are_halved_until_the_loss_decreases(train: Train) -> None:

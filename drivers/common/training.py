@@ -35,6 +35,7 @@ PREFIXES = {
         ("aspqn", "mspqn", "mspqn_dense"), " (of a local solver with sub_ before them, of the coarse one coarse_)"
     ),
     "gauss_newton": " (and PETSc's -gn_ksp_type, -gn_ksp_rtol, -gn_pc_type, ...)",
+    "newton": " (and PETSc's -newton_ksp_type, -newton_ksp_max_it, ...)",
 }
 
 OPTIONS = (

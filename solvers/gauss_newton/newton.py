@@ -22,10 +22,10 @@ class Newton(Solver):
 
     .. math:: H p = -g, \quad \theta_+ = \theta + \alpha p
 
-    PETSc's KSP under the prefix ``newton_`` solves, by default with ``stcg`` without a radius: conjugate gradients
-    that end at the last iterate before a direction of negative curvature (Steihaug 1983), until \|r\| <= 1e-9, after at
-    most 10 iterations. Where that is no direction of descent, as where the first curvature is negative, p = -g
-    (Nocedal, Wright 2006, algorithm 7.1).
+    PETSc's KSP under the prefix ``newton_`` solves, by default with ``stcg`` without a radius: conjugate gradients that
+    end at the last iterate before a direction of negative curvature (Steihaug 1983), until \|r\| <= 1e-9, after at most
+    10 iterations, and never more than n, which is PETSc's limit. Where that is no direction of descent, as where the
+    first curvature is negative, p = -g (Nocedal, Wright 2006, algorithm 7.1).
 
     alpha is ``rate``, or with the line search the first of rate, rate/2, rate/4, ..., 15 of them, at which the loss
     is less than here: any decrease will do (our choice). Each trial takes a loss and gradient, as the first is

@@ -38,8 +38,8 @@ class ASTROM(TrustRegion):
 
     After the slides of Kopaničáková and Krause on adaptive sampling, where a set is enlarged by 2 when a step is
     rejected and the radius stays meanwhile: ``-enlarge_below`` as ``-accept``, ``-growth 2`` and ``-keep_radius``.
-    Keeping every decrease but being content with D_1 at much better ratios only, and the other constants, are our
-    choice: of those tried they were in no case much worse than curvature from all samples.
+    Here every decrease is kept, and D_1 is enlarged at ratios that are still good: that, and the other constants, are
+    our choice, and on small data sets took less work than the slides' rule.
 
     With ``coarse_steps`` above 1 the step is made of so many Newton steps on the loss on D_1 with a linear term
     (:class:`solvers.trust_region.coarse_steps.CoarseSteps`), and rho's denominator is the decrease of that.
@@ -75,7 +75,8 @@ class ASTROM(TrustRegion):
         Option("curvature_interval", 10, "Steps on the same samples behind which K-FAC factors are measured again.",
                minimum=1),
         *with_defaults((accuracy.OPTION,), cg_rule="sqrt"),
-        *with_defaults(radius.OPTIONS, delta0=1.0, shrink=0.25),
+        Option("delta0", 1.0, "First radius.", above=0.0),
+        *(option for option in with_defaults(radius.OPTIONS, shrink=0.25) if option.name != "delta0"),
     )  # fmt: skip
 
     def check_model(self) -> None:

@@ -212,6 +212,8 @@ class Products(Model):
         If the loss has no Gauss-Newton matrix.
     """
 
+    learns = False
+
     def __init__(
         self, objective: Objective, kind: str, rows: Rows, prefix: str, norm: Norm, rule: str = "fixed"
     ) -> None:

@@ -31,6 +31,7 @@ CASES = {
         "-solver tr -batch_size 200 -batch_growth 1.5 -batch_overlap 0.2 -max_it 12",
         "-solver tr -widths 300,280",  # directions from matrix products
         "-solver tr -network residual -samples 300",
+        *("-solver astrom -coarse_steps 2", "-solver newton"),
         "-solver apts_weights -norm kfac",
         "-solver apts_weights -norm 2 -model sr1",
         "-solver apts_data -norm 2 -subdomains 3",

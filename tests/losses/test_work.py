@@ -264,6 +264,8 @@ RUNS: dict[str, tuple[Callable[[], Loss], str, dict[str, Any]]] = {
     "tr": (classifier, "tr", {}),
     "tr, K-FAC, L-BFGS": (classifier, "tr", {"norm": "kfac", "model": "lbfgs", "memory": 1}),
     "tr, K-FAC, Gauss-Newton": (classifier, "tr", {"norm": "kfac", "model": "gauss_newton", "tr_ksp_max_it": 3}),
+    "astrom": (classifier, "astrom", {"coarse_steps": 2}),
+    "newton": (classifier, "newton", {}),
     "apts_weights": (classifier, "apts_weights", {}),
     "apts_weights, K-FAC": (classifier, "apts_weights", {"norm": "kfac"}),
     "apts_data": (classifier, "apts_data", {"subdomains": 4}),

@@ -24,6 +24,8 @@ DENSE = {"decomposition": "windows", "local_solver": "ssbroyden", "local_memory"
         ("mspqn", {"local_steps": 2}, False),
         ("lbfgs", {}, False),
         ("tr", {"norm": "2"}, False),
+        ("astrom", {}, False),
+        ("newton", {}, False),
         ("apts_weights", {"norm": "2"}, True),
         ("apts_data", {"norm": "2"}, True),
         ("napts", {"norm": "2"}, True),

@@ -169,6 +169,8 @@ KEYS = {
     "ssbroyden": DENSE,
     "ssbfgs": DENSE,
     "tr": RADIUS,
+    "astrom": RADIUS | {"sets"},
+    "newton": set(),
     "apts_weights": RADIUS,
     "apts_data": RADIUS,
     "napts": RADIUS | {"coarse"},

@@ -58,7 +58,7 @@ def test_classes_say_what_they_are(name: str) -> None:
     of = {**dict.fromkeys(("aspqn", "mspqn", "mspqn_dense", "apts_weights", "napts"), "parameters"),
           "apts_data": "samples"}  # fmt: skip
     assert kind.subdomains_of == of.get(name, "")
-    assert kind.judges_batches == (name in ("tr", "apts_weights", "apts_data", "napts"))
+    assert kind.judges_batches == (name in ("tr", "astrom", "apts_weights", "apts_data", "napts"))
     moves = {"ssbroyden": 250, "ssbfgs": 250, "gauss_newton": 5, "mspqn_dense": 1}
     assert kind.moves_points == moves.get(name, 0)
     assert kind.measures_error == (10 if name in ("ssbroyden", "ssbfgs") else 1)

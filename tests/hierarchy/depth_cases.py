@@ -41,7 +41,7 @@ def dense(blocks: int = 12) -> ClassificationLoss:
 def conv(blocks: int = 12) -> ClassificationLoss:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return classification(euler_cnn((2, 5, 4), 3, blocks, 3, HORIZON), (2, 5, 4))
+        return classification(euler_cnn((2, 5, 4), 3, blocks, 2, HORIZON), (2, 5, 4))
 
 
 def pinn(depth: int = 12, problem: Any = Burgers) -> PDELoss:

@@ -23,14 +23,13 @@ from depth_cases import (
 )
 from mpi4py import MPI
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ddml.decomposition.decomposition import Decomposition
 from ddml.decomposition.subdomains import Subdomains
 from ddml.errors import InputError
 from ddml.hierarchy.depth import depth_hierarchy
 from ddml.losses.loss import Loss
-from ddml.losses.work import ACTIVATION, CRITERION, Besides
+from ddml.losses.work import ACTIVATION, CRITERION
 from ddml.networks.tanh import TanhNetwork
 from ddml.objectives.composed import shifted
 from ddml.objectives.restricted import restricted
@@ -80,24 +79,6 @@ def test_work_is_in_units_of_the_finest_level(comm: MPI.Comm) -> None:
             evaluate()
             assert objective.work.total == pytest.approx(cost, rel=1e-13)
     assert len({id(level.objective.work) for level in hierarchy.levels}) == 3
-    hierarchy.destroy()
-
-
-@pytest.mark.parametrize("name", ["dense", "conv"])
-def test_shares_are_operations_that_torch_counts(name: str) -> None:
-    """Of products with weights, which are all that torch counts; adjoints inside of images are about as many."""
-    hierarchy = made(name, MPI.COMM_SELF, 3)
-    counts, charged = [], []
-    for level in hierarchy.levels:
-        loss = level.objective.loss
-        theta, gradient = loss.initial(), torch.zeros(loss.size, dtype=torch.float64)
-        with FlopCounterMode(display=False) as counter:
-            loss.value_gradient(theta, gradient)
-        counts.append(counter.get_total_flops())
-        loss.besides = Besides()
-        charged.append(loss.charges.operations)
-    for number in (0, 1):
-        assert charged[number] / charged[-1] == pytest.approx(counts[number] / counts[-1], rel=0.05)
     hierarchy.destroy()
 
 

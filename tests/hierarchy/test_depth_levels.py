@@ -244,12 +244,12 @@ def plain_pinn() -> Loss:
 WRONG: dict[str, tuple[Callable[[], Loss], int, int, str]] = {
     "no level": (dense, 0, 2, "1 level or more, got 0"),
     "no refinement": (dense, 2, 1, "factor of 2 or more, got 1"),
-    "levels that do not divide": (dense, 4, 2, r"3 blocks has none of 2 times fewer \(4 levels\)"),
-    "a factor that does not divide": (dense, 2, 5, "12 blocks has none of 5 times fewer"),
-    "one level more than blocks allow": (lambda: dense(4), 4, 2, r"1 blocks has none of 2 times fewer \(4 levels\)"),
+    "levels that do not divide": (dense, 4, 2, r"depth of 3 is not divisible by 2 \(4 levels\)"),
+    "a factor that does not divide": (dense, 2, 5, "depth of 12 is not divisible by 5"),
+    "one level more than blocks allow": (lambda: dense(4), 4, 2, r"depth of 1 is not divisible by 2 \(4 levels\)"),
     "a plain MLP": (plain, 2, 2, "a plain MLP has no depth hierarchy.*-network euler"),
     "a plain PINN": (plain_pinn, 2, 2, "a plain MLP has no depth hierarchy.*-network residual"),
-    "layers that do not divide": (lambda: pinn(3), 2, 2, "3 blocks has none of 2 times fewer"),
+    "layers that do not divide": (lambda: pinn(3), 2, 2, "depth of 3 is not divisible by 2"),
     "a user's that fails": (lambda: classification(Fails(), (6,)), 2, 2, r"coarsened\(2\) raised OSError: no memory"),
     "a user's that gives no module": (lambda: classification(NoModule(), (6,)), 2, 2, "must give a torch module.*int"),
     "a user's of other shapes": (lambda: classification(Wider(), (6,)), 2, 2, r"which is of shape \(6, 6\) there"),
@@ -289,3 +289,27 @@ def test_other_objectives_are_refused(comm: MPI.Comm, sum_over_rows: Any) -> Non
     with pytest.raises(InputError, match="is of no torch module"):
         table.of_module(nn.Linear(2, 2))
     zero.destroy()
+
+
+def test_losses_of_another_module_keep_samples_and_weights() -> None:
+    part = dense().part(3, 12)
+    other = classification(nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)), (6,))
+    found, expected = part.of_module(other.module), other.part(3, 12)
+    theta = torch.tensor(random(other.size, 1))
+    assert (found.count, found.weight) == (9, 1 / 30)
+    assert found.value(theta) == expected.value(theta)
+    assert found.costs == expected.costs
+    assert part.value(part.initial()) == dense().part(3, 12).value(part.initial())  # which is as before
+
+    whole = pinn()
+    network = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    moved, alone = whole.of_module(network), PDELoss(Burgers(), network, 37)
+    theta = torch.tensor(random(alone.size, 2))
+    gradients = [torch.zeros(alone.size, dtype=torch.float64) for _ in range(2)]
+    values = [one.value_gradient(theta, g) for one, g in zip((moved, alone), gradients, strict=True)]
+    assert values[0] == pytest.approx(values[1], rel=1e-14)
+    assert torch.allclose(*gradients, rtol=1e-13)
+    assert moved.programs == alone.programs == {}
+    assert moved.in_torch == alone.in_torch
+    before = whole.initial()
+    assert whole.value(before) == pytest.approx(pinn().value(before), rel=1e-15)

@@ -122,7 +122,7 @@ class ModuleLoss(SampledLoss):
         return torch.cat([p.detach().reshape(-1) for p in self._trained])
 
     def drop_initial(self) -> None:
-        """See :meth:`Loss.drop_initial`; the module's trained parameters are empty until :meth:`assign`."""
+        """See :meth:`.Loss.drop_initial`; the module's trained parameters are empty until :meth:`assign`."""
         for parameter in self._trained:
             parameter.data = parameter.data.new_empty(0)
 
@@ -136,7 +136,7 @@ class ModuleLoss(SampledLoss):
 
     @torch.no_grad()
     def explain(self, theta: Tensor) -> str:
-        """See :meth:`Loss.explain`: the first sample."""
+        """See :meth:`.Loss.explain`: the first sample."""
         if not torch.isfinite(theta).all():
             return "the parameters are NaN or infinite"
         begin = 0
@@ -150,7 +150,7 @@ class ModuleLoss(SampledLoss):
     def gauss_newton_product(
         self, theta: Tensor, direction: Tensor, product: Tensor, kept: Any = None, active: frozenset[int] | None = None
     ) -> None:
-        r"""See :meth:`Loss.gauss_newton_product`: the sum of :math:`J^T \nabla^2 c\, J`, c the criterion.
+        r"""See :meth:`.Loss.gauss_newton_product`: the sum of :math:`J^T \nabla^2 c\, J`, c the criterion.
 
         Positive semidefinite where the criterion is convex in the outputs, as cross entropy is.
         """
@@ -190,7 +190,7 @@ class ModuleLoss(SampledLoss):
             yield forward(x), y
 
     def keeps(self, first: int) -> bool:
-        """See :meth:`Loss.keeps`."""
+        """See :meth:`.Loss.keeps`."""
         return self.layer_stage[first] > 0
 
     @torch.no_grad()
@@ -203,7 +203,7 @@ class ModuleLoss(SampledLoss):
         return stage, [begin(x) for x in self.inputs.split(self.batch)] if self.count else []
 
     def terms(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
-        """See :meth:`Loss.terms`."""
+        """See :meth:`.Loss.terms`."""
         module = _behind(self.module, kept)
         views = {n: theta[p.range].view(p.shape) for n, p in occurrences(module, self._places).items()}
 
@@ -223,13 +223,13 @@ class ModuleLoss(SampledLoss):
 
     @torch.no_grad()
     def value(self, theta: Tensor, kept: Any = None) -> float:
-        """See :meth:`Loss.value`."""
+        """See :meth:`.Loss.value`."""
         return sum((float(self.criterion(o, y).sum() * self.weight) for o, y in self.outputs(theta, kept)), 0.0)
 
     def value_gradient(
         self, theta: Tensor, gradient: Tensor, kept: Any = None, active: frozenset[int] | None = None
     ) -> float:
-        """See :meth:`Loss.value_gradient`; the other layers' parameters get no gradient at all."""
+        """See :meth:`.Loss.value_gradient`; the other layers' parameters get no gradient at all."""
         wanted = frozenset(k for i, layer in enumerate(self.layers) if active is None or i in active for k in layer)
         module = _behind(self._at(theta.detach(), wanted), kept)
         numbers = sorted(wanted)

@@ -137,6 +137,8 @@ def build_classifier(settings: Any, shape: tuple[int, ...], classes: int) -> tup
     chosen = plugins.load(settings.network, KNOWN, "network")
     arguments: list[Any] = [parse_widths(settings.widths)] if settings.network == "mlp" else []
     if settings.network in WIDTHS:
+        if not math.isfinite(settings.horizon):
+            raise InputError(f"option -horizon must be a number, got {settings.horizon}")
         arguments = [settings.blocks, settings.width or WIDTHS[settings.network], settings.horizon]
     with torch.random.fork_rng(devices=[]), plugins.blamed(settings.network, KNOWN, "network"):
         torch.manual_seed(settings.seed)

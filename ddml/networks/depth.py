@@ -36,7 +36,7 @@ def check_blocks(blocks: int, factor: int) -> None:
     if factor < 2:
         raise InputError(f"a network gets coarser by a factor of 2 or more, got {factor}")
     if blocks % factor:
-        raise InputError(f"a network of {blocks} blocks has none of {factor} times fewer")
+        raise InputError(f"there is no coarser network: a depth of {blocks} is not divisible by {factor}")
 
 
 def coarsened(module: nn.Module | None, factor: int) -> nn.Module:

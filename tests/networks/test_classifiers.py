@@ -43,7 +43,7 @@ def test_networks_of_the_slides_have_their_sizes() -> None:
     assert built((7,), 3, widths="")[1] == "mlp 7-3"
 
 
-@pytest.mark.parametrize("network", ["mlp", "cnn", "residual"])
+@pytest.mark.parametrize("network", ["mlp", "cnn", "residual", "euler", "euler_cnn"])
 @pytest.mark.parametrize("shape", [MNIST, CIFAR, (1, 17, 20)])
 def test_outputs_and_seeds(network: str, shape: tuple[int, ...]) -> None:
     first, again, other = (built(shape, 7, network=network, seed=s, dtype="float32")[0] for s in (3, 3, 4))
@@ -116,7 +116,13 @@ def counted(call: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize(
     ("network", "shape", "tolerance"),
-    [("mlp", MNIST, 1e-3), ("cnn", CIFAR, 1e-3), ("residual", CIFAR, 0.05)],  # adjoints inside a block are not charged
+    [
+        ("mlp", MNIST, 1e-3),
+        ("cnn", CIFAR, 1e-3),
+        ("euler", MNIST, 1e-3),
+        ("euler_cnn", MNIST, 1e-3),
+        ("residual", CIFAR, 0.05),  # adjoints inside a block are not charged
+    ],
 )
 def test_passes_are_counted_operations(network: str, shape: tuple[int, ...], tolerance: float) -> None:
     """Of products with weights, which are all that torch counts."""

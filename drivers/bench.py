@@ -2,7 +2,7 @@
 
 Prints tables with medians and ratios; what is compared is measured side by side in the same
 process, alternately where it is short. Sections: evaluation, restricted, ranks, overhead, balance,
-rounding, solvers, preconditioners; and map, classifiers, work and large, which are run only where -only names them.
+rounding, solvers, preconditioners; and map, classifiers, levels, work and large, which are run only where -only names them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from benches.classifiers import classifiers
 from benches.evaluations import balance, evaluation, ranks, ranks_worker, restricted
 from benches.large import large, large_worker
+from benches.levels import levels
 from benches.preconditioners import preconditioners
 from benches.synchronisations import map_worker, solver_map
 from benches.training import overhead, rounding, solvers
@@ -37,6 +38,7 @@ SECTIONS = {
 ASKED = {
     "map": solver_map,
     "classifiers": classifiers,
+    "levels": levels,
     "work": work,
     "large": large,
     "ranks_worker": ranks_worker,
@@ -51,9 +53,12 @@ OPTIONS = (
            "for -classifiers."),
     Option("classifiers", "digits:mlp:240", "Data, network, batch size and, if not all, samples in that section, as in "
            "mnist.h5:mlp:10000,cifar10.h5:cnn:1000:10000; batch size 0 is all samples."),
+    Option("levels_cases", "digits:euler:0", "Of the section levels, as for -classifiers; further options follow, as in "
+           "digits:euler:0:blocks=64:width=8:levels=3."),
+    Option("levels_methods", "", "Words; methods whose names have one of them are in that section."),
     Option("methods", "tr,apts,torch", "Words; methods whose names have one of them are in that section."),
-    Option("marks", "10,30,60,120", "Work units where that section measures."),
-    Option("seeds", "0", "Seeds of the map and of the classifiers: medians are printed."),
+    Option("marks", "10,30,60,120", "Work units where these sections measure."),
+    Option("seeds", "0", "Seeds of the map, of the classifiers and of the levels: medians are printed."),
     Option("large_data", "", "Data file of the section large (default: random numbers)."),
     Option("large_widths", "2048,2048,2048", "Hidden layers of its network."),
     Option("large_batch", 1000, "Samples of its batches.", minimum=1),
@@ -70,7 +75,7 @@ def main(comm: MPI.Comm) -> int:
     for name in settings.only.split(","):
         if name not in {**SECTIONS, **ASKED}:
             raise InputError(
-                f"option -only must name some of {', '.join(SECTIONS)}, map, classifiers, work, large; got '{name}'"
+                f"option -only must name some of {', '.join(SECTIONS)}, map, classifiers, levels, work, large; got '{name}'"
             )
         {**SECTIONS, **ASKED}[name](settings)
     return 0

@@ -2,7 +2,8 @@
 
 Prints tables with medians and ratios; what is compared is measured side by side in the same
 process, alternately where it is short. Sections: evaluation, restricted, ranks, overhead, balance,
-rounding, solvers, preconditioners; and map, classifiers, levels, work and large, which are run only where -only names them.
+rounding, solvers, preconditioners; and map, classifiers, levels, work and large, which are run only where -only
+names them.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ OPTIONS = (
            "for -classifiers."),
     Option("classifiers", "digits:mlp:240", "Data, network, batch size and, if not all, samples in that section, as in "
            "mnist.h5:mlp:10000,cifar10.h5:cnn:1000:10000; batch size 0 is all samples."),
-    Option("levels_cases", "digits:euler:0", "Of the section levels, as for -classifiers; further options follow, as in "
-           "digits:euler:0:blocks=64:width=8:levels=3."),
+    Option("levels_cases", "digits:euler:0", "Of the section levels, as for -classifiers, with further options behind, "
+           "as in digits:euler:0:blocks=64:width=8:levels=3."),
     Option("levels_methods", "", "Words; methods whose names have one of them are in that section."),
     Option("methods", "tr,apts,torch", "Words; methods whose names have one of them are in that section."),
     Option("marks", "10,30,60,120", "Work units where these sections measure."),
@@ -75,7 +76,8 @@ def main(comm: MPI.Comm) -> int:
     for name in settings.only.split(","):
         if name not in {**SECTIONS, **ASKED}:
             raise InputError(
-                f"option -only must name some of {', '.join(SECTIONS)}, map, classifiers, levels, work, large; got '{name}'"
+                f"option -only must name some of {', '.join(SECTIONS)}, map, classifiers, levels, work, large; got "
+                f"'{name}'"
             )
         {**SECTIONS, **ASKED}[name](settings)
     return 0

@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,7 +38,10 @@ LEVELS: dict[str, Mapping[str, Any]] = {
     "rmtr, refinement 16": {"solver": "rmtr", "levels": 2, "refinement": 16},
     "rmtr, no cascade, 3 levels": {"solver": "rmtr", "cascade": False, "levels": 3},
     "rmtr, no cascade, shared radius, 3 levels": {
-        **{"solver": "rmtr", "cascade": False, "levels": 3, "correction_radius": "shared"},
+        "solver": "rmtr",
+        "cascade": False,
+        "levels": 3,
+        "correction_radius": "shared",
     },
     "mgopt": {"solver": "mgopt"},
     "cascade L-BFGS": {"solver": "cascade"},
@@ -46,9 +50,13 @@ LEVELS: dict[str, Mapping[str, Any]] = {
 ADAGRADS: dict[str, Mapping[str, Any]] = {
     "adagrad": {"solver": "adagrad"},
     "mladagrad": {"solver": "mladagrad"},
+    "mladagrad, 3 levels": {"solver": "mladagrad", "levels": 3},
+    "mladagrad, refinement 16": {"solver": "mladagrad", "levels": 2, "refinement": 16},
     "asadagrad": {"solver": "asadagrad"},
 }
 OF_LEVELS = ("levels", "refinement")  # options of a case that are for solvers with levels
+
+Run = Callable[[int, Sequence[float]], "Trained"]  # from a seed, and losses at which the accuracy is of interest
 
 _prefixes = (f"levels{number}_" for number in itertools.count())
 
@@ -60,7 +68,7 @@ class Trained(NamedTuple):
     ----------
     history : History
         Where it was measured: ``work``, ``time`` without measurements, the loss on all samples of the undivided network
-        as ``test_loss``, and at the marks ``accuracy``.
+        as ``test_loss``, and ``accuracy`` at the marks and where the loss first came to one of the targets.
     cycles : tuple of int
         Corrections that were tried, and how many of them were refused.
     hierarchy : str
@@ -83,9 +91,9 @@ def levels(settings: Any) -> None:
     marks = [float(m) for m in settings.marks.split(",")]
     seeds = [int(seed) for seed in settings.seeds.split(",")]
     print("\n## Levels of depth; one rank\n")
-    print("Test accuracy (%) / loss on all training samples after so many work units; the units to the losses that the")
-    print("first row has there, and in brackets how many times less that is; corrections tried, and refused; seconds of")
-    print("a work unit over those of the first row.\n")
+    print("Test accuracy (%) / loss on all training samples after so many work units; the units to the losses that")
+    print("the first row has there, in brackets how many times less that is, and the accuracy there; corrections")
+    print("tried, and refused; seconds of a work unit over those of the first row.\n")
     for case in settings.levels_cases.split(","):
         task = Task.parse(case)
         own = {name: value for name, value in task.given.items() if name in OF_LEVELS}
@@ -99,7 +107,7 @@ def levels(settings: Any) -> None:
         for label, run in _methods(task, own, dataset, marks).items():
             if base and not any(word in label for word in settings.levels_methods.split(",")):
                 continue
-            runs = [run(seed) for seed in seeds]
+            runs = [run(seed, _targets(base[i].history, marks) if base else []) for i, seed in enumerate(seeds)]
             base = base or runs
             hierarchies |= dict.fromkeys(run.hierarchy for run in runs if run.hierarchy)
             print_row(label, marks, runs, base)
@@ -109,24 +117,31 @@ def levels(settings: Any) -> None:
         print()
 
 
-def _methods(
-    task: Task, own: Mapping[str, Any], dataset: DataSet, marks: Sequence[float]
-) -> dict[str, Callable[[int], Trained]]:
-    """From a seed to a run, by name."""
-    found: dict[str, Callable[[int], Trained]] = {}
+def _methods(task: Task, own: Mapping[str, Any], dataset: DataSet, marks: Sequence[float]) -> dict[str, Run]:
+    """The runs, by the method's name."""
+    found: dict[str, Run] = {}
     for label, given in {**UNDIVIDED, **LEVELS, **ADAGRADS}.items():
         # a method's own levels come first
         chosen = {**(own if issubclass(solver_class(given["solver"]), DepthSolver) else {}), **given}
-        found[label] = lambda seed, chosen=chosen: _ours(task, chosen, dataset, marks, seed)  # type: ignore[misc]
+        found[label] = partial(_ours, task, chosen, dataset, marks)
         if label == list(UNDIVIDED)[-1]:
-            for rate in RATES:
-                found[f"torch adam {rate:g}"] = lambda seed, rate=rate: _adam(  # type: ignore[misc]
-                    task, rate, dataset, marks, seed
-                )
+            found |= {f"torch adam {rate:g}": partial(_adam, task, rate, dataset, marks) for rate in RATES}
     return found
 
 
-def _ours(task: Task, given: Mapping[str, Any], dataset: DataSet, marks: Sequence[float], seed: int) -> Trained:
+def _targets(history: History, marks: Sequence[float]) -> list[float]:
+    """The losses on all samples at the marks."""
+    return [at(history, "test_loss", mark) for mark in marks]
+
+
+def _ours(
+    task: Task,
+    given: Mapping[str, Any],
+    dataset: DataSet,
+    marks: Sequence[float],
+    seed: int,
+    targets: Sequence[float],
+) -> Trained:
     """A run of a solver of ours, measured wherever a further work unit has been spent, or at each iteration."""
     settings, loss, test = task.build(dataset, seed)
     name, prefix = str(given["solver"]), next(_prefixes)
@@ -142,23 +157,23 @@ def _ours(task: Task, given: Mapping[str, Any], dataset: DataSet, marks: Sequenc
     depth = context if isinstance(context, DepthSolver) else None
     moving = Batches(objective, settings, seed) if 0 < settings.batch_size < loss.count else None
     measure = _measure(loss, test)
-    history, left = History(), list(marks)
+    history, left, above = History(), list(marks), list(targets)
     aside, begin, next_unit = 0.0, time.perf_counter(), 0.0
 
     def monitor(tao: PETSc.TAO) -> None:
         nonlocal aside, next_unit
         iteration, value, *_ = tao.getSolutionStatus()
         started, work = time.perf_counter(), objective.work.total
-        marked, theta = bool(left) and work >= left[0], objective.parameters(made.x)
-        columns: dict[str, float] = {}
-        if marked:
-            columns = measure(theta)
-            left[:] = [mark for mark in left if mark > work]
-        elif moving is None and not (depth is not None and depth.climbing):
-            columns = {"test_loss": value}
+        theta, known = objective.parameters(made.x), math.nan
+        if moving is None and not (depth is not None and depth.climbing):
+            known = value
         elif work >= next_unit:
-            columns = {"test_loss": loss.value(theta.to(loss.dtype))}
+            known = loss.value(theta.to(loss.dtype))
             next_unit = math.floor(work) + 1
+        reached = [target for target in above if known <= target]
+        columns = measure(theta) if reached or work >= left[0] else {"test_loss": known}
+        above[:] = [target for target in above if target not in reached]
+        left[:] = [mark for mark in left if mark > work]
         history.append(iteration=iteration, time=started - begin - aside, work=work, loss=value, **columns)
         aside += time.perf_counter() - started
         if not left:
@@ -178,7 +193,10 @@ def _ours(task: Task, given: Mapping[str, Any], dataset: DataSet, marks: Sequenc
     return Trained(history, cycles, words)
 
 
-def _adam(task: Task, rate: float, dataset: DataSet, marks: Sequence[float], seed: int) -> Trained:
+def _adam(
+    task: Task, rate: float, dataset: DataSet, marks: Sequence[float], seed: int, targets: Sequence[float]
+) -> Trained:
+    """A run of torch's Adam, measured at each work unit."""
     settings, loss, test = task.build(dataset, seed)
     units = [float(unit) for unit in range(1, math.ceil(marks[-1]))]
     return Trained(train_rival("adam", rate, settings, loss, _measure(loss, test), sorted({*units, *marks})))
@@ -216,10 +234,15 @@ def print_row(label: str, marks: Sequence[float], runs: Sequence[Trained], base:
         cells.append(f"{100 * accuracy:.1f} / {loss:.1e}")
     for mark in marks:
         targets = [at(run.history, "test_loss", mark) for run in base]
-        units = statistics.median(units_to(r.history, t) for r, t in zip(runs, targets, strict=True))
+        each = [units_to(r.history, t) for r, t in zip(runs, targets, strict=True)]
+        units = statistics.median(each)
         # the loss of the first row does not fall at each step: it may have been as small before the mark
         first = statistics.median(units_to(r.history, t) for r, t in zip(base, targets, strict=True))
-        cells.append(f"{units:.1f} ({first / units:.2f})" if math.isfinite(units) else "-")
+        # at the mark the first row stands where it came to its loss
+        places = [mark] * len(each) if runs is base else each
+        there = [at(r.history, "accuracy", u) for r, u in zip(runs, places, strict=True) if math.isfinite(u)]
+        words = f"{units:.1f} ({first / units:.2f}) {100 * statistics.median(there):.1f}" if there else ""
+        cells.append(words if math.isfinite(units) else "-")
     tried, refused = (sum(run.cycles[i] for run in runs) for i in (0, 1))
     price = _price(runs) / _price(base)
     print(f"| {label} | {' | '.join(cells)} | {tried}, {refused} | {price:.2f} |", flush=True)

@@ -69,3 +69,31 @@ def test_a_large_network_is_trained_in_little_memory() -> None:
     rows = bench("-only", "large", "-large_widths", "1200,1200", "-large_batch", "250", "-repeats", "1")[1:]
     assert float(rows[0][6]) < 7.5
     assert float(rows[1][6]) < 5.5
+
+
+def test_levels_have_a_row_for_every_method_that_is_asked_for() -> None:
+    methods = "0.01,refinement 16,no cascade, modular"
+    case = "digits:euler:0:200:blocks=16:width=8"
+    rows = bench("-only", "levels", "-levels_cases", case, "-marks", "2,6", "-levels_methods", methods)[1:]
+    names = ["tr L-SR1, gamma y'y / s'y", "tr modular norm", "torch adam 0.01", "rmtr, refinement 16"]
+    names += ["rmtr, no cascade, 3 levels", "rmtr, no cascade, shared radius, 3 levels", "cascade modular norm"]
+    assert [row[0] for row in rows] == [*names, "mladagrad, refinement 16"]
+    for row in rows:
+        for cell in row[1:3]:
+            accuracy, loss = (float(word) for word in cell.split("/"))
+            assert 0 <= accuracy <= 100 and loss > 0
+        for cell in row[3:5]:
+            assert cell == "-" or 1 <= float(cell.split()[0]) <= 13
+        assert float(row[-1]) > 0
+    assert [row[3].split()[1] for row in rows[:1]] == ["(1.00)"]
+    cycles = {row[0]: [int(word) for word in row[-2].split(",")] for row in rows}
+    assert cycles["rmtr, no cascade, 3 levels"][0] > 0 == cycles["cascade modular norm"][0]
+
+
+def test_a_case_of_levels_that_is_none_is_refused() -> None:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "ORTE_"))}
+    done = subprocess.run(
+        [sys.executable, str(BENCH), "-only", "levels", "-levels_cases", "digits:euler:0:nothing=3"],
+        capture_output=True, text=True, timeout=60, check=False, env=clean,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "a case has the option 'nothing'" in done.stderr

@@ -150,6 +150,9 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "rmtr, F, modular norm": (6, {"levels": 3, "cascade": False, "cycle": "F", "model": "first"}),
     "mgopt": (6, {"levels": 3, "cascade": False, "coarse_steps": 4}),
     "mgopt, smoothing by L-BFGS": (6, {"levels": 2, "cascade": False, "smoother": "lbfgs", "coarse_steps": 4}),
+    "mladagrad": (6, {"levels": 3, "coarse_steps": 3}),
+    "mladagrad, W, smoothing behind": (5, {"levels": 3, "cycle": "W", "coarse_steps": 2, "post_steps": 1}),
+    "mladagrad, cascade": (15, {"levels": 3, "cascade": True, "cascade_work": 1.0}),
     "cascade": (15, {"cascade_work": "1,0,1"}),
     "cascade, first order": (12, {"cascade_work": 1.0, "model": "first"}),
     "cascade by SSBroyden": (12, {"cascade_work": 1.0, "smoother": "ssbroyden"}),
@@ -206,8 +209,8 @@ def test_the_levels_share_the_work(train: Train) -> None:
 @pytest.mark.parametrize(
     ("solver", "settings", "said"),
     [
-        ("rmtr", {"levels": 5}, "has none of 2 times fewer"),
-        ("mgopt", {"levels": 2, "refinement": 3}, "8 blocks has none of 3"),
+        ("rmtr", {"levels": 5}, "a depth of 1 is not divisible by 2"),
+        ("mgopt", {"levels": 2, "refinement": 3}, "a depth of 8 is not divisible by 3"),
         ("cascade", {"levels": 0}, "levels must be 1"),
         ("rmtr", {"cascade_work": "0,1"}, "cascade_work must be numbers of 0 or more"),
         ("cascade", {"cascade_work": "2,x"}, "cascade_work must be numbers of 0 or more"),

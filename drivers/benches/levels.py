@@ -22,7 +22,7 @@ from ddml.problems.classification import ClassificationLoss, TestSet
 from ddml.runs.history import History
 from ddml.sampling.batches import Batches
 from solvers import Minimisation, solver_class
-from solvers.multilevel.depth import DepthSolver
+from solvers.multilevel.depth import RMTR, DepthSolver, MultilevelAdaGrad
 
 from .classifiers import Task, train_rival
 
@@ -54,7 +54,8 @@ ADAGRADS: dict[str, Mapping[str, Any]] = {
     "mladagrad, refinement 16": {"solver": "mladagrad", "levels": 2, "refinement": 16},
     "asadagrad": {"solver": "asadagrad"},
 }
-OF_LEVELS = ("levels", "refinement")  # options of a case that are for solvers with levels
+# options of a case that are for the solvers with levels that have them
+OF_LEVELS = {option.name for solver in (RMTR, MultilevelAdaGrad) for option in solver.options}
 
 Run = Callable[[int, Sequence[float]], "Trained"]  # from a seed, and losses at which the accuracy is of interest
 
@@ -122,7 +123,9 @@ def _methods(task: Task, own: Mapping[str, Any], dataset: DataSet, marks: Sequen
     found: dict[str, Run] = {}
     for label, given in {**UNDIVIDED, **LEVELS, **ADAGRADS}.items():
         # a method's own levels come first
-        chosen = {**(own if issubclass(solver_class(given["solver"]), DepthSolver) else {}), **given}
+        kind = solver_class(given["solver"])
+        known = {option.name for option in kind.options} if issubclass(kind, DepthSolver) else set()
+        chosen = {**{name: value for name, value in own.items() if name in known}, **given}
         found[label] = partial(_ours, task, chosen, dataset, marks)
         if label == list(UNDIVIDED)[-1]:
             found |= {f"torch adam {rate:g}": partial(_adam, task, rate, dataset, marks) for rate in RATES}

@@ -105,8 +105,8 @@ class Search(Acceptance):
 class Region(Acceptance):
     r"""The ratio of the decrease of the level to that of the coarse one, as a trust region (RMTR, Gratton et al. 2008).
 
-    ``own`` (our choice, the default): each level has a radius for corrections beside that of its steps, first four
-    times as large, which the ratio sets. ``shared`` (as published): the radius of the level's steps is that of its
+    ``own`` (our choice, the default): each level has a radius for corrections beside that of its steps, four times as
+    large at the first correction, which the ratio sets from then on. ``shared`` (as published): the radius of the level's steps is that of its
     corrections.
 
     Parameters
@@ -130,7 +130,8 @@ class Region(Acceptance):
         eps: float,
         shared: bool,
     ) -> None:
-        self.norms, self.radii = norms, list[TrustRadius]()
+        self.norms, self.radii, self.levels = norms, list[TrustRadius](), levels
+        self.begun = [False] * len(levels)
         self.shared = [shared and level.trust_region is not None for level in levels]
         for level, together in zip(levels, self.shared, strict=True):
             inside = level.trust_region
@@ -143,6 +144,10 @@ class Region(Acceptance):
 
     def room(self, number: int, left: float) -> float:
         """See :meth:`Acceptance.room`."""
+        reach = self.levels[number].radius
+        if not self.begun[number] and not self.shared[number] and reach is not None:
+            self.radii[number].value = min(WIDER * reach, self.radii[number].largest)
+        self.begun[number] = True
         radius = self.radii[number].value
         found = min(radius, left)
         return found if found > LITTLE * radius and found >= SMALLEST else 0.0
@@ -163,10 +168,11 @@ class Region(Acceptance):
 
     def state(self) -> dict[str, Any]:
         """See :meth:`Acceptance.state`."""
-        return {"radii": [float(radius.value) for radius in self.radii]}
+        return {"radii": [float(radius.value) for radius in self.radii], "begun": [bool(begun) for begun in self.begun]}
 
     def restore(self, state: dict[str, Any]) -> None:
         """See :meth:`Acceptance.restore`."""
+        self.begun = list(state["begun"])
         for radius, value, together in zip(self.radii, state["radii"], self.shared, strict=True):
             if not together:
                 radius.value = value

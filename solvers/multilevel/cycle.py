@@ -108,6 +108,7 @@ class Cycle(Owner):
             return False
         transfer.project(fine.x, coarse.x)
         coarse.enter(gradient)
+        coarse.begin_like(fine)
         self.acceptance.confine(fine, coarse, transfer)
         finest = number == len(self.levels) - 1
         self.tried += finest

@@ -93,6 +93,7 @@ class DepthSolver(Multilevel):
         """Build the hierarchy and the solvers of the levels. Collective."""
         super().prepare(tao)
         self.phase, self.entered, self.stuck, self.phase_began = len(self.levels) - 1, False, False, 0.0
+        self.growing = False
         share = self.hierarchy.levels[0].share
         self.notes.append(f"{self.hierarchy!r}")
         if len(self.levels) == 1:
@@ -247,13 +248,28 @@ class Cascade(DepthSolver):
 
 
 class _Cycling(DepthSolver):
-    """What runs cycles behind its cascade, until too many corrections are refused."""
+    """What runs cycles behind its cascade, until too many corrections are refused.
+
+    Without a cascade a trust region on the finest level first takes steps as long as each enlarges its radius: a
+    coarse phase costs as much in a radius that is too small as in one that suits (our choice).
+    """
+
+    def begin(self) -> None:
+        """See :meth:`solvers.base.Solver.begin`."""
+        super().begin()
+        smoothing = self.settings.pre_steps + self.settings.post_steps > 0
+        self.growing = smoothing and not self.settings.cascade and self.top.trust_region is not None
 
     def on_finest(self) -> SearchResult:
         """See :meth:`DepthSolver.on_finest`: a cycle."""
         cycle, settings = self.cycle, self.settings
         if len(self.levels) == 1:
             return self.step(1)
+        if self.growing:
+            before = self.top.radius or 0.0
+            result = self.step(1)
+            self.growing = (self.top.radius or 0.0) > before
+            return result
         if cycle.tried >= TRIED and cycle.refused > settings.most_refused * cycle.tried:
             return self.step(max(settings.pre_steps + settings.post_steps, 1))
         return self.run_cycle()
@@ -265,6 +281,21 @@ class _Cycling(DepthSolver):
             self.hierarchy, self.levels, self.make_acceptance(norms), norms, s.cycle, s.pre_steps, s.post_steps,
             s.coarse_steps, s.descent,
         )  # fmt: skip
+
+    def inner_state(self) -> dict[str, Any]:
+        """See :meth:`solvers.base.Solver.inner_state`."""
+        return {**super().inner_state(), "growing": bool(self.growing)}
+
+    def take_state(self, state: dict[str, Any]) -> None:
+        """See :meth:`solvers.base.Solver.take_state`.
+
+        Raises
+        ------
+        InputError
+            If it is that of other levels.
+        """
+        super().take_state(state)
+        self.growing = state["growing"]
 
     @abstractmethod
     def make_acceptance(self, norms: Sequence[Callable[[PETSc.Vec], float]]) -> Acceptance:

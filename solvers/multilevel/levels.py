@@ -68,6 +68,7 @@ class LevelSolver(Owner):
         self.loss, self.name, self.prefix, self.remembers, self.prepare = objective, name, prefix, remembers, prepare
         self.f = self.start_f = math.nan
         self.begun = self.moved = False
+        self.first_radius: float | None = None
         with self.building():
             vector = objective.layout.vector
             self.x = self.own(vector()) if point is None else point
@@ -115,6 +116,20 @@ class LevelSolver(Owner):
             return frozenset()
         inside = self.context.inner_types if self.context is not None else frozenset()
         return frozenset((self.tao.getType(),)) | inside
+
+    @property
+    def radius(self) -> float | None:
+        """That of the solver, if it is a trust-region method, or the one that it will begin with."""
+        inside = self.trust_region
+        if inside is None:
+            return None
+        return inside.radius.value if self.begun or self.first_radius is None else self.first_radius
+
+    def begin_like(self, finer: LevelSolver) -> None:
+        """Let a trust-region method that has not begun begin with the radius of the finer level's, of the same norm."""
+        mine, other = self.trust_region, finer.trust_region
+        if mine is not None and other is not None and not self.begun and mine.norm_name == other.norm_name:
+            self.first_radius = finer.radius
 
     def evaluate(self) -> None:
         """Loss and gradient where the level stands. Collective."""
@@ -187,6 +202,8 @@ class LevelSolver(Owner):
         if not again:
             context.begin()
         if isinstance(context, TrustRegion):
+            if not again and self.first_radius is not None:
+                context.radius.renew(self.f, self.first_radius / context.radius.value)
             context.confine(room)
         if room < math.inf or (again and self.moved):
             context.resume(self.x)

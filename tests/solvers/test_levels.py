@@ -195,7 +195,7 @@ def test_the_levels_share_the_work(train: Train) -> None:
     def watch(context: Any, iteration: int) -> None:
         seen.append((list(context.spent), context.objective.work.total))
 
-    train(network_loss(), "mgopt", 6, watch=watch, levels=3, cascade=False)
+    train(network_loss(), "mgopt", 10, watch=watch, levels=3, cascade=False)
     first = seen[0][1]
     for spent, total in seen:
         assert sum(spent) + first == pytest.approx(total)
@@ -203,7 +203,29 @@ def test_the_levels_share_the_work(train: Train) -> None:
     one = network_loss(2)
     share = one.charges.operations / made.charges.operations
     coarse = np.diff([spent[0] for spent, _ in seen])
-    assert coarse == pytest.approx(11 * share)  # where it begins, and ten steps
+    cycles = coarse[coarse > 0]
+    assert len(cycles) >= 3
+    assert cycles == pytest.approx(11 * share)  # where it begins, and ten steps
+
+
+@pytest.mark.parametrize("solver", ["rmtr", "mgopt"])
+def test_cycles_begin_when_the_radius_has_found_its_size(train: Train, solver: str) -> None:
+    """Before that steps are those of the undivided network; the coarse level then begins with its radius."""
+    seen: list[tuple[float, float, float]] = []
+
+    def watch(context: Any, iteration: int) -> None:
+        seen.append((context.spent[0], context.top.radius, context.levels[0].radius))
+
+    settings = {"model": "lbfgs", "norm": "2", "delta0": 0.1}
+    run = train(network_loss(), solver, 10, watch=watch, levels=2, cascade=False, **settings)
+    cycling = next(i for i, row in enumerate(seen) if row[0] > 0)
+    alone = train(network_loss(), "tr", 10, **settings)
+    assert cycling >= 4
+    assert (run.theta[:cycling] == alone.theta[:cycling]).all()
+    grown = [row[1] for row in seen[: cycling - 1]]
+    assert grown[1:] == pytest.approx([0.1 * 2**k for k in range(1, cycling - 1)])
+    assert seen[cycling - 1][1] <= grown[-1]
+    assert seen[cycling][2] >= grown[-1] / 16 > 0.1 / 2  # not the first radius
 
 
 @pytest.mark.parametrize(

@@ -106,8 +106,8 @@ class Region(Acceptance):
     r"""The ratio of the decrease of the level to that of the coarse one, as a trust region (RMTR, Gratton et al. 2008).
 
     ``own`` (our choice, the default): each level has a radius for corrections beside that of its steps, four times as
-    large at the first correction, which the ratio sets from then on. ``shared`` (as published): the radius of the level's steps is that of its
-    corrections.
+    large at the first correction, which the ratio sets from then on. ``shared`` (as published): the radius of the
+    level's steps is that of its corrections.
 
     Parameters
     ----------

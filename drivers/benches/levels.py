@@ -37,6 +37,7 @@ LEVELS: dict[str, Mapping[str, Any]] = {
     "rmtr": {"solver": "rmtr"},
     "rmtr, refinement 16": {"solver": "rmtr", "levels": 2, "refinement": 16},
     "rmtr, no cascade, 3 levels": {"solver": "rmtr", "cascade": False, "levels": 3},
+    "rmtr, no cascade, refinement 16": {"solver": "rmtr", "cascade": False, "levels": 2, "refinement": 16},
     "rmtr, no cascade, shared radius, 3 levels": {
         "solver": "rmtr",
         "cascade": False,

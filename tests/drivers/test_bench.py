@@ -76,7 +76,8 @@ def test_levels_have_a_row_for_every_method_that_is_asked_for() -> None:
     case = "digits:euler:0:200:blocks=16:width=8"
     rows = bench("-only", "levels", "-levels_cases", case, "-marks", "2,6", "-levels_methods", methods)[1:]
     names = ["tr L-SR1, gamma y'y / s'y", "tr modular norm", "torch adam 0.01", "rmtr, refinement 16"]
-    names += ["rmtr, no cascade, 3 levels", "rmtr, no cascade, shared radius, 3 levels", "cascade modular norm"]
+    names += [f"rmtr, no cascade, {what}" for what in ("3 levels", "refinement 16", "shared radius, 3 levels")]
+    names += ["cascade modular norm"]
     assert [row[0] for row in rows] == [*names, "mladagrad, refinement 16"]
     for row in rows:
         for cell in row[1:3]:

@@ -74,7 +74,7 @@ def test_a_large_network_is_trained_in_little_memory() -> None:
 def test_levels_have_a_row_for_every_method_that_is_asked_for() -> None:
     methods = "0.01,refinement 16,no cascade, modular"
     case = "digits:euler:0:200:blocks=16:width=8"
-    rows = bench("-only", "levels", "-levels_cases", case, "-marks", "2,6", "-levels_methods", methods)[1:]
+    rows = bench("-only", "levels", "-levels_cases", case, "-marks", "2,12", "-levels_methods", methods)[1:]
     names = ["tr L-SR1, gamma y'y / s'y", "tr modular norm", "torch adam 0.01", "rmtr, refinement 16"]
     names += [f"rmtr, no cascade, {what}" for what in ("3 levels", "refinement 16", "shared radius, 3 levels")]
     names += ["cascade modular norm"]
@@ -84,7 +84,7 @@ def test_levels_have_a_row_for_every_method_that_is_asked_for() -> None:
             accuracy, loss = (float(word) for word in cell.split("/"))
             assert 0 <= accuracy <= 100 and loss > 0
         for cell in row[3:5]:
-            assert cell == "-" or 1 <= float(cell.split()[0]) <= 13
+            assert cell == "-" or 1 <= float(cell.split()[0]) <= 25
         assert float(row[-1]) > 0
     assert [row[3].split()[1] for row in rows[:1]] == ["(1.00)"]
     cycles = {row[0]: [int(word) for word in row[-2].split(",")] for row in rows}

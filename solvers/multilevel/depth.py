@@ -62,6 +62,7 @@ CYCLES = (
 class DepthSolver(Multilevel):
     """What is on a hierarchy of networks of different depth; its levels know one trust region's options."""
 
+    levels_of = "depth"
     judges_batches: ClassVar[bool] = True
     inherited: ClassVar[Sequence[str]] = (
         *("model", "norm", "momentum", "memory", "overlap_pairs", "convolution", "polar_tolerance", "polar_exact"),
@@ -112,6 +113,7 @@ class DepthSolver(Multilevel):
 
     def begin(self) -> None:
         """See :meth:`solvers.base.Solver.begin`: on the coarsest level, if there is a cascade."""
+        super().begin()
         self.phase = 0 if self.settings.cascade else len(self.levels) - 1
         self.entered, self.stuck, self.phase_began = False, False, self.spent[self.phase]
 

@@ -111,11 +111,14 @@ class Multilevel(Solver):
     def iterate(self, x: PETSc.Vec) -> SearchResult:
         """See :meth:`solvers.base.Solver.iterate`: one cycle."""
         self.follow()
-        before = self.objective.work.total
         result = self.advance(x)
-        self.spent[-1] += self.objective.work.total - before
         self._charge()
         return result
+
+    def begin(self) -> None:
+        """See :meth:`solvers.base.Solver.begin`."""
+        self.spent = [0.0] * len(self.levels)
+        self._charge()
 
     def follow(self) -> None:
         """Give the coarse levels the samples that the objective has now. Collective."""
@@ -154,6 +157,7 @@ class Multilevel(Solver):
             self.objective.work.losses += work.losses
             self.objective.work.products += work.products
             work.reset()
+        self.spent[-1] = self.objective.work.total - sum(self.spent[:-1])
 
     def inner_state(self) -> dict[str, Any]:
         """See :meth:`solvers.base.Solver.inner_state`."""

@@ -85,6 +85,7 @@ class MLVR(Multilevel):
     what took least work among those that were measured.
     """
 
+    levels_of = "samples"
     options: ClassVar[Sequence[Option]] = (
         Option("levels", 2, "Nested sets of samples, all samples included.", minimum=1, changes=WITH_SOLVER),
         Option("coarsening", 10.0, "Factor by which the samples of a level are more than those of the next coarser "

@@ -12,7 +12,6 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 from petsc4py import PETSc
 from torch import nn
-from whole_states import copied
 
 from ddml.errors import InputError
 from ddml.hierarchy.hierarchy import Hierarchy, Level, MatrixTransfer
@@ -157,7 +156,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_runs_are_the_same_on_any_number_of_ranks_and_restart_exactly(train: Train, case: str) -> None:
+def test_runs_are_the_same_on_any_number_of_ranks_and_restart_exactly(train: Train, copied: Any, case: str) -> None:
     """Also from within the cascade, and where it goes on to the next level."""
     solver, (length, settings) = case.split(",")[0].split()[0], CASES[case]
     alone = train(network_loss(), solver, length, MPI.COMM_SELF, blocks=4, **settings)
@@ -193,9 +192,8 @@ def test_the_levels_share_the_work(train: Train) -> None:
         seen.append((list(context.spent), context.objective.work.total))
 
     train(network_loss(), "mgopt", 6, watch=watch, levels=3, cascade=False)
-    first = seen[0][1]
     for spent, total in seen:
-        assert sum(spent) + first == pytest.approx(total)
+        assert sum(spent) == pytest.approx(total)
     made = network_loss()
     one = network_loss(2)
     share = one.charges.operations / made.charges.operations
@@ -206,8 +204,8 @@ def test_the_levels_share_the_work(train: Train) -> None:
 @pytest.mark.parametrize(
     ("solver", "settings", "said"),
     [
-        ("rmtr", {"levels": 5}, "has none of 2 times fewer"),
-        ("mgopt", {"levels": 2, "refinement": 3}, "8 blocks has none of 3"),
+        ("rmtr", {"levels": 5}, "a depth of 1 is not divisible by 2"),
+        ("mgopt", {"levels": 2, "refinement": 3}, "a depth of 8 is not divisible by 3"),
         ("cascade", {"levels": 0}, "levels must be 1"),
         ("rmtr", {"cascade_work": "0,1"}, "cascade_work must be numbers of 0 or more"),
         ("cascade", {"cascade_work": "2,x"}, "cascade_work must be numbers of 0 or more"),

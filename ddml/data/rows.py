@@ -179,7 +179,7 @@ class TwoClasses:
 
     @property
     def features(self) -> int:
-        """d."""
+        """Length d of a row."""
         return self.table.features
 
     @property

@@ -185,8 +185,12 @@ class TwoClasses:
     @property
     def products(self) -> float:
         """Multiply-adds of a product with one row, in the mean over the table."""
-        density = self.table.density
-        return float(self.features if density > DENSE else self.features * density)
+        return float(self.features if self.dense else self.features * self.table.density)
+
+    @property
+    def dense(self) -> bool:
+        """Whether matrices are."""
+        return self.table.density > DENSE
 
     def part(self, begin: int, end: int) -> TwoClasses:
         """Those from ``begin`` to ``end``."""

@@ -23,11 +23,11 @@ import ddml.runs.run
 from common import training
 from ddml.sampling import batches
 from ddml.data import data_set, files, libsvm, wide
-from ddml.data.rows import DenseRows, Table, TwoClasses, two_labels
+from ddml.data.rows import DENSE, DenseRows, Table, TwoClasses, two_labels
 from ddml.sampling.batches import Batches
 from ddml.errors import InputError
 from ddml.options import NEVER, Option
-from ddml.parallel import agreed
+from ddml.parallel import agreed, check_memory
 from ddml.problems.logistic import LogisticLoss, TwoClassTest
 from solvers import PETSC_TYPES, SOLVERS, solver_class
 
@@ -35,14 +35,15 @@ RESIDUALS_ONLY = ("gauss_newton",)
 _OWN = [name for name in SOLVERS if name not in RESIDUALS_ONLY]
 # of solvers, here: the loss is convex, and its Hessian cheap
 DEFAULTS = {name: {"model": "hessian", "delta0": "1.0"} for name in ("tr", "apts_weights", "apts_data", "napts")}
+VECTORS = 12  # of the parameters that a rank must have memory for (our choice)
 _DATA = f"wide, {', '.join(files.DATA)}, a data file .h5, path/to/file.py:Name"
 _HELP = {
     "dtype": "Precision of data and parameters.",
     "summation_blocks": "Blocks of samples whose sums are added in a fixed order, so that a run is the same to the "
     "last bit on any number of ranks; no more ranks than blocks are busy; 0 sums by ranks (default: 8 to 512, by what "
     "an evaluation costs; 0 above -summation_limit).",
-    "error_interval": "Iterations between evaluations of the test samples (default: as many as let one cost half of an "
-    "evaluation a row at most).",
+    "error_interval": "Iterations between evaluations of the test samples (default: 1; with batches whole ones, so "
+    "many that it costs less than half of a gradient an iteration).",
 }
 
 OPTIONS = (
@@ -90,6 +91,7 @@ def main(comm: MPI.Comm) -> int:
         if not PETSc.Options().hasName(name):
             PETSc.Options().setValue(name, value)
     data = load(settings, comm)
+    check_memory(comm, 8 * VECTORS * data.train.features, f"a model of {data.train.features} features", "is that so?")
     settings.samples = count = len(data.train)
     if settings.batch_size > count:
         raise InputError(f"option -batch_size must be at most {count}, the samples; got {settings.batch_size}")
@@ -256,13 +258,18 @@ def _stored(settings: Any, comm: MPI.Comm) -> Loaded:
             if name not in known:
                 raise InputError(f"option -classes: {settings.data} has no class '{name}', but {', '.join(known)}")
     pair = float(known.index(names[0])), float(known.index(names[1]))
-    train, test = (
-        TwoClasses(DenseRows(inputs, labels, dataset.maximum), pair)
-        for inputs, labels in ((dataset.inputs, dataset.labels), (dataset.test_inputs, dataset.test_labels))
-    )
-    if not len(test):
+    tables = [
+        DenseRows(dataset.inputs, dataset.labels, dataset.maximum),
+        DenseRows(dataset.test_inputs, dataset.test_labels, dataset.maximum),
+    ]
+    chosen = [TwoClasses(table, pair) for table in tables]
+    if not len(chosen[1]):
         raise InputError(f"data {settings.data} has no test samples of the classes {', '.join(names)}")
-    return train, test, names, (dataset,)
+    if tables[0].density > DENSE:
+        return chosen[0], chosen[1], names, (dataset,)
+    packed = [table.compressed(np.asarray(samples.rows), comm) for table, samples in zip(tables, chosen, strict=True)]
+    dataset.free()
+    return TwoClasses(packed[0], pair), TwoClasses(packed[1], pair), names, tuple(packed)
 
 
 def _check_sum(samples: TwoClasses) -> int:
@@ -270,7 +277,7 @@ def _check_sum(samples: TwoClasses) -> int:
     found = zlib.crc32(samples.signs.tobytes())
     for begin in range(0, len(samples), 1000):
         matrix = samples.part(begin, begin + 1000).matrix
-        pieces = (matrix,) if samples.dense else (matrix.data, matrix.indices.astype(np.int64))
+        pieces = (matrix,) if isinstance(matrix, np.ndarray) else (matrix.data, matrix.indices.astype(np.int64))
         for piece in pieces:
             found = zlib.crc32(np.ascontiguousarray(piece).tobytes(), found)
     return found

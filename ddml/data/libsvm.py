@@ -17,7 +17,6 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from ddml.errors import InputError
 from ddml.parallel import agreed, split
 
 from .data_set import shared_arrays
-from .rows import SparseRows
+from .rows import Entries, SparseRows, gathered
 
 BASES = ("auto", "0", "1")
 PIECE = 16 << 20  # bytes that are parsed in one go (our choice)
@@ -86,28 +85,12 @@ def read(
             if width > wanted:
                 told = f"-features asks for {wanted}" if features else f"the training file {paths[0]} has {wanted}"
                 raise InputError(f"{path} has {width} features, but {told}: give -features {max(widths)}")
-        return [_joined(p, comm, shared, first, wanted, path) for p, path in zip(pieces, paths, strict=True)]
+        return [
+            gathered(p, comm, shared, first, wanted, Path(path).name) for p, path in zip(pieces, paths, strict=True)
+        ]
     finally:
         if node is None:
             shared.Free()
-
-
-@dataclass
-class _Piece:
-    """Some lines as numbers: labels (B,), how many values each has (B,), their indices as they stand, and values."""
-
-    labels: Array
-    counts: Array
-    indices: Array
-    values: Array
-
-    @property
-    def lowest(self) -> int:
-        return int(self.indices.min()) if len(self.indices) else LARGEST
-
-    @property
-    def highest(self) -> int:
-        return int(self.indices.max()) if len(self.indices) else -1
 
 
 class _Text:
@@ -191,10 +174,10 @@ def _readable(path: str) -> Iterator[None]:
         raise InputError(f"cannot read data file {path}: {said}") from error
 
 
-def _parsed(path: str, comm: MPI.Comm, node: MPI.Comm, base: str) -> _Piece:
+def _parsed(path: str, comm: MPI.Comm, node: MPI.Comm, base: str) -> Entries:
     """This rank's share of a file. Collective."""
     text = _Text(path, comm, node)
-    found: list[_Piece] = []
+    found: list[Entries] = []
     try:
         with agreed(comm):
             for place, lines in text.pieces(comm.rank, comm.size):
@@ -204,20 +187,13 @@ def _parsed(path: str, comm: MPI.Comm, node: MPI.Comm, base: str) -> _Piece:
                 found.append(piece)
     finally:
         text.free()
-    joined = _Piece(*(np.concatenate(list(column)) for column in zip(*map(_columns, [_NOTHING, *found]), strict=True)))
+    joined = Entries.joined(found)
     if not comm.allreduce(len(joined.labels)):
         raise InputError(f"data file {path} is empty: there is no sample in it")
     return joined
 
 
-def _columns(piece: _Piece) -> tuple[Array, ...]:
-    return piece.labels, piece.counts, piece.indices, piece.values
-
-
-_NOTHING = _Piece(np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
-
-
-def parse(lines: bytes, base: str = "auto") -> _Piece | None:
+def parse(lines: bytes, base: str = "auto") -> Entries | None:
     """Whole lines as numbers; None if anything is wrong with them."""
     if b"#" in lines:
         lines = re.sub(rb"#[^\n]*", b"", lines)
@@ -227,7 +203,7 @@ def parse(lines: bytes, base: str = "auto") -> _Piece | None:
     apart = np.concatenate(([True], (kinds == _GAP) | (kinds == _LINE), [True]))
     begins, ends = np.flatnonzero(apart[:-1] & ~apart[1:]), np.flatnonzero(~apart[:-1] & apart[1:])
     if not len(begins):
-        return _NOTHING
+        return Entries.joined([])
     line = np.searchsorted(np.flatnonzero(kinds == _LINE), begins)  # of each word
     first = np.concatenate(([True], line[1:] != line[:-1]))
     pairs, labels = np.flatnonzero(~first), np.flatnonzero(first)
@@ -253,7 +229,7 @@ def parse(lines: bytes, base: str = "auto") -> _Piece | None:
     if not (indices[1:] > indices[:-1])[together].all() or (base == "1" and len(indices) and indices.min() < 1):
         return None
     counts = np.diff(np.append(labels, len(begins))) - 1
-    return _Piece(values[labels], counts, indices, values[pairs])
+    return Entries(values[labels], counts, indices, values[pairs])
 
 
 def _numbers(lines: bytes) -> Array | None:
@@ -317,43 +293,3 @@ def _no_number(word: bytes) -> str:
         return "" if np.isfinite(float(word)) else "is too large"
     infinite = word.lower().lstrip(b"+-") in (b"nan", b"inf", b"infinity")
     return "must be finite" if infinite else "is no number"
-
-
-def _joined(piece: _Piece, comm: MPI.Comm, node: MPI.Comm, first: int, features: int, path: str) -> SparseRows:
-    """The rows of all ranks, once in each node. Collective."""
-    sizes = np.array(comm.allgather((len(piece.labels), len(piece.indices))))
-    ends = np.concatenate(([[0, 0]], np.cumsum(sizes, axis=0)))
-    count, stored = (int(n) for n in ends[-1])
-    integers = np.int32 if max(stored, features) < 2**31 else np.int64  # as scipy chooses them
-    arrays, windows = shared_arrays(
-        {
-            "data": ((stored,), np.float64), "indices": ((stored,), integers), "indptr": ((count + 1,), integers),
-            "labels": ((count,), np.float64),
-        }, node,
-    )  # fmt: skip
-
-    def share(rank: int) -> dict[str, Array]:
-        (a, b), (c, d) = ends[rank], ends[rank + 1]
-        places = {"data": slice(b, d), "indices": slice(b, d), "indptr": slice(a + 1, c + 1), "labels": slice(a, c)}
-        return {name: arrays[name][where] for name, where in places.items()}
-
-    mine = {
-        "data": piece.values, "indices": piece.indices - first, "labels": piece.labels,
-        "indptr": ends[comm.rank, 1] + np.cumsum(piece.counts),
-    }  # fmt: skip
-    for name, here in share(comm.rank).items():
-        here[:] = mine[name]
-    if node.rank == 0:
-        arrays["indptr"][0] = 0
-    for window in windows:
-        window.Fence()
-    leaders = comm.Split(0 if node.rank == 0 else MPI.UNDEFINED, comm.rank)
-    homes = comm.allgather(node.bcast(leaders.rank if leaders != MPI.COMM_NULL else None))
-    if leaders != MPI.COMM_NULL:
-        for rank, home in enumerate(homes if leaders.size > 1 else ()):
-            for here in share(rank).values():
-                leaders.Bcast(here, home)
-        leaders.Free()
-    for window in windows:
-        window.Fence()
-    return SparseRows(**arrays, features=features, origin=Path(path).name, windows=windows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -13,6 +14,9 @@ from scipy import sparse
 from torch import Tensor
 
 from ddml.errors import InputError
+from ddml.parallel import split
+
+from .data_set import shared_arrays
 
 Array = NDArray[Any]
 Index = slice | NDArray[np.int64]
@@ -20,6 +24,8 @@ Index = slice | NDArray[np.int64]
 # part of the entries that are not zero above which products with a dense matrix are faster (measured on one core: a
 # multiply-add takes 0.29 ns in a dense product, 0.55 ns in a sparse one)
 DENSE = 0.5
+# entries up to which a matrix is dense in any case: what scipy does besides takes longer (measured, our choice)
+SMALL = 1 << 13
 _LOOKED_AT = 4096  # rows whose zeros are counted, of those that are stored dense
 
 
@@ -45,10 +51,45 @@ class Table(Protocol):
     def density(self) -> float: ...
 
     def matrix(self, rows: Index) -> Any:
-        """Some rows as numbers in double precision: a CSR array up to the density :data:`DENSE`, else an ndarray."""
+        """Some rows in double precision: an ndarray above the density :data:`DENSE`, a CSR array or either below."""
 
     def free(self) -> None:
         """Give shared memory back. Collective."""
+
+
+@dataclass
+class Entries:
+    """A rank's rows before they are joined: what is stored of them.
+
+    Attributes
+    ----------
+    labels, counts : ndarray
+        Of each row (B,): its label, and how many values it has.
+    indices, values : ndarray
+        int64 and float64, of all of them one behind the other.
+    """
+
+    labels: Array
+    counts: Array
+    indices: Array
+    values: Array
+
+    @classmethod
+    def joined(cls, pieces: Sequence[Entries]) -> Entries:
+        """Those of several pieces."""
+        nothing = cls(np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
+        columns = zip(*((p.labels, p.counts, p.indices, p.values) for p in (nothing, *pieces)), strict=True)
+        return cls(*(np.concatenate(column) for column in columns))
+
+    @property
+    def lowest(self) -> int:
+        """The lowest index; of none one that no other is above."""
+        return int(self.indices.min()) if len(self.indices) else np.iinfo(np.int64).max
+
+    @property
+    def highest(self) -> int:
+        """The highest index; of none -1."""
+        return int(self.indices.max()) if len(self.indices) else -1
 
 
 class SparseRows:
@@ -100,13 +141,27 @@ class SparseRows:
 
     def matrix(self, rows: Index) -> Any:
         """See :meth:`Table.matrix`; consecutive rows of a sparse one are no copy."""
+        number = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+        small = number * self.features <= SMALL
+        if not (small or self.density > DENSE or isinstance(rows, slice)):
+            return self._whole[rows]
+        starts = self.indptr[rows]
+        counts = (
+            self.indptr[rows.start + 1 : rows.stop + 1] if isinstance(rows, slice) else self.indptr[rows + 1]
+        ) - starts
+        ends = np.cumsum(counts)
+        total = int(ends[-1]) if number else 0
+        places: Any
         if isinstance(rows, slice):
-            pointers = self.indptr[rows.start : rows.stop + 1]
-            begin, end = int(pointers[0]), int(pointers[-1])
-            found = self._csr(self.data[begin:end], self.indices[begin:end], pointers - pointers[0])
+            places = slice(self.indptr[rows.start], self.indptr[rows.start] + total)
         else:
-            found = self._whole[rows]
-        return found.toarray() if self.density > DENSE else found
+            places = np.repeat(starts - ends + counts, counts) + np.arange(total)
+        data, indices = self.data[places], self.indices[places]
+        if not (small or self.density > DENSE):
+            return self._csr(data, indices, np.concatenate(([0], ends)).astype(indices.dtype))
+        found = np.zeros((number, self.features))
+        found[np.repeat(np.arange(number), counts), indices] = data
+        return found
 
     def free(self) -> None:
         """See :meth:`Table.free`; samples that were made before must not be used any more."""
@@ -115,6 +170,46 @@ class SparseRows:
         for window in self._windows:
             window.Free()
         self._windows = []
+
+
+def gathered(mine: Entries, comm: MPI.Comm, node: MPI.Comm, first: int, features: int, origin: str) -> SparseRows:
+    """The rows of all ranks, in their order, once in each ``node``; its indices begin with ``first``. Collective."""
+    sizes = np.array(comm.allgather((len(mine.labels), len(mine.indices))))
+    ends = np.concatenate(([[0, 0]], np.cumsum(sizes, axis=0)))
+    count, stored = (int(n) for n in ends[-1])
+    integers = np.int32 if max(stored, features) < 2**31 else np.int64  # as scipy chooses them
+    arrays, windows = shared_arrays(
+        {
+            "data": ((stored,), np.float64), "indices": ((stored,), integers), "indptr": ((count + 1,), integers),
+            "labels": ((count,), np.float64),
+        }, node,
+    )  # fmt: skip
+
+    def share(rank: int) -> dict[str, Array]:
+        (a, b), (c, d) = ends[rank], ends[rank + 1]
+        places = {"data": slice(b, d), "indices": slice(b, d), "indptr": slice(a + 1, c + 1), "labels": slice(a, c)}
+        return {name: arrays[name][where] for name, where in places.items()}
+
+    values = {
+        "data": mine.values, "indices": mine.indices - first, "labels": mine.labels,
+        "indptr": ends[comm.rank, 1] + np.cumsum(mine.counts),
+    }  # fmt: skip
+    for name, here in share(comm.rank).items():
+        here[:] = values[name]
+    if node.rank == 0:
+        arrays["indptr"][0] = 0
+    for window in windows:
+        window.Fence()
+    leaders = comm.Split(0 if node.rank == 0 else MPI.UNDEFINED, comm.rank)
+    homes = comm.allgather(node.bcast(leaders.rank if leaders != MPI.COMM_NULL else None))
+    if leaders != MPI.COMM_NULL:
+        for rank, home in enumerate(homes if leaders.size > 1 else ()):
+            for here in share(rank).values():
+                leaders.Bcast(here, home)
+        leaders.Free()
+    for window in windows:
+        window.Fence()
+    return SparseRows(**arrays, features=features, origin=origin, windows=windows)
 
 
 class DenseRows:
@@ -141,10 +236,24 @@ class DenseRows:
         return float(np.count_nonzero(few)) / max(few.size, 1)
 
     def matrix(self, rows: Index) -> Any:
-        """See :meth:`Table.matrix`."""
+        """See :meth:`Table.matrix`: an ndarray."""
         stored = self.values[rows]
         numbers = np.divide(stored.reshape(len(stored), self.features), self.maximum, dtype=np.float64)
-        return numbers if self.density > DENSE else sparse.csr_array(numbers)
+        return numbers
+
+    def compressed(self, rows: NDArray[np.int64], comm: MPI.Comm) -> SparseRows:
+        """Some rows in compressed form, of which each rank makes a share. Collective."""
+        node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        edges = split(len(rows), comm.size)
+        pieces = []
+        for begin in range(edges[comm.rank], edges[comm.rank + 1], _LOOKED_AT):
+            some = rows[begin : min(begin + _LOOKED_AT, edges[comm.rank + 1])]
+            x = sparse.csr_array(self.matrix(some))
+            labels, counts = self.labels[some].astype(np.float64), np.diff(x.indptr)
+            pieces.append(Entries(labels, counts.astype(np.int64), x.indices.astype(np.int64), x.data))
+        found = gathered(Entries.joined(pieces), comm, node, 0, self.features, "rows of a data set")
+        node.Free()
+        return found
 
     def free(self) -> None:
         """See :meth:`Table.free`: the data set does."""
@@ -189,8 +298,8 @@ class TwoClasses:
 
     @property
     def dense(self) -> bool:
-        """Whether matrices are."""
-        return self.table.density > DENSE
+        """Whether matrices are, small ones apart."""
+        return isinstance(self.table, DenseRows) or self.table.density > DENSE
 
     def part(self, begin: int, end: int) -> TwoClasses:
         """Those from ``begin`` to ``end``."""

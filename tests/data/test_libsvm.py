@@ -243,7 +243,7 @@ def test_files_that_cannot_be_read(comm: MPI.Comm, shared_tmp: Path, content: by
 
 
 def test_two_classes_are_taken_out_of_a_table(comm: MPI.Comm, shared_tmp: Path) -> None:
-    text = b"1 1:1\n2 2:2\n3 3:3\n2 4:4\n1 5:5\n"
+    text = b"1 1:1\n2 2:2\n3 3:3\n2 4:4\n1 9000:5\n"
     (table,) = libsvm.read([written(shared_tmp, comm, text)], comm)
     with pytest.raises(InputError, match=r"it has 3 classes, labels 1, 2, 3: a logistic model has two; help"):
         two_labels(table.labels, "it", "; help")

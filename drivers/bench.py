@@ -2,7 +2,8 @@
 
 Prints tables with medians and ratios; what is compared is measured side by side in the same
 process, alternately where it is short. Sections: evaluation, restricted, ranks, overhead, balance,
-rounding, solvers, preconditioners; and map, classifiers, work and large, which are run only where -only names them.
+rounding, solvers, preconditioners; and map, classifiers, work, prices and large, which are run only where -only names
+them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from benches.classifiers import classifiers
 from benches.evaluations import balance, evaluation, ranks, ranks_worker, restricted
 from benches.large import large, large_worker
 from benches.preconditioners import preconditioners
+from benches.prices import prices
 from benches.synchronisations import map_worker, solver_map
 from benches.training import overhead, rounding, solvers
 from benches.work import work
@@ -38,6 +40,7 @@ ASKED = {
     "map": solver_map,
     "classifiers": classifiers,
     "work": work,
+    "prices": prices,
     "large": large,
     "ranks_worker": ranks_worker,
     "map_worker": map_worker,
@@ -54,6 +57,8 @@ OPTIONS = (
     Option("methods", "tr,apts,torch", "Words; methods whose names have one of them are in that section."),
     Option("marks", "10,30,60,120", "Work units where that section measures."),
     Option("seeds", "0", "Seeds of the map and of the classifiers: medians are printed."),
+    Option("logistic_data", "digits:4:9,wide", "Data of the section prices, named as for logistic.py, with classes "
+           "behind them, as in a9a.gz,mnist.h5:4:9."),
     Option("large_data", "", "Data file of the section large (default: random numbers)."),
     Option("large_widths", "2048,2048,2048", "Hidden layers of its network."),
     Option("large_batch", 1000, "Samples of its batches.", minimum=1),
@@ -70,7 +75,8 @@ def main(comm: MPI.Comm) -> int:
     for name in settings.only.split(","):
         if name not in {**SECTIONS, **ASKED}:
             raise InputError(
-                f"option -only must name some of {', '.join(SECTIONS)}, map, classifiers, work, large; got '{name}'"
+                f"option -only must name some of {', '.join(SECTIONS)}, map, classifiers, work, prices, large; got "
+                f"'{name}'"
             )
         {**SECTIONS, **ASKED}[name](settings)
     return 0

@@ -69,3 +69,13 @@ def test_a_large_network_is_trained_in_little_memory() -> None:
     rows = bench("-only", "large", "-large_widths", "1200,1200", "-large_batch", "250", "-repeats", "1")[1:]
     assert float(rows[0][6]) < 7.5
     assert float(rows[1][6]) < 5.5
+
+
+def test_prices_of_logistic_models_stand_beside_what_is_charged() -> None:
+    rows = bench("-only", "prices", "-logistic_data", "digits:4:9,digits:0:1", "-repeats", "1")
+    assert [row[0] for row in rows[1:3]] == [row[0] for row in rows[4:]] == ["digits:4:9", "digits:0:1"]
+    assert rows[1][1:3] == ["287 x 64", "51%"]
+    for row in rows[1:3]:
+        assert all(float(cell) > 0 for cell in row[3:])
+        assert float(row[8]) == 0.5
+    assert all(cell.count(" + ") == 1 for row in rows[4:] for cell in row[1:])

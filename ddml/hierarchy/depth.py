@@ -181,10 +181,10 @@ class DepthHierarchy(Hierarchy):
         finest = self.levels[-1].objective
         if finest.version == self.version:
             return
-        self.version = finest.version
+        self.version, with_it = finest.version, finest.replacement
         for level in self.levels[:-1]:
             loss = level.objective.loss.on_samples_of(finest.loss)
-            level.objective.replace(loss, level.share * finest.fraction, finest.replacement.overlap)
+            level.objective.replace(loss, level.share * finest.fraction, with_it.overlap, with_it.report)
 
 
 def depth_hierarchy(objective: Objective, levels: int | None = None, factor: int = 2) -> DepthHierarchy:

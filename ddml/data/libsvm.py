@@ -81,6 +81,8 @@ def read(
         first = 0 if base == "0" or (base == "auto" and found[:, 0].min() == 0) else 1
         widths = [max(int(-highest) - first + 1, 0) for highest in found[:, 1]]
         wanted = features or widths[0]
+        if not wanted:
+            raise InputError(f"data file {paths[0]} has no features: no sample has a value")
         for path, width in zip(paths, widths, strict=True):
             if width > wanted:
                 told = f"-features asks for {wanted}" if features else f"the training file {paths[0]} has {wanted}"

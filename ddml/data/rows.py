@@ -145,17 +145,16 @@ class SparseRows:
         small = number * self.features <= SMALL
         if not (small or self.density > DENSE or isinstance(rows, slice)):
             return self._whole[rows]
-        starts = self.indptr[rows]
-        counts = (
-            self.indptr[rows.start + 1 : rows.stop + 1] if isinstance(rows, slice) else self.indptr[rows + 1]
-        ) - starts
-        ends = np.cumsum(counts)
-        total = int(ends[-1]) if number else 0
         places: Any
         if isinstance(rows, slice):
-            places = slice(self.indptr[rows.start], self.indptr[rows.start] + total)
+            pointers = self.indptr[rows.start : rows.stop + 1]
+            counts, places = np.diff(pointers), slice(pointers[0], pointers[-1])
+            ends = pointers[1:] - pointers[0]
         else:
-            places = np.repeat(starts - ends + counts, counts) + np.arange(total)
+            starts = self.indptr[rows]
+            counts = self.indptr[rows + 1] - starts
+            ends = np.cumsum(counts)
+            places = np.repeat(starts - ends + counts, counts) + np.arange(counts.sum())
         data, indices = self.data[places], self.indices[places]
         if not (small or self.density > DENSE):
             return self._csr(data, indices, np.concatenate(([0], ends)).astype(indices.dtype))
@@ -238,8 +237,7 @@ class DenseRows:
     def matrix(self, rows: Index) -> Any:
         """See :meth:`Table.matrix`: an ndarray."""
         stored = self.values[rows]
-        numbers = np.divide(stored.reshape(len(stored), self.features), self.maximum, dtype=np.float64)
-        return numbers
+        return np.divide(stored.reshape(len(stored), self.features), self.maximum, dtype=np.float64)
 
     def compressed(self, rows: NDArray[np.int64], comm: MPI.Comm) -> SparseRows:
         """Some rows in compressed form, of which each rank makes a share. Collective."""

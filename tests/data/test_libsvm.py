@@ -224,6 +224,7 @@ def test_faults_are_named_with_their_lines_on_all_ranks(comm: MPI.Comm, shared_t
     [
         (b"", "is empty"),
         (b"# nothing\n\n", "is empty"),
+        (b"1\n2 # 1:1\n", "no sample has a value"),
         (gzip.compress(b""), "is empty"),
         (gzip.compress(random_text(np.random.default_rng(0), 50))[:-20], "cut off or damaged"),
         (gzip.compress(random_text(np.random.default_rng(0), 50))[:60], "cut off or damaged"),

@@ -132,6 +132,9 @@ def test_every_solver_runs_or_refuses(solver: str, tmp_path: Path) -> None:
     if solver == "gauss_newton":
         assert "sums of squares" in refusal("logistic", *DIGITS, *run)
         return
+    if solver in SOLVERS and SOLVERS[solver].levels_of == "depth":
+        assert "no depth hierarchy" in refusal("logistic", *DIGITS, *run)
+        return
     assert call("logistic", *DIGITS, *run) == 0
     losses = content(tmp_path / "run.h5").history["loss"]
     assert losses[0] == pytest.approx(np.log(2)) or solver == "nm"  # which has looked around first

@@ -175,6 +175,7 @@ class LevelSolver(Owner):
         self.g.copy(context.vectors["accepted_g"])
         again = self.begun and self.remembers
         if not again:
+            context.iteration = 0
             context.begin()
         if isinstance(context, TrustRegion):
             context.confine(room)
@@ -234,6 +235,7 @@ class LevelSolver(Owner):
         return {
             "solver": type(self.context).__name__,
             "moved": self.moved,
+            "iteration": self.context.iteration,
             "vectors": {name: self.context.vectors[name] for name in self.context.saved},
             "inner": self.context.inner_state(),
         }
@@ -260,4 +262,5 @@ class LevelSolver(Owner):
             vec.copy(context.vectors[key])
             vec.destroy()
         context.take_state(inner)
+        context.iteration = state["iteration"]
         self.begun, self.moved = True, state["moved"]

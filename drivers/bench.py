@@ -2,8 +2,7 @@
 
 Prints tables with medians and ratios; what is compared is measured side by side in the same
 process, alternately where it is short. Sections: evaluation, restricted, ranks, overhead, balance,
-rounding, solvers, preconditioners; and map, classifiers, work, prices and large, which are run only where -only names
-them.
+rounding, solvers, preconditioners; others, which -only map,classifiers,... names, are run only where it does.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import torch
 from benches.classifiers import classifiers
 from benches.evaluations import balance, evaluation, ranks, ranks_worker, restricted
 from benches.large import large, large_worker
+from benches.levels import levels
 from benches.preconditioners import preconditioners
 from benches.prices import prices
 from benches.synchronisations import map_worker, solver_map
@@ -39,6 +39,7 @@ SECTIONS = {
 ASKED = {
     "map": solver_map,
     "classifiers": classifiers,
+    "levels": levels,
     "work": work,
     "prices": prices,
     "large": large,
@@ -54,9 +55,12 @@ OPTIONS = (
            "for -classifiers."),
     Option("classifiers", "digits:mlp:240", "Data, network, batch size and, if not all, samples in that section, as in "
            "mnist.h5:mlp:10000,cifar10.h5:cnn:1000:10000; batch size 0 is all samples."),
+    Option("levels_cases", "digits:euler:0", "Of the section levels, as for -classifiers; further options follow, as in "
+           "digits:euler:0:blocks=64:width=8:levels=3."),
+    Option("levels_methods", "", "Words; methods whose names have one of them are in that section."),
     Option("methods", "tr,apts,torch", "Words; methods whose names have one of them are in that section."),
-    Option("marks", "10,30,60,120", "Work units where that section measures."),
-    Option("seeds", "0", "Seeds of the map and of the classifiers: medians are printed."),
+    Option("marks", "10,30,60,120", "Work units where these sections measure."),
+    Option("seeds", "0", "Seeds of the map, of the classifiers and of the levels: medians are printed."),
     Option("logistic_data", "digits:4:9,wide", "Data of the section prices, named as for logistic.py, with classes "
            "behind them, as in a9a.gz,mnist.h5:4:9."),
     Option("large_data", "", "Data file of the section large (default: random numbers)."),
@@ -74,10 +78,8 @@ def main(comm: MPI.Comm) -> int:
     torch.set_num_threads(1)
     for name in settings.only.split(","):
         if name not in {**SECTIONS, **ASKED}:
-            raise InputError(
-                f"option -only must name some of {', '.join(SECTIONS)}, map, classifiers, work, prices, large; got "
-                f"'{name}'"
-            )
+            known = [*SECTIONS, *(asked for asked in ASKED if not asked.endswith("_worker"))]
+            raise InputError(f"option -only must name some of {', '.join(known)}; got '{name}'")
         {**SECTIONS, **ASKED}[name](settings)
     return 0
 

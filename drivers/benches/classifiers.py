@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -14,14 +14,17 @@ import numpy as np
 import rivals
 import torch
 from mpi4py import MPI
+from torch import Tensor
 
 from ddml.data import files
+from ddml.data.data_set import DataSet
+from ddml.errors import InputError
 from ddml.sampling.batches import Batches
 from ddml.runs.history import History
 from ddml.layout import ParameterLayout
 from ddml.objectives.objective import Objective
-from ddml.problems.classification import TestSet
-from ddml.data.scaling import Scaling
+from ddml.problems.classification import ClassificationLoss, TestSet
+from ddml.data.scaling import Samples, Scaling
 
 from .tools import LAUNCH, finished_run
 
@@ -77,10 +80,9 @@ def classifiers(settings: Any) -> None:
     seeds = [int(seed) for seed in settings.seeds.split(",")]
     print("\n## Test accuracy (%) / loss of the batch, by work units; ms a work unit; one rank\n")
     for case in settings.classifiers.split(","):
-        name, network, batch, samples = _parts(case)
-        dataset = files.load(name, MPI.COMM_SELF, samples)
-        interval = max(-(-dataset.count // (3 * batch)), 3) if batch else 1
-        dataset.free()
+        task = Task.parse(case)
+        dataset = files.load(task.data, MPI.COMM_SELF, task.samples)
+        interval = max(-(-dataset.count // (3 * task.batch)), 3) if task.batch else 1
         print(f"### {case}\n\n| method | " + " | ".join(f"{m:g}" for m in marks) + " | critical | rejected | ms |")
         print("|---|" + "---|" * (len(marks) + 3), flush=True)
         for label, given in OURS.items():
@@ -93,22 +95,64 @@ def classifiers(settings: Any) -> None:
                 label = f"torch {rival} {rate:g}"
                 if not _wanted(settings, label):
                     continue
-                runs = [_rival(rival, rate, name, samples, network, batch, seed, marks) for seed in seeds]
-                print_row(label, marks, runs)
+                print_row(label, marks, [_rival(rival, rate, task, dataset, seed, marks) for seed in seeds])
+        dataset.free()
         print()
 
 
-def _parts(case: str) -> tuple[str, str, int, int | None]:
-    """Data, network, batch size and samples of data:network:batch[:samples]."""
-    name, network, batch, *rest = case.split(":")
-    return name, network, int(batch), int(rest[0]) if rest else None
+class Task(NamedTuple):
+    """Data, network, samples of a batch (0: all), samples of the set, and further options of drivers/classify.py."""
+
+    data: str
+    network: str
+    batch: int
+    samples: int | None
+    given: dict[str, str]
+
+    @classmethod
+    def parse(cls, case: str) -> Task:
+        """From data:network:batch[:samples][:option=value]..., where data may be path/to/file.py:Name.
+
+        Raises
+        ------
+        InputError
+            For anything else.
+        """
+        words = case.split(":")
+        if words[0].endswith(".py") and len(words) > 1:
+            words[:2] = [":".join(words[:2])]
+        given = dict(word.split("=", 1) for word in words if "=" in word)
+        words = [word for word in words if "=" not in word]
+        if not 3 <= len(words) <= 4 or not all(word.isdecimal() for word in words[2:]):
+            raise InputError(f"a case must be data:network:batch[:samples][:option=value]..., got '{case}'")
+        return cls(words[0], words[1], int(words[2]), int(words[3]) if words[3:] else None, given)
+
+    def build(self, dataset: DataSet, seed: int) -> tuple[SimpleNamespace, ClassificationLoss, Samples]:
+        """The driver's settings, the loss on the training samples, and the test samples.
+
+        Raises
+        ------
+        InputError
+            For an option that the driver has not.
+        """
+        known = {option.name: option for option in classify.OPTIONS}
+        chosen: dict[str, Any] = {name: option.default for name, option in known.items()}
+        for name, value in self.given.items():
+            if name not in known:
+                raise InputError(f"a case has the option '{name}', which there is not")
+            chosen[name] = known[name].parse(value)
+        settings = SimpleNamespace(**{**chosen, "network": self.network, "seed": seed, "batch_size": self.batch})
+        loss, _, test = classify.build(settings, dataset, Scaling(dataset, settings.scaling, MPI.COMM_SELF))
+        return settings, loss, test
 
 
 def case_options(case: str) -> tuple[str, ...]:
-    """Options of drivers/classify.py for data:network:batch[:samples]."""
-    name, network, batch, samples = _parts(case)
-    given = ("-data", name, "-network", network, "-batch_size", str(batch))
-    return (*given, "-samples", str(samples)) if samples else given
+    """Options of drivers/classify.py for a case, see :meth:`Task.parse`."""
+    task = Task.parse(case)
+    given = ["-data", task.data, "-network", task.network, "-batch_size", str(task.batch)]
+    for name, value in task.given.items():
+        given += [f"-{name}", value]
+    return (*given, "-samples", str(task.samples)) if task.samples else tuple(given)
 
 
 def _wanted(settings: Any, label: str) -> bool:
@@ -151,18 +195,25 @@ def _ours(given: Sequence[str]) -> Row:
     return Row(done.history, done.solver["radius"]["rejected"])
 
 
-def _rival(
-    name: str, rate: float, file: str, samples: int | None, network: str, batch: int, seed: int, marks: Sequence[float]
-) -> Row:
-    defaults = {option.name: option.default for option in classify.OPTIONS}
-    chosen = {**defaults, "network": network, "seed": seed, "batch_size": batch}
-    settings = SimpleNamespace(**chosen)
-    dataset = files.load(file, MPI.COMM_SELF, samples)
-    loss, _, test = classify.build(settings, dataset, Scaling(dataset, settings.scaling, MPI.COMM_SELF))
+def _rival(name: str, rate: float, task: Task, dataset: DataSet, seed: int, marks: Sequence[float]) -> Row:
+    settings, loss, test = task.build(dataset, seed)
+    measure = TestSet(loss, test, MPI.COMM_SELF)
+    return Row(train_rival(name, rate, settings, loss, measure, marks), 0)
+
+
+def train_rival(
+    name: str,
+    rate: float,
+    settings: Any,
+    loss: ClassificationLoss,
+    measure: Callable[[Tensor], Mapping[str, float]],
+    marks: Sequence[float],
+) -> History:
+    """One of torch's optimisers on the batches of our solvers, see :func:`rivals.train`."""
     batches = None
-    if 0 < batch < dataset.count:
-        batches = Batches(Objective(loss, ParameterLayout(loss.parameters, MPI.COMM_SELF)), settings, seed)
+    if 0 < settings.batch_size < loss.count:
+        objective = Objective(loss, ParameterLayout(loss.parameters, MPI.COMM_SELF))
+        batches = Batches(objective, settings, settings.seed)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        measure = TestSet(loss, test, MPI.COMM_SELF)
-        return Row(rivals.train(name, rate, loss, batches, marks[-1], measure, marks)[0], 0)
+        torch.manual_seed(settings.seed)
+        return rivals.train(name, rate, loss, batches, marks[-1], measure, marks)[0]

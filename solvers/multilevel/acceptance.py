@@ -28,9 +28,12 @@ class Acceptance(ABC):
     ----------
     judges : bool
         Whether a correction must have decreased the coarse objective to be tried.
+    blind : bool
+        Whether nobody asks for loss and gradient where a coarse level ends: they are not evaluated there.
     """
 
     judges = True
+    blind = False
 
     @abstractmethod
     def room(self, number: int, left: float) -> float:
@@ -46,6 +49,10 @@ class Acceptance(ABC):
 
         ``decrease`` is that of the coarse objective.
         """
+
+    def move(self, level: LevelSolver, s: PETSc.Vec) -> None:
+        """Move the level by s, of which nothing is to be known any more than where it leads."""
+        level.x.axpy(1.0, s)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -186,11 +193,12 @@ class Bounds(Always):
 
     An entry of the coarse parameters stays within ``steps`` times the largest bound a |g_i| / w_i of its copies, as the
     prolonged step of that entry has it (our choice, as is the largest); below the finest level also what is corrected
-    stays within the bounds that it has itself. Levels are solved by :class:`solvers.trust_region.adagrad.AdaGrad`.
+    stays within the bounds that it has itself. Levels are solved by :class:`solvers.trust_region.adagrad.AdaGrad`, in
+    units in which a coarse entry moves by as much as its copies do.
 
     Parameters
     ----------
-    levels
+    levels, transfers
         The coarsest first.
     steps
         Of the bound of one step, that a correction may take.
@@ -201,12 +209,21 @@ class Bounds(Always):
         If a level has another solver.
     """
 
-    def __init__(self, levels: Sequence[LevelSolver], steps: float) -> None:
+    blind = True
+
+    def __init__(self, levels: Sequence[LevelSolver], transfers: Sequence[Transfer], steps: float) -> None:
         for number, level in enumerate(levels):
             if not isinstance(level.context, AdaGrad):
                 raise InputError(f"level {number} must be solved by adagrad, not {level.name}: bounds come from it")
         self.steps = steps
         self.limits = {id(level): level.x.duplicate() for level in levels}
+        self.units = [level.x.duplicate() for level in levels]
+        self.units[-1].set(1.0)
+        for number in reversed(range(len(transfers))):
+            transfers[number].bound(self.units[number + 1], self.units[number])
+            context = levels[number].context
+            assert isinstance(context, AdaGrad)
+            context.measure(self.units[number])
 
     def confine(self, fine: LevelSolver, coarse: LevelSolver, transfer: Transfer) -> None:
         """See :meth:`Acceptance.confine`."""
@@ -221,14 +238,19 @@ class Bounds(Always):
 
     def try_correction(self, number: int, level: LevelSolver, s: PETSc.Vec, decrease: float) -> float:
         """See :meth:`Acceptance.try_correction`."""
-        level.trial.waxpy(1.0, level.x, s)
+        self.move(level, s)
+        level.evaluate()
+        level.moved = True
+        return 1.0
+
+    def move(self, level: LevelSolver, s: PETSc.Vec) -> None:
+        """See :meth:`Acceptance.move`: within the level's own bounds."""
+        super().move(level, s)
         assert isinstance(level.context, AdaGrad)
         if level.context.box is not None:
-            clip(level.trial, *level.context.box, level.trial_g)
-        level.move(level.objective.value_gradient(level.trial, level.trial_g))
-        return 1.0
+            clip(level.x, *level.context.box, level.trial)
 
     def destroy(self) -> None:
         """Destroy the vectors. Collective."""
-        for vec in self.limits.values():
+        for vec in (*self.limits.values(), *self.units):
             vec.destroy()

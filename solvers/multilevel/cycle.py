@@ -79,20 +79,25 @@ class Cycle(Owner):
 
     def _visit(self, number: int, kind: str, room: float) -> bool:
         level, norm = self.levels[number], self.norms[number]
-        if number == 0:
-            return level.proceed(self.coarse, room, norm)
         finest = number == len(self.levels) - 1
+        blind = self.acceptance.blind and not finest
+        if number == 0:
+            return level.proceed(self.coarse, room, norm, blind)
 
         def left() -> float:
             return math.inf if finest or room == math.inf else room - level.travelled(norm)
 
         going = level.proceed(self.before, left(), norm)
-        for inner in KINDS[kind]:
-            going = self.correct(number, inner, left()) or going
-        return level.proceed(self.after, left(), norm) or going
+        for place, inner in enumerate(KINDS[kind], 1):
+            ends = blind and self.after == 0 and place == len(KINDS[kind])
+            going = self.correct(number, inner, left(), ends) or going
+        return level.proceed(self.after, left(), norm, blind) or going
 
-    def correct(self, number: int, kind: str, left: float) -> bool:
-        """Move level ``number``, which has ``left`` to go, by a correction from the next coarser one, or leave it."""
+    def correct(self, number: int, kind: str, left: float, ends: bool = False) -> bool:
+        """Move level ``number``, which has ``left`` to go, by a correction from the next coarser one, or leave it.
+
+        Where it ends with that, and nobody asks, loss and gradient stay unknown.
+        """
         fine, coarse, transfer = self.levels[number], self.levels[number - 1], self.hierarchy.transfers[number - 1]
         gradient = self.restricted[number - 1]
         transfer.restrict(fine.g, gradient)
@@ -112,6 +117,9 @@ class Cycle(Owner):
         if decrease > 0 or not self.acceptance.judges:
             coarse.step.waxpy(-1.0, coarse.start, coarse.x)
             transfer.prolong(coarse.step, fine.step)
+            if ends:
+                self.acceptance.move(fine, fine.step)
+                return True
             part = self.acceptance.try_correction(number, fine, fine.step, decrease)
         self.refused += finest and not part > 0
         return part > 0

@@ -332,4 +332,4 @@ class MultilevelAdaGrad(_Cycling):
 
     def make_acceptance(self, norms: Sequence[Callable[[PETSc.Vec], float]]) -> Acceptance:
         """See :meth:`_Cycling.make_acceptance`."""
-        return self.own(Bounds(self.levels, float(self.settings.coarse_steps)))
+        return self.own(Bounds(self.levels, self.hierarchy.transfers, float(self.settings.coarse_steps)))

@@ -18,6 +18,7 @@ from ddml.states import narrowed
 from solvers.base import Solver
 from solvers.owner import Owner
 from solvers.registry import PETSC_TYPES, SOLVERS, configure
+from solvers.trust_region.adagrad import AdaGrad
 from solvers.trust_region.trust_region import TrustRegion
 
 NOT_FINITE = 83  # PETSC_ERR_USER: how PETSc's methods end where a loss is not finite
@@ -152,13 +153,22 @@ class LevelSolver(Owner):
         self.f = self.context.f
         self.context.g.copy(self.g)
 
-    def proceed(self, steps: int, room: float = math.inf, norm: Callable[[PETSc.Vec], float] | None = None) -> bool:
+    def proceed(
+        self,
+        steps: int,
+        room: float = math.inf,
+        norm: Callable[[PETSc.Vec], float] | None = None,
+        blind: bool = False,
+    ) -> bool:
         """Move the level by some iterations, no farther than ``room`` in a norm; False if it cannot go on. Collective.
 
-        What does not keep to the room by itself, as trust regions do, is shortened and evaluated there.
+        What does not keep to the room by itself, as trust regions do, is shortened and evaluated there. ``blind``: loss
+        and gradient where it ends are not asked for, and AdaGrad does not compute them.
         """
         if steps < 1 or self.tao is None:
             return False
+        if blind and isinstance(self.context, AdaGrad):
+            return self._blindly(self.context, steps)
         confined = room < math.inf and norm is not None and self.trust_region is None
         if confined:
             self.x.copy(self.trial)  # where it begins
@@ -195,6 +205,17 @@ class LevelSolver(Owner):
         self.f = context.f
         context.g.copy(self.g)
         return going
+
+    def _blindly(self, context: AdaGrad, steps: int) -> bool:
+        """Move the level by some steps of AdaGrad, without a gradient behind the last one."""
+        if steps > 1 and not self._with_ours(steps - 1, math.inf, False, None):
+            return False
+        if not (self.begun and self.remembers):
+            context.begin()
+        self.g.copy(context.g)
+        context.step(self.x)
+        self.f, self.begun, self.moved = math.nan, True, True
+        return True
 
     def _inside(self, room: float, norm: Callable[[PETSc.Vec], float] | None) -> bool:
         """Whether the level has not left the room around ``trial``."""

@@ -21,6 +21,9 @@ class AdaGrad(Solver):
     (Duchi, Hazan, Singer 2011): the step is the minimiser of :math:`\langle g, s\rangle` with
     :math:`|s_i| \le a |g_i| / w_i`. No loss decides anything, so that noise in it does no harm; a run ends where one is
     not finite. a = 0.1 and sigma = 1e-4 are our choice.
+
+    The method depends on the units of its parameters; where these have units u of their own, as a coarse level's have,
+    it is that of :math:`\theta_i / u_i`.
     """
 
     options: ClassVar[Sequence[Option]] = (
@@ -35,6 +38,7 @@ class AdaGrad(Solver):
         """Make the vectors. Collective."""
         super().prepare(tao)
         self.box: tuple[PETSc.Vec, PETSc.Vec] | None = None
+        self.units: PETSc.Vec | None = None
 
     def begin(self) -> None:
         """See :meth:`solvers.base.Solver.begin`."""
@@ -44,28 +48,45 @@ class AdaGrad(Solver):
         r"""Keep the next steps within :math:`centre \pm bounds`, two vectors that stay the caller's."""
         self.box = centre, bounds
 
+    def measure(self, units: PETSc.Vec) -> None:
+        """Give the parameters units, a vector above 0 that stays the caller's."""
+        self.units = units
+
     def bounds(self, g: PETSc.Vec, result: PETSc.Vec) -> None:
-        """Write a |g_i| / w_i to ``result``, w as the next step has it. Collective."""
+        """Write a |g_i| / w_i to ``result``, in units of the parameter, w as the next step has it. Collective."""
         self._steps(g, result, self.vectors["squares"])
         result.abs()
 
     def _steps(self, g: PETSc.Vec, result: PETSc.Vec, squares: PETSc.Vec) -> None:
         """Write a g_i / sqrt(squares_i + g_i^2) to ``result``."""
-        result.pointwiseMult(g, g)
+        self._square(g, result)
         result.axpy(1.0, squares)
         result.sqrtabs()
         result.pointwiseDivide(g, result)
+        for _ in range(2 if self.units is not None else 0):
+            result.pointwiseMult(self.units, result)
         result.scale(self.settings.rate)
 
-    def iterate(self, x: PETSc.Vec) -> SearchResult:
-        """See :meth:`solvers.base.Solver.iterate`."""
+    def _square(self, g: PETSc.Vec, result: PETSc.Vec) -> None:
+        """Write the squared derivatives by the parameters in their units to ``result``."""
+        result.pointwiseMult(g, g)
+        for _ in range(2 if self.units is not None else 0):
+            result.pointwiseMult(self.units, result)
+
+    def step(self, x: PETSc.Vec) -> None:
+        """Move x by a step; the gradient there is not computed. Collective."""
         squares, s, g = self.vectors["squares"], self.vectors["s"], self.g
         self._steps(g, s, squares)
         x.axpy(-1.0, s)
         if self.box is not None:
             clip(x, *self.box, s)
-        s.pointwiseMult(g, g)
+        self._square(g, s)
         squares.axpy(1.0, s)
+
+    def iterate(self, x: PETSc.Vec) -> SearchResult:
+        """See :meth:`solvers.base.Solver.iterate`."""
+        self.step(x)
+        g = self.g
         value = self.objective.value_gradient(x, g)
         finite = math.isfinite(value) and math.isfinite(g.norm())
         return SearchResult(value, self.settings.rate, finite)

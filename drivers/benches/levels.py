@@ -1,0 +1,232 @@
+"""Section levels: solvers over the depth of a network against undivided ones, by work."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+from petsc4py import PETSc
+from torch import Tensor
+
+from ddml.data import files
+from ddml.data.data_set import DataSet
+from ddml.data.scaling import Samples
+from ddml.problems.classification import ClassificationLoss, TestSet
+from ddml.runs.history import History
+from ddml.sampling.batches import Batches
+from solvers import Minimisation, solver_class
+from solvers.multilevel.depth import DepthSolver
+
+from .classifiers import Task, train_rival
+
+BASE = "tr L-SR1, gamma y'y / s'y"
+UNDIVIDED: dict[str, Mapping[str, Any]] = {
+    BASE: {"solver": "tr", "model": "sr1"},
+    "tr L-BFGS": {"solver": "tr", "model": "lbfgs"},
+    "tr modular norm": {"solver": "tr"},
+}
+RATES = (0.003, 0.01)
+LEVELS: dict[str, Mapping[str, Any]] = {
+    "rmtr": {"solver": "rmtr"},
+    "rmtr, refinement 16": {"solver": "rmtr", "levels": 2, "refinement": 16},
+    "rmtr, no cascade, 3 levels": {"solver": "rmtr", "cascade": False, "levels": 3},
+    "rmtr, no cascade, shared radius, 3 levels": {
+        **{"solver": "rmtr", "cascade": False, "levels": 3, "correction_radius": "shared"},
+    },
+    "mgopt": {"solver": "mgopt"},
+    "cascade L-BFGS": {"solver": "cascade"},
+    "cascade modular norm": {"solver": "cascade", "model": "first"},
+}
+ADAGRADS: dict[str, Mapping[str, Any]] = {
+    "adagrad": {"solver": "adagrad"},
+    "mladagrad": {"solver": "mladagrad"},
+    "asadagrad": {"solver": "asadagrad"},
+}
+OF_LEVELS = ("levels", "refinement")  # options of a case that are for solvers with levels
+
+_prefixes = (f"levels{number}_" for number in itertools.count())
+
+
+class Trained(NamedTuple):
+    """A run.
+
+    Attributes
+    ----------
+    history : History
+        Where it was measured: ``work``, ``time`` without measurements, the loss on all samples of the undivided network
+        as ``test_loss``, and at the marks ``accuracy``.
+    cycles : tuple of int
+        Corrections that were tried, and how many of them were refused.
+    hierarchy : str
+        The levels, in words.
+    """
+
+    history: History
+    cycles: tuple[int, int] = (0, 0)
+    hierarchy: str = ""
+
+
+def levels(settings: Any) -> None:
+    """Units to the losses of the undivided trust region with L-SR1, medians over the seeds.
+
+    Raises
+    ------
+    InputError
+        For a case that is none.
+    """
+    marks = [float(m) for m in settings.marks.split(",")]
+    seeds = [int(seed) for seed in settings.seeds.split(",")]
+    print("\n## Levels of depth; one rank\n")
+    print("Test accuracy (%) / loss on all training samples after so many work units; the units to the losses that the")
+    print(
+        "first row has there, and in brackets how many times less that is; corrections tried, and refused; seconds of"
+    )
+    print("a work unit over those of the first row.\n")
+    for case in settings.levels_cases.split(","):
+        task = Task.parse(case)
+        own = {name: value for name, value in task.given.items() if name in OF_LEVELS}
+        task = task._replace(given={name: value for name, value in task.given.items() if name not in own})
+        dataset = files.load(task.data, MPI.COMM_SELF, task.samples)
+        print(f"### {case}, seeds {settings.seeds}\n")
+        print(f"| method | {' | '.join(f'{m:g}' for m in marks)} | {' | '.join(f'to {m:g}' for m in marks)} ", end="")
+        print("| tried, refused | seconds |\n|---|" + "---|" * (2 * len(marks) + 2), flush=True)
+        base: list[Trained] = []
+        hierarchies: dict[str, None] = {}
+        for label, run in _methods(task, own, dataset, marks).items():
+            if base and not any(word in label for word in settings.levels_methods.split(",")):
+                continue
+            runs = [run(seed) for seed in seeds]
+            base = base or runs
+            hierarchies |= dict.fromkeys(run.hierarchy for run in runs if run.hierarchy)
+            print_row(label, marks, runs, base)
+        for words in hierarchies:
+            print("\n- " + "; ".join(line.strip() for line in words.splitlines()), flush=True)
+        dataset.free()
+        print()
+
+
+def _methods(
+    task: Task, own: Mapping[str, Any], dataset: DataSet, marks: Sequence[float]
+) -> dict[str, Callable[[int], Trained]]:
+    """From a seed to a run, by name."""
+    found: dict[str, Callable[[int], Trained]] = {}
+    for label, given in {**UNDIVIDED, **LEVELS, **ADAGRADS}.items():
+        # a method's own levels come first
+        chosen = {**(own if issubclass(solver_class(given["solver"]), DepthSolver) else {}), **given}
+        found[label] = lambda seed, chosen=chosen: _ours(task, chosen, dataset, marks, seed)  # type: ignore[misc]
+        if label == list(UNDIVIDED)[-1]:
+            for rate in RATES:
+                found[f"torch adam {rate:g}"] = lambda seed, rate=rate: _adam(  # type: ignore[misc]
+                    task, rate, dataset, marks, seed
+                )
+    return found
+
+
+def _ours(task: Task, given: Mapping[str, Any], dataset: DataSet, marks: Sequence[float], seed: int) -> Trained:
+    """A run of a solver of ours, measured wherever a further work unit has been spent, or at each iteration."""
+    settings, loss, test = task.build(dataset, seed)
+    name, prefix = str(given["solver"]), next(_prefixes)
+    options = {f"{prefix}{key}": value for key, value in given.items() if key != "solver"}
+    for key, value in options.items():
+        PETSc.Options().setValue(key, value)
+    chosen = solver_class(name).decompose(loss, prefix)
+    made = Minimisation(
+        loss, name, MPI.COMM_SELF, prefix, subdomains=chosen, blocks=settings.summation_blocks,
+        samples=settings.batch_size, limit=settings.summation_limit, fmin=0.0,
+    )  # fmt: skip
+    objective, context = made.objective, made.context
+    depth = context if isinstance(context, DepthSolver) else None
+    moving = Batches(objective, settings, seed) if 0 < settings.batch_size < loss.count else None
+    measure = _measure(loss, test)
+    history, left = History(), list(marks)
+    aside, begin, next_unit = 0.0, time.perf_counter(), 0.0
+
+    def monitor(tao: PETSc.TAO) -> None:
+        nonlocal aside, next_unit
+        iteration, value, *_ = tao.getSolutionStatus()
+        started, work = time.perf_counter(), objective.work.total
+        marked, theta = bool(left) and work >= left[0], objective.parameters(made.x)
+        columns: dict[str, float] = {}
+        if marked:
+            columns = measure(theta)
+            left[:] = [mark for mark in left if mark > work]
+        elif moving is None and not (depth is not None and depth.climbing):
+            columns = {"test_loss": value}
+        elif work >= next_unit:
+            columns = {"test_loss": loss.value(theta.to(loss.dtype))}
+            next_unit = math.floor(work) + 1
+        history.append(iteration=iteration, time=started - begin - aside, work=work, loss=value, **columns)
+        aside += time.perf_counter() - started
+        if not left:
+            tao.setConvergedReason(PETSc.TAO.ConvergedReason.CONVERGED_USER)
+        elif moving is not None and iteration and iteration % moving.interval == 0:
+            moving.move(theta)
+
+    made.tao.setMonitor(monitor)
+    made.tao.setMaximumIterations(10**7)
+    made.tao.solve()
+    cycles, words = (0, 0), ""
+    if depth is not None:
+        cycles, words = (depth.cycle.tried, depth.cycle.refused), f"{depth.hierarchy!r}"
+    made.destroy()
+    for key in options:
+        PETSc.Options().delValue(key)
+    return Trained(history, cycles, words)
+
+
+def _adam(task: Task, rate: float, dataset: DataSet, marks: Sequence[float], seed: int) -> Trained:
+    settings, loss, test = task.build(dataset, seed)
+    units = [float(unit) for unit in range(1, math.ceil(marks[-1]))]
+    return Trained(train_rival("adam", rate, settings, loss, _measure(loss, test), sorted({*units, *marks})))
+
+
+def _measure(loss: ClassificationLoss, test: Samples) -> Callable[[Tensor], dict[str, float]]:
+    """From the parameters (n,) to the loss on all training samples, as ``test_loss``, and the test accuracy."""
+    accuracy = TestSet(loss, test, MPI.COMM_SELF)
+
+    def measure(theta: Tensor) -> dict[str, float]:
+        found = loss.value(theta.to(loss.dtype))
+        return {"test_loss": found, "accuracy": accuracy(theta)["accuracy"]}
+
+    return measure
+
+
+def at(history: History, column: str, mark: float) -> float:
+    """A column where so many units were first spent, or the last before that is known; NaN if none is."""
+    last = int(np.searchsorted(history["work"], mark))
+    known = np.flatnonzero(np.isfinite(history[column][: last + 1]))
+    return float(history[column][known[-1]]) if len(known) else math.nan
+
+
+def units_to(history: History, loss: float) -> float:
+    """The units after which the loss on all samples is first so small; infinite if it never is."""
+    below = np.flatnonzero(history["test_loss"] <= loss)
+    return float(history["work"][below[0]]) if len(below) else math.inf
+
+
+def print_row(label: str, marks: Sequence[float], runs: Sequence[Trained], base: Sequence[Trained]) -> None:
+    """One method: medians over its runs, each against the first method's of the same seed."""
+    cells = []
+    for mark in marks:
+        accuracy, loss = (statistics.median(at(r.history, c, mark) for r in runs) for c in ("accuracy", "test_loss"))
+        cells.append(f"{100 * accuracy:.1f} / {loss:.1e}")
+    for mark in marks:
+        targets = [at(run.history, "test_loss", mark) for run in base]
+        units = statistics.median(units_to(r.history, t) for r, t in zip(runs, targets, strict=True))
+        # the loss of the first row does not fall at each step: it may have been as small before the mark
+        first = statistics.median(units_to(r.history, t) for r, t in zip(base, targets, strict=True))
+        cells.append(f"{units:.1f} ({first / units:.2f})" if math.isfinite(units) else "-")
+    tried, refused = (sum(run.cycles[i] for run in runs) for i in (0, 1))
+    price = _price(runs) / _price(base)
+    print(f"| {label} | {' | '.join(cells)} | {tried}, {refused} | {price:.2f} |", flush=True)
+
+
+def _price(runs: Sequence[Trained]) -> float:
+    """Seconds of a work unit."""
+    return statistics.median(run.history.last("time") / run.history.last("work") for run in runs)

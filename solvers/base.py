@@ -270,6 +270,19 @@ class Solver(Owner, ABC):
             self.iteration, self.f, self._restored = state["iteration"], state["f"], state["outdated"]
 
 
+class Stepper(Solver):
+    """A solver that can also make steps without an evaluation where they end, as the samples are others by then."""
+
+    @property
+    @abstractmethod
+    def searches(self) -> bool:
+        """Whether it looks at the loss to choose a step, so that it cannot."""
+
+    @abstractmethod
+    def step(self, x: PETSc.Vec) -> None:
+        """Move x by one iteration; neither ``self.f`` nor ``self.g`` is known there. Collective."""
+
+
 def _report(tao: PETSc.TAO, iteration: int, f: float, residual: float, step: float) -> bool:
     """Set the iteration number, call the monitors, test convergence; True to go on. Collective."""
     tao.setIterationNumber(iteration)

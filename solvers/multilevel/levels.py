@@ -15,7 +15,7 @@ from ddml.objectives.objective import Objective
 from ddml.options import preset
 from ddml.plugins import blamed
 from ddml.states import narrowed
-from solvers.base import Solver
+from solvers.base import Solver, Stepper
 from solvers.owner import Owner
 from solvers.registry import PETSC_TYPES, SOLVERS, configure
 from solvers.trust_region.adagrad import AdaGrad
@@ -177,9 +177,21 @@ class LevelSolver(Owner):
             self._shorten(room, norm)
         return going
 
-    def _with_ours(self, steps: int, room: float, confined: bool, norm: Callable[[PETSc.Vec], float] | None) -> bool:
+    def leap(self) -> bool:
+        """Move the level by one iteration, without an evaluation where it ends if it can. Collective.
+
+        False if it cannot go on. The loss and the gradient are to be evaluated behind it, on other samples.
+        """
         context = self.context
-        assert context is not None
+        if not isinstance(context, Stepper) or context.searches:
+            return self.proceed(1)
+        self._hand_over(context)
+        self.begun = self.moved = True
+        context.step(self.x)
+        return True
+
+    def _hand_over(self, context: Solver) -> bool:
+        """Tell the solver the loss and the gradient where the level stands; whether it goes on with what it knows."""
         context.f = self.f
         self.g.copy(context.g)
         self.g.copy(context.vectors["accepted_g"])
@@ -187,6 +199,12 @@ class LevelSolver(Owner):
         if not again:
             context.iteration = 0
             context.begin()
+        return again
+
+    def _with_ours(self, steps: int, room: float, confined: bool, norm: Callable[[PETSc.Vec], float] | None) -> bool:
+        context = self.context
+        assert context is not None
+        again = self._hand_over(context)
         if isinstance(context, TrustRegion):
             context.confine(room)
         if room < math.inf or (again and self.moved):

@@ -24,7 +24,8 @@ def carry(coarse: LevelSolver, fine: LevelSolver, transfer: Transfer) -> bool:
     True if it was prolonged.
     """
     state = coarse.state()
-    if not state or fine.tao is None or type(fine.context) is not type(coarse.context):
+    fine.wake()
+    if not state or type(fine.context) is not type(coarse.context):
         return False
     made: list[PETSc.Vec] = []
     try:

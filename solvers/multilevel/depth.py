@@ -243,9 +243,22 @@ class Cascade(DepthSolver):
 
     options: ClassVar[Sequence[Option]] = (*LEVELS, *with_defaults(TrustRegion.options, model="lbfgs"))
 
+    corrects = False
+
     def make_cycle(self) -> Cycle:
         """See :meth:`.Multilevel.make_cycle`: none is run."""
-        return Cycle(self.hierarchy, self.levels, Always(), self.norms(), "V", 0, 0, 0)
+        return Cycle(self.hierarchy, self.levels, Always(), [TwoNorm()] * len(self.levels), "V", 0, 0, 0)
+
+    def _climb(self) -> None:
+        before = self.levels[self.phase]
+        super()._climb()
+        before.rest()
+
+    def take_state(self, state: dict[str, Any]) -> None:
+        """See :meth:`DepthSolver.take_state`."""
+        super().take_state(state)
+        for level in self.levels[: self.phase]:
+            level.rest()
 
 
 class _Cycling(DepthSolver):

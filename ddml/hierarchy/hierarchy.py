@@ -46,6 +46,10 @@ class Transfer(ABC):
     def prolong(self, coarse: PETSc.Vec, fine: PETSc.Vec) -> None:
         """Write I s to ``fine``, s the coarse parameters or step."""
 
+    def prolong_step(self, coarse: PETSc.Vec, fine: PETSc.Vec) -> None:
+        """Write to ``fine`` the prolongation of a difference of coarse parameters, where that is another one."""
+        self.prolong(coarse, fine)
+
     @abstractmethod
     def restrict(self, fine: PETSc.Vec, coarse: PETSc.Vec) -> None:
         """Write R g = I^T g to ``coarse``, g the fine gradient."""
@@ -136,11 +140,17 @@ class Hierarchy:
         The coarsest first.
     transfers
         ``transfers[l]`` is between levels l and l + 1.
+
+    Attributes
+    ----------
+    insertions : list of Transfer
+        As ``transfers``, those that keep what a network computes; empty where there are none.
     """
 
     def __init__(self, levels: Sequence[Level], transfers: Sequence[Transfer]) -> None:
         assert len(transfers) == len(levels) - 1
         self.levels, self.transfers = list(levels), list(transfers)
+        self.insertions: list[Transfer] = []
 
     def __len__(self) -> int:
         return len(self.levels)
@@ -166,5 +176,5 @@ class Hierarchy:
 
     def destroy(self) -> None:
         """Destroy the transfers. Collective."""
-        for transfer in self.transfers:
+        for transfer in (*self.transfers, *self.insertions):
             transfer.destroy()

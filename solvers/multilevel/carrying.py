@@ -43,7 +43,7 @@ def _prolonged(value: Any, size: int, like: PETSc.Vec, transfer: Transfer, made:
         if value.getSize() != size:
             raise _Bound
         made.append(like.duplicate())
-        transfer.prolong(value, made[-1])
+        transfer.prolong_step(value, made[-1])
         return made[-1]
     if isinstance(value, dict):
         return {name: _prolonged(child, size, like, transfer, made) for name, child in value.items()}

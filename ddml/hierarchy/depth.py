@@ -181,6 +181,7 @@ class Insertion(Transfer):
         for name, parameter in known.items():
             if firsts[parameter.offset] < 0:
                 raise InputError(f"no parameter is equal to {name} of a smaller network")
+        self.places = firsts if (np.diff(firsts) > 0).all() else None
         rank = fine.comm.rank
         mine = columns[fine.ranges[rank] : fine.ranges[rank + 1]]
         places = np.flatnonzero(mine >= 0)

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from petsc4py import PETSc
 
 from ddml.errors import InputError
@@ -38,9 +40,12 @@ class Transfer(ABC):
     ----------
     stretch : float
         The largest 2-norm of a prolongation, over that of what is prolonged.
+    places : ndarray of int (n coarse,) or None
+        Where :meth:`prolong_step` puts each coarse entry, increasing, if it does no more than that.
     """
 
     stretch: float = 1.0
+    places: NDArray[np.int64] | None = None
 
     @abstractmethod
     def prolong(self, coarse: PETSc.Vec, fine: PETSc.Vec) -> None:

@@ -22,6 +22,8 @@ CASES = {
     "cascade by L-BFGS": "-solver cascade -smoother lbfgs -cascade_work 1.5",
     "cascade, layers inserted": "-solver cascade -cascade_work 1.2,1.2 -prolongation insert -coarse_start drawn "
     "-resample sobol -resample_interval 2",
+    "cascade by SSBroyden, layers inserted": "-solver cascade -smoother ssbroyden -cascade_work 1.5 "
+    "-prolongation insert",
     "cascade by MSPQN": "-solver cascade -smoother mspqn -smooth_local_steps 2 -coarse_local_steps 2 -cascade_work 5",
     "rmtr, moving points": "-solver rmtr -cascade_work 0.7 -coarse_steps 2 -resample residual -resample_interval 3",
     "rmtr by SSBroyden": "-solver rmtr -smoother ssbroyden -cascade_work 1 -coarse_steps 2",

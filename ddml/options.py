@@ -146,7 +146,7 @@ def same_reference(one: str, other: str) -> bool:
         return one.rpartition(":")[2] == other.rpartition(":")[2]
     if one.endswith(".h5") and other.endswith(".h5"):
         return Path(one).name == Path(other).name
-    return one == other
+    return one == other or ("/" in one + other and Path(one).name == Path(other).name)
 
 
 def unused() -> list[str]:

@@ -2,8 +2,7 @@
 
 Prints tables with medians and ratios; what is compared is measured side by side in the same
 process, alternately where it is short. Sections: evaluation, restricted, ranks, overhead, balance,
-rounding, solvers, preconditioners; and map, classifiers, levels, work and large, which are run only where -only
-names them.
+rounding, solvers, preconditioners; others, which -only map,classifiers,... names, are run only where it does.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from benches.evaluations import balance, evaluation, ranks, ranks_worker, restri
 from benches.large import large, large_worker
 from benches.levels import levels
 from benches.preconditioners import preconditioners
+from benches.prices import prices
 from benches.synchronisations import map_worker, solver_map
 from benches.training import overhead, rounding, solvers
 from benches.work import work
@@ -41,6 +41,7 @@ ASKED = {
     "classifiers": classifiers,
     "levels": levels,
     "work": work,
+    "prices": prices,
     "large": large,
     "ranks_worker": ranks_worker,
     "map_worker": map_worker,
@@ -60,6 +61,8 @@ OPTIONS = (
     Option("methods", "tr,apts,torch", "Words; methods whose names have one of them are in that section."),
     Option("marks", "10,30,60,120", "Work units where these sections measure."),
     Option("seeds", "0", "Seeds of the map, of the classifiers and of the levels: medians are printed."),
+    Option("logistic_data", "digits:4:9,wide", "Data of the section prices, named as for logistic.py, with classes "
+           "behind them, as in a9a.gz,mnist.h5:4:9."),
     Option("large_data", "", "Data file of the section large (default: random numbers)."),
     Option("large_widths", "2048,2048,2048", "Hidden layers of its network."),
     Option("large_batch", 1000, "Samples of its batches.", minimum=1),
@@ -75,10 +78,8 @@ def main(comm: MPI.Comm) -> int:
     torch.set_num_threads(1)
     for name in settings.only.split(","):
         if name not in {**SECTIONS, **ASKED}:
-            raise InputError(
-                f"option -only must name some of {', '.join(SECTIONS)}, map, classifiers, levels, work, large; got "
-                f"'{name}'"
-            )
+            known = [*SECTIONS, *(asked for asked in ASKED if not asked.endswith("_worker"))]
+            raise InputError(f"option -only must name some of {', '.join(known)}; got '{name}'")
         {**SECTIONS, **ASKED}[name](settings)
     return 0
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from mpi4py import MPI
 
 import classify
+import logistic
 import pinn
 from common.training import PREFIXES
 from ddml.options import Option
@@ -31,6 +32,9 @@ def page() -> str:
     parts = [HEAD, "## drivers/pinn.py", table(of_pinn)]
     gone = ", ".join(f"`-{name}`" for name in _gone(of_pinn, of_classify))
     parts += ["## drivers/classify.py", _and(of_classify, of_pinn, "drivers/pinn.py", gone)]
+    of_logistic = (*logistic.OPTIONS, *logistic.LIMITS)
+    gone = ", ".join(f"`-{name}`" for name in _gone(of_classify, of_logistic))
+    parts += ["## drivers/logistic.py", _and(of_logistic, of_classify, "drivers/classify.py", gone)]
     before: list[str] = []
     for name, solver in SOLVERS.items():
         parts.append(f"## -solver {name}")

@@ -1,7 +1,7 @@
 """Draw run files: python drivers/plot.py run.h5 [more.h5 ...] -o figure.png [-no_maps].
 
 Convergence of all runs against work, critical work and time; for a PINN's first run file, unless
--no_maps is given, also the solution, the reference and the error.
+-no_maps is given, also the solution, the reference and the error; of a first run file with levels what these took.
 """
 
 from __future__ import annotations
@@ -56,6 +56,12 @@ def main(comm: MPI.Comm) -> int:
         except (OSError, ValueError) as error:
             raise InputError(f"cannot write {output}: {error}") from error
     print(f"wrote {output}")
+    if runs[0][1].used()[-1].startswith("work_level"):
+        target = output.with_name(f"{output.stem}.levels{output.suffix}")
+        figure = figures.new_figure()
+        figures.levels(figure, runs[0][1])
+        figure.savefig(target)
+        print(f"wrote {target}")
     if not arguments.no_maps and first is not None and first[0].attributes.get("driver") == "pinn":
         target = output.with_name(f"{output.stem}.maps{output.suffix}")
         draw_maps(first[0], owned(first[1]), target)

@@ -47,6 +47,8 @@ class Solver(Owner, ABC):
         Names of the vectors that an iteration needs, and which of them are part of :meth:`state`.
     subdomains_of : str
         What the solver divides into subdomains: ``parameters``, ``samples`` or nothing.
+    levels_of : str
+        What its levels differ in, if it has some: ``depth`` of a network, or ``samples``.
     judges_batches : bool
         Whether the solver says, in the objective's ``agreement``, how well one batch stands for the next.
     moves_points : int
@@ -60,6 +62,8 @@ class Solver(Owner, ABC):
         meanwhile.
     needed : int
         Bytes of the dense matrices that :meth:`prepare` has made on this rank, and the solver will fill.
+    spent : list of float
+        Work units on each level so far, the coarsest first; none where there are no levels.
     spares_memory : bool
         Whether it works in as little memory as it can, as the network is large; set by :meth:`prepare`.
     notes : list of str
@@ -74,6 +78,7 @@ class Solver(Owner, ABC):
     work_vectors: Sequence[str] = ()
     saved: Sequence[str] = ()
     subdomains_of: ClassVar[Literal["parameters", "samples", ""]] = ""
+    levels_of: ClassVar[Literal["depth", "samples", ""]] = ""
     judges_batches: ClassVar[bool] = False
     moves_points: ClassVar[int] = 0
     measures_error: ClassVar[int] = 1
@@ -88,7 +93,7 @@ class Solver(Owner, ABC):
         self.f, self.iteration, self._version = 0.0, 0, 0
         self._restored: bool | None = None  # whether the restored state is outdated; None: there is none
         self.remembers = self.whole_iterations = self.spares_memory = False
-        self.needed = 0
+        self.needed, self.spent = 0, list[float]()
 
     @classmethod
     def decompose(cls, loss: Loss, prefix: str = "") -> Subdomains:
@@ -263,6 +268,19 @@ class Solver(Owner, ABC):
         self.remembers = not complete
         if complete:
             self.iteration, self.f, self._restored = state["iteration"], state["f"], state["outdated"]
+
+
+class Stepper(Solver):
+    """A solver that can also make steps without an evaluation where they end, as the samples are others by then."""
+
+    @property
+    @abstractmethod
+    def searches(self) -> bool:
+        """Whether it looks at the loss to choose a step, so that it cannot."""
+
+    @abstractmethod
+    def step(self, x: PETSc.Vec) -> None:
+        """Move x by one iteration; neither ``self.f`` nor ``self.g`` is known there. Collective."""
 
 
 def _report(tao: PETSc.TAO, iteration: int, f: float, residual: float, step: float) -> bool:

@@ -19,7 +19,7 @@ its own share of a batch and no more, becomes numbers of the network's precision
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -194,16 +194,31 @@ def allocated(
     maximum: float,
 ) -> DataSet:
     """A data set of uninitialised arrays, in memory that the ranks of a node share. Collective."""
+    types = {
+        name: (shape, np.int64 if name.endswith("labels") else np.dtype(dtype))
+        for name, (shape, dtype) in shapes.items()
+    }
+    arrays, windows = shared_arrays(types, node)
+    return DataSet(**arrays, classes=classes, origin=origin, maximum=maximum, windows=windows)
+
+
+def shared_arrays(
+    shapes: Mapping[str, tuple[tuple[int, ...], Any]], node: MPI.Comm
+) -> tuple[dict[str, Array], list[MPI.Win]]:
+    """Uninitialised arrays of these shapes and types, by name, in memory that the ranks of a node share. Collective.
+
+    With them the windows of that memory, which are fenced once already; there are none on one rank.
+    """
     arrays: dict[str, Array] = {}
     windows: list[MPI.Win] = []
     for name, (shape, dtype) in shapes.items():
-        dtype = np.dtype(np.int64 if name.endswith("labels") else dtype)
+        dtype = np.dtype(dtype)
         if node.size == 1:
             arrays[name] = np.empty(shape, dtype)
             continue
-        size = int(np.prod(shape, dtype=int)) * dtype.itemsize if node.rank == 0 else 0
+        size = max(int(np.prod(shape, dtype=int)), 1) * dtype.itemsize if node.rank == 0 else 0
         window = MPI.Win.Allocate_shared(size, dtype.itemsize, comm=cast(MPI.Intracomm, node))
         window.Fence()
         windows.append(window)
         arrays[name] = np.ndarray(shape, dtype, buffer=cast(Any, window.Shared_query(0)[0]))
-    return DataSet(**arrays, classes=classes, origin=origin, maximum=maximum, windows=windows)
+    return arrays, windows

@@ -13,7 +13,7 @@ from petsc4py import PETSc
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout
 from ddml.losses.loss import Loss
-from ddml.networks.depth import BLOCK, Source, coarsened, sources
+from ddml.networks.depth import BLOCK, Source, coarsened, insertions, sources
 from ddml.objectives.objective import Objective
 from ddml.objectives.residual import ResidualObjective
 from ddml.parallel import agreed
@@ -146,6 +146,71 @@ class Copies(Transfer):
             thing.destroy()
 
 
+class Insertion(Transfer):
+    r"""Between a network and a deeper one of the same function, into which layers have been inserted.
+
+    A parameter of the deeper one is equal to one of the smaller, or 0. The first of those that are equal to one entry
+    moves with it, so that inner products of steps and gradients stay what they are; the projection takes it alone.
+
+    Parameters
+    ----------
+    fine, coarse
+        Layouts of the parameters, on the same communicator. Collective.
+    named
+        Of each fine parameter, the coarse one.
+
+    Raises
+    ------
+    InputError
+        If that is not there, or has another shape; if a coarse one has none.
+    """
+
+    def __init__(self, fine: ParameterLayout, coarse: ParameterLayout, named: Mapping[str, str | None]) -> None:
+        known = {p.name: p for p in coarse.parameters}
+        columns, firsts = np.full(fine.size, -1), np.full(coarse.size, -1)
+        for parameter in fine.parameters:
+            name = named.get(parameter.name, parameter.name)
+            if name is None:
+                continue
+            if name not in known or known[name].shape != parameter.shape:
+                raise InputError(f"parameter {parameter.name} is equal to no {name} of its shape of a smaller network")
+            entries, copies = known[name].range, parameter.range
+            columns[copies] = np.arange(entries.start, entries.stop)
+            if firsts[entries.start] < 0:
+                firsts[entries] = np.arange(copies.start, copies.stop)
+        for name, parameter in known.items():
+            if firsts[parameter.offset] < 0:
+                raise InputError(f"no parameter is equal to {name} of a smaller network")
+        self.places = firsts if (np.diff(firsts) > 0).all() else None
+        rank = fine.comm.rank
+        mine = columns[fine.ranges[rank] : fine.ranges[rank + 1]]
+        places = np.flatnonzero(mine >= 0)
+        self.matrix = _ones(fine, coarse, places, mine[places])
+        chosen = firsts[coarse.ranges[rank] : coarse.ranges[rank + 1]]
+        self.pick = _ones(coarse, fine, np.arange(len(chosen)), chosen)
+
+    def prolong(self, coarse: PETSc.Vec, fine: PETSc.Vec) -> None:
+        """See :meth:`.Transfer.prolong`, of parameters."""
+        self.matrix.mult(coarse, fine)
+
+    def prolong_step(self, coarse: PETSc.Vec, fine: PETSc.Vec) -> None:
+        """See :meth:`.Transfer.prolong_step`: 0 in what has been inserted."""
+        self.pick.multTranspose(coarse, fine)
+
+    def restrict(self, fine: PETSc.Vec, coarse: PETSc.Vec) -> None:
+        """See :meth:`.Transfer.restrict`."""
+        self.pick.mult(fine, coarse)
+
+    def project(self, fine: PETSc.Vec, coarse: PETSc.Vec) -> None:
+        """See :meth:`.Transfer.project`."""
+        self.pick.mult(fine, coarse)
+
+    def destroy(self) -> None:
+        """See :meth:`.Transfer.destroy`."""
+        self.matrix.destroy()
+        self.pick.destroy()
+
+
 def _ones(
     rows: ParameterLayout, columns: ParameterLayout, places: NDArray[np.int64], entries: NDArray[np.int64]
 ) -> PETSc.Mat:
@@ -170,10 +235,15 @@ class DepthHierarchy(Hierarchy):
     ----------
     levels, transfers
         See :class:`.Hierarchy`.
+    insertions
+        Transfers that keep what a network computes, if they have been asked for.
     """
 
-    def __init__(self, levels: Sequence[Level], transfers: Sequence[Transfer]) -> None:
+    def __init__(
+        self, levels: Sequence[Level], transfers: Sequence[Transfer], insertions: Sequence[Transfer] = ()
+    ) -> None:
         super().__init__(levels, transfers)
+        self.insertions = list(insertions)
         self.version = self.levels[-1].objective.version
 
     def follow(self) -> None:
@@ -181,13 +251,15 @@ class DepthHierarchy(Hierarchy):
         finest = self.levels[-1].objective
         if finest.version == self.version:
             return
-        self.version = finest.version
+        self.version, with_it = finest.version, finest.replacement
         for level in self.levels[:-1]:
             loss = level.objective.loss.on_samples_of(finest.loss)
-            level.objective.replace(loss, level.share * finest.fraction, finest.replacement.overlap)
+            level.objective.replace(loss, level.share * finest.fraction, with_it.overlap, with_it.report)
 
 
-def depth_hierarchy(objective: Objective, levels: int | None = None, factor: int = 2) -> DepthHierarchy:
+def depth_hierarchy(
+    objective: Objective, levels: int | None = None, factor: int = 2, inserts: bool = False
+) -> DepthHierarchy:
     """The hierarchy of an objective's network and of those with ``factor``, ``factor`` ** 2, ... times fewer blocks.
 
     The coarse networks are made by :func:`ddml.networks.depth.coarsened`, at the projections of the network's initial
@@ -202,18 +274,20 @@ def depth_hierarchy(objective: Objective, levels: int | None = None, factor: int
         How many, the finest included; None: as many as the blocks allow, at most five (our choice).
     factor
         Of refinement.
+    inserts
+        Whether there are insertions, too.
 
     Raises
     ------
     InputError
-        On all ranks, if the network has no so coarse one, or for another objective.
+        On all ranks, if the network has no so coarse one, or no layers that can be inserted, or for another objective.
     """
     if levels is not None and levels < 1:
         raise InputError(f"a hierarchy has 1 level or more, got {levels}")
     if type(objective) not in (Objective, ResidualObjective) or objective.linear:
         what = "one with linear terms" if objective.linear else f"a {type(objective).__name__}"
         raise InputError(f"a depth hierarchy takes the objective of all parameters of a network, not {what}")
-    losses, copied = [objective.loss], list[Copied]()
+    losses, copied, inserted = [objective.loss], list[Copied](), list[Mapping[str, str | None]]()
     with agreed(objective.comm):
         for number in range(1, levels or MOST):
             loss = losses[0]
@@ -227,9 +301,16 @@ def depth_hierarchy(objective: Objective, levels: int | None = None, factor: int
             assert loss.network is not None
             named = sources(loss.network, factor, [p.name for p in loss.parameters])
             copied.insert(0, Copied.match(loss.parameters, losses[0].parameters, named))
+            if inserts:
+                inserted.insert(0, insertions(loss.network, factor))
     made = [_level(objective, loss) for loss in losses[:-1]] + [Level(objective, _words(objective.loss), 1.0)]
     layouts = [level.objective.layout for level in made]
-    return DepthHierarchy(made, [Copies(*pair) for pair in zip(layouts[1:], layouts, copied, strict=False)])
+    pairs = list(zip(layouts[1:], layouts, strict=False))
+    return DepthHierarchy(
+        made,
+        [Copies(*pair, found) for pair, found in zip(pairs, copied, strict=True)],
+        [Insertion(*pair, found) for pair, found in zip(pairs, inserted, strict=False)],
+    )
 
 
 def _level(finest: Objective, loss: Loss) -> Level:

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from petsc4py import PETSc
 
 from ddml.errors import InputError
@@ -38,13 +40,20 @@ class Transfer(ABC):
     ----------
     stretch : float
         The largest 2-norm of a prolongation, over that of what is prolonged.
+    places : ndarray of int (n coarse,) or None
+        Where :meth:`prolong_step` puts each coarse entry, increasing, if it does no more than that.
     """
 
     stretch: float = 1.0
+    places: NDArray[np.int64] | None = None
 
     @abstractmethod
     def prolong(self, coarse: PETSc.Vec, fine: PETSc.Vec) -> None:
         """Write I s to ``fine``, s the coarse parameters or step."""
+
+    def prolong_step(self, coarse: PETSc.Vec, fine: PETSc.Vec) -> None:
+        """Write to ``fine`` the prolongation of a difference of coarse parameters, where that is another one."""
+        self.prolong(coarse, fine)
 
     @abstractmethod
     def restrict(self, fine: PETSc.Vec, coarse: PETSc.Vec) -> None:
@@ -136,11 +145,17 @@ class Hierarchy:
         The coarsest first.
     transfers
         ``transfers[l]`` is between levels l and l + 1.
+
+    Attributes
+    ----------
+    insertions : list of Transfer
+        As ``transfers``, those that keep what a network computes; empty where there are none.
     """
 
     def __init__(self, levels: Sequence[Level], transfers: Sequence[Transfer]) -> None:
         assert len(transfers) == len(levels) - 1
         self.levels, self.transfers = list(levels), list(transfers)
+        self.insertions: list[Transfer] = []
 
     def __len__(self) -> int:
         return len(self.levels)
@@ -166,5 +181,5 @@ class Hierarchy:
 
     def destroy(self) -> None:
         """Destroy the transfers. Collective."""
-        for transfer in self.transfers:
+        for transfer in (*self.transfers, *self.insertions):
             transfer.destroy()

@@ -104,6 +104,29 @@ class DenseMatrix(ABC):
         edges = self.place(self.rows.start), self.place(self.rows.stop)
         self.values[:] = redistributed(self.comm, vec, *edges)
 
+    def enlarged(self, vec: PETSc.Vec, places: NDArray[np.int64]) -> PETSc.Vec:
+        """What :meth:`save` would give of a smaller matrix's rows and columns at these places of an identity matrix.
+
+        Collective; the caller destroys it.
+
+        Parameters
+        ----------
+        vec
+            What the smaller matrix gave.
+        places
+            Of its rows, increasing.
+        """
+        smaller = type(self)(self.comm, len(places), self.comm.size)
+        first, last = (int(edge) for edge in np.searchsorted(places, [self.rows.start, self.rows.stop]))
+        start, begin = self.place(self.rows.start), smaller.place(first)
+        known = redistributed(self.comm, vec, begin, smaller.place(last))
+        values = np.zeros(self.count)
+        values[[self.place(row) + row - start for row in self.rows]] = 1.0
+        for number in range(first, last):
+            line = known[smaller.place(number) - begin : smaller.place(number + 1) - begin]
+            values[self.place(int(places[number])) - start + places[: len(line)]] = line
+        return PETSc.Vec().createWithArray(values, (len(values), PETSc.DETERMINE), comm=self.comm)
+
     def kernel(self, name: str) -> Any:
         """The compiled function of that name for what is stored, None where there is none."""
         found = kernels.library()

@@ -82,6 +82,26 @@ def sources(module: nn.Module, factor: int, names: Iterable[str]) -> dict[str, S
     return {name: said[name] if name in said else by_block(name, factor) for name in names}
 
 
+def insertions(module: nn.Module, factor: int) -> dict[str, str | None]:
+    """What each parameter is equal to in a network of fewer layers whose function it keeps; None for zeros.
+
+    Raises
+    ------
+    InputError
+        If no layer of the module can be without an effect.
+    """
+    own = getattr(module, "insertions", None)
+    if own is None:
+        raise InputError(
+            f"no layers can be inserted into a {type(module).__name__} that change nothing: -prolongation copy, or "
+            "a module with a method insertions(factor)"
+        )
+    try:
+        return dict(own(factor))
+    except Exception as error:  # of a user's module
+        raise InputError(f"the network's insertions({factor}) raised {type(error).__name__}: {error}") from error
+
+
 def by_block(name: str, factor: int) -> Source:
     """What the parameter of a block, or of what stands before or behind them, is a copy of."""
     found = BLOCK.match(name)

@@ -128,6 +128,22 @@ class TanhNetwork(nn.Module):
             found[f"slopes.{i}"] = Source(f"slopes.{i // factor}", 1.0)
         return found
 
+    def insertions(self, factor: int) -> dict[str, str | None]:
+        """What each parameter is equal to in a network with that many times fewer layers, whose function it keeps.
+
+        The first of ``factor`` layers is one of the smaller network; the others have that one's slope, and zeros, with
+        which a layer hands on what comes in.
+        """
+        found: dict[str, str | None] = {}
+        depth = self.sizes[2]
+        for i in range(depth + 2):
+            inserted = 0 < i <= depth and (i - 1) % factor > 0
+            for kind in ("weight", "bias"):
+                found[f"maps.{i}.{kind}"] = None if inserted else f"maps.{1 + (i - 1) // factor if i else 0}.{kind}"
+        for i in range(len(self.slopes)):
+            found[f"slopes.{i}"] = f"slopes.{i // factor}"
+        return found
+
     def forward(self, x: Tensor) -> Tensor:
         """Values (N, outputs) at points (N, inputs)."""
         slopes = iter(self.slopes)

@@ -32,6 +32,7 @@ class ResumableSolver(Protocol):
     """What a run asks of a solver that goes on to the last bit, as :class:`ddml.runs.run.Run` is given it."""
 
     notes: list[str]
+    spent: list[float]  # on each level, the coarsest first
 
     def state(self) -> dict[str, Any]:
         """What the next iteration needs besides the parameters, its number ``iteration`` among it. Collective."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ddml.errors import InputError
 
-from .history import History
+from .history import WORK_OF_LEVELS, History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,6 +53,40 @@ def _finish(axes: Axes) -> None:
     axes.tick_params(labelsize=8, which="both")
     axes.set_xlabel(axes.get_xlabel(), fontsize=9)
     axes.set_ylabel(axes.get_ylabel(), fontsize=9)
+
+
+def levels(figure: Figure, history: History) -> None:
+    """Draw what each level of a hierarchy has taken, in work units, against the iteration.
+
+    Parameters
+    ----------
+    figure : Figure
+        An empty figure; its size is set.
+    history : History
+        Of a solver on levels.
+
+    Raises
+    ------
+    InputError
+        When the history has no work of levels.
+    """
+    names = [name for name in WORK_OF_LEVELS if name in history.used()]
+    if not names:
+        raise InputError("the run has no levels")
+    figure.set_size_inches(4.2, 2.8)
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots()
+    labels = [f"level {number}" for number in range(len(names))]
+    labels[0] += " (coarsest)"
+    labels[-1] += " (finest)"
+    shades = [(0.85 - 0.65 * number / max(len(names) - 1, 1),) * 2 + (0.9,) for number in range(len(names))]
+    axes.stackplot(history["iteration"], [history[name] for name in names], labels=labels, colors=shades)
+    axes.set_xlabel("iteration")
+    axes.set_ylabel(_LABELS["work"])
+    axes.margins(0)
+    axes.legend(loc="upper left", fontsize=7, frameon=False, reverse=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    _finish(axes)
 
 
 def _far_apart(histories: Sequence[History], column: str) -> bool:

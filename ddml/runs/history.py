@@ -21,11 +21,17 @@ COLUMNS = (
     "accuracy",
 )
 
+MOST_LEVELS = 10  # of a hierarchy, that have a column (our choice)
+WORK_OF_LEVELS = tuple(f"work_level_{number}" for number in range(MOST_LEVELS))
+_NAMES = (*COLUMNS, *WORK_OF_LEVELS)
+
 
 def _index(name: str) -> int:
-    if name not in COLUMNS:
-        raise ValueError(f"a history has no column {name!r}; its columns are {', '.join(COLUMNS)}")
-    return COLUMNS.index(name)
+    if name not in _NAMES:
+        raise ValueError(
+            f"a history has no column {name!r}; its columns are {', '.join(COLUMNS)}, {WORK_OF_LEVELS[0]}, ..."
+        )
+    return _NAMES.index(name)
 
 
 class History:
@@ -36,14 +42,14 @@ class History:
     ``gradient_norm``, ``step`` (radius or step length), ``work`` (work units, summed over subdomains and levels),
     ``work_critical`` (work units along the critical path), ``error`` (relative L2 error against the reference),
     ``error_network_norm`` (the same measured in the norm of the network's own outputs) and ``accuracy`` (0 to 1). What
-    was not given is NaN.
+    was not given is NaN. Solvers on levels also give ``work_level_0``, that of the coarsest, and so on.
 
     Nothing here is collective: that all ranks append the same numbers is up to the caller.
     """
 
     def __init__(self) -> None:
         # One row of the array per column of the table, so that a column is contiguous.
-        self._values: NDArray[np.float64] = np.empty((len(COLUMNS), 64))
+        self._values: NDArray[np.float64] = np.empty((len(_NAMES), 64))
         self._rows = 0
 
     @classmethod
@@ -68,11 +74,11 @@ class History:
         arrays = {_index(name): np.asarray(values, dtype=np.float64) for name, values in columns.items()}
         shapes = {array.shape for array in arrays.values()}
         if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
-            found = ", ".join(f"{COLUMNS[index]} {array.shape}" for index, array in arrays.items())
+            found = ", ".join(f"{_NAMES[index]} {array.shape}" for index, array in arrays.items())
             raise ValueError(f"the columns of a history must be one-dimensional and of the same length, not {found}")
         history = cls()
         history._rows = shapes.pop()[0] if shapes else 0
-        history._values = np.full((len(COLUMNS), max(history._rows, 64)), np.nan)
+        history._values = np.full((len(_NAMES), max(history._rows, 64)), np.nan)
         for index, array in arrays.items():
             history._values[index, : history._rows] = array
         return history
@@ -140,11 +146,15 @@ class History:
         """Copy of one column, shape (rows,); an unknown name is a ValueError."""
         return self._values[_index(name), : self._rows].copy()
 
+    def used(self) -> list[str]:
+        """Names of the columns that have values."""
+        return [name for name in _NAMES if not np.isnan(self[name]).all()]
+
     def __len__(self) -> int:
         """Return the number of rows."""
         return self._rows
 
     def __repr__(self) -> str:
         """Return the number of rows and the columns that have values."""
-        used = [name for name in COLUMNS if not np.isnan(self[name]).all()]
+        used = self.used()
         return f"History({self._rows} rows: {', '.join(used) or 'no values'})"

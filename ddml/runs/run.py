@@ -18,6 +18,7 @@ from ddml.parallel import Interrupted, cause
 
 from . import checkpoints, limits, progress
 from .checkpoints import Checkpoints, Moving, ResumableSolver
+from .history import WORK_OF_LEVELS
 from .limits import SIGNAL, Limits
 from .progress import Progress
 
@@ -138,7 +139,8 @@ class Run:
         columns = {}
         if iteration % self.error_interval == 0:
             columns = dict(self.measure(self.objective.parameters(self.x)))
-        work = self.objective.work
+        work, levels = self.objective.work, self.solver.spent if self.solver is not None else ()
+        columns |= dict(zip(WORK_OF_LEVELS, levels, strict=False))
         self.history.append(
             iteration=iteration, time=now, loss=f, gradient_norm=gnorm, step=step,
             work=work.total, work_critical=work.critical, **columns,

@@ -129,7 +129,7 @@ def _lay_out(
         group.create_dataset("offsets", data=np.array([item.offset for item in parameters], np.int64))
         encode(cast(h5py.Group, file), "solver", dict(state))
         group = file.create_group("history")
-        for name in COLUMNS:
+        for name in dict.fromkeys((*COLUMNS, *history.used())):
             group.create_dataset(name, data=history[name])
         offsets = {name: file[name].id.get_offset() or 0 for name in vectors}
     return image, offsets

@@ -11,13 +11,13 @@ from petsc4py import PETSc
 from ddml.errors import CollectiveError
 from ddml.objectives.objective import Hessian
 from ddml.options import Option, preset
-from solvers.base import Solver
+from solvers.base import Stepper
 from solvers.line_search import SearchResult
 
 TRIALS = 15  # of a line search (our choice)
 
 
-class Newton(Solver):
+class Newton(Stepper):
     r"""Newton's method with conjugate gradients that are cut short.
 
     .. math:: H p = -g, \quad \theta_+ = \theta + \alpha p
@@ -73,13 +73,23 @@ class Newton(Solver):
             self.g.copy(p)
             p.scale(-1.0)
 
+    @property
+    def searches(self) -> bool:
+        """See :attr:`solvers.base.Stepper.searches`."""
+        return bool(self.settings.line_search)
+
+    def step(self, x: PETSc.Vec) -> None:
+        """See :meth:`solvers.base.Stepper.step`."""
+        self._direction(x, self.vectors["p"])
+        x.axpy(self.settings.rate, self.vectors["p"])
+
     def iterate(self, x: PETSc.Vec) -> SearchResult:
         """See :meth:`solvers.base.Solver.iterate`."""
         p, trial, trial_g = (self.vectors[name] for name in ("p", "trial", "trial_g"))
         if not math.isfinite(self.g.norm()):  # as it may be at new points
             return SearchResult(self.f, 0.0, False)
         self._direction(x, p)
-        step, searches = self.settings.rate, self.settings.line_search
+        step, searches = self.settings.rate, self.searches
         for _ in range(TRIALS if searches else 1):
             trial.waxpy(step, p, x)
             value = self.objective.value_gradient(trial, trial_g)

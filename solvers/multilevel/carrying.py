@@ -8,6 +8,7 @@ import numpy as np
 from petsc4py import PETSc
 
 from ddml.hierarchy.hierarchy import Transfer
+from solvers.quasi_newton.self_scaled import SelfScaled
 
 from .levels import LevelSolver
 
@@ -19,14 +20,18 @@ class _Bound(Exception):
 def carry(coarse: LevelSolver, fine: LevelSolver, transfer: Transfer) -> bool:
     """Let the solver of a level begin with the prolongation of what that of the coarser one has learnt. Collective.
 
-    Radius, momentum and secant pairs are prolonged; where a solver's memory is more than vectors of the parameters'
-    size and numbers, as a dense matrix is, or the two levels have different solvers, the finer one begins afresh.
-    True if it was prolonged.
+    Radius, momentum and secant pairs are prolonged, and the dense matrix of a self-scaled method where parameters are
+    inserted; where a solver's memory is else more than vectors of the parameters' size and numbers, or the two levels
+    have different solvers, the finer one begins afresh. True if it was prolonged.
     """
     state = coarse.state()
-    if not state or fine.tao is None or type(fine.context) is not type(coarse.context):
+    fine.wake()
+    if not state or type(fine.context) is not type(coarse.context):
         return False
     made: list[PETSc.Vec] = []
+    if isinstance(fine.context, SelfScaled) and transfer.places is not None:
+        state["inner"] = fine.context.enlarged(state["inner"], transfer.places)
+        made += [vec for vec in state["inner"].values() if isinstance(vec, PETSc.Vec)]
     try:
         prolonged = _prolonged(state, coarse.x.getSize(), fine.x, transfer, made)
     except _Bound:
@@ -40,10 +45,12 @@ def carry(coarse: LevelSolver, fine: LevelSolver, transfer: Transfer) -> bool:
 def _prolonged(value: Any, size: int, like: PETSc.Vec, transfer: Transfer, made: list[PETSc.Vec]) -> Any:
     """A state with the prolongations of its vectors, which are appended to ``made``, too."""
     if isinstance(value, PETSc.Vec):
+        if any(value is vec for vec in made):
+            return value
         if value.getSize() != size:
             raise _Bound
         made.append(like.duplicate())
-        transfer.prolong(value, made[-1])
+        transfer.prolong_step(value, made[-1])
         return made[-1]
     if isinstance(value, dict):
         return {name: _prolonged(child, size, like, transfer, made) for name, child in value.items()}

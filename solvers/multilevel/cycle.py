@@ -71,7 +71,6 @@ class Cycle(Owner):
         self.hierarchy, self.levels, self.acceptance, self.norms = hierarchy, levels, acceptance, norms
         self.kind, self.before, self.after, self.coarse, self.descent = kind, before, after, coarse, descent
         self.tried = self.refused = 0
-        self.restricted = [self.own(level.x.duplicate()) for level in levels[:-1]]
 
     def run(self) -> bool:
         """One cycle from where the finest level stands; False if nothing in it could go on. Collective."""
@@ -99,7 +98,7 @@ class Cycle(Owner):
         Where it ends with that, and nobody asks, loss and gradient stay unknown.
         """
         fine, coarse, transfer = self.levels[number], self.levels[number - 1], self.hierarchy.transfers[number - 1]
-        gradient = self.restricted[number - 1]
+        gradient = coarse.trial_g
         transfer.restrict(fine.g, gradient)
         if gradient.norm() < self.descent * fine.g.norm():
             return False

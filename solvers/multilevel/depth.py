@@ -45,6 +45,12 @@ LEVELS = (
            changes=WITH_SOLVER),
     Option("cascade_work", "5,0.5", "Work units of the cascade on the coarsest level, the next one, ..., separated by "
            "commas; the last number is that of all further levels; 0 leaves one out."),
+    Option("prolongation", "copy", "To the next finer level in the cascade: copies of layers, or layers that "
+           "are inserted with zeros and change nothing, where the network has such.", choices=("copy", "insert"),
+           changes=WITH_SOLVER),
+    Option("coarse_start", "projected", "Where the cascade begins: at the means over layers that come together, or at "
+           "one layer of each, as it was drawn (where layers can be inserted).", choices=("projected", "drawn"),
+           changes=WITH_SOLVER),
 )  # fmt: skip
 
 CYCLES = (
@@ -62,6 +68,7 @@ CYCLES = (
 class DepthSolver(Multilevel):
     """What is on a hierarchy of networks of different depth; its levels know one trust region's options."""
 
+    levels_of = "depth"
     judges_batches: ClassVar[bool] = True
     inherited: ClassVar[Sequence[str]] = (
         *("model", "norm", "momentum", "memory", "overlap_pairs", "convolution", "polar_tolerance", "polar_exact"),
@@ -94,6 +101,11 @@ class DepthSolver(Multilevel):
         super().prepare(tao)
         self.phase, self.entered, self.stuck, self.phase_began = len(self.levels) - 1, False, False, 0.0
         self.growing = False
+        made, s = self.hierarchy, self.settings
+        self.upwards, self.downwards = (
+            made.insertions if s.cascade and inserted else made.transfers
+            for inserted in (s.prolongation == "insert", s.coarse_start == "drawn")
+        )
         share = self.hierarchy.levels[0].share
         self.notes.append(f"{self.hierarchy!r}")
         if len(self.levels) == 1:
@@ -103,7 +115,9 @@ class DepthSolver(Multilevel):
 
     def make_hierarchy(self, objective: Objective) -> Hierarchy:
         """See :meth:`.Multilevel.make_hierarchy`."""
-        return depth_hierarchy(objective, self.settings.levels, self.settings.refinement)
+        s = self.settings
+        inserts = s.cascade and (s.prolongation == "insert" or s.coarse_start == "drawn")
+        return depth_hierarchy(objective, s.levels, s.refinement, inserts)
 
     def solver_of(self, number: int) -> tuple[str | None, str]:
         """See :meth:`.Multilevel.solver_of`."""
@@ -113,6 +127,7 @@ class DepthSolver(Multilevel):
 
     def begin(self) -> None:
         """See :meth:`solvers.base.Solver.begin`: on the coarsest level, if there is a cascade."""
+        super().begin()
         self.phase = 0 if self.settings.cascade else len(self.levels) - 1
         self.entered, self.stuck, self.phase_began = False, False, self.spent[self.phase]
 
@@ -167,7 +182,7 @@ class DepthSolver(Multilevel):
         level, last = self.levels[self.phase], len(self.levels) - 1
         if not self.entered:
             for number in reversed(range(self.phase, last)):
-                self.hierarchy.transfers[number].project(self.levels[number + 1].x, self.levels[number].x)
+                self.downwards[number].project(self.levels[number + 1].x, self.levels[number].x)
             level.enter(None)
             self.entered = True
         self.stuck = not level.proceed(1)
@@ -177,14 +192,14 @@ class DepthSolver(Multilevel):
     def _prolong(self) -> None:
         """Make the run stand at the prolongation of the level that the cascade is on."""
         for number in range(self.phase, len(self.levels) - 1):
-            transfer, coarse, fine = self.hierarchy.transfers[number], self.levels[number], self.levels[number + 1]
+            transfer, coarse, fine = self.upwards[number], self.levels[number], self.levels[number + 1]
             transfer.prolong(coarse.x, fine.x)
-            transfer.prolong(coarse.g, fine.g)
+            transfer.prolong_step(coarse.g, fine.g)
         self.top.g.copy(self.g)
 
     def _climb(self) -> None:
         """Go on from the prolongation on the next finer level, with what has been learnt."""
-        coarse, transfer = self.levels[self.phase], self.hierarchy.transfers[self.phase]
+        coarse, transfer = self.levels[self.phase], self.upwards[self.phase]
         self.phase, self.stuck = self.phase + 1, False
         self.phase_began = self.spent[self.phase]
         fine = self.levels[self.phase]
@@ -242,9 +257,22 @@ class Cascade(DepthSolver):
 
     options: ClassVar[Sequence[Option]] = (*LEVELS, *with_defaults(TrustRegion.options, model="lbfgs"))
 
+    corrects = False
+
     def make_cycle(self) -> Cycle:
         """See :meth:`.Multilevel.make_cycle`: none is run."""
-        return Cycle(self.hierarchy, self.levels, Always(), self.norms(), "V", 0, 0, 0)
+        return Cycle(self.hierarchy, self.levels, Always(), [TwoNorm()] * len(self.levels), "V", 0, 0, 0)
+
+    def _climb(self) -> None:
+        before = self.levels[self.phase]
+        super()._climb()
+        before.rest()
+
+    def take_state(self, state: dict[str, Any]) -> None:
+        """See :meth:`DepthSolver.take_state`."""
+        super().take_state(state)
+        for level in self.levels[: self.phase]:
+            level.rest()
 
 
 class _Cycling(DepthSolver):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 from petsc4py import PETSc
@@ -15,7 +16,7 @@ from ddml.objectives.objective import Objective
 from ddml.options import preset
 from ddml.plugins import blamed
 from ddml.states import narrowed
-from solvers.base import Solver
+from solvers.base import Solver, Stepper
 from solvers.owner import Owner
 from solvers.registry import PETSC_TYPES, SOLVERS, configure
 from solvers.trust_region.adagrad import AdaGrad
@@ -43,8 +44,10 @@ class LevelSolver(Owner):
         Where the level stands, if there is a vector already.
     remembers
         Whether a solver of ours keeps what it has learnt.
-    prepare
-        What is done to a solver of ours between reading its options and setting it up.
+    options
+        Defaults of its options.
+    linear
+        Whether phases of the level have linear terms.
 
     Attributes
     ----------
@@ -52,8 +55,8 @@ class LevelSolver(Owner):
         Where the level stands, and the gradient there.
     f : float
         The objective there.
-    start, slope : PETSc.Vec
-        Where the phase began that :meth:`enter` began, and the vector of the linear term.
+    types : frozenset of str
+        TAO type of the solver, and those of the solvers inside it.
     """
 
     def __init__(
@@ -63,25 +66,66 @@ class LevelSolver(Owner):
         prefix: str,
         point: PETSc.Vec | None = None,
         remembers: bool = True,
-        prepare: Callable[[Solver], None] = lambda _: None,
+        options: Mapping[str, Any] | None = None,
+        linear: bool = True,
     ) -> None:
-        self.loss, self.name, self.prefix, self.remembers, self.prepare = objective, name, prefix, remembers, prepare
+        self.loss, self.name, self.prefix, self.remembers = objective, name, prefix, remembers
+        self.options = dict(options or {})
         self.f = self.start_f = math.nan
         self.begun = self.moved = False
         self.first_radius: float | None = None
+        self.types: frozenset[str] = frozenset()
+        self.tao: PETSc.TAO | None = None
+        self.context: Solver | None = None
         with self.building():
-            vector = objective.layout.vector
-            self.x = self.own(vector()) if point is None else point
-            self.g, self.step = self.own(vector()), self.own(vector())
-            self.trial, self.trial_g = self.own(vector()), self.own(vector())
-            self.objective = objective
-            if point is None:
-                self.slope, self.start = self.own(vector()), self.own(vector())
+            self.x = self._vector() if point is None else point
+            self.g = self._vector()
+            self.objective, self.linear = objective, linear and point is None
+            if self.linear:
                 self.objective = shifted(objective, self.slope, self.start)
-            self.tao: PETSc.TAO | None = None
-            self.context: Solver | None = None
-            if name is not None:
-                self._create(name)
+            self.wake()
+
+    def _vector(self) -> PETSc.Vec:
+        made: PETSc.Vec = self.own(self.loss.layout.vector())
+        return made
+
+    @cached_property
+    def slope(self) -> PETSc.Vec:
+        """The vector of the linear term."""
+        return self._vector()
+
+    @cached_property
+    def start(self) -> PETSc.Vec:
+        """Where the phase began that :meth:`enter` began."""
+        return self._vector()
+
+    @cached_property
+    def step(self) -> PETSc.Vec:
+        """A displacement."""
+        return self._vector()
+
+    @cached_property
+    def trial(self) -> PETSc.Vec:
+        """A point that is tried."""
+        return self._vector()
+
+    @cached_property
+    def trial_g(self) -> PETSc.Vec:
+        """The gradient there."""
+        return self._vector()
+
+    def wake(self) -> None:
+        """Make the solver, if it is not there. Collective."""
+        if self.tao is None and self.name is not None:
+            with preset(**self.options):
+                self._create(self.name)
+
+    def rest(self) -> None:
+        """Destroy the solver, and with it what it has learnt, until it is needed again. Collective."""
+        if self.tao is not None:
+            self.release(self.tao)
+            self.tao = self.context = None
+            self.begun = False
 
     def _create(self, name: str) -> None:
         tao = self.own(PETSc.TAO().create(self.objective.comm))
@@ -98,24 +142,15 @@ class LevelSolver(Owner):
                     f"option -{self.prefix}tao_type must be one of {', '.join(PETSC_TYPES)}, or python with "
                     f"-{self.prefix}tao_python_type; got '{tao.getType()}'"
                 )
-            self.context = tao.getPythonContext() if tao.getType() == "python" else None
-            if self.context is not None:
-                self.prepare(self.context)
             tao.setUp()
-        self.tao = tao
+        self.tao, self.context = tao, tao.getPythonContext() if tao.getType() == "python" else None
+        inside = self.context.inner_types if self.context is not None else frozenset()
+        self.types = frozenset((tao.getType(),)) | inside
 
     @property
     def trust_region(self) -> TrustRegion | None:
         """The solver, if it is a trust-region method."""
         return self.context if isinstance(self.context, TrustRegion) else None
-
-    @property
-    def types(self) -> frozenset[str]:
-        """TAO type of the solver, and those of the solvers inside it."""
-        if self.tao is None:
-            return frozenset()
-        inside = self.context.inner_types if self.context is not None else frozenset()
-        return frozenset((self.tao.getType(),)) | inside
 
     @property
     def radius(self) -> float | None:
@@ -140,8 +175,9 @@ class LevelSolver(Owner):
 
         It takes an evaluation of the level's loss. None: the objective is the loss itself.
         """
-        self.slope.set(0.0)
-        self.x.copy(self.start)
+        if self.linear:
+            self.slope.set(0.0)
+            self.x.copy(self.start)
         self.evaluate()
         if gradient is not None:
             self.slope.waxpy(-1.0, self.g, gradient)
@@ -180,8 +216,9 @@ class LevelSolver(Owner):
         What does not keep to the room by itself, as trust regions do, is shortened and evaluated there. ``blind``: loss
         and gradient where it ends are not asked for, and AdaGrad does not compute them.
         """
-        if steps < 1 or self.tao is None:
+        if steps < 1 or self.name is None:
             return False
+        self.wake()
         if blind and isinstance(self.context, AdaGrad):
             return self._blindly(self.context, steps)
         confined = room < math.inf and norm is not None and self.trust_region is None
@@ -192,15 +229,34 @@ class LevelSolver(Owner):
             self._shorten(room, norm)
         return going
 
-    def _with_ours(self, steps: int, room: float, confined: bool, norm: Callable[[PETSc.Vec], float] | None) -> bool:
+    def leap(self) -> bool:
+        """Move the level by one iteration, without an evaluation where it ends if it can. Collective.
+
+        False if it cannot go on. The loss and the gradient are to be evaluated behind it, on other samples.
+        """
         context = self.context
-        assert context is not None
+        if not isinstance(context, Stepper) or context.searches:
+            return self.proceed(1)
+        self._hand_over(context)
+        self.begun = self.moved = True
+        context.step(self.x)
+        return True
+
+    def _hand_over(self, context: Solver) -> bool:
+        """Tell the solver the loss and the gradient where the level stands; whether it goes on with what it knows."""
         context.f = self.f
         self.g.copy(context.g)
         self.g.copy(context.vectors["accepted_g"])
         again = self.begun and self.remembers
         if not again:
+            context.iteration = 0
             context.begin()
+        return again
+
+    def _with_ours(self, steps: int, room: float, confined: bool, norm: Callable[[PETSc.Vec], float] | None) -> bool:
+        context = self.context
+        assert context is not None
+        again = self._hand_over(context)
         if isinstance(context, TrustRegion):
             if not again and self.first_radius is not None:
                 context.radius.renew(self.f, self.first_radius / context.radius.value)
@@ -261,8 +317,7 @@ class LevelSolver(Owner):
                 raise
             self.step.copy(self.x)  # one of its trials was not finite
         self.evaluate()
-        self.release(self.tao)  # PETSc's lmvm, for one, remembers scales from solve to solve
-        self._create(self.name)
+        self.rest()  # PETSc's lmvm, for one, remembers scales from solve to solve
         return self.f < before
 
     def state(self) -> dict[str, Any]:
@@ -272,6 +327,7 @@ class LevelSolver(Owner):
         return {
             "solver": type(self.context).__name__,
             "moved": self.moved,
+            "iteration": self.context.iteration,
             "vectors": {name: self.context.vectors[name] for name in self.context.saved},
             "inner": self.context.inner_state(),
         }
@@ -286,6 +342,7 @@ class LevelSolver(Owner):
         """
         if not state:
             return
+        self.wake()
         context = self.context
         if context is None or type(context).__name__ != state["solver"]:
             raise InputError(
@@ -298,4 +355,5 @@ class LevelSolver(Owner):
             vec.copy(context.vectors[key])
             vec.destroy()
         context.take_state(inner)
+        context.iteration = state["iteration"]
         self.begun, self.moved = True, state["moved"]

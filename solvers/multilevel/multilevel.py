@@ -11,7 +11,6 @@ from petsc4py import PETSc
 
 from ddml.hierarchy.hierarchy import Hierarchy
 from ddml.objectives.objective import Objective
-from ddml.options import preset
 from ddml.parallel import agreed
 from solvers.base import Solver
 from solvers.line_search import SearchResult
@@ -35,6 +34,7 @@ class Multilevel(Solver):
     """
 
     failure = PETSc.TAO.ConvergedReason.DIVERGED_TR_REDUCTION
+    corrects: ClassVar[bool] = True  # whether levels correct finer ones
     inheriting: ClassVar[str] = "tr"  # solvers of levels that take over these options
     inherited: ClassVar[Sequence[str]] = ()
 
@@ -50,10 +50,11 @@ class Multilevel(Solver):
         for number, level in enumerate(self.hierarchy.levels):
             point = tao.getSolution() if number == last else None
             name, prefix = self.solver_of(number)
-            with preset(**self.presets(number, name, prefix)):
-                self.levels.append(
-                    self.own(LevelSolver(level.objective, name, prefix, point, self.keeps_memory(number)))
-                )
+            given = self.presets(number, name, prefix)
+            made = LevelSolver(level.objective, name, prefix, point, self.keeps_memory(number), given, self.corrects)
+            self.levels.append(self.own(made))
+            if not self.corrects:  # the solver has been seen to be possible: one at a time will do
+                made.rest()
         self.spent, self.followed = [0.0] * len(self.levels), self.objective.version
         self.cycle = self.own(self.make_cycle())
 
@@ -111,11 +112,14 @@ class Multilevel(Solver):
     def iterate(self, x: PETSc.Vec) -> SearchResult:
         """See :meth:`solvers.base.Solver.iterate`: one cycle."""
         self.follow()
-        before = self.objective.work.total
         result = self.advance(x)
-        self.spent[-1] += self.objective.work.total - before
         self._charge()
         return result
+
+    def begin(self) -> None:
+        """See :meth:`solvers.base.Solver.begin`."""
+        self.spent = [0.0] * len(self.levels)
+        self._charge()
 
     def follow(self) -> None:
         """Give the coarse levels the samples that the objective has now. Collective."""
@@ -154,6 +158,7 @@ class Multilevel(Solver):
             self.objective.work.losses += work.losses
             self.objective.work.products += work.products
             work.reset()
+        self.spent[-1] = self.objective.work.total - sum(self.spent[:-1])
 
     def inner_state(self) -> dict[str, Any]:
         """See :meth:`solvers.base.Solver.inner_state`."""

@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 from petsc4py import PETSc
 
 from ddml.options import Option
-from solvers.base import Solver
+from solvers.base import Stepper
 from solvers.line_search import SearchResult
 
 ARMIJO, TRIALS = 1e-4, 30  # the constant of the authors' configuration file for MLVR; the trials are our choice
 
 
-class GradientDescent(Solver):
+class GradientDescent(Stepper):
     r"""theta - alpha g.
 
     alpha is ``rate``; with ``line_search`` twice the last one is tried first, from ``rate`` on, and halved until the
@@ -30,27 +30,36 @@ class GradientDescent(Solver):
 
     def begin(self) -> None:
         """See :meth:`solvers.base.Solver.begin`."""
-        self.step = self.settings.rate / (2 if self.settings.line_search else 1)
+        self.length = self.settings.rate / (2 if self.settings.line_search else 1)
 
     def inner_state(self) -> dict[str, Any]:
         """See :meth:`solvers.base.Solver.inner_state`."""
-        return {"step": float(self.step)}
+        return {"step": float(self.length)}
 
     def take_state(self, state: dict[str, Any]) -> None:
         """See :meth:`solvers.base.Solver.take_state`."""
-        self.step = state["step"]
+        self.length = state["step"]
+
+    @property
+    def searches(self) -> bool:
+        """See :attr:`solvers.base.Stepper.searches`."""
+        return bool(self.settings.line_search)
+
+    def step(self, x: PETSc.Vec) -> None:
+        """See :meth:`solvers.base.Stepper.step`."""
+        x.axpy(-self.length, self.g)
 
     def iterate(self, x: PETSc.Vec) -> SearchResult:
         """See :meth:`solvers.base.Solver.iterate`."""
         trial, trial_g = self.vectors["trial"], self.vectors["trial_g"]
-        searches, square = self.settings.line_search, float(self.g.dot(self.g))
-        step = 2 * self.step if searches else self.step
+        searches, square = self.searches, float(self.g.dot(self.g))
+        step = 2 * self.length if searches else self.length
         for _ in range(TRIALS if searches else 1):
             trial.waxpy(-step, self.g, x)
             value = self.objective.value_gradient(trial, trial_g)
             finite = math.isfinite(value) and math.isfinite(trial_g.norm())
             if finite and (not searches or value < self.f - ARMIJO * step * square):
-                self.step = step
+                self.length = step
                 trial.copy(x)
                 trial_g.copy(self.g)
                 return SearchResult(value, step, True)

@@ -144,6 +144,13 @@ class InverseHessian(Owner, ABC):
         self.matrix.load(state["matrix"])
         state["matrix"].destroy()
 
+    def enlarged(self, state: dict[str, Any], places: NDArray[np.int64]) -> dict[str, Any]:
+        """A :meth:`state` of fewer parameters, which come to these places, increasing, as one of ours. Collective.
+
+        H is the identity on the others. The caller destroys the new vectors.
+        """
+        return {**state, "matrix": self.matrix.enlarged(state["matrix"], places)}
+
 
 class Symmetric(InverseHessian):
     """H as its lower triangle, n^2 / 2P numbers on each of P ranks.
@@ -310,6 +317,17 @@ class Factored(InverseHessian):
         columns = redistributed(self.matrix.comm, state["rows"], *edges).reshape(-1, 3).T
         self.image, self.plane = columns[0].copy(), columns[1:].copy()
         state["rows"].destroy()
+
+    def enlarged(self, state: dict[str, Any], places: NDArray[np.int64]) -> dict[str, Any]:
+        """See :meth:`InverseHessian.enlarged`; what the image of the gradient is has to be computed anew."""
+        comm, rows = self.matrix.comm, self.matrix.rows
+        first, last = (int(edge) for edge in np.searchsorted(places, [rows.start, rows.stop]))
+        columns = np.zeros((len(rows), 3))
+        columns[places[first:last] - rows.start] = redistributed(comm, state["rows"], 3 * first, 3 * last).reshape(
+            -1, 3
+        )
+        vec = PETSc.Vec().createWithArray(columns.ravel(), (columns.size, PETSc.DETERMINE), comm=comm)
+        return {**super().enlarged(state, places), "rows": vec}
 
 
 def _combination(weights: NDArray[np.float64], vectors: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from petsc4py import PETSc
 
 from ddml.options import Option
@@ -112,6 +113,18 @@ class SelfScaled(Solver):
         if self.settings.matrix_form == "factored":
             self.vectors["accepted_g"].copy(self.g)
             self._factor()
+
+    def enlarged(self, state: dict[str, Any], places: NDArray[np.int64]) -> dict[str, Any]:
+        """An :meth:`inner_state` of fewer parameters, which come to these places, increasing, as one of ours.
+
+        Collective. H is the identity on the others; :meth:`resume` is to follow. The caller destroys the new vectors.
+        """
+        if state["matrix"] is None:
+            return state
+        other = self._made(state["form"], state["dtype"])
+        found = other.enlarged(state, places)
+        self.release(other)
+        return found
 
     def renew(self, x: PETSc.Vec) -> None:
         """See :meth:`solvers.base.Solver.renew`; H stays."""

@@ -149,7 +149,7 @@ class TrustRegion(Solver):
         InputError
             If the loss has no modular norm, or no residuals for Gauss-Newton products.
         """
-        self.spares_memory = self._may_spare(tao.getAppCtx())
+        self.spares_memory = _may_spare(self, tao.getAppCtx())
         if self.spares_memory:
             self.work_vectors, self.saved = ("s",), ()
         super().prepare(tao)
@@ -163,13 +163,6 @@ class TrustRegion(Solver):
             self.frugal = self.own(Frugal(objective, self.model, self.g, self.vectors["s"], self.model.m))
         self.budget = math.inf  # how far a local solve may go from where it begins
         self.point = tao.getSolution()
-
-    def _may_spare(self, objective: Objective) -> bool:
-        """Whether to work as :class:`solvers.trust_region.frugal.Frugal` does."""
-        loss = objective.loss
-        alone = not (self.moves_within or isinstance(objective, RestrictedObjective) or objective.linear)
-        first = self.settings.model == "first" and self.norm_name == "modular"
-        return alone and first and loss.dtype == torch.float32 and loss.large
 
     def shared_vectors(self) -> Mapping[str, str]:
         """See :meth:`solvers.base.Solver.shared_vectors`."""
@@ -362,3 +355,11 @@ class TrustRegion(Solver):
         hidden = slope**2 <= 2 * STEEP * e
         reasons = PETSc.TAO.ConvergedReason
         return int(reasons.CONVERGED_STEPTOL if hidden else reasons.DIVERGED_TR_REDUCTION)
+
+
+def _may_spare(solver: TrustRegion, objective: Objective) -> bool:
+    """Whether it may work as :class:`solvers.trust_region.frugal.Frugal` does."""
+    loss = objective.loss
+    alone = not (solver.moves_within or isinstance(objective, RestrictedObjective) or objective.linear)
+    first = solver.settings.model == "first" and solver.norm_name == "modular"
+    return alone and first and loss.dtype == torch.float32 and loss.large

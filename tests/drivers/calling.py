@@ -14,10 +14,11 @@ from ddml.errors import InputError
 
 sys.path.insert(0, str(ROOT / "drivers"))
 import classify
+import logistic
 import pinn
 import plot
 
-MAIN = {"pinn": pinn.main, "classify": classify.main, "plot": plot.main}
+MAIN = {"pinn": pinn.main, "classify": classify.main, "logistic": logistic.main, "plot": plot.main}
 
 
 @contextmanager

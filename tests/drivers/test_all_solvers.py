@@ -14,6 +14,7 @@ from solvers import PETSC_TYPES, SOLVERS
 
 DIGITS = "-data digits -samples 60 -widths 6,5 -progress none"
 EQUATION = "-problem klein_gordon -width 6 -depth 2 -points 60 -error_points 16 -test_points 0 -progress none"
+DEEP = {"digits": "-network euler -blocks 4 -width 5", "klein_gordon": "-network residual -depth 4"}
 DRIVERS = {"digits": ("classify", DIGITS), "klein_gordon": ("pinn", EQUATION)}
 TYPES = [f"-solver {name}" for name in (*SOLVERS, *PETSC_TYPES)] + [f"-tao_type {name}" for name in PETSC_TYPES]
 REFUSED = {
@@ -38,6 +39,10 @@ def test_it_runs(
     if solver in ("tr", "apts_weights", "apts_data", "napts") and name == "klein_gordon":
         assert drive(name, f"{options} -norm 2 -max_it 3") == 0
         capfd.readouterr()
+    if solver in SOLVERS and SOLVERS[solver].levels_of == "depth":
+        with pytest.raises(InputError, match="a plain MLP has no depth hierarchy"):
+            drive(name, f"{options} -max_it 3")
+        options += f" {DEEP[name]}"
     if (name, solver) in REFUSED:
         with pytest.raises(InputError, match=REFUSED[name, solver]):
             drive(name, f"{options} -max_it 3")

@@ -98,3 +98,13 @@ def test_a_case_of_levels_that_is_none_is_refused() -> None:
         capture_output=True, text=True, timeout=60, check=False, env=clean,
     )  # fmt: skip
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "a case has the option 'nothing'" in done.stderr
+
+
+def test_prices_of_logistic_models_stand_beside_what_is_charged() -> None:
+    rows = bench("-only", "prices", "-logistic_data", "digits:4:9,digits:0:1", "-repeats", "1")
+    assert [row[0] for row in rows[1:3]] == [row[0] for row in rows[4:]] == ["digits:4:9", "digits:0:1"]
+    assert rows[1][1:3] == ["287 x 64", "51%"]
+    for row in rows[1:3]:
+        assert all(float(cell) > 0 for cell in row[3:])
+        assert float(row[8]) == 0.5
+    assert all(cell.count(" + ") == 1 for row in rows[4:] for cell in row[1:])

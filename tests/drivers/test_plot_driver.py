@@ -4,8 +4,10 @@ import shutil
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
+import pytest
 from calling import call, refusal
-from launch import launch
+from launch import content, launch
 
 
 def test_convergence_and_maps(good: Path, tmp_path: Path) -> None:
@@ -45,3 +47,16 @@ def test_bad_input_is_named_in_one_line(good: Path, tmp_path: Path) -> None:
     ):
         assert expected in refusal("plot", *options)
     assert [p.name for p in tmp_path.iterdir()] == ["text.h5"]
+
+
+def test_work_of_levels(tmp_path: Path) -> None:
+    run, figure = tmp_path / "run.h5", tmp_path / "figure.png"
+    digits = ("-data", "digits", "-samples", 60, "-network", "euler", "-blocks", 4, "-width", 5, "-batch_size", 0)
+    levels = ("-solver", "rmtr", "-cascade_work", 1)
+    assert call("classify", *digits, *levels, "-max_it", 5, "-output", run, "-progress", "none") == 0
+    history = content(run).history
+    found = [history[f"work_level_{number}"] for number in range(3)]
+    assert "work_level_3" not in history and sum(found) == pytest.approx(history["work"])
+    assert all((np.diff(column) >= 0).all() and column[-1] > 0 for column in found)
+    assert call("plot", run, "-o", figure) == 0
+    assert plt.imread(tmp_path / "figure.levels.png")[..., :3].std() > 0.05

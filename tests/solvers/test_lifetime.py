@@ -56,7 +56,7 @@ def test_an_owner_destroys_the_last_first_and_each_once() -> None:
 
 
 def burgers() -> PDELoss:
-    network = TanhNetwork(2, 5, 3, 1).double()
+    network = TanhNetwork(2, 5, 4, 1, residual=True).double()
     network.reset_parameters(torch.Generator().manual_seed(0))
     return PDELoss(Burgers(), network, 30)
 
@@ -161,6 +161,7 @@ def test_a_refused_state_stays_the_callers(train: Any, copied: Any) -> None:
 BASE = {"iteration", "f", "outdated", "vectors"}
 PAIRS, DENSE = {"pair_pending", "pairs"}, {"fresh", "trial", "wear", "quotients", "form", "dtype", "matrix", "pending"}
 RADIUS = {"radius", "model", "model_state", "norm", "norm_state"}
+LEVELS = {"sizes", "levels", "cycle", "spent"}
 KEYS = {
     "lbfgs": PAIRS,
     "aspqn": PAIRS | {"local"},
@@ -174,6 +175,12 @@ KEYS = {
     "apts_weights": RADIUS,
     "apts_data": RADIUS,
     "napts": RADIUS | {"coarse"},
+    "gradient": {"step"},
+    "adagrad": set(),
+    "asadagrad": {"local"},
+    **dict.fromkeys(("rmtr", "mgopt", "cascade"), LEVELS | {"phase", "entered", "phase_began", "stuck", "x", "g"}),
+    "mladagrad": LEVELS | {"phase", "entered", "phase_began"},
+    **dict.fromkeys(("mlvr", "ssn", "svrg", "sarah"), LEVELS | {"refusals"}),
     "gauss_newton": {"damping", "growth", "limit", "kind", "preconditioner"},
 }
 
@@ -186,6 +193,6 @@ def test_states_keep_their_keys(train: Any, name: str) -> None:
     assert found[-1].keys() == BASE | KEYS[name]
     for local in found[-1].get("local", ()):
         assert local.keys() == {"solver", "size", "memory"}
-        inner = {"LBFGS": PAIRS, "SSBroyden": DENSE}[local["solver"]]
+        inner = {"LBFGS": PAIRS, "SSBroyden": DENSE, "AdaGrad": set()}[local["solver"]]
         assert local["memory"].keys() == {"vectors"} | inner
     assert set(found[-1]["vectors"]) == {"accepted_g", *SOLVERS[name].saved}

@@ -106,7 +106,9 @@ def test_it_comes_to_the_minimiser(train: Train, settings: dict[str, Any]) -> No
     assert (np.diff(run.losses) <= 1e-15).all()
 
 
-def test_runs_are_the_same_on_any_number_of_ranks_and_restart_exactly(train: Train, comm: MPI.Comm) -> None:
+def test_runs_are_the_same_on_any_number_of_ranks_and_restart_exactly(
+    train: Train, copied: Any, comm: MPI.Comm
+) -> None:
     settings = {"levels": 3, "coarsening": 4, "smoother": "lbfgs"}
     alone = train(loss(), "mlvr", 6, MPI.COMM_SELF, blocks=8, **settings)
     run = train(loss(), "mlvr", 6, blocks=8, **settings)
@@ -120,15 +122,6 @@ def test_runs_are_the_same_on_any_number_of_ranks_and_restart_exactly(train: Tra
     train(loss(), "mlvr", 3, blocks=8, watch=keep, **settings)
     again = train(loss(), "mlvr", 6, blocks=8, start=run.theta[3], state=states[0], **settings)
     assert (again.theta[-1] == run.theta[-1]).all()
-
-
-def copied(value: Any) -> Any:
-    """A state with copies of its vectors."""
-    if isinstance(value, PETSc.Vec):
-        return value.copy()
-    if isinstance(value, dict):
-        return {key: copied(child) for key, child in value.items()}
-    return [copied(child) for child in value] if isinstance(value, list) else value
 
 
 def test_work_is_that_of_the_samples(train: Train) -> None:

@@ -55,10 +55,13 @@ def test_public_names_are_what_they_say() -> None:
 @pytest.mark.parametrize("name", [*SOLVERS, *PETSC_TYPES])
 def test_classes_say_what_they_are(name: str) -> None:
     kind = solver_class(name)
-    of = {**dict.fromkeys(("aspqn", "mspqn", "mspqn_dense", "apts_weights", "napts"), "parameters"),
-          "apts_data": "samples"}  # fmt: skip
+    by_parameters = ("aspqn", "mspqn", "mspqn_dense", "apts_weights", "napts", "asadagrad")
+    of = {**dict.fromkeys(by_parameters, "parameters"), "apts_data": "samples"}
     assert kind.subdomains_of == of.get(name, "")
-    assert kind.judges_batches == (name in ("tr", "astrom", "apts_weights", "apts_data", "napts"))
+    depth, samples = ("rmtr", "mgopt", "cascade", "mladagrad"), ("mlvr", "ssn", "svrg", "sarah")
+    assert kind.levels_of == {**dict.fromkeys(depth, "depth"), **dict.fromkeys(samples, "samples")}.get(name, "")
+    judges = ("tr", "astrom", "apts_weights", "apts_data", "napts", "rmtr", "mgopt", "cascade")
+    assert kind.judges_batches == (name in judges)
     moves = {"ssbroyden": 250, "ssbfgs": 250, "gauss_newton": 5, "mspqn_dense": 1}
     assert kind.moves_points == moves.get(name, 0)
     assert kind.measures_error == (10 if name in ("ssbroyden", "ssbfgs") else 1)

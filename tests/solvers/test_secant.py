@@ -6,8 +6,10 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 from ddml.layout import ParameterLayout
+from ddml.options import preset
 from ddml.parameters import parameter_table
 from solvers.quasi_newton.secant import SecantMemory
+from solvers.trust_region.secant_model import SecantModel
 
 
 def vector(comm: MPI.Comm, values: np.ndarray) -> PETSc.Vec:
@@ -119,3 +121,41 @@ def test_a_restored_memory_goes_on_to_the_last_bit(comm: MPI.Comm, count: int) -
             memory.apply(g, products[-1])
             memory.update(s, y)
         assert products[0].array_r.tobytes() == products[1].array_r.tobytes()
+
+
+def test_it_is_the_matrix_of_petsc(comm: MPI.Comm) -> None:
+    """PETSc's MATLMVMSR1, with gamma I as its J0 and the same differences of iterates, has the same products."""
+    layout = ParameterLayout(parameter_table([("a", (7, 5)), ("b", (4,))]), comm)
+    rng = np.random.default_rng(1)
+    hessian = rng.standard_normal((39, 39))
+    hessian += hessian.T
+    begin, end = layout.ranges[comm.rank], layout.ranges[comm.rank + 1]
+    x, f, s, y, product, expected = (layout.vector() for _ in range(6))
+    model = SecantModel(6, "sr1", layout)
+    pairs = []
+    for _ in range(6):
+        step = rng.standard_normal(39)
+        pairs.append((step, hessian @ step))
+        s.array[:], y.array[:] = (values[begin:end] for values in pairs[-1])
+        assert model.update(s, y)
+    found = PETSc.Mat().create(comm)
+    found.setSizes(((end - begin, 39), (end - begin, 39)))
+    found.setType(PETSc.Mat.Type.LMVMSR1)
+    with preset(mat_lmvm_num_vecs=6, mat_lmvm_hist_size=6):
+        found.setFromOptions()
+    found.allocateLMVM(x, f)
+    start = PETSc.Mat().createConstantDiagonal(((end - begin, 39), (end - begin, 39)), model.gamma, comm=comm)
+    found.setLMVMJ0(start)
+    found.updateLMVM(x, f)
+    for step, change in pairs:
+        x.array[:] += step[begin:end]
+        f.array[:] += change[begin:end]
+        found.updateLMVM(x, f)
+    for _ in range(3):
+        s.array[:] = rng.standard_normal(39)[begin:end]
+        found.mult(s, expected)
+        model.matrix().multiply(s, product)
+        product.axpy(-1.0, expected)
+        assert product.norm() <= 1e-10 * expected.norm()
+    for thing in (x, f, s, y, product, expected, start, found, model):
+        thing.destroy()

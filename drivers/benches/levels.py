@@ -37,7 +37,10 @@ LEVELS: dict[str, Mapping[str, Any]] = {
     "rmtr, refinement 16": {"solver": "rmtr", "levels": 2, "refinement": 16},
     "rmtr, no cascade, 3 levels": {"solver": "rmtr", "cascade": False, "levels": 3},
     "rmtr, no cascade, shared radius, 3 levels": {
-        **{"solver": "rmtr", "cascade": False, "levels": 3, "correction_radius": "shared"},
+        "solver": "rmtr",
+        "cascade": False,
+        "levels": 3,
+        "correction_radius": "shared",
     },
     "mgopt": {"solver": "mgopt"},
     "cascade L-BFGS": {"solver": "cascade"},

@@ -55,8 +55,8 @@ OPTIONS = (
            "for -classifiers."),
     Option("classifiers", "digits:mlp:240", "Data, network, batch size and, if not all, samples in that section, as in "
            "mnist.h5:mlp:10000,cifar10.h5:cnn:1000:10000; batch size 0 is all samples."),
-    Option("levels_cases", "digits:euler:0", "Of the section levels, as for -classifiers, with further options behind, "
-           "as in digits:euler:0:blocks=64:width=8:levels=3."),
+    Option("levels_cases", "digits:euler:0", "Of the section levels, as for -classifiers; further options follow, as "
+           "in digits:euler:0:blocks=64:width=8:levels=3."),
     Option("levels_methods", "", "Words; methods whose names have one of them are in that section."),
     Option("methods", "tr,apts,torch", "Words; methods whose names have one of them are in that section."),
     Option("marks", "10,30,60,120", "Work units where these sections measure."),

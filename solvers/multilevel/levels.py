@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from typing import Any
 
 from petsc4py import PETSc
 
 from ddml.errors import InputError
 from ddml.layout import ONE_BY_ONE
-from ddml.objectives.composed import shifted
 from ddml.objectives.objective import Objective
 from ddml.options import preset
 from ddml.plugins import blamed
 from ddml.states import narrowed
 from solvers.base import Solver, Stepper
-from solvers.owner import Owner
 from solvers.registry import PETSC_TYPES, SOLVERS, configure
 from solvers.trust_region.adagrad import AdaGrad
 from solvers.trust_region.trust_region import TrustRegion
+
+from .points import LevelPoint
 
 NOT_FINITE = 83  # PETSC_ERR_USER: how PETSc's methods end where a loss is not finite
 ROUNDING = 1e-10  # relative excess over a budget that counts as rounding (our choice)
 
 
-class LevelSolver(Owner):
+class LevelSolver(LevelPoint):
     """One level: its objective, where it stands, and any solver that moves it from there by some iterations.
 
     A solver of ours keeps what it has learnt of curvature from one call to the next; one of PETSc's begins afresh, and
@@ -51,10 +50,6 @@ class LevelSolver(Owner):
 
     Attributes
     ----------
-    x, g : PETSc.Vec
-        Where the level stands, and the gradient there.
-    f : float
-        The objective there.
     types : frozenset of str
         TAO type of the solver, and those of the solvers inside it.
     """
@@ -69,50 +64,16 @@ class LevelSolver(Owner):
         options: Mapping[str, Any] | None = None,
         linear: bool = True,
     ) -> None:
-        self.loss, self.name, self.prefix, self.remembers = objective, name, prefix, remembers
+        self.name, self.prefix, self.remembers = name, prefix, remembers
         self.options = dict(options or {})
-        self.f = self.start_f = math.nan
-        self.begun = self.moved = False
         self.first_radius: float | None = None
+        self.begun = False
         self.types: frozenset[str] = frozenset()
         self.tao: PETSc.TAO | None = None
         self.context: Solver | None = None
         with self.building():
-            self.x = self._vector() if point is None else point
-            self.g = self._vector()
-            self.objective, self.linear = objective, linear and point is None
-            if self.linear:
-                self.objective = shifted(objective, self.slope, self.start)
+            self.stand(objective, point, linear)
             self.wake()
-
-    def _vector(self) -> PETSc.Vec:
-        made: PETSc.Vec = self.own(self.loss.layout.vector())
-        return made
-
-    @cached_property
-    def slope(self) -> PETSc.Vec:
-        """The vector of the linear term."""
-        return self._vector()
-
-    @cached_property
-    def start(self) -> PETSc.Vec:
-        """Where the phase began that :meth:`enter` began."""
-        return self._vector()
-
-    @cached_property
-    def step(self) -> PETSc.Vec:
-        """A displacement."""
-        return self._vector()
-
-    @cached_property
-    def trial(self) -> PETSc.Vec:
-        """A point that is tried."""
-        return self._vector()
-
-    @cached_property
-    def trial_g(self) -> PETSc.Vec:
-        """The gradient there."""
-        return self._vector()
 
     def wake(self) -> None:
         """Make the solver, if it is not there. Collective."""
@@ -165,35 +126,6 @@ class LevelSolver(Owner):
         mine, other = self.trust_region, finer.trust_region
         if mine is not None and other is not None and not self.begun and mine.norm_name == other.norm_name:
             self.first_radius = finer.radius
-
-    def evaluate(self) -> None:
-        """Loss and gradient where the level stands. Collective."""
-        self.f = self.objective.value_gradient(self.x, self.g)
-
-    def enter(self, gradient: PETSc.Vec | None) -> None:
-        """Begin a phase where the level stands: from now on its objective has this gradient there. Collective.
-
-        It takes an evaluation of the level's loss. None: the objective is the loss itself.
-        """
-        if self.linear:
-            self.slope.set(0.0)
-            self.x.copy(self.start)
-        self.evaluate()
-        if gradient is not None:
-            self.slope.waxpy(-1.0, self.g, gradient)
-            gradient.copy(self.g)
-        self.start_f, self.moved = self.f, True
-
-    def travelled(self, norm: Callable[[PETSc.Vec], float]) -> float:
-        """How far the level has moved in this phase; the displacement is written to ``step``. Collective."""
-        self.step.waxpy(-1.0, self.start, self.x)
-        return norm(self.step)
-
-    def move(self, f: float) -> None:
-        """Go to the trial point, whose loss and gradient are known."""
-        self.trial.copy(self.x)
-        self.trial_g.copy(self.g)
-        self.f, self.moved = f, True
 
     def renew(self) -> None:
         """Loss and gradient of other samples where the level stands; its solver judges those of before. Collective."""

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCH = Path(__file__).parents[2] / "drivers" / "bench.py"
 
 
@@ -31,6 +33,7 @@ def test_the_map_has_a_row_for_every_solver_and_delay() -> None:
     assert all(float(row[-2]) > 0 for row in rows)
 
 
+@pytest.mark.long
 def test_the_map_of_classifiers() -> None:
     rows = bench("-only", "map", "-map_cases", "digits:mlp:400:800", "-seconds", "2", "-delays", "5")[1:]
     expected = [("1", "0", solver) for solver in ("tr", "napts")]

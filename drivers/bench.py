@@ -2,8 +2,8 @@
 
 Prints tables with medians and ratios; what is compared is measured side by side in the same
 process, alternately where it is short. Sections: evaluation, restricted, ranks, overhead, balance,
-rounding, solvers, preconditioners; and map, classifiers, work, prices and large, which are run only where -only names
-them.
+rounding, solvers, preconditioners; and map, classifiers, work, prices, samples and large, which are
+run only where -only names them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from benches.evaluations import balance, evaluation, ranks, ranks_worker, restri
 from benches.large import large, large_worker
 from benches.preconditioners import preconditioners
 from benches.prices import prices
+from benches.samples import samples
 from benches.synchronisations import map_worker, solver_map
 from benches.training import overhead, rounding, solvers
 from benches.work import work
@@ -41,6 +42,7 @@ ASKED = {
     "classifiers": classifiers,
     "work": work,
     "prices": prices,
+    "samples": samples,
     "large": large,
     "ranks_worker": ranks_worker,
     "map_worker": map_worker,
@@ -56,9 +58,12 @@ OPTIONS = (
            "mnist.h5:mlp:10000,cifar10.h5:cnn:1000:10000; batch size 0 is all samples."),
     Option("methods", "tr,apts,torch", "Words; methods whose names have one of them are in that section."),
     Option("marks", "10,30,60,120", "Work units where that section measures."),
-    Option("seeds", "0", "Seeds of the map and of the classifiers: medians are printed."),
-    Option("logistic_data", "digits:4:9,wide", "Data of the section prices, named as for logistic.py, with classes "
-           "behind them, as in a9a.gz,mnist.h5:4:9."),
+    Option("seeds", "0", "Seeds of the map, of the classifiers and of the nests of samples: medians are printed."),
+    Option("logistic_data", "digits:4:9,wide", "Data of the sections prices and samples, named as for logistic.py, "
+           "with classes behind them, as in a9a.gz,mnist.h5:4:9."),
+    Option("sample_tables", "counts,gaps", "Tables of the section samples."),
+    Option("sample_fractions", "0.01:0.075,0.1:0.1,0.25:0.5,0.5:0.75", "Parts of the samples in them, each with the "
+           "rate of sub-sampled Newton there (those of the slides)."),
     Option("large_data", "", "Data file of the section large (default: random numbers)."),
     Option("large_widths", "2048,2048,2048", "Hidden layers of its network."),
     Option("large_batch", 1000, "Samples of its batches.", minimum=1),
@@ -75,8 +80,8 @@ def main(comm: MPI.Comm) -> int:
     for name in settings.only.split(","):
         if name not in {**SECTIONS, **ASKED}:
             raise InputError(
-                f"option -only must name some of {', '.join(SECTIONS)}, map, classifiers, work, prices, large; got "
-                f"'{name}'"
+                f"option -only must name some of {', '.join(SECTIONS)}, map, classifiers, work, prices, samples, "
+                f"large; got '{name}'"
             )
         {**SECTIONS, **ASKED}[name](settings)
     return 0

@@ -132,6 +132,17 @@ class LevelSolver(Owner):
             gradient.copy(self.g)
         self.start_f, self.moved = self.f, True
 
+    @property
+    def leaps(self) -> bool:
+        """Whether the solver can make a step without an evaluation where it ends."""
+        return isinstance(self.context, Stepper) and not self.context.searches
+
+    def enter_unseen(self, gradient: PETSc.Vec) -> None:
+        """Begin a phase of one :meth:`leap`, as :meth:`enter` but without an evaluation. Collective."""
+        self.x.copy(self.start)
+        gradient.copy(self.g)
+        self.f = self.start_f = math.nan
+
     def travelled(self, norm: Callable[[PETSc.Vec], float]) -> float:
         """How far the level has moved in this phase; the displacement is written to ``step``. Collective."""
         self.step.waxpy(-1.0, self.start, self.x)
@@ -173,7 +184,7 @@ class LevelSolver(Owner):
         False if it cannot go on. The loss and the gradient are to be evaluated behind it, on other samples.
         """
         context = self.context
-        if not isinstance(context, Stepper) or context.searches:
+        if not (self.leaps and isinstance(context, Stepper)):
             return self.proceed(1)
         self._hand_over(context)
         self.begun = self.moved = True

@@ -125,12 +125,13 @@ def test_runs_are_the_same_on_any_number_of_ranks_and_restart_exactly(
 
 
 def test_work_is_that_of_the_samples(train: Train) -> None:
-    """A Newton step of two products on a tenth: the coarse gradient, two products, the gradient behind, the whole."""
+    """A Newton step of two products on a tenth, and the whole gradient; with a search the coarse ones before, behind."""
     run = train(loss(), "ssn", 3, coarse_newton_ksp_max_it=2)
     made = loss()
     product = made.charges.hessian()
-    each = 0.1 * (1 + 2 * product + 1) + 1
-    assert np.diff(run.total) == pytest.approx(each)
+    assert np.diff(run.total) == pytest.approx(0.1 * 2 * product + 1)
+    searched = train(loss(), "ssn", 3, coarse_newton_ksp_max_it=2, coarse_line_search=True)
+    assert np.diff(searched.total) == pytest.approx(0.1 * (1 + 2 * product + 1) + 1)
     assert run.total == pytest.approx(run.critical)
 
 

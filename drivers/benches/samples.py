@@ -26,9 +26,10 @@ from .prices import loss_of
 
 PENALTY, NORM = 1e-3, 1e-5
 GAPS = (1e-2, 1e-4, 1e-6, 1e-8)
-# our choices: samples and seconds are no matter above these; work units at which rates are compared
-MOST_WORK, MOST_DRAWN, TUNED_AT, HELD_OUT = 400.0, 120.0, 30.0, 100
-RATES = (0.2, 0.8, 3.2, 8.0, 16.0, 32.0)  # over L
+# our choices: units at which runs are given up, those on samples drawn anew for each step earlier; units at which their
+# rates are compared, and on which seed
+MOST_WORK, MOST_DRAWN, TUNED_AT, HELD_OUT = 400.0, 60.0, 15.0, 100
+RATES = (0.8, 3.2, 8.0, 16.0)  # over L
 TABLES = ("counts", "gaps")
 
 
@@ -179,7 +180,7 @@ def counts(data: LogisticLoss, label: str, nests: Sequence[int], shares: Sequenc
             f"charged {charge:.2f}, W counts it as 2; medians of nests {', '.join(map(str, nests))}\n"
         )
         row(["", *(m.name for m in methods)])
-        row(["---"] * (len(methods) + 1))
+        row(["-"] * (len(methods) + 1))
         missed = [f"{sum(not done(p) for p in ends)}/{len(ends)}" for ends in found]
         quantities: dict[str, Callable[[Point], float]] = {
             "iterations": lambda p: p.iteration, "losses F": lambda p: p.counts.losses,
@@ -226,7 +227,7 @@ def to_gaps(data: LogisticLoss, label: str, nests: Sequence[int], shares: Sequen
     )
     gaps = [f"1e{round(math.log10(gap))}" for gap in GAPS]
     row(["", *gaps, *(f"worst to {gap}" for gap in gaps[2:]), *(f"seconds to {gap}" for gap in gaps)])
-    row(["---"] * (2 * len(GAPS) + 3))
+    row(["-"] * (2 * len(GAPS) + 3))
     reference = np.median([seconds for _, seconds in found[lbfgs.name]], axis=0)
     for name, each in found.items():
         work, seconds = (np.array([pair[i] for pair in each]) for i in range(2))
@@ -317,4 +318,4 @@ def cell(number: float) -> str:
 
 def row(cells: Sequence[str]) -> None:
     """A line of a table."""
-    print(f"| {' | '.join(cells)} |", flush=True)
+    print(f"| {' | '.join(cells)} |" if set(cells) != {"-"} else f"|{'---|' * len(cells)}", flush=True)

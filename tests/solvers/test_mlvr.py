@@ -125,7 +125,7 @@ def test_runs_are_the_same_on_any_number_of_ranks_and_restart_exactly(
 
 
 def test_work_is_that_of_the_samples(train: Train) -> None:
-    """A Newton step of two products on a tenth, and the whole gradient; with a search the coarse ones before, behind."""
+    """A Newton step of two products on a tenth, and the gradient; with a search the coarse ones before and behind."""
     run = train(loss(), "ssn", 3, coarse_newton_ksp_max_it=2)
     made = loss()
     product = made.charges.hessian()

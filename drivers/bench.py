@@ -62,6 +62,7 @@ OPTIONS = (
     Option("logistic_data", "digits:4:9,wide", "Data of the sections prices and samples, named as for logistic.py, "
            "with classes behind them, as in a9a.gz,mnist.h5:4:9."),
     Option("sample_tables", "counts,gaps", "Tables of the section samples."),
+    Option("sample_drawn", 60.0, "Work units at which they give SVRG and SARAH up.", above=0.0),
     Option("sample_fractions", "0.01:0.075,0.1:0.1,0.25:0.5,0.5:0.75", "Parts of the samples in them, each with the "
            "rate of sub-sampled Newton there (those of the slides)."),
     Option("large_data", "", "Data file of the section large (default: random numbers)."),

@@ -26,9 +26,8 @@ from .prices import loss_of
 
 PENALTY, NORM = 1e-3, 1e-5
 GAPS = (1e-2, 1e-4, 1e-6, 1e-8)
-# our choices: units at which runs are given up, those on samples drawn anew for each step earlier; units at which their
-# rates are compared, and on which seed
-MOST_WORK, MOST_DRAWN, TUNED_AT, HELD_OUT = 400.0, 60.0, 15.0, 100
+# our choices: units at which runs are given up; units at which rates of SVRG and SARAH are compared, and on which seed
+MOST_WORK, TUNED_AT, HELD_OUT = 400.0, 15.0, 100
 RATES = (0.8, 3.2, 8.0, 16.0)  # over L
 TABLES = ("counts", "gaps")
 
@@ -149,7 +148,10 @@ def samples(settings: Any) -> None:
             data = loss_of(name)
             label = ", ".join((Path(name.partition(":")[0]).name, *name.split(":")[1:]))
             label = f"{label}, {data.count} x {data.size}"
-            (counts if table == "counts" else to_gaps)(data, label, nests, shares)
+            if table == "counts":
+                counts(data, label, nests, shares)
+            else:
+                to_gaps(data, label, nests, shares, settings.sample_drawn)
 
 
 def subsampled(share: float, rate: float) -> Method:
@@ -197,8 +199,10 @@ def counts(data: LogisticLoss, label: str, nests: Sequence[int], shares: Sequenc
         row(["not reached", *missed])
 
 
-def to_gaps(data: LogisticLoss, label: str, nests: Sequence[int], shares: Sequence[tuple[float, ...]]) -> None:
-    """Work and seconds to gaps of the loss."""
+def to_gaps(
+    data: LogisticLoss, label: str, nests: Sequence[int], shares: Sequence[tuple[float, ...]], drawn: float
+) -> None:
+    """Work and seconds to gaps of the loss; SVRG and SARAH are given up after so many units."""
     least, bound = minimum(data), lipschitz(data)
 
     def done(point: Point) -> bool:
@@ -211,7 +215,7 @@ def to_gaps(data: LogisticLoss, label: str, nests: Sequence[int], shares: Sequen
         trust_region("sqrt"),
         Method("ASTROM", "astrom", {}),
         *(subsampled(*pair) for pair in shares),
-        *(tuned(data, name, bound) for name in ("svrg", "sarah")),
+        *(tuned(data, name, bound, drawn) for name in ("svrg", "sarah")),
         Method("**MLVR**", "mlvr", {}),
         Method("MLVR, n / 4", "mlvr", {"coarsening": 4}),
         Method("MLVR, 3 levels", "mlvr", {"levels": 3}),
@@ -241,7 +245,7 @@ def reached(points: Sequence[Point], least: float) -> tuple[list[float], list[fl
     return [p.work if p else math.inf for p in first], [p.seconds if p else math.inf for p in first]
 
 
-def tuned(data: LogisticLoss, name: str, bound: float) -> Method:
+def tuned(data: LogisticLoss, name: str, bound: float, most: float) -> Method:
     """Stochastic gradients with the rate that comes nearest to the minimum, on a seed that is not measured."""
 
     def with_rate(part: float, most: float) -> Method:
@@ -251,7 +255,7 @@ def tuned(data: LogisticLoss, name: str, bound: float) -> Method:
         found = [p.loss for p in run(data, with_rate(part, TUNED_AT), HELD_OUT, lambda _: False)]
         return found[-1] if math.isfinite(found[-1]) else math.inf
 
-    return with_rate(min(RATES, key=lowest), MOST_DRAWN)
+    return with_rate(min(RATES, key=lowest), most)
 
 
 def lipschitz(data: LogisticLoss) -> float:

@@ -92,6 +92,21 @@ def test_with_a_moving_snapshot_they_are_sarah(train: Train) -> None:
         assert np.abs(run.theta[k + 1] - theta).max() <= 1e-13
 
 
+@pytest.mark.parametrize("solver", ["svrg", "sarah"])
+def test_steps_to_where_the_loss_is_not_finite_are_taken_back(train: Train, solver: str) -> None:
+    """Each step's end is evaluated on the samples of the next one."""
+    run = train(loss(), solver, 1, coarse_rate=1.7e308)
+    assert run.theta[-1] == pytest.approx(-1.7e308 * DENSE.gradient(START), rel=1e-12)  # the second one overflows
+
+
+def test_a_step_takes_two_gradients_of_its_samples(train: Train) -> None:
+    """The first one begins where the gradients agree, and the end of the last one is evaluated."""
+    steps = -(-N // 16)
+    for solver in ("svrg", "sarah"):
+        run = train(loss(), solver, 2, coarse_rate=0.1)
+        assert np.diff(run.total) == pytest.approx(16 / N * 2 * steps + 1)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

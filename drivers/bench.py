@@ -16,6 +16,7 @@ from benches.large import large, large_worker
 from benches.levels import levels
 from benches.preconditioners import preconditioners
 from benches.prices import prices
+from benches.samples import samples
 from benches.synchronisations import map_worker, solver_map
 from benches.training import overhead, rounding, solvers
 from benches.work import work
@@ -42,6 +43,7 @@ ASKED = {
     "levels": levels,
     "work": work,
     "prices": prices,
+    "samples": samples,
     "large": large,
     "ranks_worker": ranks_worker,
     "map_worker": map_worker,
@@ -60,9 +62,13 @@ OPTIONS = (
     Option("levels_methods", "", "Words; methods whose names have one of them are in that section."),
     Option("methods", "tr,apts,torch", "Words; methods whose names have one of them are in that section."),
     Option("marks", "10,30,60,120", "Work units where these sections measure."),
-    Option("seeds", "0", "Seeds of the map, of the classifiers and of the levels: medians are printed."),
-    Option("logistic_data", "digits:4:9,wide", "Data of the section prices, named as for logistic.py, with classes "
-           "behind them, as in a9a.gz,mnist.h5:4:9."),
+    Option("seeds", "0", "Seeds of the map, of classifiers, levels and nests of samples: medians are printed."),
+    Option("logistic_data", "digits:4:9,wide", "Data of the sections prices and samples, named as for logistic.py, "
+           "with classes behind them, as in a9a.gz,mnist.h5:4:9."),
+    Option("sample_tables", "counts,gaps", "Tables of the section samples."),
+    Option("sample_drawn", 60.0, "Work units at which they give SVRG and SARAH up.", above=0.0),
+    Option("sample_fractions", "0.01:0.075,0.1:0.1,0.25:0.5,0.5:0.75", "Parts of the samples in them, each with the "
+           "rate of sub-sampled Newton there (those of the slides)."),
     Option("large_data", "", "Data file of the section large (default: random numbers)."),
     Option("large_widths", "2048,2048,2048", "Hidden layers of its network."),
     Option("large_batch", 1000, "Samples of its batches.", minimum=1),

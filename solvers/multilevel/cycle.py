@@ -106,12 +106,16 @@ class Cycle(Owner):
         if not room > 0:
             return False
         transfer.project(fine.x, coarse.x)
-        coarse.enter(gradient)
-        coarse.begin_like(fine)
-        self.acceptance.confine(fine, coarse, transfer)
         finest = number == len(self.levels) - 1
         self.tried += finest
-        self._visit(number - 1, kind, room / transfer.stretch)
+        if number == 1 and self.coarse == 1 and coarse.leaps and not self.acceptance.judges:
+            coarse.enter_unseen(gradient)  # nobody asks for the coarse loss, and the gradient is known
+            coarse.leap()
+        else:
+            coarse.enter(gradient)
+            coarse.begin_like(fine)
+            self.acceptance.confine(fine, coarse, transfer)
+            self._visit(number - 1, kind, room / transfer.stretch)
         decrease = coarse.start_f - coarse.f
         part = 0.0
         if decrease > 0 or not self.acceptance.judges:

@@ -127,6 +127,11 @@ class LevelSolver(LevelPoint):
         if mine is not None and other is not None and not self.begun and mine.norm_name == other.norm_name:
             self.first_radius = finer.radius
 
+    @property
+    def leaps(self) -> bool:
+        """Whether the solver can make a step without an evaluation where it ends."""
+        return isinstance(self.context, Stepper) and not self.context.searches
+
     def renew(self) -> None:
         """Loss and gradient of other samples where the level stands; its solver judges those of before. Collective."""
         if self.tao is None or self.context is None or not self.begun:
@@ -167,7 +172,7 @@ class LevelSolver(LevelPoint):
         False if it cannot go on. The loss and the gradient are to be evaluated behind it, on other samples.
         """
         context = self.context
-        if not isinstance(context, Stepper) or context.searches:
+        if not (self.leaps and isinstance(context, Stepper)):
             return self.proceed(1)
         self._hand_over(context)
         self.begun = self.moved = True

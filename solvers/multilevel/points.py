@@ -100,6 +100,12 @@ class LevelPoint(Owner):
             gradient.copy(self.g)
         self.start_f, self.moved = self.f, True
 
+    def enter_unseen(self, gradient: PETSc.Vec) -> None:
+        """Begin a phase of one step that asks for no loss, as :meth:`enter` but without an evaluation. Collective."""
+        self.x.copy(self.start)
+        gradient.copy(self.g)
+        self.f = self.start_f = math.nan
+
     def travelled(self, norm: Callable[[PETSc.Vec], float]) -> float:
         """How far the level has moved in this phase; the displacement is written to ``step``. Collective."""
         self.step.waxpy(-1.0, self.start, self.x)

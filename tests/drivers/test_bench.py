@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,29 @@ def test_prices_of_logistic_models_stand_beside_what_is_charged() -> None:
         assert all(float(cell) > 0 for cell in row[3:])
         assert float(row[8]) == 0.5
     assert all(cell.count(" + ") == 1 for row in rows[4:] for cell in row[1:])
+
+
+def test_samples_are_counted_and_gaps_reached() -> None:
+    rows = bench("-only", "samples", "-logistic_data", "digits:0:1", "-sample_fractions", "0.25:0.5")
+    tables = [number for number, row in enumerate(rows) if row[0] == ""]
+    assert [rows[number][1:] for number in tables[:2]] == [["TR", "ASTROM 25%", "SSN 25%"], ["TR", "ASTROM 25%"]]
+    for begin, end in pairwise(tables):
+        cells = {row[0]: [float(cell) for cell in row[1:]] for row in rows[begin + 1 : end] if row[0] != "not reached"}
+        for iterations, G, H, C, F, W in zip(
+            *(cells[name] for name in ("iterations", "gradients G", "Hessians H", "CG iterations C", "losses F",
+                                       "W = G + 2 C + F / 3")), strict=True
+        ):  # fmt: skip
+            assert 1 < G <= iterations + 1 and 0 < H <= iterations and H <= C <= 20 * H
+            assert abs(G + 2 * C + F / 3 - W) <= 0.02 * W
+        assert cells["work / TR's"][0] == cells["W / TR's"][0] == 1.0
+        assert cells["work / TR's"][1] == cells["of each seed"][1]
+    found = {row[0]: row[1:] for row in rows[tables[2] + 1 :]}
+    assert {"L-BFGS, 10 pairs", "TR", "ASTROM", "SSN 25%", "**MLVR**", "scipy's L-BFGS-B, 10 pairs"} < set(found)
+    assert any(name.startswith("SVRG, rate") for name in found)
+    for name in ("L-BFGS, 10 pairs", "TR", "**MLVR**", "scipy's L-BFGS-B, 10 pairs"):
+        work = [float(cell) for cell in found[name][:4]]
+        assert 1 < work[0] <= work[1] <= work[2] <= work[3] < 400
+        assert work[2] == float(found[name][4])  # of one seed the worst is the median
+    assert found["L-BFGS, 10 pairs"][6:] == ["1.00"] * 4
+    ours, theirs = (float(found[name][2]) for name in ("L-BFGS, 10 pairs", "scipy's L-BFGS-B, 10 pairs"))
+    assert 0.5 < ours / theirs < 2

@@ -92,6 +92,21 @@ def test_with_a_moving_snapshot_they_are_sarah(train: Train) -> None:
         assert np.abs(run.theta[k + 1] - theta).max() <= 1e-13
 
 
+@pytest.mark.parametrize("solver", ["svrg", "sarah"])
+def test_steps_to_where_the_loss_is_not_finite_are_taken_back(train: Train, solver: str) -> None:
+    """Each step's end is evaluated on the samples of the next one."""
+    run = train(loss(), solver, 1, coarse_rate=1.7e308)
+    assert run.theta[-1] == pytest.approx(-1.7e308 * DENSE.gradient(START), rel=1e-12)  # the second one overflows
+
+
+def test_a_step_takes_two_gradients_of_its_samples(train: Train) -> None:
+    """The first one begins where the gradients agree, and the end of the last one is evaluated."""
+    steps = -(-N // 16)
+    for solver in ("svrg", "sarah"):
+        run = train(loss(), solver, 2, coarse_rate=0.1)
+        assert np.diff(run.total) == pytest.approx(16 / N * 2 * steps + 1)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -125,12 +140,13 @@ def test_runs_are_the_same_on_any_number_of_ranks_and_restart_exactly(
 
 
 def test_work_is_that_of_the_samples(train: Train) -> None:
-    """A Newton step of two products on a tenth: the coarse gradient, two products, the gradient behind, the whole."""
+    """A Newton step of two products on a tenth, and the gradient; with a search the coarse ones before and behind."""
     run = train(loss(), "ssn", 3, coarse_newton_ksp_max_it=2)
     made = loss()
     product = made.charges.hessian()
-    each = 0.1 * (1 + 2 * product + 1) + 1
-    assert np.diff(run.total) == pytest.approx(each)
+    assert np.diff(run.total) == pytest.approx(0.1 * 2 * product + 1)
+    searched = train(loss(), "ssn", 3, coarse_newton_ksp_max_it=2, coarse_line_search=True)
+    assert np.diff(searched.total) == pytest.approx(0.1 * (1 + 2 * product + 1) + 1)
     assert run.total == pytest.approx(run.critical)
 
 

@@ -322,8 +322,13 @@ def _level(finest: Objective, loss: Loss) -> Level:
     return Level(objective, _words(loss), share)
 
 
+def depth(loss: Loss) -> tuple[int, str]:
+    """How many blocks or layers a network has, and which of both it is."""
+    blocks = {found[1] for p in loss.parameters if (found := BLOCK.match(p.name))}
+    return (len(blocks), "block") if blocks else (len(loss.layers), "layer")
+
+
 def _words(loss: Loss) -> str:
     """How deep a network is."""
-    blocks = {found[1] for p in loss.parameters if (found := BLOCK.match(p.name))}
-    count, noun = (len(blocks), "block") if blocks else (len(loss.layers), "layer")
+    count, noun = depth(loss)
     return f"{count} {noun}" + ("s" if count > 1 else "")

@@ -34,7 +34,7 @@ UNDIVIDED: dict[str, Mapping[str, Any]] = {
 }
 RATES = (0.003, 0.01)
 LEVELS: dict[str, Mapping[str, Any]] = {
-    "rmtr": {"solver": "rmtr"},
+    "rmtr, refinement 2": {"solver": "rmtr", "refinement": 2},
     "rmtr, refinement 16": {"solver": "rmtr", "levels": 2, "refinement": 16},
     "rmtr, no cascade, 3 levels": {"solver": "rmtr", "cascade": False, "levels": 3},
     "rmtr, no cascade, refinement 16": {"solver": "rmtr", "cascade": False, "levels": 2, "refinement": 16},
@@ -50,7 +50,7 @@ LEVELS: dict[str, Mapping[str, Any]] = {
 }
 ADAGRADS: dict[str, Mapping[str, Any]] = {
     "adagrad": {"solver": "adagrad"},
-    "mladagrad": {"solver": "mladagrad"},
+    "mladagrad, refinement 2": {"solver": "mladagrad", "refinement": 2},
     "mladagrad, 3 levels": {"solver": "mladagrad", "levels": 3},
     "mladagrad, refinement 16": {"solver": "mladagrad", "levels": 2, "refinement": 16},
     "asadagrad": {"solver": "asadagrad"},

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from petsc4py import PETSc
 
 from ddml.errors import InputError
-from ddml.hierarchy.depth import depth_hierarchy
+from ddml.hierarchy.depth import depth, depth_hierarchy
 from ddml.hierarchy.hierarchy import Hierarchy
 from ddml.norms.norm import TwoNorm
 from ddml.objectives.objective import Objective
@@ -29,14 +29,18 @@ from .multilevel import Multilevel
 # cycles cannot pay (a cycle takes as many coarse steps as would be fine ones)
 TRIED, DEAR = 20, 0.5
 
+# factor between two levels: what lies between them was seen to cost more than it brings (our choice)
+STEEPEST = 16
+
 # of a search along a correction: trials (our choice) and Armijo's constant (Nash 2000 asks for any search)
 TRIALS, ARMIJO = 4, 1e-4
 
 LEVELS = (
-    Option("levels", None, "Levels (default: as many as the blocks allow, at most 5).", kind=int, minimum=1,
+    Option("levels", None, "Levels (default: as many as the blocks allow, at most 5; of rmtr and mladagrad 2).",
+           kind=int, minimum=1, changes=WITH_SOLVER),
+    Option("refinement", None, "Factor by which the blocks of a level are more than those of the next coarser one "
+           "(default: 2; on two levels of rmtr and mladagrad the largest one up to 16).", kind=int, minimum=2,
            changes=WITH_SOLVER),
-    Option("refinement", 2, "Factor by which the blocks of a level are more than those of the next coarser one.",
-           minimum=2, changes=WITH_SOLVER),
     Option("smoother", "tr", "Solver of all levels but the coarsest, named as for -solver, and with smooth_ before its "
            "options.", changes=WITH_SOLVER),
     Option("coarse_solver", None, "Solver of the coarsest level, with coarse_ before its options (default: the "
@@ -69,6 +73,7 @@ class DepthSolver(Multilevel):
     """What is on a hierarchy of networks of different depth; its levels know one trust region's options."""
 
     levels_of = "depth"
+    steep: ClassVar[bool] = False  # whether there are two levels by default, the coarse one of few blocks
     judges_batches: ClassVar[bool] = True
     inherited: ClassVar[Sequence[str]] = (
         *("model", "norm", "momentum", "memory", "overlap_pairs", "convolution", "polar_tolerance", "polar_exact"),
@@ -117,7 +122,11 @@ class DepthSolver(Multilevel):
         """See :meth:`.Multilevel.make_hierarchy`."""
         s = self.settings
         inserts = s.cascade and (s.prolongation == "insert" or s.coarse_start == "drawn")
-        return depth_hierarchy(objective, s.levels, s.refinement, inserts)
+        levels, refinement = s.levels, s.refinement
+        if self.steep and levels is None and refinement is None:
+            count, _ = depth(objective.loss)
+            levels, refinement = 2, max((k for k in range(2, STEEPEST + 1) if count % k == 0), default=2)
+        return depth_hierarchy(objective, levels, refinement or 2, inserts)
 
     def solver_of(self, number: int) -> tuple[str | None, str]:
         """See :meth:`.Multilevel.solver_of`."""
@@ -341,6 +350,7 @@ class RMTR(_Cycling):
     cycle to cycle.
     """
 
+    steep = True
     options: ClassVar[Sequence[Option]] = (
         *LEVELS,
         *CYCLES,
@@ -378,6 +388,7 @@ class MultilevelAdaGrad(_Cycling):
     are our choice.
     """
 
+    steep = True
     options: ClassVar[Sequence[Option]] = (
         *with_defaults(LEVELS, smoother="adagrad", cascade=False),
         *with_defaults(CYCLES, post_steps=0, coarse_steps=5),

@@ -52,7 +52,7 @@ def test_bad_input_is_named_in_one_line(good: Path, tmp_path: Path) -> None:
 def test_work_of_levels(tmp_path: Path) -> None:
     run, figure = tmp_path / "run.h5", tmp_path / "figure.png"
     digits = ("-data", "digits", "-samples", 60, "-network", "euler", "-blocks", 4, "-width", 5, "-batch_size", 0)
-    levels = ("-solver", "rmtr", "-cascade_work", 1)
+    levels = ("-solver", "rmtr", "-levels", 3, "-cascade_work", 1)
     assert call("classify", *digits, *levels, "-max_it", 5, "-output", run, "-progress", "none") == 0
     history = content(run).history
     found = [history[f"work_level_{number}"] for number in range(3)]

@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 #
 #               one rank             two ranks           three ranks
 # make check    all but long; STARTS -                   SAMPLE
-# make test     all but long         those marked ranks  all but long and SERIAL
+# make test     all but long         those marked ranks  all but long, SERIAL and what BY_NAME leaves out
 # make test-long  all                all but SERIAL      all but SERIAL
 #
 # --suite chooses the row (long where DDML_LONG is set), mpiexec the column. Tests marked long are skipped elsewhere.
@@ -44,6 +44,13 @@ SERIAL = (
     "runs/test_run_file_damage.py::test_a_kill_at_any_moment_leaves_a_whole_file",  # a writer on one rank
     *(f"drivers/test_{name}.py" for name in ("all_solvers", "bad_problems", "bench", "classify", "faults", "header")),
     *(f"drivers/test_{name}.py" for name in ("kill", "plot_driver", "readme", "restart", "rivals", "same_bits")),
+)
+
+# On several ranks, of these, only the tests that have "ranks" in their names: those claim something of them.
+BY_NAME = (
+    *("data/test_libsvm.py", "hierarchy/", "problems/test_logistic.py", "sampling/test_nested.py"),
+    *(f"solvers/test_{name}.py" for name in ("adagrad", "astrom", "levels", "mlvr", "multilevel_adagrad", "newton")),
+    *("drivers/test_logistic_driver.py", "drivers/test_pinn_levels.py"),
 )
 
 # make check: a solver of each family on three ranks, and through a restart
@@ -95,6 +102,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if size > 1 or name.startswith("drivers"):
                 return name.startswith(SAMPLE if size > 1 else STARTS)
             return not name.startswith(LENGTHY)
+        if size > 1 and suite == "test" and name.startswith(BY_NAME) and "ranks" not in item.name:
+            return False
         return suite == "long" or size != 2 or item.get_closest_marker("ranks") is not None
 
     chosen = [item for item in items if runs(item)]

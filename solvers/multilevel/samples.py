@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -38,7 +38,7 @@ class SampleHierarchy(Hierarchy):
     objective
         Of all samples.
     sizes
-        Of the sets, the last one all samples.
+        Of the sets for a number of samples, the last one all of them.
     seed
         Of the sets.
     fixed
@@ -50,11 +50,11 @@ class SampleHierarchy(Hierarchy):
         More levels than samples.
     """
 
-    def __init__(self, objective: Objective, sizes: Sequence[int], seed: int, fixed: bool) -> None:
-        self.objective, self.fixed = objective, fixed
-        self.sets = NestedSets(objective.loss.count, sizes, seed)
+    def __init__(self, objective: Objective, sizes: Callable[[int], Sequence[int]], seed: int, fixed: bool) -> None:
+        self.objective, self.sizes, self.seed, self.fixed = objective, sizes, seed, fixed
+        self.sets = NestedSets(objective.loss.count, sizes(objective.loss.count), seed)
         levels = []
-        for number, size in enumerate(sizes[:-1]):
+        for number, size in enumerate(self.sets.sizes[:-1]):
             part = sampled(objective, self.sets.rows(number))
             part.work = WorkCounter()
             if part.parts.blocks and TOO_FEW * size < part.loss.enough:
@@ -70,7 +70,12 @@ class SampleHierarchy(Hierarchy):
             self.follow()
 
     def follow(self) -> None:
-        """See :meth:`ddml.hierarchy.hierarchy.Hierarchy.follow`."""
+        """See :meth:`ddml.hierarchy.hierarchy.Hierarchy.follow`: sets of a batch of another size are cut anew."""
+        count = self.objective.loss.count
+        if count != self.sets.count:
+            number = self.sets.number
+            self.sets = NestedSets(count, self.sizes(count), self.seed)
+            self.sets.draw(number)
         for number, level in enumerate(self.levels[:-1]):
             self.replace(level.objective, self.sets.rows(number))
 
@@ -130,7 +135,12 @@ class MLVR(Multilevel):
 
     def make_hierarchy(self, objective: Objective) -> Hierarchy:
         """See :meth:`.Multilevel.make_hierarchy`."""
-        s, count = self.settings, objective.loss.count
+        self.samples = SampleHierarchy(objective, self._sizes, self.settings.sample_seed, self.settings.fixed_sets)
+        return self.samples
+
+    def _sizes(self, count: int) -> list[int]:
+        """Of the sets of so many samples."""
+        s = self.settings
         sizes = coarsened(count, s.levels, s.coarsening)
         if s.coarse_samples and s.levels > 1:
             if not s.coarse_samples < sizes[1]:
@@ -139,8 +149,7 @@ class MLVR(Multilevel):
                     f"got {s.coarse_samples}"
                 )
             sizes[0] = s.coarse_samples
-        self.samples = SampleHierarchy(objective, sizes, s.sample_seed, s.fixed_sets)
-        return self.samples
+        return sizes
 
     def solver_of(self, number: int) -> tuple[str | None, str]:
         """See :meth:`.Multilevel.solver_of`."""

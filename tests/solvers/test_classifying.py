@@ -15,6 +15,7 @@ from whole_runs import Training, make_batches
 
 from ddml.data import files
 from ddml.data.sample_sets import TensorSamples
+from ddml.networks.euler import euler
 from ddml.problems.classification import ClassificationLoss
 from solvers import SOLVERS
 
@@ -54,13 +55,15 @@ def mnist(count: int) -> TensorSamples:
     return TensorSamples(torch.as_tensor(pixels[:, None]), torch.as_tensor(labels[8 : 8 + count].astype(np.int64)))
 
 
-def made(comm: MPI.Comm, source: Any) -> Any:
+def made(comm: MPI.Comm, source: Any, solver: str) -> Any:
     samples = source(240)
     torch.manual_seed(0)
     inputs = samples.inputs[0].numel()
-    network = nn.Sequential(
+    network: nn.Module = nn.Sequential(
         nn.Flatten(), nn.Linear(inputs, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 10)
     )
+    if SOLVERS[solver].levels_of == "depth":
+        network = euler(tuple(samples.inputs.shape[1:]), 10, blocks=4, width=6, horizon=1.0)
     loss = ClassificationLoss(network.double(), samples, 10)
     return make_batches(loss, comm, blocks=3, batch_size=60, batch_overlap=0.1, batch_steps=4, batch_growth=1.5)
 
@@ -75,11 +78,11 @@ def test_runs_are_the_same_on_any_number_of_ranks_and_restart_exactly(
     for key, value in settings.items():
         PETSc.Options().setValue(prefix + key, value)
     file = str(shared_tmp / "run.h5")
-    whole = Training(made(comm, source), prefix, solver, max_it=15)
+    whole = Training(made(comm, source, solver), prefix, solver, max_it=15)
     losses = whole.run.history["loss"]
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
     expected = whole.result()
-    Training(made(comm, source), prefix, solver, max_it=6, output=file).result()  # in the middle of a batch
-    assert Training(made(comm, source), prefix, solver, max_it=15, restart=file).result() == expected
+    Training(made(comm, source, solver), prefix, solver, max_it=6, output=file).result()  # in the middle of a batch
+    assert Training(made(comm, source, solver), prefix, solver, max_it=15, restart=file).result() == expected
     if comm.size > 1:
-        assert Training(made(MPI.COMM_SELF, source), prefix, solver, max_it=15).result() == expected
+        assert Training(made(MPI.COMM_SELF, source, solver), prefix, solver, max_it=15).result() == expected

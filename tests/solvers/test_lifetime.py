@@ -162,6 +162,7 @@ BASE = {"iteration", "f", "outdated", "vectors"}
 PAIRS, DENSE = {"pair_pending", "pairs"}, {"fresh", "trial", "wear", "quotients", "form", "dtype", "matrix", "pending"}
 RADIUS = {"radius", "model", "model_state", "norm", "norm_state"}
 LEVELS = {"sizes", "levels", "cycle", "spent"}
+CASCADE = LEVELS | {"phase", "entered", "phase_began", "stuck", "x", "g"}
 KEYS = {
     "lbfgs": PAIRS,
     "aspqn": PAIRS | {"local"},
@@ -178,8 +179,9 @@ KEYS = {
     "gradient": {"step"},
     "adagrad": set(),
     "asadagrad": {"local"},
-    **dict.fromkeys(("rmtr", "mgopt", "cascade"), LEVELS | {"phase", "entered", "phase_began", "stuck", "x", "g"}),
-    "mladagrad": LEVELS | {"phase", "entered", "phase_began"},
+    **dict.fromkeys(("rmtr", "mgopt"), CASCADE | {"growing"}),
+    "cascade": CASCADE,
+    "mladagrad": LEVELS | {"phase", "entered", "phase_began", "growing"},
     **dict.fromkeys(("mlvr", "ssn", "svrg", "sarah"), LEVELS | {"refusals"}),
     "gauss_newton": {"damping", "growth", "limit", "kind", "preconditioner"},
 }

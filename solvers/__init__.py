@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from .gauss_newton.nystrom import NystromPC
     from .gauss_newton.schwarz_pc import SchwarzPC
     from .minimisation import Minimisation, Result, minimise
-    from .multilevel.depth import MGOPT, RMTR, Cascade, MultilevelAdaGrad
+    from .multilevel.adagrad import MultilevelAdaGrad
+    from .multilevel.depth import MGOPT, RMTR, Cascade
     from .multilevel.samples import MLVR, SARAH, SVRG, SubsampledNewton
     from .quasi_newton.gradient import GradientDescent
     from .quasi_newton.lbfgs import LBFGS
@@ -40,7 +41,7 @@ _HOMES = {
     "MLVR": "solvers.multilevel.samples",
     "MSPQN": "solvers.schwarz.spqn",
     "Minimisation": "solvers.minimisation",
-    "MultilevelAdaGrad": "solvers.multilevel.depth",
+    "MultilevelAdaGrad": "solvers.multilevel.adagrad",
     "NAPTS": "solvers.schwarz.napts",
     "Newton": "solvers.gauss_newton.newton",
     "NystromPC": "solvers.gauss_newton.nystrom",

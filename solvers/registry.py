@@ -30,7 +30,7 @@ PATHS = {
     "napts": "solvers.schwarz.napts.NAPTS",
     "adagrad": "solvers.trust_region.adagrad.AdaGrad",
     "asadagrad": "solvers.schwarz.adagrad.SchwarzAdaGrad",
-    "mladagrad": "solvers.multilevel.depth.MultilevelAdaGrad",
+    "mladagrad": "solvers.multilevel.adagrad.MultilevelAdaGrad",
     "rmtr": "solvers.multilevel.depth.RMTR",
     "mgopt": "solvers.multilevel.depth.MGOPT",
     "cascade": "solvers.multilevel.depth.Cascade",

@@ -22,7 +22,8 @@ from ddml.problems.classification import ClassificationLoss, TestSet
 from ddml.runs.history import History
 from ddml.sampling.batches import Batches
 from solvers import Minimisation, solver_class
-from solvers.multilevel.depth import RMTR, DepthSolver, MultilevelAdaGrad
+from solvers.multilevel.adagrad import MultilevelAdaGrad
+from solvers.multilevel.depth import RMTR, DepthSolver
 
 from .classifiers import Task, train_rival
 

@@ -17,10 +17,9 @@ from ddml.objectives.objective import Objective
 from ddml.options import WITH_SOLVER, Option, with_defaults
 from ddml.states import narrowed
 from solvers.line_search import SearchResult
-from solvers.trust_region.adagrad import AdaGrad
 from solvers.trust_region.trust_region import TrustRegion
 
-from .acceptance import Acceptance, Always, Bounds, Region, Search
+from .acceptance import Acceptance, Always, Region, Search
 from .carrying import carry
 from .cycle import KINDS, Cycle
 from .multilevel import Multilevel
@@ -284,7 +283,7 @@ class Cascade(DepthSolver):
             level.rest()
 
 
-class _Cycling(DepthSolver):
+class CyclingSolver(DepthSolver):
     """What runs cycles behind its cascade, until too many corrections are refused.
 
     Without a cascade a trust region on the finest level first takes steps as long as each enlarges its radius: a
@@ -339,7 +338,7 @@ class _Cycling(DepthSolver):
         """The globalisation. Collective."""
 
 
-class RMTR(_Cycling):
+class RMTR(CyclingSolver):
     r"""The recursive multilevel trust-region method over depth (Gratton, Sartenaer, Toint 2008; Kopanicakova, Krause
     2022).
 
@@ -360,13 +359,13 @@ class RMTR(_Cycling):
     )  # fmt: skip
 
     def make_acceptance(self, norms: Sequence[Callable[[PETSc.Vec], float]]) -> Acceptance:
-        """See :meth:`_Cycling.make_acceptance`."""
+        """See :meth:`CyclingSolver.make_acceptance`."""
         s = self.settings
         name = s.norm or ("modular" if s.model == "first" else "2")
         return Region(self.levels, norms, s, name, self.eps, s.correction_radius == "shared")
 
 
-class MGOPT(_Cycling):
+class MGOPT(CyclingSolver):
     r"""MG/OPT over depth (Nash 2000): cycles whose corrections are searched along, by halving from 1 on.
 
     As :class:`RMTR`, but coarse phases may go as far as their solvers take them, and a correction of slope d is
@@ -376,28 +375,5 @@ class MGOPT(_Cycling):
     options: ClassVar[Sequence[Option]] = (*LEVELS, *CYCLES, *with_defaults(TrustRegion.options, model="lbfgs"))
 
     def make_acceptance(self, norms: Sequence[Callable[[PETSc.Vec], float]]) -> Acceptance:
-        """See :meth:`_Cycling.make_acceptance`."""
+        """See :meth:`CyclingSolver.make_acceptance`."""
         return Search(TRIALS, ARMIJO, self.eps)
-
-
-class MultilevelAdaGrad(_Cycling):
-    r"""AdaGrad over depth, a globalisation without loss values (Gratton, Kopanicakova, Toint, arXiv 2302.07049).
-
-    Cycles of :class:`solvers.trust_region.adagrad.AdaGrad` on all levels; corrections are taken as they are, within
-    bounds that come from the gradients (:class:`solvers.multilevel.acceptance.Bounds`). It tolerates noise. Constants
-    are our choice.
-    """
-
-    steep = True
-    options: ClassVar[Sequence[Option]] = (
-        *with_defaults(LEVELS, smoother="adagrad", cascade=False),
-        *with_defaults(CYCLES, post_steps=0, coarse_steps=5),
-        *AdaGrad.options,
-    )
-    inherited = ("rate", "sigma")
-    inheriting = "adagrad"
-    judges_batches = False
-
-    def make_acceptance(self, norms: Sequence[Callable[[PETSc.Vec], float]]) -> Acceptance:
-        """See :meth:`_Cycling.make_acceptance`."""
-        return self.own(Bounds(self.levels, self.hierarchy.transfers, float(self.settings.coarse_steps)))

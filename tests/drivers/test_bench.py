@@ -22,6 +22,7 @@ def bench(*given: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
+@pytest.mark.long
 def test_the_map_has_a_row_for_every_solver_and_delay() -> None:
     rows = bench("-only", "map", "-map_cases", "burgers-5x3", "-seconds", "2", "-delays", "0,5")[1:]
     expected = [("1", "0", "ssbroyden"), ("1", "0", "mspqn_dense")]

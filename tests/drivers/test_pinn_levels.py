@@ -121,7 +121,7 @@ def test_other_levels_do_not_go_on_from_a_run_file(comm: MPI.Comm, shared_tmp: P
     before = path.read_bytes()
     for options, said in (
         ("-levels 2", "the same -levels and -refinement go on from it"),
-        ("-refinement 4", "option -refinement changes only where another -solver begins"),
+        ("-refinement 4", "the same -levels and -refinement go on from it"),
         ("-smoother lbfgs", "option -smoother changes only where another -solver begins"),
         ("-prolongation insert", "option -prolongation changes only where another -solver begins"),
     ):

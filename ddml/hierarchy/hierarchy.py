@@ -100,40 +100,6 @@ class Identity(Transfer):
         fine.copy(coarse)
 
 
-class MatrixTransfer(Transfer):
-    """By PETSc matrices, which are this object's from then on.
-
-    Parameters
-    ----------
-    prolongation
-        I (n of the fine level, n of the coarse one).
-    projection
-        P (n of the coarse level, n of the fine one).
-    stretch
-        The largest singular value of I.
-    """
-
-    def __init__(self, prolongation: PETSc.Mat, projection: PETSc.Mat, stretch: float = 1.0) -> None:
-        self.prolongation, self.projection, self.stretch = prolongation, projection, stretch
-
-    def prolong(self, coarse: PETSc.Vec, fine: PETSc.Vec) -> None:
-        """See :meth:`Transfer.prolong`."""
-        self.prolongation.mult(coarse, fine)
-
-    def restrict(self, fine: PETSc.Vec, coarse: PETSc.Vec) -> None:
-        """See :meth:`Transfer.restrict`."""
-        self.prolongation.multTranspose(fine, coarse)
-
-    def project(self, fine: PETSc.Vec, coarse: PETSc.Vec) -> None:
-        """See :meth:`Transfer.project`."""
-        self.projection.mult(fine, coarse)
-
-    def destroy(self) -> None:
-        """See :meth:`Transfer.destroy`."""
-        self.prolongation.destroy()
-        self.projection.destroy()
-
-
 class Hierarchy:
     """Levels, the coarsest first, and the transfers between them.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mpi4py import MPI
 from torch import Tensor, nn
 
 from ddml.data.sample_sets import SampleSet
-from ddml.data.scaling import Samples
 from ddml.errors import InputError
 from ddml.losses import kronecker
 from ddml.losses.costs import forward_numbers, suitable_batch
@@ -91,9 +92,9 @@ class TestSet:
     Parameters
     ----------
     loss
-        Of the training set.
+        Of the training set, a :class:`ClassificationLoss`.
     samples
-        To test with.
+        To test with, a :class:`ddml.data.scaling.Samples`.
     comm
         Ranks that share them.
     blocks
@@ -103,7 +104,7 @@ class TestSet:
 
     __test__ = False  # for pytest
 
-    def __init__(self, loss: ClassificationLoss, samples: Samples, comm: MPI.Comm, blocks: int = 0) -> None:
+    def __init__(self, loss: Any, samples: Any, comm: MPI.Comm, blocks: int = 0) -> None:
         self.comm, self.count = comm, len(samples)
         self.parts = [
             loss.on(samples.part(part.start, part.stop), 1 / self.count) for part in own(self.count, comm, blocks)
@@ -114,13 +115,14 @@ class TestSet:
 
         A sample with an output that is not finite counts as wrong; of equal outputs the first decides.
         """
-        found = []
-        for part in self.parts:
-            loss, right = 0.0, 0
-            for outputs, targets in part.outputs(theta.to(device=part.device, dtype=part.dtype)):
-                loss += float(part.criterion(outputs, targets).sum() * part.weight)
-                hits = (outputs.argmax(dim=1) == targets) & outputs.isfinite().all(dim=1)
-                right += int(hits.sum())
-            found.append([loss, right])
-        totals = summed(self.comm, found)
+        totals = summed(self.comm, [self.found(part, theta) for part in self.parts])
         return {"accuracy": float(totals[1]) / self.count, "test_loss": float(totals[0])}
+
+    def found(self, part: Any, theta: Tensor) -> list[float]:
+        """What a part of the samples has of the loss, and how many of them are classified right."""
+        loss, right = 0.0, 0
+        for outputs, targets in part.outputs(theta.to(device=part.device, dtype=part.dtype)):
+            loss += float(part.criterion(outputs, targets).sum() * part.weight)
+            hits = (outputs.argmax(dim=1) == targets) & outputs.isfinite().all(dim=1)
+            right += int(hits.sum())
+        return [loss, right]

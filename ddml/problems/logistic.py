@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from mpi4py import MPI
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,8 +16,9 @@ from ddml.data.rows import TwoClasses
 from ddml.losses.charges import Charges
 from ddml.losses.loss import Loss
 from ddml.losses.work import Besides
-from ddml.parallel import own, summed
 from ddml.parameters import parameter_table
+
+from .classification import TestSet
 
 Array = NDArray[np.float64]
 
@@ -214,38 +214,15 @@ class _Product(torch.autograd.Function):
         return None, None, _Product.apply(*ctx.pair, gradients[0])
 
 
-class TwoClassTest:
-    """Accuracy and loss on some samples, which the ranks share.
+class TwoClassTest(TestSet):
+    """Accuracy and loss, the mean without penalty, of a :class:`LogisticLoss` on some :class:`.TwoClasses`.
 
-    Parameters
-    ----------
-    loss
-        Of the training set.
-    samples
-        To test with.
-    comm
-        Ranks that share them.
-    blocks
-        As in :class:`ddml.objectives.objective.Objective`: what is summed in a fixed order is the same on any number of
-        ranks to the last bit.
+    An output of 0 stands for the first class; one that is not finite counts as wrong.
     """
 
-    def __init__(self, loss: LogisticLoss, samples: TwoClasses, comm: MPI.Comm, blocks: int = 0) -> None:
-        self.comm, self.count = comm, len(samples)
-        self.parts = [
-            loss.on(samples.part(part.start, part.stop), 1 / self.count) for part in own(self.count, comm, blocks)
-        ]
-
-    def __call__(self, theta: Tensor) -> dict[str, float]:
-        """``accuracy``, the fraction that is classified right, and ``test_loss``, the mean without penalty. Collective.
-
-        An output of 0 stands for the first class; one that is not finite counts as wrong.
-        """
+    def found(self, part: LogisticLoss, theta: Tensor) -> list[float]:
+        """See :meth:`.TestSet.found`."""
         at = theta.numpy()
-        found = []
-        for part in self.parts:
-            outputs, first = part.outputs(at), part.samples.signs < 0
-            right = np.isfinite(outputs) & ((outputs <= 0) == first)
-            found.append([float(part.losses(at).sum()) / self.count, int(right.sum())])
-        totals = summed(self.comm, found)
-        return {"accuracy": float(totals[1]) / self.count, "test_loss": float(totals[0])}
+        outputs, first = part.outputs(at), part.samples.signs < 0
+        right = np.isfinite(outputs) & ((outputs <= 0) == first)
+        return [float(part.losses(at).sum()) / self.count, int(right.sum())]

@@ -14,7 +14,7 @@ from petsc4py import PETSc
 from torch import nn
 
 from ddml.errors import InputError
-from ddml.hierarchy.hierarchy import Hierarchy, Level, MatrixTransfer
+from ddml.hierarchy.hierarchy import Hierarchy, Level, Transfer
 from ddml.layout import ParameterLayout
 from ddml.losses.module import ModuleLoss
 from ddml.networks.euler import euler
@@ -51,6 +51,40 @@ def matrix(values: Array, rows: ParameterLayout, columns: ParameterLayout) -> PE
 def flipped(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Minus the squares: a coarse model that is wrong."""
     return -squares(outputs, targets)
+
+
+class MatrixTransfer(Transfer):
+    """By PETSc matrices, which are this object's from then on.
+
+    Parameters
+    ----------
+    prolongation
+        I (n of the fine level, n of the coarse one).
+    projection
+        P (n of the coarse level, n of the fine one).
+    stretch
+        The largest singular value of I.
+    """
+
+    def __init__(self, prolongation: PETSc.Mat, projection: PETSc.Mat, stretch: float = 1.0) -> None:
+        self.prolongation, self.projection, self.stretch = prolongation, projection, stretch
+
+    def prolong(self, coarse: PETSc.Vec, fine: PETSc.Vec) -> None:
+        """See :meth:`Transfer.prolong`."""
+        self.prolongation.mult(coarse, fine)
+
+    def restrict(self, fine: PETSc.Vec, coarse: PETSc.Vec) -> None:
+        """See :meth:`Transfer.restrict`."""
+        self.prolongation.multTranspose(fine, coarse)
+
+    def project(self, fine: PETSc.Vec, coarse: PETSc.Vec) -> None:
+        """See :meth:`Transfer.project`."""
+        self.projection.mult(fine, coarse)
+
+    def destroy(self) -> None:
+        """See :meth:`Transfer.destroy`."""
+        self.prolongation.destroy()
+        self.projection.destroy()
 
 
 def two_grids(kind: type[Any], criterion: Any = squares) -> Any:

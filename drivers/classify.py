@@ -30,8 +30,7 @@ from ddml.data.scaling import SCALINGS, Samples, Scaling
 from solvers import PETSC_TYPES, SOLVERS, solver_class
 from common.training import check_device
 
-RESIDUALS_ONLY = ("gauss_newton",)
-_OWN = [name for name in SOLVERS if name not in RESIDUALS_ONLY]
+_OWN = [name for name in SOLVERS if name not in training.RESIDUALS_ONLY]
 _HELP = {
     "chunk": "Samples that go through the network at a time; 0: what suits the widest layer.",
     "summation_blocks": "Blocks of samples whose sums are added in a fixed order, so that a run is the same to the "
@@ -62,13 +61,10 @@ def main(comm: MPI.Comm) -> int:
     """Run what the options say; the exit code. Collective."""
     if training.HELP:
         if comm.rank == 0:
-            print(training.help_text(__doc__ or "", (*OPTIONS, *LIMITS), RESIDUALS_ONLY))
+            print(training.help_text(__doc__ or "", (*OPTIONS, *LIMITS), training.RESIDUALS_ONLY))
         return 0
     settings, limits, restart = training.read_options(comm, "classify", OPTIONS, LIMITS)
-    if settings.solver in RESIDUALS_ONLY:
-        raise InputError(
-            f"solver '{settings.solver}' is for losses that are sums of squares, as those of drivers/pinn.py"
-        )
+    training.refuse_residuals_only(settings.solver)
     dataset = files.load(settings.data, comm, settings.samples)
     settings.samples = dataset.count
     if settings.batch_size > dataset.count:
@@ -78,11 +74,7 @@ def main(comm: MPI.Comm) -> int:
         loss, network, test = build(settings, dataset, scaling)
         chosen = solver_class(settings.solver).decompose(loss)
     made = training.Training(comm, settings, loss, chosen, 0.0, settings.batch_size)
-    moving = None
-    if 0 < settings.batch_size < dataset.count:
-        if settings.batch_growth > 1 and not solver_class(settings.solver).judges_batches:
-            raise InputError(f"option -batch_growth is for solvers with a trust region, not '{settings.solver}'")
-        moving = Batches(made.objective, settings, settings.seed)
+    moving = made.batches()
     interval = moving.interval if moving is not None else 1
     if not limits.error_interval:
         between = 10 * len(test) / 3  # a test sample costs a third of a training sample

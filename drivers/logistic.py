@@ -31,8 +31,7 @@ from ddml.parallel import agreed, check_memory
 from ddml.problems.logistic import LogisticLoss, TwoClassTest
 from solvers import PETSC_TYPES, SOLVERS, solver_class
 
-RESIDUALS_ONLY = ("gauss_newton",)
-_OWN = [name for name in SOLVERS if name not in RESIDUALS_ONLY]
+_OWN = [name for name in SOLVERS if name not in training.RESIDUALS_ONLY]
 # of solvers, here: the loss is convex, and its Hessian cheap
 DEFAULTS = {name: {"model": "hessian", "delta0": "1.0"} for name in ("tr", "apts_weights", "apts_data", "napts")}
 VECTORS = 12  # of the parameters that a rank must have memory for (our choice)
@@ -77,13 +76,10 @@ def main(comm: MPI.Comm) -> int:
     """Run what the options say; the exit code. Collective."""
     if training.HELP:
         if comm.rank == 0:
-            print(training.help_text(__doc__ or "", (*OPTIONS, *LIMITS), RESIDUALS_ONLY))
+            print(training.help_text(__doc__ or "", (*OPTIONS, *LIMITS), training.RESIDUALS_ONLY))
         return 0
     settings, limits, restart = training.read_options(comm, "logistic", OPTIONS, LIMITS)
-    if settings.solver in RESIDUALS_ONLY:
-        raise InputError(
-            f"solver '{settings.solver}' is for losses that are sums of squares, as those of drivers/pinn.py"
-        )
+    training.refuse_residuals_only(settings.solver)
     penalty = vars(settings)["lambda"]
     if not penalty < math.inf:
         raise InputError(f"option -lambda must be finite, got {penalty}")
@@ -98,11 +94,7 @@ def main(comm: MPI.Comm) -> int:
     loss = LogisticLoss(data.train, penalty, settings.intercept)
     chosen = solver_class(settings.solver).decompose(loss)
     made = training.Training(comm, settings, loss, chosen, 0.0, settings.batch_size)
-    moving = None
-    if 0 < settings.batch_size < count:
-        if settings.batch_growth > 1 and not solver_class(settings.solver).judges_batches:
-            raise InputError(f"option -batch_growth is for solvers with a trust region, not '{settings.solver}'")
-        moving = Batches(made.objective, settings, settings.seed)
+    moving = made.batches()
     interval = moving.interval if moving is not None else 1
     tested = data.train if data.test is None else data.test
     if not limits.error_interval:

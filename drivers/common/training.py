@@ -25,6 +25,7 @@ from ddml.parallel import StopRequest
 from ddml.runs.checkpoints import Moving
 from ddml.runs.limits import SIGNAL
 from ddml.runs.restart import Restart
+from ddml.sampling.batches import Batches
 from ddml.summation import efficiency, fixes_order
 from solvers import PETSC_TYPES, SOLVERS, TO_ROUNDING, Minimisation, solver_class
 
@@ -37,6 +38,8 @@ PREFIXES = {
     "gauss_newton": " (and PETSc's -gn_ksp_type, -gn_ksp_rtol, -gn_pc_type, ...)",
     "newton": " (and PETSc's -newton_ksp_type, -newton_ksp_max_it, ...)",
 }
+
+RESIDUALS_ONLY = ("gauss_newton",)  # solvers of sums of squares
 
 OPTIONS = (
     Option("seed", 0, "Of the initial parameters, of points and of batches.", minimum=0, changes=NEVER),
@@ -115,6 +118,12 @@ def chosen_solver(name: str) -> str:
     if database.hasName("solver") and name != kind:
         raise InputError(f"options -solver {name} and -tao_type {kind} ask for two solvers: give one")
     return kind
+
+
+def refuse_residuals_only(solver: str) -> None:
+    """Raise an InputError for a solver of sums of squares, where the loss is none."""
+    if solver in RESIDUALS_ONLY:
+        raise InputError(f"solver '{solver}' is for losses that are sums of squares, as those of drivers/pinn.py")
 
 
 def check_device(name: str) -> torch.device:
@@ -197,6 +206,21 @@ class Training:
             words += self._to_rounding()
         busy = efficiency(self.blocks, ranks)
         return words + (f"; they keep {busy:.0%} of the ranks busy" if busy < 0.9 else "")
+
+    def batches(self) -> Batches | None:
+        """The batches that the settings ask for, of which the objective has the first one then. Collective.
+
+        Raises
+        ------
+        InputError
+            Batches that grow, with a solver that does not judge them.
+        """
+        settings = self.settings
+        if not 0 < settings.batch_size < self.loss.count:
+            return None
+        if settings.batch_growth > 1 and not solver_class(settings.solver).judges_batches:
+            raise InputError(f"option -batch_growth is for solvers with a trust region, not '{settings.solver}'")
+        return Batches(self.objective, settings, settings.seed)
 
     def run(
         self,

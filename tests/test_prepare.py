@@ -32,7 +32,7 @@ def refused(capsys: pytest.CaptureFixture[str], path: Path, *words: Any) -> str:
     with pytest.raises(SystemExit) as end:
         prepare.main([*map(str, words), "-o", str(path)])
     assert (path.read_bytes() if path.exists() else None) == before
-    assert not path.with_name(f"{path.name}.new").exists()
+    assert not list(path.parent.glob(f"{path.name}.*"))
     return str(end.value)
 
 
@@ -99,6 +99,7 @@ def test_folders_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     words = ("folder", tmp_path / "train", "-test", tmp_path / "test")
     assert "z.png" in refused(capsys, tmp_path / "a.h5", *words)
     (tmp_path / "test" / "birds").mkdir()
+    (tmp_path / "test" / "birds" / "0.png").write_bytes((tmp_path / "test" / "dogs" / "0.png").read_bytes())
     assert "same classes" in refused(capsys, tmp_path / "a.h5", *words)
     assert "one for each class" in refused(capsys, tmp_path / "a.h5", "folder", tmp_path / "nothing")
 

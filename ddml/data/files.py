@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +16,10 @@ from mpi4py import MPI
 
 from ddml import plugins
 from ddml.errors import InputError
-from ddml.parallel import agreed, agreed_file, split
+from ddml.parallel import agreed, agreed_file, check_memory, split
 
 from .data_set import Array, DataSet, allocated, check_rows, check_shapes, maximum_of, row_pieces
+from .unpacking import readable
 
 FORMAT = "ddml data"
 
@@ -68,29 +71,38 @@ def write(
         {f"{t}inputs": ((s.count, *s.shape), np.dtype(s.dtype)) for t, s in (("", train), ("test_", test))}
         | {f"{t}labels": ((s.count,), np.dtype(np.int64)) for t, s in (("", train), ("test_", test))}
     )
-    new = Path(f"{path}.new")
+    attributes = {"format": FORMAT, "origin": _utf8(origin), "maximum": maximum_of(maximum, train.dtype)}
+    new = Path(f"{path}.{uuid.uuid4().hex[:8]}.new")
     try:
         with h5py.File(new, "w", locking=False) as file:
-            file.attrs.update(format=FORMAT, origin=origin, maximum=maximum_of(maximum, train.dtype))
-            file.attrs.create("classes", list(classes), dtype=h5py.string_dtype())
+            file.attrs.update(attributes)
+            file.attrs.create("classes", [_utf8(name) for name in classes], dtype=h5py.string_dtype())
             for prefix, source in (("", train), ("test_", test)):
                 inputs = file.create_dataset(f"{prefix}inputs", (source.count, *source.shape), source.dtype)
                 labels = file.create_dataset(f"{prefix}labels", (source.count,), np.int64)
                 end = 0
                 for x, y in source.pieces():
-                    check_rows(f"{prefix}inputs", x, 0, len(x), len(classes))
-                    check_rows(f"{prefix}labels", np.asarray(y, np.int64), 0, len(y), len(classes))
                     begin, end = end, end + len(x)
+                    check_rows(f"{prefix}inputs", x, 0, len(x), len(classes), begin)
+                    check_rows(f"{prefix}labels", np.asarray(y, np.int64), 0, len(y), len(classes), begin)
                     inputs[begin:end], labels[begin:end] = x, y
                 if end != source.count:
                     raise InputError(f"{source.count} samples were announced, {end} came")
         with open(new, "rb") as flushed:
             os.fsync(flushed.fileno())
         os.replace(new, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    except InputError:
+        raise
+    except (OSError, RuntimeError, ValueError, MemoryError) as error:  # HDF5 says some of it in others than OSError
+        said = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        raise InputError(f"cannot write {path}: {said}") from error
     finally:
         new.unlink(missing_ok=True)
+
+
+def _utf8(text: str) -> str:
+    """A text whose bytes that are no UTF-8, as in names of files, are shown as such."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def read(path: str, comm: MPI.Comm, samples: int | None = None) -> DataSet:
@@ -115,6 +127,8 @@ def read(path: str, comm: MPI.Comm, samples: int | None = None) -> DataSet:
             found = _described(path, samples)
     shapes, classes, origin, maximum = comm.bcast(found)
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    needed = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
+    check_memory(comm, needed if node.rank == 0 else 0, f"data file {path}", "is it whole?")
     dataset = allocated(shapes, node, classes, origin, maximum)
     parallel = {"driver": "mpio", "comm": comm} if h5py.get_config().mpi and comm.size > 1 else {"locking": False}
     try:
@@ -137,16 +151,17 @@ def read(path: str, comm: MPI.Comm, samples: int | None = None) -> DataSet:
 def _described(path: str, samples: int | None) -> tuple[dict[str, tuple[tuple[int, ...], Any]], list[str], str, float]:
     """Shapes and types of the arrays, class names, origin and maximum of a data file."""
     try:
-        with h5py.File(path, "r", locking=False) as file:
+        with readable(path), h5py.File(path, "r", locking=False) as file:
             shapes = {
-                name: (file[name].shape, file[name].dtype)
+                name: (file[name].shape or (), file[name].dtype.newbyteorder("="))
                 for name in ("inputs", "labels", "test_inputs", "test_labels")
             }
-            classes = [str(c) for c in file.attrs["classes"]]
+            classes = file.attrs["classes"]
+            classes = [c.decode() if isinstance(c, bytes) else str(c) for c in classes]
             origin, maximum = str(file.attrs.get("origin", "")), file.attrs.get("maximum")
-    except (OSError, KeyError, AttributeError, TypeError) as error:
-        text = str(error).splitlines()[0].strip('"')
-        raise InputError(f"{path} is no data file, as data/prepare.py writes them: {text}") from error
+    except InputError as error:
+        said = str(error).removeprefix(f"cannot read {path}: ")
+        raise InputError(f"{path} is no data file, as data/prepare.py writes them: {said}") from error
     try:
         if samples is not None:
             if samples > shapes["inputs"][0][0]:

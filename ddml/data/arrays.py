@@ -39,7 +39,9 @@ def load(path: Path, names: Sequence[str]) -> dict[str, Array]:
     with found:
         for name in (n for n in names if n in found):
             with readable(path, f"{name} of "):
-                arrays[name] = np.asarray(found[name])
+                arrays[name] = found[name]
+            if not isinstance(arrays[name], np.ndarray):  # but bytes
+                raise InputError(f"cannot read {name} of {path}: it is no array of numpy")
         if not arrays:
             listed = ", ".join(found.files[:SHOWN]) + ", ..." * (len(found.files) > SHOWN)
             raise InputError(f"{path} must hold arrays of the names {', '.join(names)}; it has {listed or 'none'}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,32 +74,68 @@ def write(
         | {f"{t}labels": ((s.count,), np.dtype(np.int64)) for t, s in (("", train), ("test_", test))}
     )
     attributes = {"format": FORMAT, "origin": _utf8(origin), "maximum": maximum_of(maximum, train.dtype)}
-    new = Path(f"{path}.{uuid.uuid4().hex[:8]}.new")
+    new = Path(f"{os.path.realpath(path)}.{uuid.uuid4().hex[:8]}.new")
     try:
-        with h5py.File(new, "w", locking=False) as file:
-            file.attrs.update(attributes)
-            file.attrs.create("classes", [_utf8(name) for name in classes], dtype=h5py.string_dtype())
-            for prefix, source in (("", train), ("test_", test)):
-                inputs = file.create_dataset(f"{prefix}inputs", (source.count, *source.shape), source.dtype)
-                labels = file.create_dataset(f"{prefix}labels", (source.count,), np.int64)
-                end = 0
-                for x, y in source.pieces():
-                    begin, end = end, end + len(x)
-                    check_rows(f"{prefix}inputs", x, 0, len(x), len(classes), begin)
-                    check_rows(f"{prefix}labels", np.asarray(y, np.int64), 0, len(y), len(classes), begin)
-                    inputs[begin:end], labels[begin:end] = x, y
-                if end != source.count:
-                    raise InputError(f"{source.count} samples were announced, {end} came")
-        with open(new, "rb") as flushed:
-            os.fsync(flushed.fileno())
-        os.replace(new, path)
+        with _Disk(new, "x+") as disk:
+            with h5py.File(disk, "w") as file:
+                file.attrs.update(attributes)
+                file.attrs.create("classes", [_utf8(name) for name in classes], dtype=h5py.string_dtype())
+                for prefix, source in (("", train), ("test_", test)):
+                    inputs = file.create_dataset(f"{prefix}inputs", (source.count, *source.shape), source.dtype)
+                    labels = file.create_dataset(f"{prefix}labels", (source.count,), np.int64)
+                    end = 0
+                    for x, y in source.pieces():
+                        begin, end = end, end + len(x)
+                        check_rows(f"{prefix}inputs", x, 0, len(x), len(classes), begin)
+                        check_rows(f"{prefix}labels", np.asarray(y, np.int64), 0, len(y), len(classes), begin)
+                        inputs[begin:end], labels[begin:end] = x, y
+                        disk.check()
+                    if end != source.count:
+                        raise InputError(f"{source.count} samples were announced, {end} came")
+            disk.check()
+            os.fsync(disk.fileno())
+        os.replace(new, os.path.realpath(path))
     except InputError:
         raise
-    except (OSError, RuntimeError, ValueError, MemoryError) as error:  # HDF5 says some of it in others than OSError
+    except (OSError, RuntimeError, ValueError) as error:  # HDF5 has all of them
         said = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         raise InputError(f"cannot write {path}: {said}") from error
     finally:
         new.unlink(missing_ok=True)
+
+
+class _Disk(io.FileIO):
+    """A file that takes all bytes and keeps its first error: HDF5 crashes when it closes a file it could not write."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        """Write all bytes, unless there was an error."""
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        with self._kept():
+            while rest and self.error is None:
+                rest = rest[super().write(rest) :]
+        return size
+
+    def truncate(self, size: int | None = None, /) -> int:
+        """Change the size, unless there was an error."""
+        with self._kept():
+            if self.error is None:
+                super().truncate(size)
+        return size or 0
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.error = error
+
+    def check(self) -> None:
+        """Raise the error, if there was one."""
+        if self.error is not None:
+            raise self.error
 
 
 def _utf8(text: str) -> str:
@@ -150,6 +188,7 @@ def read(path: str, comm: MPI.Comm, samples: int | None = None) -> DataSet:
 
 def _described(path: str, samples: int | None) -> tuple[dict[str, tuple[tuple[int, ...], Any]], list[str], str, float]:
     """Shapes and types of the arrays, class names, origin and maximum of a data file."""
+    shapes: dict[str, tuple[tuple[int, ...], Any]]
     try:
         with readable(path), h5py.File(path, "r", locking=False) as file:
             shapes = {

@@ -73,13 +73,14 @@ def write(
         {f"{t}inputs": ((s.count, *s.shape), np.dtype(s.dtype)) for t, s in (("", train), ("test_", test))}
         | {f"{t}labels": ((s.count,), np.dtype(np.int64)) for t, s in (("", train), ("test_", test))}
     )
-    attributes = {"format": FORMAT, "origin": _utf8(origin), "maximum": maximum_of(maximum, train.dtype)}
+    maximum = maximum_of(maximum, train.dtype)
     new = Path(f"{os.path.realpath(path)}.{uuid.uuid4().hex[:8]}.new")
     try:
         with _Disk(new, "x+") as disk:
-            with h5py.File(disk, "w") as file:
-                file.attrs.update(attributes)
-                file.attrs.create("classes", [_utf8(name) for name in classes], dtype=h5py.string_dtype())
+            # since HDF5 1.10 all but numbers and texts of variable length has check sums
+            with h5py.File(disk, "w", libver="v110") as file:
+                file.attrs.update(format=_text(FORMAT), origin=_text(origin), maximum=maximum)
+                file.attrs["classes"] = _text(classes)
                 for prefix, source in (("", train), ("test_", test)):
                     inputs = file.create_dataset(f"{prefix}inputs", (source.count, *source.shape), source.dtype)
                     labels = file.create_dataset(f"{prefix}labels", (source.count,), np.int64)
@@ -138,9 +139,12 @@ class _Disk(io.FileIO):
             raise self.error
 
 
-def _utf8(text: str) -> str:
-    """A text whose bytes that are no UTF-8, as in names of files, are shown as such."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+def _text(given: str | Sequence[str]) -> Array:
+    """One or more texts of a fixed length; bytes that are no UTF-8, as in names of files, are shown as such."""
+    texts = [given] if isinstance(given, str) else given
+    found = [t.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode() for t in texts]
+    array = np.array(found, h5py.string_dtype("utf-8", max(1, *map(len, found))))
+    return array[0] if isinstance(given, str) else array
 
 
 def read(path: str, comm: MPI.Comm, samples: int | None = None) -> DataSet:
@@ -195,9 +199,11 @@ def _described(path: str, samples: int | None) -> tuple[dict[str, tuple[tuple[in
                 name: (file[name].shape or (), file[name].dtype.newbyteorder("="))
                 for name in ("inputs", "labels", "test_inputs", "test_labels")
             }
-            classes = file.attrs["classes"]
-            classes = [c.decode() if isinstance(c, bytes) else str(c) for c in classes]
-            origin, maximum = str(file.attrs.get("origin", "")), file.attrs.get("maximum")
+            origin, *classes = (
+                text.decode() if isinstance(text, bytes) else str(text)
+                for text in (file.attrs.get("origin", ""), *file.attrs["classes"])
+            )
+            maximum = file.attrs.get("maximum")
     except InputError as error:
         said = str(error).removeprefix(f"cannot read {path}: ")
         raise InputError(f"{path} is no data file, as data/prepare.py writes them: {said}") from error

@@ -49,7 +49,8 @@ def _said(error: Exception) -> str:
     """An exception in words, without line breaks."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    text = " ".join(str(error).split()) or type(error).__name__
+    said = error.args[0] if isinstance(error, KeyError) and error.args else error  # which else has quotation marks
+    text = " ".join(str(said).split()) or type(error).__name__
     if isinstance(error, MemoryError):
         return f"it asks for more memory than there is ({text})"
     # what bz2 says of damage is an OSError without a number

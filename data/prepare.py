@@ -28,7 +28,7 @@ from ddml.errors import InputError
 
 Array = NDArray[Any]
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-LISTED = 5  # names of what is passed over that are shown (our choice)
+LISTED = 5  # names that a note shows (our choice)
 
 
 def files_like(folder: Path, pattern: str) -> list[Path]:
@@ -122,10 +122,10 @@ def folder(arguments: argparse.Namespace) -> dict[str, Any]:
         passed_over, test = [*passed_over, *others.passed_over], others.files
     else:
         train, test = ([found.files[i] for i in rows] for rows in cut(len(found.files), arguments))
-    notes = []
+    notes = untrained([label for _, label in train], found.classes)
     if passed_over:
-        listed = ", ".join(p.name for p in passed_over[:LISTED]) + ", ..." * (len(passed_over) > LISTED)
-        notes.append(f"passed over {len(passed_over)} files and folders that are no images of a class: {listed}")
+        names = listed([path.name for path in passed_over])
+        notes.append(f"passed over {len(passed_over)} files and folders that are no images of a class: {names}")
     return {
         "train": source(train), "test": source(test), "classes": found.classes,
         "origin": arguments.folder.resolve().name, "notes": notes,
@@ -144,28 +144,35 @@ def arrays(arguments: argparse.Namespace) -> dict[str, Any]:
     found = loaded[0] if len(paths) == 1 else {name: one[""] for name, one in zip(names, loaded, strict=False)}
     if {"inputs", "labels"} - set(found) or ("test_inputs" in found) != ("test_labels" in found):
         raise InputError(f"{paths[0]} must hold inputs and labels, and both test_inputs and test_labels or neither")
-    kinds = [(x, x.replace("inputs", "labels")) for x in ("inputs", "test_inputs") if x in found]
-    numbers, classes, notes = numpy_files.classes_of(*((y, found[y]) for _, y in kinds))
-    for (x, y), column in zip(kinds, numbers, strict=True):
-        if len(column) != (found[x].shape or (0,))[0]:
-            raise InputError(f"{x} has the shape {found[x].shape}, but there are {len(column)} {y}")
-    dtype = numpy_files.stored_type(" and ".join(x for x, _ in kinds), *(found[x] for x, _ in kinds))
-    if dtype != found["inputs"].dtype.newbyteorder("="):
-        notes.append(f"inputs of {found['inputs'].dtype} are stored as {dtype}; -maximum says what stands for 1")
-    rows = [np.arange(len(column)) for column in numbers] if len(kinds) == 2 else cut(len(numbers[0]), arguments)
+    kinds = ("", "test_" if "test_inputs" in found else "")
+    numbers, classes, notes = numpy_files.classes_of(*((f"{t}labels", found[f"{t}labels"]) for t in kinds))
+    inputs = [found[f"{t}inputs"] for t in kinds]
+    for t, x, column in zip(kinds, inputs, numbers, strict=True):
+        if len(column) != (x.shape or (0,))[0]:
+            raise InputError(f"{t}inputs has the shape {x.shape}, but there are {len(column)} {t}labels")
+    dtype = numpy_files.stored_type(" and ".join(dict.fromkeys(f"{t}inputs" for t in kinds)), *inputs)
+    if dtype != inputs[0].dtype.newbyteorder("="):
+        notes.append(f"inputs of {inputs[0].dtype} are stored as {dtype}; -maximum says what stands for 1")
+    rows = [np.arange(len(column)) for column in numbers] if kinds[1] else cut(len(numbers[0]), arguments)
     train, test = (
-        numpy_files.source(found[x], column, chosen, dtype, f"{x} of {paths[0]}")
-        for (x, _), column, chosen in zip(kinds * (3 - len(kinds)), numbers * (3 - len(kinds)), rows, strict=True)
+        numpy_files.source(x, column, chosen, dtype, f"{t}inputs of {paths[0]}")
+        for t, x, column, chosen in zip(kinds, inputs, numbers, rows, strict=True)
     )
-    absent = [name for i, name in enumerate(classes) if i not in numbers[0][rows[0]]]
-    if absent:
-        notes.append(
-            f"no sample to train on is of class {', '.join(absent[:LISTED])}" + ", ..." * (len(absent) > LISTED)
-        )
     return {
         "train": train, "test": test, "classes": classes, "origin": paths[0].stem, "maximum": arguments.maximum,
-        "notes": notes,
+        "notes": [*notes, *untrained(numbers[0][rows[0]], classes)],
     }  # fmt: skip
+
+
+def untrained(labels: Any, classes: Sequence[str]) -> list[str]:
+    """A note on the classes that no sample to train on is of, if there are any."""
+    names = [classes[i] for i in np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)]
+    return [f"no sample to train on is of class {listed(names)}"] if names else []
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first of some names."""
+    return ", ".join(names[:LISTED]) + ", ..." * (len(names) > LISTED)
 
 
 def cut(count: int, arguments: argparse.Namespace) -> tuple[Array, Array]:
@@ -191,11 +198,11 @@ def main(words: Sequence[str] | None = None) -> None:
     parted.add_argument("-seed", type=int, default=0, help="of the choice of those")
     for make in (mnist, cifar10):
         kinds.add_parser(make.__name__, parents=[shared], help=make.__doc__).add_argument("folder", type=Path)
-    images = kinds.add_parser("folder", parents=[shared, parted], help=folder.__doc__)
-    images.add_argument("folder", type=Path)
-    images.add_argument("-test", type=Path, default=None, help="folder of the test images")
-    images.add_argument("-size", type=int, default=32, help="width and height (32)")
-    images.add_argument("-grey", action="store_true", help="one channel in the place of three")
+    pictures = kinds.add_parser("folder", parents=[shared, parted], help=folder.__doc__)
+    pictures.add_argument("folder", type=Path)
+    pictures.add_argument("-test", type=Path, default=None, help="folder of the test images")
+    pictures.add_argument("-size", type=int, default=32, help="width and height (32)")
+    pictures.add_argument("-grey", action="store_true", help="one channel in the place of three")
     given = kinds.add_parser("arrays", parents=[shared, parted], help=arrays.__doc__)
     given.add_argument("files", type=Path, nargs="+")
     given.add_argument("-maximum", type=float, default=None, help="value that stands for 1 (255 for uint8, else 1)")

@@ -153,14 +153,18 @@ def comm() -> MPI.Comm:
     return MPI.COMM_WORLD
 
 
-@pytest.fixture
-def shared_tmp(comm: MPI.Comm) -> Iterator[Path]:
+def _shared_folder() -> Iterator[Path]:
     """A folder that all ranks see."""
+    comm = MPI.COMM_WORLD
     folder = tempfile.TemporaryDirectory() if comm.rank == 0 else None
     yield Path(comm.bcast(folder.name if folder else None))
     comm.barrier()
     if folder:
         folder.cleanup()
+
+
+shared_tmp = pytest.fixture(_shared_folder, name="shared_tmp")
+module_tmp = pytest.fixture(_shared_folder, scope="module", name="module_tmp")  # one for all tests of a file
 
 
 @pytest.fixture

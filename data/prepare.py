@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -216,11 +217,12 @@ def main(words: Sequence[str] | None = None) -> None:
     except InputError as error:
         sys.exit("error: " + " ".join(str(error).split()))
     except KeyboardInterrupt:
-        sys.exit("error: interrupted; nothing was written")
+        sys.exit("error: interrupted")
     for note in notes:
         print(f"note: {note}".encode(errors="replace").decode())
     print(f"wrote {arguments.output}: {content['train'].count} samples, {content['test'].count} to test with")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the half of a file is removed
     main()

@@ -6,6 +6,10 @@ import importlib.util
 import lzma
 import os
 import resource
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -287,6 +291,26 @@ def test_a_file_that_cannot_be_written_whole_is_not_there(tmp_path: Path, capsys
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert line.startswith(f"error: cannot write {tmp_path / 'a.h5'}: ")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.h5", "a.npz"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_leaves_what_was_there(tmp_path: Path, number: int) -> None:
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    (tmp_path / "images" / "class").mkdir(parents=True)
+    for i in range(30):
+        image.new("L", (9, 9)).save(tmp_path / "images" / "class" / f"{i}.png")
+    (tmp_path / "a.h5").write_bytes(b"old")
+    words = ("folder", tmp_path / "images", "-size", "3000", "-o", tmp_path / "a.h5")  # which takes some seconds
+    command = [sys.executable, ROOT / "data" / "prepare.py", *words]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, env=os.environ) as process:
+        while not list(tmp_path.glob("a.h5.*")) and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(number)
+        assert process.stderr
+        assert process.stderr.read() == "error: interrupted\n"
+    assert process.returncode == 1
+    assert (tmp_path / "a.h5").read_bytes() == b"old"
+    assert not list(tmp_path.glob("a.h5.*"))
 
 
 def test_files_beside_images_and_names_in_other_alphabets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from .data_set import Array, row_pieces
 from .files import Source
 from .unpacking import opened, readable
 
+MAGIC = (b"\x93NUMPY", b"PK\x03\x04", b"PK\x05\x06")  # first bytes of .npy and .npz, with arrays and without
 SHOWN = 8  # labels that are listed (our choice)
 
 
@@ -31,21 +32,36 @@ def load(path: Path, names: Sequence[str]) -> dict[str, Array]:
         A file that is none of the two, is damaged, or holds Python objects.
     """
     with opened(path) as file:
+        if not file.read(6).startswith(MAGIC):
+            raise InputError(f"cannot read {path}: it is no .npz or .npy file of numpy")
+        file.seek(0)
         plain = isinstance(file, io.BufferedReader)
-        found: Any = np.load(path, mmap_mode="r") if plain else np.load(io.BytesIO(file.read()))
+        source: Any = path if plain else io.BytesIO(file.read())
+        found: Any = _unpickled(path, lambda: np.load(source, mmap_mode="r" if plain else None))
     if isinstance(found, np.ndarray):
         return {"": found}
     arrays = {}
     with found:
         for name in (n for n in names if n in found):
             with readable(path, f"{name} of "):
-                arrays[name] = found[name]
+                arrays[name] = _unpickled(f"{name} of {path}", lambda: found[name])  # noqa: B023
             if not isinstance(arrays[name], np.ndarray):  # but bytes
                 raise InputError(f"cannot read {name} of {path}: it is no array of numpy")
         if not arrays:
             listed = ", ".join(found.files[:SHOWN]) + ", ..." * (len(found.files) > SHOWN)
             raise InputError(f"{path} must hold arrays of the names {', '.join(names)}; it has {listed or 'none'}")
     return arrays
+
+
+def _unpickled(what: str | Path, read: Callable[[], Any]) -> Any:
+    """What numpy reads, unless that are Python objects, which are not read: they could be programs."""
+    try:
+        return read()
+    except ValueError as error:
+        if "pickle" in str(error) or "Python objects" in str(error):  # of a file, and of one that is mapped
+            text = f"cannot read {what}: it holds Python objects; store numbers or words, as by .astype(int)"
+            raise InputError(text) from error
+        raise
 
 
 def stored_type(what: str, *arrays: Array) -> np.dtype[Any]:

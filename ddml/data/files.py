@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from ddml.errors import InputError
 from ddml.parallel import agreed, agreed_file, check_memory, split
 
 from .data_set import Array, DataSet, allocated, check_rows, check_shapes, maximum_of, row_pieces
+from .replacing import replacing
 from .unpacking import readable
 
 FORMAT = "ddml data"
@@ -74,69 +72,28 @@ def write(
         | {f"{t}labels": ((s.count,), np.dtype(np.int64)) for t, s in (("", train), ("test_", test))}
     )
     maximum = maximum_of(maximum, train.dtype)
-    new = Path(f"{os.path.realpath(path)}.{uuid.uuid4().hex[:8]}.new")
     try:
-        with _Disk(new, "x+") as disk:
-            # since HDF5 1.10 all but numbers and texts of variable length has check sums
-            with h5py.File(disk, "w", libver="v110") as file:
-                file.attrs.update(format=_text(FORMAT), origin=_text(origin), maximum=maximum)
-                file.attrs["classes"] = _text(classes)
-                for prefix, source in (("", train), ("test_", test)):
-                    inputs = file.create_dataset(f"{prefix}inputs", (source.count, *source.shape), source.dtype)
-                    labels = file.create_dataset(f"{prefix}labels", (source.count,), np.int64)
-                    end = 0
-                    for x, y in source.pieces():
-                        begin, end = end, end + len(x)
-                        check_rows(f"{prefix}inputs", x, 0, len(x), len(classes), begin)
-                        check_rows(f"{prefix}labels", np.asarray(y, np.int64), 0, len(y), len(classes), begin)
-                        inputs[begin:end], labels[begin:end] = x, y
-                        disk.check()
-                    if end != source.count:
-                        raise InputError(f"{source.count} samples were announced, {end} came")
-            disk.check()
-            os.fsync(disk.fileno())
-        os.replace(new, os.path.realpath(path))
+        # since HDF5 1.10 all but numbers and texts of variable length has check sums
+        with replacing(path) as disk, h5py.File(disk, "w", libver="v110") as file:
+            file.attrs.update(format=_text(FORMAT), origin=_text(origin), maximum=maximum)
+            file.attrs["classes"] = _text(classes)
+            for prefix, source in (("", train), ("test_", test)):
+                inputs = file.create_dataset(f"{prefix}inputs", (source.count, *source.shape), source.dtype)
+                labels = file.create_dataset(f"{prefix}labels", (source.count,), np.int64)
+                end = 0
+                for x, y in source.pieces():
+                    begin, end = end, end + len(x)
+                    check_rows(f"{prefix}inputs", x, 0, len(x), len(classes), begin)
+                    check_rows(f"{prefix}labels", np.asarray(y, np.int64), 0, len(y), len(classes), begin)
+                    inputs[begin:end], labels[begin:end] = x, y
+                    disk.check()
+                if end != source.count:
+                    raise InputError(f"{source.count} samples were announced, {end} came")
     except InputError:
         raise
     except (OSError, RuntimeError, ValueError) as error:  # HDF5 has all of them
         said = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         raise InputError(f"cannot write {path}: {said}") from error
-    finally:
-        new.unlink(missing_ok=True)
-
-
-class _Disk(io.FileIO):
-    """A file that takes all bytes and keeps its first error: HDF5 crashes when it closes a file it could not write."""
-
-    error: OSError | None = None
-
-    def write(self, data: Any, /) -> int:
-        """Write all bytes, unless there was an error."""
-        rest = memoryview(data).cast("B")
-        size = len(rest)
-        with self._kept():
-            while rest and self.error is None:
-                rest = rest[super().write(rest) :]
-        return size
-
-    def truncate(self, size: int | None = None, /) -> int:
-        """Change the size, unless there was an error."""
-        with self._kept():
-            if self.error is None:
-                super().truncate(size)
-        return size or 0
-
-    @contextmanager
-    def _kept(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.error = error
-
-    def check(self) -> None:
-        """Raise the error, if there was one."""
-        if self.error is not None:
-            raise self.error
 
 
 def _text(given: str | Sequence[str]) -> Array:

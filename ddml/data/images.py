@@ -99,7 +99,7 @@ def pixels(path: Path, size: int, grey: bool) -> NDArray[np.uint8]:
     Raises
     ------
     InputError
-        An image that cannot be decoded, or whose numbers have no white: integers of 32 bits, floats.
+        An image that cannot be decoded, or whose numbers have no white: floats, integers of 32 bits or with a sign.
     """
     Image, ImageOps = _pillow()
     with readable(path, "image "), Image.open(path) as image:
@@ -121,7 +121,7 @@ def _shown(image: Any, path: Path) -> Any:
         return Image.fromarray(np.round((DEEP - values if inverted else values) / 257).astype(np.uint8))
     if image.mode in ("I", "F"):
         kind = "integers" if image.mode == "I" else "floats"
-        raise InputError(f"image {path} has {kind} of 32 bits, whose white is not known: store it with 8 or 16 bits")
+        raise InputError(f"image {path} has {kind} whose white is not known: store it with 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

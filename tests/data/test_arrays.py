@@ -59,10 +59,14 @@ OBJECTS = np.array([1, 2, None], object)
 GOOD = stored(inputs=X, labels=X[:, 0])
 REFUSED: dict[str, tuple[bytes, str]] = {
     "objects": (stored(OBJECTS), "Python objects"),
-    "labels that are objects": (stored(inputs=X, labels=OBJECTS), "cannot read labels of "),
-    "a pickle": (b"\x80\x04]\x94.", "cannot read"),
-    "text": (b"1,2,3\n", "cannot read"),
-    "nothing": (b"", "cannot read"),
+    "labels that are objects": (
+        stored(inputs=X, labels=OBJECTS),
+        "cannot read labels of .*Python objects; store numbers",
+    ),
+    "a pickle": (b"\x80\x04]\x94.", "is no .npz or .npy file"),
+    "text": (b"1,2,3\n", "is no .npz or .npy file"),
+    "nothing": (b"", "is no .npz or .npy file"),
+    "text in gzip": (gzip.compress(b"1,2,3\n"), "is no .npz or .npy file"),
     "an array that is cut off": (stored(X)[:-8], "cannot read"),
     "a head that is cut off": (stored(X)[:30], "cannot read"),
     "a head of nonsense": (stored(X).replace(b"'descr'", b"'d(scr'"), "cannot read"),

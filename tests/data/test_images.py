@@ -163,8 +163,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "bomb.png": (
         content(png(DEEP, 0).replace(struct.pack(">II", 8, 8), struct.pack(">II", 100_000, 100_000))), "cannot read",
     ),
-    "integers of 32 bits.tif": (saved(Image.fromarray(DEEP.astype(np.int32))), "integers of 32 bits"),
-    "floats.tif": (saved(Image.fromarray(GREY / np.float32(255))), "floats of 32 bits"),
+    "integers of 32 bits.tif": (saved(Image.fromarray(DEEP.astype(np.int32))), "integers whose white is not known"),
+    "floats.tif": (saved(Image.fromarray(GREY / np.float32(255))), "floats whose white is not known"),
 }  # fmt: skip
 
 

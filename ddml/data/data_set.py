@@ -6,7 +6,8 @@ A data file has these datasets and attributes:
 - ``labels`` (N,): their classes, integers from 0;
 - ``test_inputs``, ``test_labels``: the same for the samples that are never trained on;
 - attributes ``format`` ("ddml data"), ``classes`` (their names), ``origin`` (where the samples come from) and
-  ``maximum`` (the value that stands for 1: 255 for uint8 and 1 for floats unless it is given).
+  ``maximum`` (the value that stands for 1: 255 for uint8 and 1 for floats unless it is given). Texts may have a fixed
+  length, or not.
 
 Where the samples lie
 ---------------------

@@ -76,6 +76,16 @@ SHOWN: dict[str, tuple[Callable[[Path], Any], Any, float]] = {
     "grey of 16 bits.pgm": (
         lambda p: p.write_bytes(b"P5 8 8 65535\n" + DEEP.astype(">u2").tobytes()), three(np.round(DEEP / 257)), 0,
     ),
+    "grey of 12 bits.pgm": (
+        lambda p: p.write_bytes(b"P5 8 8 4095\n" + (DEEP // 16).astype(">u2").tobytes()),
+        three(DEEP // 16 / 4095 * 255), 1,
+    ),
+    "rgb of 16 bits.ppm": (
+        lambda p: p.write_bytes(b"P6 8 8 65535\n" + three(DEEP).astype(">u2").tobytes()), three(DEEP / 257), 1,
+    ),
+    "bits.pbm": (lambda p: p.write_bytes(b"P4 8 8\n" + bytes(range(8))), three(
+        255 * (1 - np.unpackbits(np.arange(8, dtype=np.uint8)).reshape(8, 8).astype(float))), 0,
+    ),
     "grey of 16 bits with a transparent value.png": (
         lambda p: p.write_bytes(png(DEEP, 0, (b"tRNS", struct.pack(">H", DEEP[3, 3])))), three(DEEP_MASKED), 0,
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,14 @@ def load(path: Path, names: Sequence[str]) -> dict[str, Array]:
         file.seek(0)
         plain = isinstance(file, io.BufferedReader)
         source: Any = path if plain else io.BytesIO(file.read())
-        found: Any = _unpickled(path, lambda: np.load(source, mmap_mode="r" if plain else None))
+        found: Any = _unpickled(path, partial(np.load, source, "r" if plain else None))
     if isinstance(found, np.ndarray):
         return {"": found}
     arrays = {}
     with found:
         for name in (n for n in names if n in found):
             with readable(path, f"{name} of "):
-                arrays[name] = _unpickled(f"{name} of {path}", lambda: found[name])  # noqa: B023
+                arrays[name] = _unpickled(f"{name} of {path}", partial(found.get, name))
             if not isinstance(arrays[name], np.ndarray):  # but bytes
                 raise InputError(f"cannot read {name} of {path}: it is no array of numpy")
         if not arrays:

@@ -101,7 +101,7 @@ def _text(given: str | Sequence[str]) -> Array:
     texts = [given] if isinstance(given, str) else given
     found = [t.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode() for t in texts]
     array = np.array(found, h5py.string_dtype("utf-8", max(1, *map(len, found))))
-    return array[0] if isinstance(given, str) else array
+    return array.reshape(()) if isinstance(given, str) else array
 
 
 def read(path: str, comm: MPI.Comm, samples: int | None = None) -> DataSet:

@@ -9,36 +9,22 @@ from __future__ import annotations
 from common.program import run_program  # first: it initialises PETSc
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
 from mpi4py import MPI
 
-import ddml.runs.run
-from common import training
-from ddml.sampling import batches
+from common import batches, training
 from ddml.data import data_set, files
 from ddml import plugins
 from ddml.sampling.batches import Batches
-from ddml.errors import InputError
 from ddml.networks import classifiers
 from ddml.options import NEVER, Option, with_defaults
 from ddml.parallel import agreed
 from ddml.problems.classification import ClassificationLoss, TestSet
 from ddml.data.scaling import SCALINGS, Samples, Scaling
-from solvers import PETSC_TYPES, SOLVERS, solver_class
+from solvers import solver_class
 from common.training import check_device
-
-_OWN = [name for name in SOLVERS if name not in training.RESIDUALS_ONLY]
-_HELP = {
-    "chunk": "Samples that go through the network at a time; 0: what suits the widest layer.",
-    "summation_blocks": "Blocks of samples whose sums are added in a fixed order, so that a run is the same to the "
-    "last bit on any number of ranks; no more ranks than blocks are busy; 0 sums by ranks (default: 8 to 512, by what "
-    "an evaluation costs; 0 above -summation_limit).",
-    "error_interval": "Iterations between evaluations of the test samples (default: whole batches, as many as let that "
-    "take about a tenth of the time).",
-}
 
 OPTIONS = (
     Option("data", "digits", f"One of {', '.join(files.DATA)}; or a data file .h5 (see data/README.md); or "
@@ -48,13 +34,15 @@ OPTIONS = (
     Option("scaling", "standard", "Inputs divided by the data set's maximum, or of mean 0 and deviation 1 in each "
            "channel, or as they are.", choices=SCALINGS, changes=NEVER),
     *classifiers.OPTIONS,
-    Option("solver", "tr", f"One of {', '.join(_OWN)}; or PETSc's {', '.join(PETSC_TYPES)}; or "
-           "path/to/file.py:Class."),
-    *batches.OPTIONS,
-    *(replace(o, help=_HELP.get(o.name, o.help)) for o in with_defaults(training.OPTIONS, dtype="float32")),
+    *batches.options("", with_defaults(training.OPTIONS, dtype="float32"), {
+        "chunk": "Samples that go through the network at a time; 0: what suits the widest layer.",
+    }),
 )  # fmt: skip
 
-LIMITS = (*(replace(o, help=_HELP.get(o.name, o.help)) for o in ddml.runs.run.OPTIONS if o.name != "target_error"),)
+LIMITS = batches.limits(
+    "Iterations between evaluations of the test samples (default: whole batches, as many as let that take about a "
+    "tenth of the time)."
+)
 
 
 def main(comm: MPI.Comm) -> int:
@@ -67,8 +55,7 @@ def main(comm: MPI.Comm) -> int:
     training.refuse_residuals_only(settings.solver)
     dataset = files.load(settings.data, comm, settings.samples)
     settings.samples = dataset.count
-    if settings.batch_size > dataset.count:
-        raise InputError(f"option -batch_size must be at most {dataset.count}, the samples; got {settings.batch_size}")
+    batches.check(settings, dataset.count)
     scaling = Scaling(dataset, settings.scaling, comm)
     with agreed(comm), plugins.blamed(settings.network, classifiers.KNOWN, "network"):
         loss, network, test = build(settings, dataset, scaling)
@@ -81,8 +68,7 @@ def main(comm: MPI.Comm) -> int:
         limits.error_interval = interval * math.ceil(between / (interval * made.objective.loss.count))
     attributes = {
         "driver": "classify", "problem": "classification", "network": network, "data": settings.data,
-        "samples": dataset.count, "scaling": settings.scaling, "batch_size": settings.batch_size,
-        "batch_overlap": settings.batch_overlap, "batch_steps": interval, "batch_growth": settings.batch_growth,
+        "samples": dataset.count, "scaling": settings.scaling, **batches.attributes(settings, moving),
     }  # fmt: skip
     measure = TestSet(loss, test, comm, made.blocks)
     code = made.run(
@@ -113,12 +99,7 @@ def header(
 ) -> str:
     """What is about to run, in words."""
     kind = solver_class(settings.solver)
-    batch = "all in each evaluation"
-    if moving is not None:
-        sizes = f"{moving.per_epoch} batches an epoch of {-(-dataset.count // moving.per_epoch)} and {moving.wanted}"
-        batch = f"{sizes} of the one before, {moving.interval} iterations on each"
-        if settings.batch_growth > 1:
-            batch += f", growing by {settings.batch_growth:g}"
+    batch = batches.in_words(settings, dataset.count, moving)
     return (
         f"data {settings.data}, {dataset!r}, scaling {settings.scaling}; {batch}\n"
         f"network {network}, {loss.size} parameters in {len(loss.layers)} layers, {settings.dtype} on"

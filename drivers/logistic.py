@@ -19,9 +19,7 @@ import numpy as np
 from mpi4py import MPI
 from petsc4py import PETSc
 
-import ddml.runs.run
-from common import training
-from ddml.sampling import batches
+from common import batches, training
 from ddml.data import data_set, files, libsvm, wide
 from ddml.data.rows import DENSE, DenseRows, Table, TwoClasses, two_labels
 from ddml.sampling.batches import Batches
@@ -29,25 +27,16 @@ from ddml.errors import InputError
 from ddml.options import NEVER, Option
 from ddml.parallel import agreed, check_memory
 from ddml.problems.logistic import LogisticLoss, TwoClassTest
-from solvers import PETSC_TYPES, SOLVERS, solver_class
+from solvers import solver_class
 
-_OWN = [name for name in SOLVERS if name not in training.RESIDUALS_ONLY]
 # of solvers, here: the loss is convex, and its Hessian cheap
 DEFAULTS = {name: {"model": "hessian", "delta0": "1.0"} for name in ("tr", "apts_weights", "apts_data", "napts")}
 VECTORS = 12  # of the parameters that a rank must have memory for (our choice)
 _DATA = f"wide, {', '.join(files.DATA)}, a data file .h5, path/to/file.py:Name"
-_HELP = {
-    "dtype": "Precision of data and parameters.",
-    "summation_blocks": "Blocks of samples whose sums are added in a fixed order, so that a run is the same to the "
-    "last bit on any number of ranks; no more ranks than blocks are busy; 0 sums by ranks (default: 8 to 512, by what "
-    "an evaluation costs; 0 above -summation_limit).",
-    "error_interval": "Iterations between evaluations of the test samples (default: 1; with batches whole ones, so "
-    "many that it costs less than half of a gradient an iteration).",
-}
 
 OPTIONS = (
-    Option("data", None, f"A LIBSVM file, plain, .gz or .bz2; or wide, a generated set of the shape of Gisette; or "
-           f"two -classes of {', '.join(files.DATA)}, of a data file .h5 (see data/README.md) or of "
+    Option("data", None, f"A LIBSVM file, plain, .gz, .bz2 or .xz; or wide, a generated set of the shape of Gisette; "
+           f"or two -classes of {', '.join(files.DATA)}, of a data file .h5 (see data/README.md) or of "
            "path/to/file.py:Name, divided by the set's maximum.", changes=NEVER),
     Option("test_data", None, "A LIBSVM file to test with."),
     Option("classes", None, "Two labels or classes, as in 4,9, of which samples are taken (default: all, if there are "
@@ -60,16 +49,20 @@ OPTIONS = (
            choices=libsvm.BASES, changes=NEVER),
     Option("lambda", 1e-3, "Of the penalty lambda/2 |w|^2.", minimum=0.0, changes=NEVER),
     Option("intercept", False, "Whether the model has one; it is not penalised.", changes=NEVER),
-    Option("solver", "tr", f"One of {', '.join(_OWN)}; or PETSc's {', '.join(PETSC_TYPES)}; or path/to/file.py:Class. "
-           "Trust regions, tr, apts_weights, apts_data and napts, have -model hessian -delta0 1 here."),
-    *batches.OPTIONS,
-    *(
-        replace(o, help=_HELP.get(o.name, o.help), choices=("float64",) if o.name == "dtype" else o.choices)
-        for o in training.OPTIONS if o.name not in ("device", "chunk")
+    *batches.options(
+        " Trust regions, tr, apts_weights, apts_data and napts, have -model hessian -delta0 1 here.",
+        (
+            replace(o, choices=("float64",)) if o.name == "dtype" else o
+            for o in training.OPTIONS if o.name not in ("device", "chunk")
+        ),
+        {"dtype": "Precision of data and parameters."},
     ),
 )  # fmt: skip
 
-LIMITS = (*(replace(o, help=_HELP.get(o.name, o.help)) for o in ddml.runs.run.OPTIONS if o.name != "target_error"),)
+LIMITS = batches.limits(
+    "Iterations between evaluations of the test samples (default: 1; with batches whole ones, so many that it costs "
+    "less than half of a gradient an iteration)."
+)
 
 
 def main(comm: MPI.Comm) -> int:
@@ -89,8 +82,7 @@ def main(comm: MPI.Comm) -> int:
     data = load(settings, comm)
     check_memory(comm, 8 * VECTORS * data.train.features, f"a model of {data.train.features} features", "is that so?")
     settings.samples = count = len(data.train)
-    if settings.batch_size > count:
-        raise InputError(f"option -batch_size must be at most {count}, the samples; got {settings.batch_size}")
+    batches.check(settings, count)
     loss = LogisticLoss(data.train, penalty, settings.intercept)
     chosen = solver_class(settings.solver).decompose(loss)
     made = training.Training(comm, settings, loss, chosen, 0.0, settings.batch_size)
@@ -102,8 +94,7 @@ def main(comm: MPI.Comm) -> int:
         limits.error_interval = interval * math.ceil(between / (interval * made.objective.loss.count))
     attributes = {
         "driver": "logistic", "problem": data.problem, "network": "logistic model", "data": settings.data,
-        "samples": count, "lambda": penalty, "intercept": settings.intercept, "batch_size": settings.batch_size,
-        "batch_overlap": settings.batch_overlap, "batch_steps": interval, "batch_growth": settings.batch_growth,
+        "samples": count, "lambda": penalty, "intercept": settings.intercept, **batches.attributes(settings, moving),
         "hessian_charge": loss.charges.hessian(),
     }  # fmt: skip
     test = TwoClassTest(loss, tested, comm, made.blocks)
@@ -278,12 +269,7 @@ def _check_sum(samples: TwoClasses) -> int:
 def header(settings: Any, data: Data, loss: LogisticLoss, moving: Batches | None, summation: str) -> str:
     """What is about to run, in words."""
     kind = solver_class(settings.solver)
-    batch = "all in each evaluation"
-    if moving is not None:
-        sizes = f"{moving.per_epoch} batches an epoch of {-(-loss.count // moving.per_epoch)} and {moving.wanted}"
-        batch = f"{sizes} of the one before, {moving.interval} iterations on each"
-        if settings.batch_growth > 1:
-            batch += f", growing by {settings.batch_growth:g}"
+    batch = batches.in_words(settings, loss.count, moving)
     test = "accuracy of the training samples" if data.test is None else f"{len(data.test)} to test with"
     stored = f"{data.train.table.density:.1%} not 0, {'dense' if data.train.dense else 'sparse'} products"
     return (

@@ -40,7 +40,7 @@ SERIAL = (
     *("losses/test_kronecker.py", "losses/test_loss.py", "losses/test_module_factors.py"),
     *("losses/test_module_refusals.py", "losses/test_pde_modules.py", "losses/test_restrictions.py"),
     *("problems/test_references.py", "problems/test_program.py", "runs/test_figures.py", "runs/test_history.py"),
-    *("test_options.py", "test_prepare.py", "test_house.py"),
+    *("test_options.py", "test_prepare.py", "test_house.py", "data/test_arrays.py", "data/test_images.py"),
     "runs/test_run_file_damage.py::test_a_kill_at_any_moment_leaves_a_whole_file",  # a writer on one rank
     *(f"drivers/test_{name}.py" for name in ("all_solvers", "bad_problems", "bench", "classify", "faults", "header")),
     *(f"drivers/test_{name}.py" for name in ("kill", "plot_driver", "readme", "restart", "rivals", "same_bits")),
@@ -153,14 +153,18 @@ def comm() -> MPI.Comm:
     return MPI.COMM_WORLD
 
 
-@pytest.fixture
-def shared_tmp(comm: MPI.Comm) -> Iterator[Path]:
+def _shared_folder() -> Iterator[Path]:
     """A folder that all ranks see."""
+    comm = MPI.COMM_WORLD
     folder = tempfile.TemporaryDirectory() if comm.rank == 0 else None
     yield Path(comm.bcast(folder.name if folder else None))
     comm.barrier()
     if folder:
         folder.cleanup()
+
+
+shared_tmp = pytest.fixture(_shared_folder, name="shared_tmp")
+module_tmp = pytest.fixture(_shared_folder, scope="module", name="module_tmp")  # one for all tests of a file
 
 
 @pytest.fixture

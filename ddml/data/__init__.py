@@ -1,4 +1,4 @@
-"""Data sets, their files, scaling, numbers of samples and sequences of points."""
+"""Data sets, their files, files of others, scaling, numbers of samples and sequences of points."""
 
 from .data_set import DataSet
 

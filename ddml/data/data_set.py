@@ -6,7 +6,8 @@ A data file has these datasets and attributes:
 - ``labels`` (N,): their classes, integers from 0;
 - ``test_inputs``, ``test_labels``: the same for the samples that are never trained on;
 - attributes ``format`` ("ddml data"), ``classes`` (their names), ``origin`` (where the samples come from) and
-  ``maximum`` (the value that stands for 1: 255 for uint8 and 1 for floats unless it is given).
+  ``maximum`` (the value that stands for 1: 255 for uint8 and 1 for floats unless it is given). Texts may have a fixed
+  length, or not.
 
 Where the samples lie
 ---------------------
@@ -134,9 +135,12 @@ class DataSet:
 
 def maximum_of(given: float | None, dtype: Any) -> float:
     """The value that stands for 1, as given or by the type of the numbers."""
-    maximum = (255.0 if np.dtype(dtype) == np.uint8 else 1.0) if given is None else float(given)
+    try:
+        maximum = (255.0 if np.dtype(dtype) == np.uint8 else 1.0) if given is None else float(given)
+    except (TypeError, ValueError):
+        maximum = np.nan
     if not 0 < maximum < np.inf:
-        raise InputError(f"the maximum of a data set must be a number above 0, got {maximum}")
+        raise InputError(f"the maximum of a data set must be a number above 0, got {given}")
     return maximum
 
 
@@ -167,8 +171,11 @@ def check_shapes(arrays: dict[str, tuple[tuple[int, ...], Any]]) -> None:
         )
 
 
-def check_rows(name: str, array: Array, begin: int, end: int, classes: int) -> None:
-    """Raise an InputError for a label that is out of range, or inputs that are not finite, in these rows."""
+def check_rows(name: str, array: Array, begin: int, end: int, classes: int, before: int = 0) -> None:
+    """Raise an InputError for a label that is out of range, or inputs that are not finite, in these rows.
+
+    ``before`` samples stand in front of those of the array.
+    """
     for first, last in row_pieces(array, begin, end):
         rows = array[first:last]
         wrong: Any
@@ -183,7 +190,7 @@ def check_rows(name: str, array: Array, begin: int, end: int, classes: int) -> N
         if np.any(wrong):
             row = int(np.flatnonzero(wrong)[0])
             value = f"{rows[row]}" if name.endswith("labels") else "NaN or infinity"
-            raise InputError(f"{name} {what}; sample {first + row} has {value}")
+            raise InputError(f"{name} {what}; sample {before + first + row} has {value}")
 
 
 def allocated(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from mpi4py import MPI
 
 from ddml import plugins
 from ddml.errors import InputError
-from ddml.parallel import agreed, agreed_file, split
+from ddml.parallel import agreed, agreed_file, check_memory, split
 
 from .data_set import Array, DataSet, allocated, check_rows, check_shapes, maximum_of, row_pieces
+from .replacing import replacing
+from .unpacking import readable
 
 FORMAT = "ddml data"
 
@@ -68,29 +71,37 @@ def write(
         {f"{t}inputs": ((s.count, *s.shape), np.dtype(s.dtype)) for t, s in (("", train), ("test_", test))}
         | {f"{t}labels": ((s.count,), np.dtype(np.int64)) for t, s in (("", train), ("test_", test))}
     )
-    new = Path(f"{path}.new")
+    maximum = maximum_of(maximum, train.dtype)
     try:
-        with h5py.File(new, "w", locking=False) as file:
-            file.attrs.update(format=FORMAT, origin=origin, maximum=maximum_of(maximum, train.dtype))
-            file.attrs.create("classes", list(classes), dtype=h5py.string_dtype())
+        # since HDF5 1.10 all but numbers and texts of variable length has check sums
+        with replacing(path) as disk, h5py.File(disk, "w", libver="v110") as file:
+            file.attrs.update(format=_text(FORMAT), origin=_text(origin), maximum=maximum)
+            file.attrs["classes"] = _text(classes)
             for prefix, source in (("", train), ("test_", test)):
                 inputs = file.create_dataset(f"{prefix}inputs", (source.count, *source.shape), source.dtype)
                 labels = file.create_dataset(f"{prefix}labels", (source.count,), np.int64)
                 end = 0
                 for x, y in source.pieces():
-                    check_rows(f"{prefix}inputs", x, 0, len(x), len(classes))
-                    check_rows(f"{prefix}labels", np.asarray(y, np.int64), 0, len(y), len(classes))
                     begin, end = end, end + len(x)
+                    check_rows(f"{prefix}inputs", x, 0, len(x), len(classes), begin)
+                    check_rows(f"{prefix}labels", np.asarray(y, np.int64), 0, len(y), len(classes), begin)
                     inputs[begin:end], labels[begin:end] = x, y
+                    disk.check()
                 if end != source.count:
                     raise InputError(f"{source.count} samples were announced, {end} came")
-        with open(new, "rb") as flushed:
-            os.fsync(flushed.fileno())
-        os.replace(new, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        new.unlink(missing_ok=True)
+    except InputError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:  # HDF5 has all of them
+        said = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        raise InputError(f"cannot write {path}: {said}") from error
+
+
+def _text(given: str | Sequence[str]) -> Array:
+    """One or more texts of a fixed length; bytes that are no UTF-8, as in names of files, are shown as such."""
+    texts = [given] if isinstance(given, str) else given
+    found = [t.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode() for t in texts]
+    array = np.array(found, h5py.string_dtype("utf-8", max(1, *map(len, found))))
+    return array.reshape(()) if isinstance(given, str) else array
 
 
 def read(path: str, comm: MPI.Comm, samples: int | None = None) -> DataSet:
@@ -115,6 +126,8 @@ def read(path: str, comm: MPI.Comm, samples: int | None = None) -> DataSet:
             found = _described(path, samples)
     shapes, classes, origin, maximum = comm.bcast(found)
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    needed = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
+    check_memory(comm, needed if node.rank == 0 else 0, f"data file {path}", "is it whole?")
     dataset = allocated(shapes, node, classes, origin, maximum)
     parallel = {"driver": "mpio", "comm": comm} if h5py.get_config().mpi and comm.size > 1 else {"locking": False}
     try:
@@ -136,17 +149,21 @@ def read(path: str, comm: MPI.Comm, samples: int | None = None) -> DataSet:
 
 def _described(path: str, samples: int | None) -> tuple[dict[str, tuple[tuple[int, ...], Any]], list[str], str, float]:
     """Shapes and types of the arrays, class names, origin and maximum of a data file."""
+    shapes: dict[str, tuple[tuple[int, ...], Any]]
     try:
-        with h5py.File(path, "r", locking=False) as file:
+        with readable(path), h5py.File(path, "r", locking=False) as file:
             shapes = {
-                name: (file[name].shape, file[name].dtype)
+                name: (file[name].shape or (), file[name].dtype.newbyteorder("="))
                 for name in ("inputs", "labels", "test_inputs", "test_labels")
             }
-            classes = [str(c) for c in file.attrs["classes"]]
-            origin, maximum = str(file.attrs.get("origin", "")), file.attrs.get("maximum")
-    except (OSError, KeyError, AttributeError, TypeError) as error:
-        text = str(error).splitlines()[0].strip('"')
-        raise InputError(f"{path} is no data file, as data/prepare.py writes them: {text}") from error
+            origin, *classes = (
+                text.decode() if isinstance(text, bytes) else str(text)
+                for text in (file.attrs.get("origin", ""), *file.attrs["classes"])
+            )
+            maximum = file.attrs.get("maximum")
+    except InputError as error:
+        said = str(error).removeprefix(f"cannot read {path}: ")
+        raise InputError(f"{path} is no data file, as data/prepare.py writes them: {said}") from error
     try:
         if samples is not None:
             if samples > shapes["inputs"][0][0]:

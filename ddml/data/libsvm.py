@@ -1,4 +1,4 @@
-"""LIBSVM (SVMlight) text files, plain, gzip or bzip2, read by all ranks together.
+"""LIBSVM (SVMlight) text files, plain or compressed (gzip, bzip2, xz), read by all ranks together.
 
 A line is a sample, ``label index:value index:value ...  # comment``, with indices that increase. A ``qid:`` behind the
 label is passed over, as are comments and empty lines. Lines may end as on Windows, and the last one not at all.
@@ -10,13 +10,9 @@ once in each node.
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import re
 import warnings
-import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +25,11 @@ from ddml.parallel import agreed, split
 
 from .data_set import shared_arrays
 from .rows import Entries, SparseRows, gathered
+from .unpacking import opened, packer, readable
 
 BASES = ("auto", "0", "1")
 PIECE = 16 << 20  # bytes that are parsed in one go (our choice)
+KIND = "data file "  # in messages
 LARGEST = 2**53  # an index behind this is no whole number in double precision
 
 Array = NDArray[Any]
@@ -101,13 +99,13 @@ class _Text:
     def __init__(self, path: str, comm: MPI.Comm, node: MPI.Comm) -> None:
         self.path, self.unpacked = path, np.empty(0, np.uint8)
         self._windows: list[MPI.Win] = []
-        kind, content = b"", b""
-        with agreed(comm), _readable(path):
-            kind, self.size = _beginning(path)
-            if kind and node.rank == 0:
-                with (gzip if kind == b"\x1f\x8b" else bz2).open(path) as file:
+        content = b""
+        with agreed(comm):
+            self.packed = packer(path, KIND) is not None
+            self.size = Path(path).stat().st_size
+            if self.packed and node.rank == 0:
+                with opened(path, KIND) as file:
                     content = file.read()
-        self.packed = bool(kind)
         if self.packed:
             self.size = node.bcast(len(content))
             arrays, self._windows = shared_arrays({"text": ((self.size,), np.uint8)}, node)
@@ -121,7 +119,7 @@ class _Text:
         """Bytes ``begin`` to ``end``."""
         if self.packed:
             return self.unpacked[begin:end].tobytes()
-        with _readable(self.path), open(self.path, "rb") as file:
+        with readable(self.path, KIND), open(self.path, "rb") as file:
             file.seek(begin)
             found = file.read(end - begin)
         if len(found) < min(end, self.size) - begin:
@@ -152,28 +150,6 @@ class _Text:
         self.unpacked = np.empty(0, np.uint8)
         for window in self._windows:
             window.Free()
-
-
-def _beginning(path: str) -> tuple[bytes, int]:
-    """How a file is packed, by its first bytes, and its size."""
-    if not Path(path).is_file():
-        raise InputError(f"cannot read data file {path}: there is no such file")
-    with open(path, "rb") as file:
-        head = file.read(3)
-    kind = next((k for k in (b"\x1f\x8b", b"BZh") if head.startswith(k)), b"")
-    return kind, Path(path).stat().st_size
-
-
-@contextmanager
-def _readable(path: str) -> Iterator[None]:
-    """Make what goes wrong with a file in this block an InputError."""
-    try:
-        yield
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"cannot read data file {path}: it is cut off or damaged: {error}") from error
-    except OSError as error:  # what bz2 says of damage has no number
-        said = error.strerror or f"it is cut off or damaged: {error}"
-        raise InputError(f"cannot read data file {path}: {said}") from error
 
 
 def _parsed(path: str, comm: MPI.Comm, node: MPI.Comm, base: str) -> Entries:

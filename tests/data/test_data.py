@@ -96,6 +96,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "labels in columns": (arrays() | {"labels": np.zeros((37, 1), int)}, "labels must be integers"),
     "labels that are no integers": (arrays() | {"labels": np.zeros(37)}, "labels must be integers"),
     "inputs without columns": (arrays() | {"inputs": np.zeros(37)}, r"inputs must be .*\(N, ...\)"),
+    "inputs of a third type": (arrays() | {"inputs": arrays()["inputs"].astype(np.float16)}, "uint8, float32"),
     "inputs of another type": (arrays() | {"inputs": arrays()["inputs"].astype(np.int32)}, "uint8, float32"),
     "no samples": (arrays() | {"inputs": np.zeros((0, 3, 4, 5), np.uint8), "labels": np.zeros(0, int)}, "empty"),
     "no test labels": ({n: a for n, a in arrays().items() if n != "test_labels"}, "no data file"),
@@ -124,6 +125,81 @@ def test_missing_foreign_and_short_files_are_refused(comm: MPI.Comm, shared_tmp:
         files.load(path, comm, samples=38)
     with pytest.raises(InputError, match="maximum"):
         files.read(write(shared_tmp / "other.h5", arrays(), comm, maximum=0.0), comm)
+
+
+FOREIGN: dict[str, tuple[Any, str]] = {
+    "a group in the place of an array": (lambda f: (f.pop("inputs"), f.create_group("inputs")), "is no data file"),
+    "a text in the place of an array": (
+        lambda f: (f.pop("labels"), f.create_dataset("labels", data="0 1")), "labels must be integers",
+    ),
+    "an array without a shape": (
+        lambda f: (f.pop("inputs"), f.create_dataset("inputs", data=h5py.Empty("f8"))), "inputs must be",
+    ),
+    "no classes": (lambda f: f.attrs.pop("classes"), "classes"),
+    "a number in the place of classes": (lambda f: f.attrs.create("classes", 4), "is no data file"),
+    "a maximum in words": (lambda f: f.attrs.create("maximum", "large"), "number above 0, got large"),
+    "a maximum for each channel": (lambda f: f.attrs.create("maximum", [1.0, 2.0, 3.0]), "number above 0, got"),
+    "more than any memory": (
+        lambda f: [
+            (f.pop(f"{t}inputs"), f.create_dataset(f"{t}inputs", (n, 10**6, 10**6), np.float64, chunks=(1, 1, 10**4)))
+            for t, n in (("", 37), ("test_", 11))
+        ],
+        "times the memory of a node: is it whole?",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_content_is_refused_by_all_ranks(comm: MPI.Comm, shared_tmp: Path, name: str) -> None:
+    change, expected = FOREIGN[name]
+    path = write(shared_tmp / "data.h5", arrays(), comm, maximum=1.0)
+    if comm.rank == 0:
+        with h5py.File(path, "a") as file:
+            change(file)
+    comm.barrier()
+    with pytest.raises(InputError, match=expected) as caught:
+        files.read(path, comm)
+    assert path in str(caught.value)
+    assert len(set(comm.allgather(str(caught.value)))) == 1
+
+
+def test_numbers_and_texts_of_other_programs_are_read(comm: MPI.Comm, shared_tmp: Path) -> None:
+    expected = arrays(np.float64)
+    path = write(shared_tmp / "data.h5", {n: a.astype(a.dtype.newbyteorder(">")) for n, a in expected.items()}, comm)
+    if comm.rank == 0:
+        with h5py.File(path, "a") as file:
+            file.attrs["classes"], file.attrs["origin"] = (
+                np.array([b"cat", b"dog", b"k\xc3\xa4fer", b"d"]),
+                np.bytes_("x"),
+            )
+    comm.barrier()
+    found = files.read(path, comm)
+    assert (found.classes, found.origin) == (("cat", "dog", "käfer", "d"), "x")
+    assert found.inputs.dtype == np.float64
+    assert np.array_equal(found.inputs, expected["inputs"])
+    found.free()
+
+
+def test_damage_by_chance_is_noticed_or_is_one_of_numbers(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    path, (x, y, test_x, test_y) = tmp_path / "data.h5", arrays(np.uint8, (1,)).values()
+    files.write(path, Source.of(x, y), Source.of(test_x, test_y), list("abcd"), "somewhere")
+    good, refused = path.read_bytes(), 0
+    for i in range(200):
+        content = bytearray(good)
+        for place in rng.integers(len(content), size=rng.integers(1, 4)):
+            content[place] = rng.integers(256)
+        path.write_bytes(content if i % 5 else content[: rng.integers(len(content))])
+        try:
+            found = files.read(str(path), MPI.COMM_SELF)
+        except InputError as error:
+            assert str(path) in str(error)
+            assert "\n" not in str(error)
+            refused += 1
+        else:
+            assert (found.classes, found.origin, found.maximum) == (tuple("abcd"), "somewhere", 255)
+            assert found.inputs.shape == x.shape
+    assert 100 < refused < 200
 
 
 def test_digits_are_those_of_scikit_learn(comm: MPI.Comm) -> None:
@@ -179,6 +255,11 @@ def test_written_files_are_read(comm: MPI.Comm, shared_tmp: Path) -> None:
         def pieces() -> Any:
             return ((expected["inputs"][i : i + 5], expected["labels"][i : i + 5]) for i in range(0, 37, 5))
 
+        def damaged() -> Any:
+            x = expected["inputs"].copy()
+            x[22, 1] = np.nan
+            return ((x[i : i + 5], expected["labels"][i : i + 5]) for i in range(0, 37, 5))
+
         train = Source(37, (3, 4, 5), np.float32, pieces)
         test = Source.of(expected["test_inputs"], expected["test_labels"])
         files.write(path, train, test, list("abcd"), "somewhere", 255.0)
@@ -186,6 +267,7 @@ def test_written_files_are_read(comm: MPI.Comm, shared_tmp: Path) -> None:
         for wrong, match in (
             (Source.of(expected["test_inputs"], expected["test_labels"] + 1), "labels must be from 0"),
             (Source(12, (3, 4, 5), np.float32, test.pieces), "12 samples were announced, 11 came"),
+            (Source(37, (3, 4, 5), np.float32, damaged), "inputs must be finite; sample 22 has NaN"),
             (Source.of(expected["test_inputs"][:, :1], expected["test_labels"]), "test_inputs must have"),
         ):
             with pytest.raises(InputError, match=match):

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import lzma
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,9 @@ from ddml.data.rows import SparseRows, TwoClasses, two_labels
 from ddml.errors import InputError
 
 OFFICIAL = Path(os.environ.get("DDML_DATA", Path(__file__).parents[3] / "shared" / "data")) / "libsvm"
-PACKED: dict[str, Callable[[bytes], bytes]] = {"plain": bytes, "gz": gzip.compress, "bz2": bz2.compress}
+PACKED: dict[str, Callable[[bytes], bytes]] = {
+    "plain": bytes, "gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress,
+}  # fmt: skip
 
 # text, base: labels, indptr, indices, data
 FORMS: dict[str, tuple[bytes, str, list[float], list[int], list[int], list[float]]] = {
@@ -232,6 +235,9 @@ def test_faults_are_named_with_their_lines_on_all_ranks(comm: MPI.Comm, shared_t
         (b"\x1f\x8bxxxxxxxxxxxxxx", "cut off or damaged"),
         (bz2.compress(random_text(np.random.default_rng(0), 50))[:-20], "cut off or damaged"),
         (b"BZhello", "cut off or damaged"),
+        (gzip.compress(b"1 1:1\n")[:10] + b"\xff" * 9, "cut off or damaged"),
+        (lzma.compress(random_text(np.random.default_rng(0), 50))[:-20], "cut off or damaged"),
+        (b"\xfd7zXZ\0hello", "cut off or damaged"),
         (None, "no such file"),
     ],
 )

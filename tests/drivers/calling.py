@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from launch import ROOT
+import pytest
+from launch import ROOT, launch
 from mpi4py import MPI
 from petsc4py import PETSc
 
@@ -60,3 +61,25 @@ def refusal(name: str, *options: object, comm: MPI.Comm = MPI.COMM_WORLD) -> str
 def tree(folder: Path) -> dict[str, bytes | None]:
     """Everything in a folder."""
     return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def check_refusal(name: str, words: list[str], expected: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A driver names what is wrong in one line on all ranks, and touches no file of a folder. Collective."""
+    before = tree(folder)
+    MPI.COMM_WORLD.barrier()
+    assert expected in refusal(name, *words)
+    assert "Traceback" not in "".join(capfd.readouterr())
+    assert tree(folder) == before
+    MPI.COMM_WORLD.barrier()
+
+
+def check_refusal_of_a_start(name: str, words: list[str], expected: str, folder: Path) -> None:
+    """The same of two ranks that are started: one line altogether, exit code 1."""
+    before = tree(folder)
+    result = launch(2, *words, driver=f"{name}.py")
+    errors = [line for line in result.err.splitlines() if line.startswith("error:")]
+    assert result.rc == 1, result.out + result.err
+    assert len(errors) == 1, result.err
+    assert expected in errors[0]
+    assert "Traceback" not in result.err + result.out
+    assert tree(folder) == before

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import h5py
 import pytest
-from calling import refusal, tree
+from calling import check_refusal, check_refusal_of_a_start
 from launch import HERE, SMALL, launch, started
 from mpi4py import MPI
 
@@ -111,31 +111,17 @@ def prepared(folder: Path, good: Path, prepare: Callable[[Path], object], option
 
 @pytest.mark.parametrize("name", TRIES)
 def test_bad_input_is_named_in_one_line_on_all_ranks(
-    name: str, good: Path, comm: MPI.Comm, shared_tmp: Path, capfd: pytest.CaptureFixture[str]
+    name: str, good: Path, shared_tmp: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     *what, expected = TRIES[name]
-    words = prepared(shared_tmp, good, *what)
-    before = tree(shared_tmp)
-    comm.barrier()
-    assert expected in refusal("pinn", *words)
-    assert "Traceback" not in "".join(capfd.readouterr())
-    assert tree(shared_tmp) == before
-    comm.barrier()
+    check_refusal("pinn", prepared(shared_tmp, good, *what), expected, shared_tmp, capfd)
 
 
 @started
 @pytest.mark.parametrize("name", ["unknown option of a local solver", "residual raises", "restart file is damaged"])
 def test_a_driver_that_refuses_prints_one_line_and_ends_with_1(name: str, good: Path, tmp_path: Path) -> None:
     *what, expected = TRIES[name]
-    words = prepared(tmp_path, good, *what)
-    before = tree(tmp_path)
-    result = launch(2, *words)
-    errors = [line for line in result.err.splitlines() if line.startswith("error:")]
-    assert result.rc == 1, result.out + result.err
-    assert len(errors) == 1, result.err
-    assert expected in errors[0]
-    assert "Traceback" not in result.err + result.out
-    assert tree(tmp_path) == before
+    check_refusal_of_a_start("pinn", prepared(tmp_path, good, *what), expected, tmp_path)
 
 
 @started

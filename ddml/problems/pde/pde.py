@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ddml.data.sequences import grid, hammersley
+from ddml.data.sequences import spread
 from ddml.errors import InputError
 
 Array = NDArray[np.float64]
@@ -49,8 +49,10 @@ class Points:
     """Given points (M, d) with data (M,) each, which the residual takes by name: ``Points(xs, measured=ys)``."""
 
     def __init__(self, coordinates: ArrayLike, **data: ArrayLike) -> None:
-        self.coordinates = np.atleast_2d(np.asarray(coordinates, dtype=float))
-        self.data = {name: np.asarray(values, dtype=float) for name, values in data.items()}
+        # copies: the caller may fill the same array anew
+        self.coordinates = np.atleast_2d(np.array(coordinates, dtype=float))
+        columns = {name: np.array(values, dtype=float) for name, values in data.items()}
+        self.data = {name: v[:, 0] if v.ndim == 2 and v.shape[1] == 1 else v for name, v in columns.items()}
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ class PDE:
         """The solution at points, for the error; None where it is not known.
 
         It is given what :meth:`lift` and :meth:`residual` are given, one tensor (N,) a coordinate, always in float64
-        on the CPU, and gives one tensor or NumPy array (N,) for each field, several in a tuple.
+        on the CPU, and gives one tensor or NumPy array (N,) for each field, several in a tuple; NaN where it is not
+        known.
         """
         return None
 
@@ -176,52 +179,12 @@ class PDE:
         """Points (N, G, d) of a term for a run with ``count`` points, and their data; G = 2 on periodic pairs."""
         where, letters = term.where, list(self.domain)
         if isinstance(where, Points):
-            if where.coordinates.shape[1] != len(letters):
-                raise InputError(
-                    f"term {term.label}: points must be (M, {len(letters)}), got {where.coordinates.shape}"
-                )
-            for name, values in where.data.items():
-                if values.shape != where.coordinates.shape[:1]:
-                    raise InputError(f"term {term.label}: data '{name}' must be one number a point, got {values.shape}")
             return where.coordinates[:, None, :], where.data
         if isinstance(where, Interior):
-            return hammersley(where.count or count, self.bounds)[:, None, :], {}
-        if where.coordinate not in letters:
-            raise InputError(f"term {term.label}: no coordinate '{where.coordinate}', there are {', '.join(letters)}")
+            return spread(where.count or count, self.bounds)[:, None, :], {}
         axis = letters.index(where.coordinate)
         others = self.bounds[:axis] + self.bounds[axis + 1 :]
         default = round(count ** (len(others) / len(letters)))
-        inner = hammersley((where.count or default) if others else 1, others)
+        inner = spread((where.count or default) if others else 1, others)
         faces = [where.value] if isinstance(where, Face) else list(self.bounds[axis])
         return np.stack([np.insert(inner, axis, v, axis=1) for v in faces], axis=1), {}
-
-    def reference(self, count: int = 5000) -> tuple[tuple[Array, ...], Array | None]:
-        """Axes of a grid of about ``count`` points and the exact fields (N, F) on it, None where unknown.
-
-        Raises
-        ------
-        InputError
-            If :meth:`exact` raises, or gives anything but real numbers, one a point for each field.
-        """
-        axes = grid(count, self.bounds)
-        mesh = [torch.from_numpy(m.ravel()) for m in np.meshgrid(*axes, indexing="ij")]
-        name, letters, shape = f"{type(self).__name__}.exact", list(self.domain), tuple(mesh[0].shape)
-        try:
-            given = self.exact(*mesh)
-            if given is None:
-                return axes, None
-            given = given if isinstance(given, tuple) else (given,)
-            values = [np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v) for v in given]
-        except Exception as error:
-            names = ", ".join(letters)
-            arrays = ", ".join(f"{letter}.numpy()" for letter in letters)
-            raise InputError(
-                f"{name} raised {type(error).__name__}: {error}; it is given torch tensors, as lift and residual are: "
-                f"where NumPy needs arrays, begin with {names} = {arrays}"
-            ) from error
-        if len(values) != len(self.fields) or any(v.shape != shape or v.dtype.kind not in "fiub" for v in values):
-            found = [f"{v.shape} of {v.dtype}" for v in values]
-            raise InputError(
-                f"{name} must give one array {shape} of real numbers for each of {self.fields}, got {found}"
-            )
-        return axes, np.stack(values, axis=-1).astype(float)

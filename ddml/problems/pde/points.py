@@ -6,15 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from ddml.errors import InputError
 from ddml.jets.evaluator import Index
 from ddml.jets.nested import nested_jets
 
+from . import calling
 from .pde import PDE
 
 
@@ -72,32 +70,17 @@ class TermPoints:
 def term_points(
     problem: PDE, indices: Sequence[Index], term: int, scale: float, x: Tensor, data: dict[str, Tensor]
 ) -> TermPoints:
-    """The points x (N, G, d) of a term, with the jets of the problem's embedding, lift and factor there.
-
-    Raises
-    ------
-    InputError
-        If one of these three does not give a tensor for each point.
-    """
+    """The points x (N, G, d) of a term, with the jets of the problem's embedding, lift and factor there."""
     count, sides, dimension = x.shape
-    points, fields = x.reshape(-1, dimension), len(problem.fields)
+    points = x.reshape(-1, dimension)
 
-    def jets(function: Callable[..., Any], width: int | None) -> Tensor:
-        def columns(p: Tensor) -> Tensor:
-            value = function(*(c.clone() for c in p.T))  # copies: it may change them in place
-            parts = list(value) if isinstance(value, tuple | list) else [value]
-            parts = parts * width if width and len(parts) == 1 else parts
-            shaped = all(isinstance(v, Tensor) and v.shape == p.shape[:1] for v in parts)
-            if not shaped or width not in (None, len(parts)):
-                raise InputError(f"{function.__name__} must give tensors ({len(p)},), one for all fields or one each")
-            return torch.stack(parts, dim=1)
+    def jets(function: Callable[[PDE, Tensor], Tensor]) -> Tensor:
+        found = nested_jets(lambda p: function(problem, p.T), points, indices)
+        return found.detach().reshape(len(indices), count, sides, -1)
 
-        return nested_jets(columns, points, indices).detach().reshape(len(indices), count, sides, -1)
-
-    inputs = jets(problem.embed, None)
-    lift = None if type(problem).lift is PDE.lift else jets(problem.lift, fields)
-    mix = None if type(problem).factor is PDE.factor else _leibniz(indices, jets(problem.factor, fields))
-    return TermPoints(term, scale, inputs, x[:, 0].T.contiguous(), data, lift, mix)
+    lift = None if type(problem).lift is PDE.lift else jets(calling.lift)
+    mix = None if type(problem).factor is PDE.factor else _leibniz(indices, jets(calling.factor))
+    return TermPoints(term, scale, jets(calling.embed), x[:, 0].T.contiguous(), data, lift, mix)
 
 
 def _leibniz(indices: Sequence[Index], factor: Tensor) -> Tensor:

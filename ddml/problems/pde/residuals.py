@@ -23,7 +23,7 @@ from .layers import network_layers
 from .linearisation import LinearisedResiduals
 from .pde import PDE, Array
 from .points import TermPoints, product_rule
-from .statement import Statement
+from .statement import Positions, Statement
 
 
 class PDEResiduals(LinearisedResiduals):
@@ -71,13 +71,15 @@ class PDEResiduals(LinearisedResiduals):
         asked = set[tuple[int, Index]]().union(*(self.statement.derivatives(i, *s) for i, s in enumerate(sets)))
         self.derivatives = sorted(asked)
         self.indices = closure(index for _, index in asked)
-        self.position = {index: k for k, index in enumerate(self.indices)}
+        self.position = Positions(self.indices, list(problem.domain))
         self.rule = product_rule(self.indices, len(problem.fields))
         self.given_chunk, self.compiled = chunk, compiled
         made = [
             self.statement.points(self.indices, i, term.weight / len(x), x, data)
             for i, (term, (x, data)) in enumerate(zip(self.problem_terms, sets, strict=True))
         ]
+        for points_of_term in made:
+            points_of_term.check_finite(problem)
         if made:
             calling.check_network(self.network, made[0].inputs[0, :3, 0], len(problem.fields))
         self._evaluate()
@@ -217,12 +219,8 @@ class PDEResiduals(LinearisedResiduals):
             for r in pieces:
                 bad = torch.nonzero(~torch.isfinite(r))
                 if len(bad):
-                    where = [
-                        f"{c} = {float(v[bad[0, 0]]):.6g}"
-                        for c, v in zip(self.problem.domain, chunk.coordinates, strict=True)
-                    ]
-                    label = self.problem_terms[chunk.term].label
-                    return f"term {label} gives {float(r[bad[0, 0]])} at {', '.join(where)}"
+                    row, label = int(bad[0, 0]), self.problem_terms[chunk.term].label
+                    return f"term {label} gives {float(r[row])} at {chunk.place(self.problem, row)}"
         return super().explain(theta)
 
     @torch.no_grad()

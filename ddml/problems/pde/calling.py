@@ -34,17 +34,17 @@ def inputs(problem: PDE, dtype: torch.dtype = torch.float64) -> int:
 
 def embed(problem: PDE, coordinates: Tensor) -> Tensor:
     """What the network is given (N, K) at N points, from their coordinates (d, N)."""
-    return _stacked(problem, problem.embed, coordinates, None)
+    return _stacked(problem, "embed", coordinates, None)
 
 
 def lift(problem: PDE, coordinates: Tensor) -> Tensor:
     """The lift (N, F) of the fields at N points, from their coordinates (d, N)."""
-    return _stacked(problem, problem.lift, coordinates, len(problem.fields))
+    return _stacked(problem, "lift", coordinates, len(problem.fields))
 
 
 def factor(problem: PDE, coordinates: Tensor) -> Tensor:
     """The factor (N, F) of the fields at N points, from their coordinates (d, N)."""
-    return _stacked(problem, problem.factor, coordinates, len(problem.fields))
+    return _stacked(problem, "factor", coordinates, len(problem.fields))
 
 
 def exact(problem: PDE, coordinates: Tensor) -> Array | None:
@@ -174,11 +174,11 @@ def said(given: Any) -> str:
     return f"the {type(given).__name__} {given}" if isinstance(given, int | float | complex) else type(given).__name__
 
 
-def _stacked(problem: PDE, function: Callable[..., Any], coordinates: Tensor, width: int | None) -> Tensor:
+def _stacked(problem: PDE, function: str, coordinates: Tensor, width: int | None) -> Tensor:
     """The tensors of ``embed``, ``lift`` or ``factor`` as columns, of these as many as there are fields."""
-    name, count, dtype = f"{type(problem).__name__}.{function.__name__}", coordinates.shape[1], coordinates.dtype
-    check_arguments(name, function, list(problem.domain))
-    given = _called(name, function, *_own(coordinates))
+    name, count, dtype = f"{type(problem).__name__}.{function}", coordinates.shape[1], coordinates.dtype
+    check_arguments(name, getattr(problem, function), list(problem.domain))
+    given = _called(name, getattr(problem, function), *_own(coordinates))
     parts = _tensors(given, count, dtype)
     if parts and width and len(parts) == 1:
         parts = parts * width

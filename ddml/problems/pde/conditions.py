@@ -69,10 +69,11 @@ def _check(problem: PDE, term: Term, notes: list[str]) -> None:
         raise InputError(f"{label}: no coordinate '{where.coordinate}', there are {known}")
     if isinstance(where, Face):
         value, (low, high) = where.value, problem.domain[where.coordinate]
-        number = isinstance(value, int | float | np.number)
-        if not number or not _inside(np.array([value], dtype=float), low, high):
+        if not isinstance(value, int | float | np.number):
+            raise InputError(f"{label}: the face {where.coordinate} must be a number; got {value!r:.60}")
+        if not _inside(np.array([value], dtype=float), low, high):
             raise InputError(
-                f"{label}: the face {where.coordinate} = {value!r:.60} is outside the domain, where"
+                f"{label}: the face {where.coordinate} = {value} is outside the domain, where"
                 f" {where.coordinate} is in [{low:.6g}, {high:.6g}]"
             )
 

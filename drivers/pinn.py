@@ -25,7 +25,7 @@ from ddml.networks.build import build_network
 from ddml.options import NEVER, WITH_SOLVER, Option
 from ddml.parallel import agreed
 from ddml.problems import PDE, PROBLEMS, PDELoss
-from ddml.problems.pde import collocation
+from ddml.problems.pde import calling, collocation
 from ddml.problems.pde.accuracy import SolutionError
 from ddml.problems.pde.loss import TORCH_JETS
 from solvers import PETSC_TYPES, SOLVERS, solver_class
@@ -105,9 +105,8 @@ def build(settings: Any, training: bool = True) -> tuple[PDELoss, str]:
         raise InputError(f"problem '{settings.problem}' is no ddml.problems.PDE")
     problem.check()
     dtype = getattr(torch, settings.dtype)
-    probe = [torch.zeros(2, dtype=dtype)] * len(problem.domain)
     settings.width, settings.depth = settings.width or problem.width, settings.depth or problem.depth
-    network, words = build_network(settings, len(problem.embed(*probe)), len(problem.fields))
+    network, words = build_network(settings, calling.inputs(problem, dtype), len(problem.fields))
     device = check_device(settings.device)
     if training:
         choose(settings, sum(p.numel() for p in network.parameters() if p.requires_grad))
@@ -145,6 +144,7 @@ def header(settings: Any, loss: PDELoss, network: str, summation: str) -> str:
         f"{derivatives(loss)}{residuals(loss)}\n"
         f"solver {settings.solver} {summation}\n"
         + (f"{kind.decompose(loss)!r}\n" if kind.subdomains_of == "parameters" else "")
+        + "".join(f"note: {note}\n" for note in loss.notes)
         + ("" if settings.device != "cpu" or kernels.library() is not None else WITHOUT_KERNELS)
     ).rstrip()
 

@@ -11,18 +11,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
 
-import numpy as np
 from mpi4py import MPI
 from common.program import run_program
 
 import pinn
 
+from ddml.data.sequences import grid
 from ddml.runs import run_file, figures
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout, owned
 from ddml.parameters import parameter_table
 from ddml.networks.build import OPTIONS as NETWORK_OPTIONS
 from ddml.parallel import agreed
+from ddml.problems.pde.accuracy import reference
 
 
 def main(comm: MPI.Comm) -> int:
@@ -83,14 +84,14 @@ def draw_maps(header: run_file.Header, theta: object, target: Path) -> None:
         **network,
     )
     loss, _ = pinn.build(settings, training=False)
-    axes, reference = loss.problem.reference(20_000)
-    if len(axes) > 2:
+    if len(loss.problem.domain) > 2:
         raise InputError("maps are drawn for one or two coordinates; use -no_maps")
-    mesh = np.stack([m.ravel() for m in np.meshgrid(*axes, indexing="ij")], axis=-1)
+    axes = grid(20_000, loss.problem.bounds)
+    mesh, exact = reference(loss.problem, 20_000)
     fields = loss.fields(theta, mesh)  # type: ignore[arg-type]
     shape = tuple(len(a) for a in axes)
     panels = [
-        (name, fields[:, f].reshape(shape), None if reference is None else reference[:, f].reshape(shape))
+        (name, fields[:, f].reshape(shape), None if exact is None else exact[:, f].reshape(shape))
         for f, name in enumerate(loss.problem.fields)
     ]
     figure = figures.new_figure()

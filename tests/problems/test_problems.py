@@ -12,7 +12,7 @@ from ddml.jets.evaluator import closure
 from ddml.jets.nested import nested_jets
 from ddml.networks.tanh import TanhNetwork
 from ddml.problems import PROBLEMS, Field, PDELoss
-from ddml.problems.pde.accuracy import SolutionError
+from ddml.problems.pde.accuracy import SolutionError, reference
 from solvers import minimise
 
 
@@ -124,8 +124,7 @@ def test_the_error_is_that_of_numpy_and_with_blocks_the_same_to_the_last_bit(
     found, alone = (SolutionError(loss, ranks, 300, blocks)(theta) for ranks in (comm, MPI.COMM_SELF))
     if blocks:
         assert found == alone
-    axes, exact = problem.reference(300)
-    points = np.stack([m.ravel() for m in np.meshgrid(*axes, indexing="ij")], axis=-1)
+    points, exact = reference(problem, 300)
     fields = loss.fields(theta, points)
     distance = np.linalg.norm(fields - exact)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6

@@ -9,6 +9,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from ddml.data.sequences import sobol
 from ddml.objectives.objective import Objective
 from ddml.options import WITH_SOLVER, Option
 from ddml.parallel import own, split, summed
@@ -27,13 +28,6 @@ OPTIONS = (
     Option("resample_constant", 1.0, "c in that density.", minimum=0.0),
     Option("test_points", 1000, "Points where the loss is measured on the side; 0 for none.", minimum=0),
 )  # fmt: skip
-
-
-def sobol(count: int, bounds: list[tuple[float, float]], seed: int) -> Array:
-    """Scrambled Sobol points (count, d) of a box."""
-    unit = torch.quasirandom.SobolEngine(len(bounds), scramble=True, seed=seed).draw(count, dtype=torch.float64)
-    low, high = np.array(bounds, dtype=float).T
-    return np.asarray(low + unit.numpy() * (high - low))
 
 
 @torch.no_grad()

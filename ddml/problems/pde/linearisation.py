@@ -117,7 +117,7 @@ class LinearisedResiduals(ResidualLoss):
     def leaves(self, theta: Tensor) -> list[Tensor]:
         """The coefficients in theta (n,), each to be differentiated by."""
         tail = self.tail
-        return [c.detach().requires_grad_() for c in theta[tail]] if tail.stop > tail.start else []
+        return [c.detach().clone().requires_grad_() for c in theta[tail]] if tail.stop > tail.start else []
 
     def _linearised(self, theta: Tensor) -> Iterator[tuple[TermPoints, Tensor, Tensor, Tensor]]:
         """For each piece of r: chunk, network inputs, adjoint of the jets, derivatives (c, N) by the coefficients.

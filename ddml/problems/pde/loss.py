@@ -149,7 +149,7 @@ class PDELoss(PDEResiduals):
     @torch.no_grad()
     def value(self, theta: Tensor, kept: Any = None) -> float:
         """The loss at theta."""
-        total, coefficients = 0.0, list(theta[self.tail])
+        total, coefficients = 0.0, list(theta[self.tail].clone())
         first, entering = kept or (0, self.inputs)
         self.evaluator.bind(theta)
         for number, (chunk, inputs) in enumerate(zip(self.chunks, entering, strict=True)):

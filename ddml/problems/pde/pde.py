@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ddml.data.sequences import grid, hammersley
+from ddml.data.sequences import spread
 from ddml.errors import InputError
 
 Array = NDArray[np.float64]
@@ -49,8 +49,10 @@ class Points:
     """Given points (M, d) with data (M,) each, which the residual takes by name: ``Points(xs, measured=ys)``."""
 
     def __init__(self, coordinates: ArrayLike, **data: ArrayLike) -> None:
-        self.coordinates = np.atleast_2d(np.asarray(coordinates, dtype=float))
-        self.data = {name: np.asarray(values, dtype=float) for name, values in data.items()}
+        # copies: the caller may fill the same array anew
+        self.coordinates = np.atleast_2d(np.array(coordinates, dtype=float))
+        columns = {name: np.array(values, dtype=float) for name, values in data.items()}
+        self.data = {name: v[:, 0] if v.ndim == 2 and v.shape[1] == 1 else v for name, v in columns.items()}
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class PDE:
     ``u = lift + factor * network(embed(coordinates))``: where the factor is zero the lift is a
     Dirichlet condition that holds exactly, where it has a double zero its normal derivative is a
     Neumann condition that holds exactly, and a periodic ``embed`` makes u periodic. Other
-    conditions are further terms.
+    conditions are further terms. What these functions get and may give says
+    :mod:`ddml.problems.pde.calling`.
 
     Attributes
     ----------
@@ -131,15 +134,16 @@ class PDE:
         """What the network is multiplied with; one tensor (N,) for all fields, or one each."""
         return torch.ones_like(coordinates[0])
 
-    def embed(self, *coordinates: Any, **_: Any) -> tuple[Tensor, ...]:
-        """What the network is given in the place of the coordinates."""
+    def embed(self, *coordinates: Any, **_: Any) -> Tensor | tuple[Tensor, ...]:
+        """What the network is given in the place of the coordinates: a tensor (N,) for each of its inputs."""
         return coordinates
 
     def exact(self, *coordinates: Any, **_: Any) -> Any:
         """The solution at points, for the error; None where it is not known.
 
         It is given what :meth:`lift` and :meth:`residual` are given, one tensor (N,) a coordinate, always in float64
-        on the CPU, and gives one tensor or NumPy array (N,) for each field, several in a tuple.
+        on the CPU, and gives one tensor or NumPy array (N,) for each field, several in a tuple; NaN where it is not
+        known.
         """
         return None
 
@@ -154,21 +158,30 @@ class PDE:
         Raises
         ------
         InputError
-            A domain that is no mapping of single letters to intervals; field names that collide.
+            A domain that is no mapping of single letters to intervals; field names that collide; coefficients that are
+            no finite numbers.
         """
         name = type(self).__name__
         domain = getattr(self, "domain", None)
         if not isinstance(domain, Mapping) or not domain:
             raise InputError(f"{name}.domain must map coordinates to intervals, as in {{'t': (0, 1), 'x': (-1, 1)}}")
         for letter, interval in domain.items():
-            if len(letter) != 1 or not letter.isalpha():
+            if not isinstance(letter, str) or len(letter) != 1 or not letter.isalpha():
                 raise InputError(f"{name}.domain: a coordinate is one letter (derivatives are u.xx), got '{letter}'")
             ends = interval if isinstance(interval, tuple | list) and len(interval) == 2 else (np.nan, np.nan)
-            if not (np.isfinite(ends).all() and ends[0] < ends[1]):
+            numbers = all(isinstance(end, int | float | np.number) for end in ends)
+            if not (numbers and np.isfinite(ends).all() and ends[0] < ends[1]):
                 raise InputError(f"{name}.domain['{letter}'] must be (low, high), finite, low < high; got {interval}")
+        if not isinstance(self.coefficients, Mapping):
+            raise InputError(f"{name}.coefficients must map names to numbers, as in {{'k': 1.0}}")
         for coefficient, value in self.coefficients.items():
-            if not isinstance(value, int | float):
-                raise InputError(f"{name}.coefficients['{coefficient}'] must be a number, got {value!r}")
+            if not isinstance(value, int | float | np.floating | np.integer) or not np.isfinite(value):
+                raise InputError(f"{name}.coefficients['{coefficient}'] must be a number, finite; got {value!r}")
+        names = not isinstance(self.fields, str) or len(self.fields) == 1
+        if not names or not isinstance(self.fields, Sequence) or not all(isinstance(f, str) for f in self.fields):
+            raise InputError(f"{name}.fields must be a tuple of names, as in ('u',); got {self.fields!r}")
+        if len(set(self.fields)) < len(self.fields):
+            raise InputError(f"{name}.fields must be different from each other: {self.fields}")
         if not self.fields or set(self.fields) & set(domain):
             raise InputError(f"{name}.fields must name at least one field, and none like a coordinate: {self.fields}")
 
@@ -176,52 +189,12 @@ class PDE:
         """Points (N, G, d) of a term for a run with ``count`` points, and their data; G = 2 on periodic pairs."""
         where, letters = term.where, list(self.domain)
         if isinstance(where, Points):
-            if where.coordinates.shape[1] != len(letters):
-                raise InputError(
-                    f"term {term.label}: points must be (M, {len(letters)}), got {where.coordinates.shape}"
-                )
-            for name, values in where.data.items():
-                if values.shape != where.coordinates.shape[:1]:
-                    raise InputError(f"term {term.label}: data '{name}' must be one number a point, got {values.shape}")
             return where.coordinates[:, None, :], where.data
         if isinstance(where, Interior):
-            return hammersley(where.count or count, self.bounds)[:, None, :], {}
-        if where.coordinate not in letters:
-            raise InputError(f"term {term.label}: no coordinate '{where.coordinate}', there are {', '.join(letters)}")
+            return spread(where.count or count, self.bounds)[:, None, :], {}
         axis = letters.index(where.coordinate)
         others = self.bounds[:axis] + self.bounds[axis + 1 :]
         default = round(count ** (len(others) / len(letters)))
-        inner = hammersley((where.count or default) if others else 1, others)
+        inner = spread((where.count or default) if others else 1, others)
         faces = [where.value] if isinstance(where, Face) else list(self.bounds[axis])
         return np.stack([np.insert(inner, axis, v, axis=1) for v in faces], axis=1), {}
-
-    def reference(self, count: int = 5000) -> tuple[tuple[Array, ...], Array | None]:
-        """Axes of a grid of about ``count`` points and the exact fields (N, F) on it, None where unknown.
-
-        Raises
-        ------
-        InputError
-            If :meth:`exact` raises, or gives anything but real numbers, one a point for each field.
-        """
-        axes = grid(count, self.bounds)
-        mesh = [torch.from_numpy(m.ravel()) for m in np.meshgrid(*axes, indexing="ij")]
-        name, letters, shape = f"{type(self).__name__}.exact", list(self.domain), tuple(mesh[0].shape)
-        try:
-            given = self.exact(*mesh)
-            if given is None:
-                return axes, None
-            given = given if isinstance(given, tuple) else (given,)
-            values = [np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v) for v in given]
-        except Exception as error:
-            names = ", ".join(letters)
-            arrays = ", ".join(f"{letter}.numpy()" for letter in letters)
-            raise InputError(
-                f"{name} raised {type(error).__name__}: {error}; it is given torch tensors, as lift and residual are: "
-                f"where NumPy needs arrays, begin with {names} = {arrays}"
-            ) from error
-        if len(values) != len(self.fields) or any(v.shape != shape or v.dtype.kind not in "fiub" for v in values):
-            found = [f"{v.shape} of {v.dtype}" for v in values]
-            raise InputError(
-                f"{name} must give one array {shape} of real numbers for each of {self.fields}, got {found}"
-            )
-        return axes, np.stack(values, axis=-1).astype(float)

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from ddml.errors import InputError
 from ddml.jets.evaluator import Index
 from ddml.jets.nested import nested_jets
 
+from . import calling
 from .pde import PDE
 
 
@@ -50,6 +50,31 @@ class TermPoints:
         edges = [len(self) * i // pieces for i in range(pieces + 1)]
         return [self.rows(slice(a, b)) for a, b in pairwise(edges) if b > a]
 
+    def check_finite(self, problem: PDE) -> None:
+        """Refuse an embedding, a lift or a factor that is not finite at one of these points.
+
+        Raises
+        ------
+        InputError
+            With the name of the function and the point.
+        """
+        parts = {
+            "embed": self.inputs[0],
+            "lift": None if self.lift is None else self.lift[0],
+            "factor": None if self.mix is None else self.mix[0, 0],
+        }
+        for name, values in parts.items():
+            if values is None:
+                continue
+            finite = torch.isfinite(values.flatten(1)).all(1)
+            if not finite.all():
+                where = self.place(problem, int(finite.int().argmin()))
+                raise InputError(f"{type(problem).__name__}.{name} is not finite at {where}")
+
+    def place(self, problem: PDE, row: int) -> str:
+        """One of these points in words."""
+        return ", ".join(f"{c} = {float(v[row]):.6g}" for c, v in zip(problem.domain, self.coordinates, strict=True))
+
     @property
     def periodic(self) -> bool:
         """Whether these are pairs of points, G = 2."""
@@ -72,32 +97,17 @@ class TermPoints:
 def term_points(
     problem: PDE, indices: Sequence[Index], term: int, scale: float, x: Tensor, data: dict[str, Tensor]
 ) -> TermPoints:
-    """The points x (N, G, d) of a term, with the jets of the problem's embedding, lift and factor there.
-
-    Raises
-    ------
-    InputError
-        If one of these three does not give a tensor for each point.
-    """
+    """The points x (N, G, d) of a term, with the jets of the problem's embedding, lift and factor there."""
     count, sides, dimension = x.shape
-    points, fields = x.reshape(-1, dimension), len(problem.fields)
+    points = x.reshape(-1, dimension)
 
-    def jets(function: Callable[..., Any], width: int | None) -> Tensor:
-        def columns(p: Tensor) -> Tensor:
-            value = function(*(c.clone() for c in p.T))  # copies: it may change them in place
-            parts = list(value) if isinstance(value, tuple | list) else [value]
-            parts = parts * width if width and len(parts) == 1 else parts
-            shaped = all(isinstance(v, Tensor) and v.shape == p.shape[:1] for v in parts)
-            if not shaped or width not in (None, len(parts)):
-                raise InputError(f"{function.__name__} must give tensors ({len(p)},), one for all fields or one each")
-            return torch.stack(parts, dim=1)
+    def jets(function: Callable[[PDE, Tensor], Tensor]) -> Tensor:
+        found = nested_jets(lambda p: function(problem, p.T), points, indices)
+        return found.detach().reshape(len(indices), count, sides, -1)
 
-        return nested_jets(columns, points, indices).detach().reshape(len(indices), count, sides, -1)
-
-    inputs = jets(problem.embed, None)
-    lift = None if type(problem).lift is PDE.lift else jets(problem.lift, fields)
-    mix = None if type(problem).factor is PDE.factor else _leibniz(indices, jets(problem.factor, fields))
-    return TermPoints(term, scale, inputs, x[:, 0].T.contiguous(), data, lift, mix)
+    lift = None if type(problem).lift is PDE.lift else jets(calling.lift)
+    mix = None if type(problem).factor is PDE.factor else _leibniz(indices, jets(calling.factor))
+    return TermPoints(term, scale, jets(calling.embed), x[:, 0].T.contiguous(), data, lift, mix)
 
 
 def _leibniz(indices: Sequence[Index], factor: Tensor) -> Tensor:

@@ -15,14 +15,15 @@ from ddml.errors import InputError
 from ddml.jets.build import build_evaluator
 from ddml.jets.evaluator import Index, closure
 from ddml.losses.loss import Loss
-from ddml.losses.modules import evaluated, trained
+from ddml.losses.modules import trained
 from ddml.parameters import parameter_table
 
+from . import calling
 from .layers import network_layers
 from .linearisation import LinearisedResiduals
 from .pde import PDE, Array
 from .points import TermPoints, product_rule
-from .statement import Statement
+from .statement import Positions, Statement
 
 
 class PDEResiduals(LinearisedResiduals):
@@ -42,6 +43,8 @@ class PDEResiduals(LinearisedResiduals):
         Fields and their derivatives that residuals ask for.
     sets : list of TermPoints
         The points of each term.
+    notes : list of str
+        What the user should know of the problem, a sentence each: may not be meant, or is not as hoped.
     """
 
     network: nn.Module
@@ -62,22 +65,25 @@ class PDEResiduals(LinearisedResiduals):
             raise InputError(f"the number of points must be 1 or more, got {points}")
         self.problem, self.network = problem, network.to(dtype=dtype, device=device)
         self.problem_terms, self.coefficients = self.statement.terms, self.statement.coefficients
+        self.notes = self.statement.notes
         self._name()
         sets = [problem.points(term, points) for term in self.problem_terms]
         asked = set[tuple[int, Index]]().union(*(self.statement.derivatives(i, *s) for i, s in enumerate(sets)))
-        for points_of_term, _ in sets[:1]:
-            places = torch.as_tensor(points_of_term[:3, 0], dtype=dtype, device=device)
-            evaluated(self.network, torch.stack(tuple(problem.embed(*places.T)), dim=1))
         self.derivatives = sorted(asked)
         self.indices = closure(index for _, index in asked)
-        self.position = {index: k for k, index in enumerate(self.indices)}
+        self.position = Positions(self.indices, list(problem.domain))
         self.rule = product_rule(self.indices, len(problem.fields))
         self.given_chunk, self.compiled = chunk, compiled
-        self._evaluate()
-        self._take([
+        made = [
             self.statement.points(self.indices, i, term.weight / len(x), x, data)
             for i, (term, (x, data)) in enumerate(zip(self.problem_terms, sets, strict=True))
-        ])  # fmt: skip
+        ]
+        for points_of_term in made:
+            points_of_term.check_finite(problem)
+        if made:
+            calling.check_network(self.network, made[0].inputs[0, :3, 0], len(problem.fields))
+        self._evaluate()
+        self._take(made)
 
     def _name(self) -> None:
         """Make the table of parameters from those of the network and of the problem."""
@@ -103,7 +109,7 @@ class PDEResiduals(LinearisedResiduals):
         other = copy.copy(self)
         other.network = module.to(dtype=self.dtype, device=self.device)
         other._name()
-        evaluated(other.network, self.sets[0].inputs[0, :3, 0])
+        calling.check_network(other.network, self.sets[0].inputs[0, :3, 0], len(self.problem.fields))
         other._evaluate()
         other._take(self.sets)
         return other
@@ -179,7 +185,7 @@ class PDEResiduals(LinearisedResiduals):
 
     def residuals(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
         """See :meth:`ddml.losses.residual.ResidualLoss.residuals`."""
-        coefficients = list(theta[self.tail])
+        coefficients = list(theta[self.tail].clone())
         first, entering = kept or (0, self.inputs)
         for chunk, inputs in zip(self.chunks, entering, strict=True):
             for r in self.chunk_residual(chunk, self.evaluator.jets(theta, inputs, first), coefficients):
@@ -198,7 +204,7 @@ class PDEResiduals(LinearisedResiduals):
         """The residual's pieces chunk by chunk, not weighted and not differentiable."""
         self.evaluator.bind(theta)
         for chunk, inputs in zip(self.chunks, self.inputs, strict=True):
-            yield self.chunk_residual(chunk, self.evaluator.forward(inputs), list(theta[self.tail]))
+            yield self.chunk_residual(chunk, self.evaluator.forward(inputs), list(theta[self.tail].clone()))
 
     @torch.no_grad()
     def residual(self, theta: Tensor) -> Tensor:
@@ -213,12 +219,8 @@ class PDEResiduals(LinearisedResiduals):
             for r in pieces:
                 bad = torch.nonzero(~torch.isfinite(r))
                 if len(bad):
-                    where = [
-                        f"{c} = {float(v[bad[0, 0]]):.6g}"
-                        for c, v in zip(self.problem.domain, chunk.coordinates, strict=True)
-                    ]
-                    label = self.problem_terms[chunk.term].label
-                    return f"term {label} gives {float(r[bad[0, 0]])} at {', '.join(where)}"
+                    row, label = int(bad[0, 0]), self.problem_terms[chunk.term].label
+                    return f"term {label} gives {float(r[row])} at {chunk.place(self.problem, row)}"
         return super().explain(theta)
 
     @torch.no_grad()
@@ -228,11 +230,7 @@ class PDEResiduals(LinearisedResiduals):
         self.plain.bind(theta)
         result = []
         for piece in x.split(4 * self.chunk):
-            inputs = torch.stack(tuple(self.problem.embed(*piece.T.clone())), dim=1)
-            value = self.plain.forward(inputs[None])[0]
-            for function, combine in ((self.problem.factor, torch.mul), (self.problem.lift, torch.add)):
-                term = function(*piece.T.clone())
-                term = torch.stack(term, dim=1) if isinstance(term, tuple) else term[:, None]
-                value = combine(value, term)
+            value = self.plain.forward(calling.embed(self.problem, piece.T)[None])[0]
+            value = calling.lift(self.problem, piece.T) + value * calling.factor(self.problem, piece.T)
             result.append(value.to(torch.float64).cpu().clone())
         return np.asarray(torch.cat(result).numpy())

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ddml.data.sequences import one_of_each
 from ddml.errors import InputError
 from ddml.jets.evaluator import Index
 
+from . import calling
+from .conditions import checked_terms
 from .fields import Field
-from .pde import PDE, Array, Term
+from .pde import PDE, Array
 from .points import TermPoints, term_points
-from .program import NotElementwise
+
+
+class Positions(dict[Index, int]):
+    """Where derivatives stand in jets; another one is refused by its name.
+
+    Parameters
+    ----------
+    indices
+        The derivatives in the jets.
+    letters
+        Of the coordinates.
+    """
+
+    def __init__(self, indices: Sequence[Index], letters: Sequence[str]) -> None:
+        super().__init__((index, k) for k, index in enumerate(indices))
+        self.letters = list(letters)
+
+    def __missing__(self, index: Index) -> int:
+        letters = "".join(self.letters[i] for i in index)
+        raise InputError(f"asks for a derivative {letters} now and did not at the start: it must ask for all each time")
 
 
 class Statement:
@@ -33,17 +56,21 @@ class Statement:
         In the order in which samples are numbered.
     coefficients : tuple of str
         Names of the problem's trainable numbers.
+    notes : list of str
+        What may not be meant in it, a sentence each.
 
     Raises
     ------
     InputError
-        If the problem declares what cannot be (:meth:`ddml.problems.pde.pde.PDE.check`).
+        If the problem declares what cannot be (:meth:`ddml.problems.pde.pde.PDE.check`,
+        :func:`ddml.problems.pde.conditions.checked_terms`).
     """
 
     def __init__(self, problem: PDE, dtype: torch.dtype, device: torch.device) -> None:
         problem.check()
         self.problem, self.dtype, self.device = problem, dtype, device
-        self.terms: list[Term] = list(problem.terms())
+        self.notes: list[str] = []
+        self.terms = checked_terms(problem, problem.terms(), self.notes)
         self.coefficients = tuple(problem.coefficients)
 
     def initial(self) -> Tensor:
@@ -53,16 +80,18 @@ class Statement:
     def derivatives(self, term: int, x: Array, data: dict[str, Array]) -> set[tuple[int, Index]]:
         """The derivatives that a term asks for, as field and index, at points x (N, G, d) with data (N,).
 
-        The user's code is tried on the first, a middle and the last point. Fields and coefficients are to be
-        differentiated, as in a gradient: code that changes them in place is refused.
+        The user's code is tried on the first and the last point and some of all parts of the set. Fields and
+        coefficients are to be differentiated, as in a gradient: code that changes them in place is refused. Code that
+        gives other values when it is called again is noted.
 
         Raises
         ------
         InputError
-            If the residual raises, asks for a derivative that does not exist or has the wrong shape.
+            If the residual raises, asks for a derivative that does not exist, has the wrong shape, or depends on
+            nothing that is trained.
         """
         found: set[tuple[int, Index]] = set()
-        rows = sorted({0, len(x) // 2, max(len(x) - 1, 0)}) if len(x) else []
+        rows = np.unique([0, *one_of_each(len(x), calling.PROBES), len(x) - 1])
         tensor = partial(torch.tensor, dtype=self.dtype, device=self.device)
         probe, count = tensor(x[rows]), len(rows)
 
@@ -72,7 +101,18 @@ class Statement:
 
         values = {name: tensor(v[rows]) for name, v in data.items()}
         coefficients = [tensor(v).requires_grad_() for v in self.problem.coefficients.values()]
-        self.residual(term, get, probe[:, 0].T, values, coefficients, count, probe.shape[1] == 2)
+        stated, letters = self.terms[term], list(self.problem.domain)
+        positional, named = [*self.problem.fields, *letters], [*self.coefficients, *data]
+        calling.check_arguments(f"term {stated.label}", stated.residual, positional, named)
+        pieces, again = (
+            self.residual(term, get, probe[:, 0].T, values, coefficients, probe.shape[1] == 2) for _ in range(2)
+        )
+        if not all(torch.equal(p.nan_to_num(), q.nan_to_num()) for p, q in zip(pieces, again, strict=False)):
+            self.notes.append(f"term {stated.label} gives other values when it is called again: chance, or a state?")
+        if not any(piece.requires_grad for piece in pieces):
+            raise InputError(
+                f"term {stated.label} depends on no field and no coefficient: detach, numpy and comparisons cut off"
+            )
         return found
 
     def name(self, derivative: tuple[int, Index]) -> str:
@@ -89,22 +129,18 @@ class Statement:
 
     def at(self, points: TermPoints, get: Callable[..., Tensor], coefficients: Sequence[Tensor]) -> list[Tensor]:
         """The pieces (N,) of the residual at some points; ``get`` as for :meth:`residual`."""
-        # copies: code that changes its arguments in place, as in x -= 0.5, would move the points
-        data = {name: values.clone() for name, values in points.data.items()}
-        coordinates = points.coordinates.clone()
-        return self.residual(points.term, get, coordinates, data, coefficients, len(points), points.periodic)
+        return self.residual(points.term, get, points.coordinates, points.data, coefficients, points.periodic)
 
     def residual(
         self,
         term: int,
         get: Callable[..., Tensor],
-        coordinates: Iterable[Tensor],
+        coordinates: Tensor | Sequence[Tensor],
         data: dict[str, Tensor],
         coefficients: Sequence[Tensor],
-        count: int,
         pair: bool,
     ) -> list[Tensor]:
-        """The pieces of a term's residual at N points, as the user's code gives them.
+        """The pieces (N,) of a term's residual at N points, see :func:`ddml.problems.pde.calling.residual`.
 
         Parameters
         ----------
@@ -114,31 +150,12 @@ class Statement:
             Called as ``get(index, f=field, side=side)``, gives that derivative (N,).
         coordinates, data, coefficients
             Tensors (N,) each; the coefficients are single numbers, or as many.
-        count
-            N.
         pair
             Whether the points are pairs on periodic faces.
-
-        Raises
-        ------
-        InputError
-            If the user's code raises, or gives anything but one number a point.
         """
-        stated, letters, fields = self.terms[term], list(self.problem.domain), []
+        letters, fields = list(self.problem.domain), []
         for f, name in enumerate(self.problem.fields):
             far = Field(name, letters, partial(get, f=f, side=1)) if pair else None
             fields.append(Field(name, letters, partial(get, f=f, side=0), far))
         named = dict(zip(self.coefficients, coefficients, strict=True))
-        try:
-            result = stated.residual(*fields, *coordinates, **named, **data)
-        except (InputError, NotElementwise):
-            raise
-        except Exception as error:
-            raise InputError(f"term {stated.label} raised {type(error).__name__}: {error}") from error
-        pieces = list(result) if isinstance(result, tuple | list) else [result]
-        pieces = [p.value if isinstance(p, Field) else p for p in pieces]
-        for piece in pieces:
-            if not isinstance(piece, Tensor) or piece.shape != (count,):
-                got = tuple(piece.shape) if isinstance(piece, Tensor) else type(piece).__name__
-                raise InputError(f"term {stated.label} must give one number a point, shape ({count},), got {got}")
-        return pieces
+        return calling.residual(self.terms[term], fields, list(coordinates), named, data)

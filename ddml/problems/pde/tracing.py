@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ddml.data.sequences import one_of_each
 from ddml.jets.evaluator import Index
 
 from .points import TermPoints
@@ -22,15 +23,13 @@ TRACED, CHECKED = 16, 64
 def rows_to_trace(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Numbers of points, of ``count``, on which to trace a residual and on which to check it.
 
-    One at random of each of equal parts of the set, a fifth of them for the trace: at equal distances the points of a
-    Hammersley set may have nearly one value of a coordinate. Few points are all checked.
+    One of each of equal parts of the set, a fifth of them for the trace. Few points are all checked.
     """
     parts = TRACED + CHECKED
     if count < parts:
         every = np.arange(count)
         return np.resize(every, TRACED), every
-    edges = np.arange(parts + 1) * count // parts
-    rows = np.random.default_rng(0).integers(edges[:-1], edges[1:])
+    rows = one_of_each(count, parts)
     chosen = np.arange(TRACED) * parts // TRACED
     return rows[chosen], np.delete(rows, chosen)
 
@@ -107,6 +106,6 @@ class Tracing:
                     value = sum(parts[1:], parts[0])
                 return value + lift[k, f] if lift else value
 
-            return self.statement.residual(points.term, get, coordinates, data, coefficients, len(jets[0]), False)
+            return self.statement.residual(points.term, get, coordinates, data, coefficients, False)
 
         return Program(residual, self.fixed(points), self.places, len(self.statement.coefficients))

@@ -47,8 +47,7 @@ def origins(arguments: Sequence[str], environment: Mapping[str, str]) -> Origins
     Raises
     ------
     InputError
-        A file that cannot be read, a line in one that PETSc refuses, words that are neither options nor values of
-        options.
+        A file that cannot be read, or a line in one that PETSc refuses.
     """
     found = Origins()
     variable = environment.get(VARIABLE, "").split()
@@ -61,10 +60,17 @@ def origins(arguments: Sequence[str], environment: Mapping[str, str]) -> Origins
                 found.ambient.add(str(path))
                 _record(_words(text, str(path)), str(path), found)
     found.ambient.add(VARIABLE)
-    for words, origin in ((variable, VARIABLE), (list(arguments), COMMAND_LINE)):
-        _check(words, origin)
-        _record(words, origin, found)
+    _record(variable, VARIABLE, found)
+    _record(arguments, COMMAND_LINE, found)
     return found
+
+
+def refuse_words(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Raise an InputError for a word that PETSc passes over, as it is neither an option nor the value of one."""
+    for words, where in ((environment.get(VARIABLE, "").split(), f" in {VARIABLE}"), (arguments, "")):
+        for before, word in zip(["", *words], words, strict=False):
+            if not is_key(before) and not is_key(word):
+                raise InputError(f"'{word}'{where} is neither an option nor the value of one; -help lists the options")
 
 
 def is_key(text: str) -> bool:
@@ -85,14 +91,6 @@ def _pairs(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 def _given(words: Sequence[str], name: str) -> bool:
     return any(key == name and value not in ("0", "false", "no", "off") for key, value in _pairs(words))
-
-
-def _check(words: Sequence[str], origin: str) -> None:
-    """Raise an InputError for a word that PETSc passes over."""
-    for before, word in zip(["", *words], words, strict=False):
-        if not is_key(before) and not is_key(word):
-            where = "" if origin == COMMAND_LINE else f" in {origin}"
-            raise InputError(f"'{word}'{where} is neither an option nor the value of one; -help lists the options")
 
 
 def _record(words: Sequence[str], origin: str, found: Origins) -> None:

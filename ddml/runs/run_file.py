@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -31,7 +32,7 @@ from ddml.parallel import agreed_file
 from ddml.states import check_text, decode, encode, reserve, vectors_in, with_vectors
 
 from .history import COLUMNS, History
-from .sealed import FORMAT_VERSION, SEAL_SIZE, Image, store, verify
+from .sealed import FORMAT_VERSION, SEAL_SIZE, Image, beside, store, verify
 
 __all__ = ["Header", "Parameter", "ParameterEntry", "RunFileError", "check_writable", "inspect", "read", "write"]
 
@@ -146,8 +147,8 @@ def write(
 ) -> None:
     """Write a run file, in place of the one that may be there.
 
-    Collective on the communicator of `theta`. The file is written to ``<path>.new``, flushed to the disk and
-    renamed: a kill at any moment leaves the old file or the new one.
+    Collective on the communicator of `theta`. A file beside it is written, flushed to the disk and renamed: a
+    kill at any moment leaves the old file or the new one.
 
     Parameters
     ----------
@@ -206,7 +207,7 @@ def write(
 def check_writable(path: str, comm: MPI.Comm) -> None:
     """Find out before a run whether its run file can be written.
 
-    Collective on `comm`. `path` itself is neither created nor altered; ``<path>.new`` is made and removed.
+    Collective on `comm`. `path` itself is neither created nor altered; a file beside it is made and removed.
 
     Raises
     ------
@@ -214,19 +215,20 @@ def check_writable(path: str, comm: MPI.Comm) -> None:
         On all ranks, when `path` is a folder, its folder does not exist or cannot be written, or a rank does not
         see the files that rank 0 makes there.
     """
-    new = f"{os.path.realpath(path)}.new"
     problem = (f"cannot write {path}", "give -output a file in an existing folder that all ranks can write")
+    _, new = beside(path, comm, problem)
     try:
         with agreed_file(comm, *problem):
             if comm.rank == 0:
                 if os.path.isdir(path):
                     raise RunFileError(f"cannot write {path}: it is a folder; {problem[1]}")
-                open(new, "wb").close()
+                open(new, "xb").close()
         with agreed_file(comm, *problem):
             open(new, "r+b").close()
     finally:
-        if comm.rank == 0 and os.path.isfile(new):
-            os.unlink(new)
+        if comm.rank == 0:
+            with suppress(OSError):
+                os.unlink(new)
         comm.barrier()  # when a rank goes on, the new file is gone
 
 

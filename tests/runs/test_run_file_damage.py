@@ -16,6 +16,7 @@ from run_files import SIZE, assert_values, comm, refused, save, small, vector
 
 from ddml.errors import RunFileError
 from ddml.runs import sealed
+from ddml.runs.lock import locked
 from ddml.runs.run_file import check_writable, inspect, read
 
 
@@ -46,18 +47,30 @@ def test_a_full_disk_on_one_rank_leaves_the_old_file(shared_tmp: Path, victim: s
 def test_what_an_earlier_kill_left_is_no_obstacle(shared_tmp: Path) -> None:
     path = shared_tmp / "run.h5"
     if comm.rank == 0:
-        (shared_tmp / "run.h5.new").write_bytes(b"left" * 100_000)
+        (shared_tmp / "run.h5.01234567.new").write_bytes(b"left" * 100_000)
     comm.barrier()
     check_writable(str(path), comm)
-    if comm.rank == 0:
-        (shared_tmp / "run.h5.new").write_bytes(b"left" * 100_000)
+    with locked(str(path), comm):
+        small(path, 3.0)
     comm.barrier()
-    small(path, 3.0)
     assert sorted(os.listdir(shared_tmp)) == ["run.h5"]
     theta = vector(np.zeros(SIZE))
     read(str(path), theta)[0]["m"].destroy()
     assert_values(theta, np.full(SIZE, 3.0))
     theta.destroy()
+
+
+def test_a_working_folder_that_has_gone_is_one_line(shared_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if comm.rank == 0:
+        (shared_tmp / "gone").mkdir()
+    comm.barrier()
+    monkeypatch.chdir(shared_tmp / "gone")
+    comm.barrier()
+    if comm.rank == 0:
+        (shared_tmp / "gone").rmdir()
+    comm.barrier()
+    with pytest.raises(RunFileError, match=r"cannot write run\.h5: No such file or directory"):
+        small(Path("run.h5"))
 
 
 def test_a_symbolic_link_stays_one(shared_tmp: Path) -> None:

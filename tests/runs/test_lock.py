@@ -12,20 +12,20 @@ from mpi4py import MPI
 from ddml.errors import RunFileError
 from ddml.runs.lock import locked
 
+# without MPI, which would leave helpers of its own behind
 CHILD = """
-import sys, time
-from mpi4py import MPI
-from ddml.runs.lock import locked
-with locked(sys.argv[1], MPI.COMM_SELF):
-    print("held", flush=True)
-    time.sleep(100)
+import fcntl, os, sys, time
+held = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+fcntl.flock(held, fcntl.LOCK_EX)
+os.write(held, b"process 7 on another node")
+print("held", flush=True)
+time.sleep(100)
 """
 
 
 def holder(path: Path) -> subprocess.Popen[str]:
     """Another program that holds the lock."""
-    alone = {name: text for name, text in os.environ.items() if not name.startswith(("OMPI_", "PMIX_", "PMI_"))}
-    child = subprocess.Popen([sys.executable, "-c", CHILD, str(path)], env=alone, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, "-c", CHILD, f"{path}.lock"], stdout=subprocess.PIPE, text=True)
     assert child.stdout and child.stdout.readline() == "held\n"
     return child
 
@@ -67,7 +67,7 @@ def test_a_dead_one_is_no_obstacle_and_its_rest_is_removed(comm: MPI.Comm, share
     path = shared_tmp / "run.h5"
     child = holder(path) if comm.rank == 0 else None
     comm.barrier()
-    with pytest.raises(RunFileError, match="is in use by process"), locked(str(path), comm):
+    with pytest.raises(RunFileError, match="is in use by process 7 on another node: wait"), locked(str(path), comm):
         raise AssertionError
     if child is not None:
         child.send_signal(signal.SIGKILL)
@@ -109,5 +109,5 @@ def test_a_folder_in_the_place_of_the_lock_is_named(comm: MPI.Comm, shared_tmp: 
     if comm.rank == 0:
         (shared_tmp / "run.h5.lock").mkdir()
     comm.barrier()
-    with pytest.raises(RunFileError, match="cannot write .*: Is a dir"), locked(str(shared_tmp / "run.h5"), comm):
+    with pytest.raises(RunFileError, match=r"cannot write .*: Is a dir"), locked(str(shared_tmp / "run.h5"), comm):
         raise AssertionError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import time
 import traceback
@@ -54,6 +55,7 @@ def _start_petsc() -> None:
         MPI.Finalize()
         os._exit(1)
     petsc4py.init([a for a in sys.argv if a not in _ASKED])
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python has it: a reader of the output who leaves ends no run
 
 
 _start_petsc()

@@ -102,9 +102,17 @@ def test_what_is_wrong_with_one_is_said_with_its_place(around: str, expected: st
         ("-solver lmvm -tao_wrong 5", "unknown option -tao_wrong"),
     ],
 )
-def test_options_of_petsc_that_cannot_be_followed_are_refused(driver: str, words: str, expected: str) -> None:
+def test_options_of_petsc_that_cannot_be_followed_are_refused_on_all_ranks(
+    driver: str, words: str, expected: str
+) -> None:
     of_driver = SMALL if driver == "pinn" else ("-data", "digits", "-samples", "90", "-widths", "6,5")
     assert expected in refusal(driver, *of_driver, *words.split())
+
+
+def test_the_limit_of_petsc_is_refused_beside_a_restart_on_all_ranks(good: Path) -> None:
+    before = good.read_bytes()
+    assert "-tao_max_it is -max_it here" in refusal("pinn", "-restart", good, "-tao_max_it", 7)
+    assert good.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,18 @@ def test_ctrl_c_before_the_first_checkpoint(tmp_path: Path) -> None:
 
 
 @started
+def test_a_reader_who_leaves_ends_no_run(tmp_path: Path) -> None:
+    path = tmp_path / "run.h5"
+    process = start(0, "-solver", "lbfgs", *SMALL, "-max_it", 30, "-progress", "lines", "-output", path)
+    assert process.stdout and process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 0
+    assert process.stderr and process.stderr.read() == ""
+    process.stderr.close()
+    assert content(path).history["iteration"][-1] == 30
+
+
+@started
 def test_a_second_one_ends_at_once(tmp_path: Path) -> None:
     process = start(0, "-problem", f"{PROBLEMS}:SleepsInItsConstructor", *RUN, "-output", tmp_path / "run.h5")
     assert process.stdout and process.stdout.readline() == "asleep\n"

@@ -20,7 +20,7 @@ HEAD = """# Options
 `make docs` makes this page of the tables in the code; `-help` prints them, too. A name with a prefix before it, as in
 `-sub_memory`, is for a solver inside of another. All of PETSc's options apply besides, such as `-tao_fmin`,
 `-tao_ls_gtol`, `-sub_tao_type`, `-log_view` and `-options_file`, with these exceptions: `-tao_max_it` is `-max_it`
-here; `-tao_max_funcs`, `-tao_trust0` and others of TAO that only PETSc's own solvers follow are refused with a solver of
+here; `-tao_max_funcs`, `-tao_trust0` and others of TAO that only solvers of PETSc follow are refused with a solver of
 ours.
 
 Options may stand on the command line, in a file that `-options_file` names there, in the variable `PETSC_OPTIONS` and

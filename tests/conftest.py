@@ -42,6 +42,7 @@ SERIAL = (
     *("problems/test_references.py", "problems/test_program.py", "runs/test_figures.py", "runs/test_history.py"),
     *("test_options.py", "test_origins.py", "test_plugins.py", "test_prepare.py", "test_house.py"),
     "runs/test_run_file_damage.py::test_a_kill_at_any_moment_leaves_a_whole_file",  # a writer on one rank
+    "runs/test_run_file_damage.py::test_what_another_run_writes_meanwhile_is_read_whole_or_refused",
     *(f"drivers/test_{name}.py" for name in ("all_solvers", "bad_problems", "bench", "classify", "faults", "header")),
     *(f"drivers/test_{name}.py" for name in ("kill", "plot_driver", "readme", "restart", "rivals", "same_bits")),
 )

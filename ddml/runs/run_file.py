@@ -243,9 +243,11 @@ def _header(file: h5py.File) -> Header:
     return Header(attributes, parameters, group["theta"].size, file["history"]["iteration"].size)
 
 
-def _read_root(path: str, comm: MPI.Comm, whole: bool) -> tuple[Header, int, Any, dict[str, NDArray[np.float64]]]:
-    """Verify a file and return its header, theta's place, and if `whole` the state and the history's columns."""
-    verify(path, comm)
+def _read_root(
+    path: str, comm: MPI.Comm, whole: bool
+) -> tuple[bytes, Header, int, Any, dict[str, NDArray[np.float64]]]:
+    """Verify a file; its seal, its header, theta's place, and if `whole` the state and the history's columns."""
+    seal = verify(path, comm)
     content: tuple[Header, int, Any, dict[str, NDArray[np.float64]]] | None = None
     with agreed_file(comm, f"cannot read {path}", "restart from a copy"):
         if comm.rank == 0:
@@ -258,7 +260,7 @@ def _read_root(path: str, comm: MPI.Comm, whole: bool) -> tuple[Header, int, Any
                         content = (content[0], place, decode(file["solver"]), columns)
             except (KeyError, ValueError, RuntimeError) as error:
                 raise RunFileError(f"{path} is whole but not laid out as a run file: {error}") from error
-    return cast("tuple[Header, int, Any, dict[str, NDArray[np.float64]]]", comm.bcast(content))
+    return seal, *cast("tuple[Header, int, Any, dict[str, NDArray[np.float64]]]", comm.bcast(content))
 
 
 def inspect(path: str, comm: MPI.Comm) -> Header:
@@ -271,7 +273,7 @@ def inspect(path: str, comm: MPI.Comm) -> Header:
     RunFileError
         On all ranks, when the file is missing, foreign, of a newer format or damaged.
     """
-    return _read_root(path, comm, whole=False)[0]
+    return _read_root(path, comm, whole=False)[1]
 
 
 def read(path: str, theta: PETSc.Vec) -> tuple[dict[str, Any], History]:
@@ -301,7 +303,7 @@ def read(path: str, theta: PETSc.Vec) -> tuple[dict[str, Any], History]:
         nothing is left to destroy.
     """
     comm = theta.comm.tompi4py()
-    header, place, state, columns = _read_root(path, comm, whole=True)
+    seal, header, place, state, columns = _read_root(path, comm, whole=True)
     if header.size != theta.getSize():
         raise RunFileError(
             f"{path} holds {header.size} parameters, {theta.getSize()} were expected; "
@@ -311,6 +313,8 @@ def read(path: str, theta: PETSc.Vec) -> tuple[dict[str, Any], History]:
     state = with_vectors(state, theta, made)
     try:
         with agreed_file(comm, f"cannot read {path}", "check that every rank sees the file"), open(path, "rb") as file:
+            if file.read(SEAL_SIZE) != seal:
+                raise RunFileError(f"{path} was replaced while it was read: another run writes it; begin again")
             for offset, vector in [*made, (place, theta)]:
                 first, last = vector.getOwnershipRange()
                 file.seek(offset + 8 * first)

@@ -263,8 +263,10 @@ def _read_seal(path: str) -> tuple[int, int]:
     return size, total
 
 
-def verify(path: str, comm: MPI.Comm) -> None:
-    """Check that a file is a run file and that every byte is as it was written.
+def verify(path: str, comm: MPI.Comm) -> bytes:
+    """Check that a file is a run file and that every byte is as it was written; its first :data:`SEAL_SIZE` bytes.
+
+    Another file, which may take its place at any time, begins with others.
 
     Collective on `comm`; each rank reads its share of the file.
 
@@ -289,3 +291,4 @@ def verify(path: str, comm: MPI.Comm) -> None:
             start += len(data)
     if _sum(comm, part) != expected:
         raise RunFileError(f"{path} is damaged: its bytes do not match their checksum; restart from a copy")
+    return _seal(size, expected)

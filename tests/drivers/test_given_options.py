@@ -179,3 +179,20 @@ def test_a_file_that_petsc_cannot_read_is_one_line_on_all_ranks(tmp_path: Path) 
     assert errors == [errors[0]]
     assert errors[0].startswith("error: .petscrc, line 2: 'hello world'")
     assert not (tmp_path / "run.h5").exists()
+
+
+def test_a_file_of_options_is_named_in_the_header_and_where_it_is_wrong(
+    comm: MPI.Comm, shared_tmp: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = shared_tmp / "options.txt"
+    words = ("-solver", "lbfgs", *SMALL, "-progress", "none", "-options_file", path)
+    for text in ("-seed 4\n-max_it 2\n", "-seed 4\n-widht 9\n"):
+        comm.barrier()
+        if comm.rank == 0:
+            path.write_text(text)
+        comm.barrier()
+        if "widht" in text:
+            assert f"unknown option -widht; -help lists them (-widht stands in {path})" in refusal("pinn", *words)
+        else:
+            assert call("pinn", *words) == 0
+            assert comm.rank > 0 or f"\noptions of {path}: -max_it 2 -seed 4\n" in capfd.readouterr().out

@@ -176,3 +176,25 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(shared_tmp: Path) -> None:
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"
     assert comm.bcast(error) == ""
+
+
+def test_what_another_run_writes_meanwhile_is_read_whole_or_refused(shared_tmp: Path) -> None:
+    path = shared_tmp / "run.h5"
+    alone = {name: text for name, text in os.environ.items() if not name.startswith(("OMPI_", "PMIX_", "PMI_"))}
+    theta = PETSc.Vec().createSeq(20000)
+    with subprocess.Popen([sys.executable, "-c", CHILD, str(path), "0"], env=alone, stdout=subprocess.PIPE) as child:
+        assert child.stdout and child.stdout.readline()
+        end, versions = time.monotonic() + 1.5, set()
+        while time.monotonic() < end:
+            try:
+                state, _ = read(str(path), theta)
+            except RunFileError as error:
+                assert "another run writes it" in str(error) or "damaged" in str(error)
+                continue
+            assert np.all(theta.array_r == state["version"])
+            assert np.all(state["m"].array_r == -state["version"])
+            versions.add(state["version"])
+            state["m"].destroy()
+        child.kill()
+    theta.destroy()
+    assert len(versions) > 2

@@ -205,7 +205,7 @@ class Training:
             "summation": "by ranks" if not self.blocks else "tree",
             "torch_version": str(torch.__version__), **attributes,
             **{f"option {name}": str(value) for name, value in in_force.items()},
-            **{f"origin {name}": origin for name, (_, origin) in given.items() if origin and name not in _EACH_START},
+            **{f"origin {k}": v for k, (_, v) in given.items() if v and for_runs(k) and k not in _EACH_START},
         }  # fmt: skip
         run = ddml.runs.run.Run(
             self.objective, self.tao, self.x, limits, attributes, measure, moving, shown,

@@ -66,7 +66,10 @@ def agreed(comm: MPI.Comm) -> Iterator[None]:
     if failed is None:
         return
     kind, text = texts[failed]
-    raise kind(text) from error
+    try:
+        raise kind(text) from error
+    finally:
+        del error  # whose frames hold this one: what they know would live on, and on one rank only
 
 
 def _described(error: Exception, rank: int) -> tuple[type[Exception], str]:

@@ -197,3 +197,15 @@ def test_while_modules_are_imported_it_is_one_line() -> None:
     process.send_signal(signal.SIGINT)
     result = finish(process)
     assert (result.rc, result.err) == (130, "error: interrupted before anything was begun\n")
+
+
+@started
+def test_ranks_end_together_where_one_cannot_write(tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    words = ("-problem", f"{PROBLEMS}:FolderGone", *RUN, "-checkpoint_interval", 1, "-output", folder / "run.h5")
+    result = finish(start(2, *words, HINDERED=str(folder)), 60)
+    assert result.rc == 1
+    assert result.err.count("error:") == 1
+    assert "Traceback" not in result.err
+    assert os.listdir(tmp_path / "elsewhere")[0].startswith("run.h5")

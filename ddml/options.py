@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +26,8 @@ _PETSC_OWN = re.compile(
     r"|debug|start_in|stop_for|saws|version|error_output|get_total|objects_dump|citations|now|use_gpu|device_|vec_|mat_"
     r"|cuda_|hip_|python|nox|prefix_).*$"
 )
+
+_AT_THE_END = re.compile(r"^(\w+_)?tao_view(_\w+)?$")  # what PETSc reads behind a solve
 
 _REFUSALS = {62, 63, 86}  # PETSC_ERR_ARG_WRONG, _ARG_OUTOFRANGE, _UNKNOWN_TYPE
 _TRUE, _FALSE = {"", "1", "true", "yes", "on"}, {"0", "false", "no", "off"}
@@ -152,19 +153,11 @@ def same_reference(one: str, other: str) -> bool:
 def unused() -> list[str]:
     """Keys in the database that nothing has asked for yet, PETSc's own general ones apart."""
     database = PETSc.Options()
-    return [key for key in database.getAll() if not database.used(key) and not _PETSC_OWN.match(key)]
-
-
-def stray(arguments: Sequence[str]) -> list[str]:
-    """What stands on a command line and is neither an option nor the value of one; PETSc passes it over."""
-
-    def is_key(text: str) -> bool:
-        with suppress(ValueError):
-            float(text)  # also -inf
-            return False
-        return re.match("--?[a-z]", text, re.IGNORECASE) is not None
-
-    return [b for a, b in pairwise(arguments) if not is_key(a) and not is_key(b)]
+    return [
+        key
+        for key in database.getAll()
+        if not database.used(key) and not _PETSC_OWN.match(key) and not _AT_THE_END.match(key)
+    ]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -65,7 +66,10 @@ def agreed(comm: MPI.Comm) -> Iterator[None]:
     if failed is None:
         return
     kind, text = texts[failed]
-    raise kind(text) from error
+    try:
+        raise kind(text) from error
+    finally:
+        del error  # whose frames hold this one: what they know would live on, and on one rank only
 
 
 def _described(error: Exception, rank: int) -> tuple[type[Exception], str]:
@@ -105,6 +109,9 @@ def _patiently(test: Callable[[], bool]) -> bool:
 
 
 _PATIENCE, _MEETING = 4.0, 4711  # seconds; tag of messages
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+_ECHO = 0.2  # seconds in which the terminal and mpiexec may both pass one Ctrl-C on (our choice)
 
 
 def check_memory(comm: MPI.Comm, needed: int, what: str, remedy: str) -> None:
@@ -150,9 +157,10 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 class StopRequest:
-    """Remembers SIGTERM and SIGUSR1, so that evaluations can stop a run on all ranks together.
+    """Remembers signals that ask to stop, so that evaluations can stop a run on all ranks together.
 
-    The handlers are installed by :meth:`listen`, and only there: importing ddml changes nothing.
+    They are :data:`SIGNALS`. A second SIGINT ends the process at once. The handlers are in force within
+    :meth:`listening`, and only there: importing ddml changes nothing.
 
     Attributes
     ----------
@@ -163,6 +171,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         self._deferrals = 0
+        self._interrupted = math.inf  # when the first SIGINT came
 
     @property
     def due(self) -> bool:
@@ -178,13 +187,25 @@ class StopRequest:
         finally:
             self._deferrals -= 1
 
-    def listen(self) -> None:
-        """Install the handlers in this process."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._handle)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the signals within a block; a SIGHUP that is ignored, as behind nohup, stays so."""
+        taken = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._handle) for number in taken}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if now > self._interrupted + _ECHO:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            self._interrupted = min(self._interrupted, now)
 
     def check(self, comm: MPI.Comm) -> None:
         """Raise :class:`Interrupted` on all ranks of ``comm`` if any of them was asked to stop. Collective."""

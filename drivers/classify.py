@@ -51,7 +51,12 @@ def main(comm: MPI.Comm) -> int:
         if comm.rank == 0:
             print(training.help_text(__doc__ or "", (*OPTIONS, *LIMITS), training.RESIDUALS_ONLY))
         return 0
-    settings, limits, restart = training.read_options(comm, "classify", OPTIONS, LIMITS)
+    with training.started(comm, "classify", OPTIONS, LIMITS) as (settings, limits, start):
+        return train(comm, settings, limits, start)
+
+
+def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> int:
+    """Run what has been read; the exit code. Collective."""
     training.refuse_residuals_only(settings.solver)
     dataset = files.load(settings.data, comm, settings.samples)
     settings.samples = dataset.count
@@ -60,7 +65,7 @@ def main(comm: MPI.Comm) -> int:
     with agreed(comm), plugins.blamed(settings.network, classifiers.KNOWN, "network"):
         loss, network, test = build(settings, dataset, scaling)
         chosen = solver_class(settings.solver).decompose(loss)
-    made = training.Training(comm, settings, loss, chosen, 0.0, settings.batch_size)
+    made = training.Training(comm, settings, start, loss, chosen, 0.0, settings.batch_size)
     moving = made.batches()
     interval = moving.interval if moving is not None else 1
     if not limits.error_interval:
@@ -73,7 +78,7 @@ def main(comm: MPI.Comm) -> int:
     measure = TestSet(loss, test, comm, made.blocks)
     code = made.run(
         limits, attributes, measure, moving,
-        header(settings, dataset, loss, network, moving, made.summation()), restart, shown="accuracy",
+        header(settings, dataset, loss, network, moving, made.summation()), shown="accuracy",
     )  # fmt: skip
     dataset.free()
     return code

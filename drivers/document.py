@@ -19,7 +19,14 @@ HEAD = """# Options
 
 `make docs` makes this page of the tables in the code; `-help` prints them, too. A name with a prefix before it, as in
 `-sub_memory`, is for a solver inside of another. All of PETSc's options apply besides, such as `-tao_fmin`,
-`-tao_ls_gtol`, `-sub_tao_type`, `-log_view` and `-options_file`.
+`-tao_ls_gtol`, `-sub_tao_type`, `-log_view` and `-options_file`, with these exceptions: `-tao_max_it` is `-max_it`
+here; `-tao_max_funcs`, `-tao_trust0` and others of TAO that only solvers of PETSc follow are refused with a solver of
+ours.
+
+Options may stand on the command line, in a file that `-options_file` names there, in the variable `PETSC_OPTIONS` and
+in `~/.petscrc`, `.petscrc` and `petscrc` (not with `-skip_petscrc`); the command line wins, then the variable. The
+header of a run names those that do not stand on the command line, `-view` all with their places, and the run file keeps
+both. An unknown option is refused; in `PETSC_OPTIONS` or `.petscrc`, which may be of another program, it is noted.
 
 The last column says what `-restart` does with an option: the run file's value is in force unless another stands beside
 `-restart`, which is taken *freely*, only *with* another *solver* that begins there, too, or *never*; what belongs to

@@ -71,7 +71,12 @@ def main(comm: MPI.Comm) -> int:
         if comm.rank == 0:
             print(training.help_text(__doc__ or "", (*OPTIONS, *LIMITS), training.RESIDUALS_ONLY))
         return 0
-    settings, limits, restart = training.read_options(comm, "logistic", OPTIONS, LIMITS)
+    with training.started(comm, "logistic", OPTIONS, LIMITS) as (settings, limits, start):
+        return train(comm, settings, limits, start)
+
+
+def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> int:
+    """Run what has been read; the exit code. Collective."""
     training.refuse_residuals_only(settings.solver)
     penalty = vars(settings)["lambda"]
     if not penalty < math.inf:
@@ -85,7 +90,7 @@ def main(comm: MPI.Comm) -> int:
     batches.check(settings, count)
     loss = LogisticLoss(data.train, penalty, settings.intercept)
     chosen = solver_class(settings.solver).decompose(loss)
-    made = training.Training(comm, settings, loss, chosen, 0.0, settings.batch_size)
+    made = training.Training(comm, settings, start, loss, chosen, 0.0, settings.batch_size)
     moving = made.batches()
     interval = moving.interval if moving is not None else 1
     tested = data.train if data.test is None else data.test
@@ -104,7 +109,7 @@ def main(comm: MPI.Comm) -> int:
         return found if data.test is not None else {"accuracy": found["accuracy"]}
 
     code = made.run(
-        limits, attributes, measure, moving, header(settings, data, loss, moving, made.summation()), restart,
+        limits, attributes, measure, moving, header(settings, data, loss, moving, made.summation()),
         shown="accuracy",
     )  # fmt: skip
     data.free()

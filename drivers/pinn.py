@@ -67,13 +67,18 @@ def main(comm: MPI.Comm) -> int:
         if comm.rank == 0:
             print(help_text())
         return 0
-    settings, limits, restart = training.read_options(comm, "pinn", OPTIONS, LIMITS)
+    with training.started(comm, "pinn", OPTIONS, LIMITS) as (settings, limits, start):
+        return train(comm, settings, limits, start)
+
+
+def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> int:
+    """Run what has been read; the exit code. Collective."""
     with agreed(comm), plugins.blamed(settings.problem, PROBLEMS, "problem"):
         loss, network = build(settings)
         chosen = solver_class(settings.solver).decompose(loss)
     limits.error_interval = limits.error_interval or solver_class(settings.solver).measures_error
     fmin = 1e-9 if settings.solver in ("lbfgs", "aspqn", "mspqn") else 0.0  # the paper's
-    made = training.Training(comm, settings, loss, chosen, fmin)
+    made = training.Training(comm, settings, start, loss, chosen, fmin)
     with agreed(comm), plugins.blamed(settings.problem, PROBLEMS, "problem"):
         error = SolutionError(loss, comm, settings.error_points, made.blocks)
         fresh = None
@@ -94,7 +99,7 @@ def main(comm: MPI.Comm) -> int:
         "resample": settings.resample,
     }  # fmt: skip
     words = header(settings, loss, network, made.summation())
-    return made.run(limits, attributes, measure, moving, words, restart, closing)
+    return made.run(limits, attributes, measure, moving, words, closing)
 
 
 def build(settings: Any, training: bool = True) -> tuple[PDELoss, str]:

@@ -21,6 +21,10 @@ from ddml.options import Option, read, with_defaults
 from .line_search import LineSearch, SearchResult
 from .owner import Owner
 
+# what PETSc reads for each solver and only its own follow
+_PETSC_ONLY = ("max_funcs", "trust0", "catol", "crtol", "fd_gradient", "fd_hessian", "mf_hessian", "ksp_ew",
+               "recycle_history", "add_terms")  # fmt: skip
+
 REASONS = {v: k for k, v in vars(PETSc.TAO.ConvergedReason).items() if not k.startswith("_")}
 
 
@@ -111,6 +115,12 @@ class Solver(Owner, ABC):
     def setFromOptions(self, tao: PETSc.TAO) -> None:
         """Read the options; of an objective on a subdomain with :attr:`local_defaults`. Collective."""
         self.prefix = tao.getOptionsPrefix() or ""
+        for name in _PETSC_ONLY:
+            if PETSc.Options().hasName(f"{self.prefix}tao_{name}"):
+                kind = type(self).__name__
+                raise InputError(
+                    f"option -{self.prefix}tao_{name} is for PETSc's own solvers: {kind} does not follow it"
+                )
         inside = isinstance(tao.getAppCtx(), RestrictedObjective)
         self.settings = read(with_defaults(self.options, **self.local_defaults if inside else {}), self.prefix)
 

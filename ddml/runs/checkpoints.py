@@ -21,6 +21,8 @@ from .history import History
 
 OPTIONS = (
     Option("checkpoint_interval", "60s", "Iterations between checkpoints, or seconds, as in 100 or 60s; 0 is never."),
+    Option("keep_going", False, "Whether a run goes on to the next checkpoint where one cannot be written, instead of "
+           "ending there."),
     Option("output", None, "Run file to write (default: none, or the restart file).", changes=EACH_START),
     Option("overwrite", False, "Whether an existing run file may be replaced.", changes=EACH_START),
     Option("restart", None, "Run file to go on from, with its options; those beside it come in their place.",

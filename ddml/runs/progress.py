@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ class Progress:
         if mode == "lines":
             columns = ("it", "loss", "|gradient|", "step", shown, "work", "critical", "time")
             names = zip(columns, _WIDTHS, strict=True)
-            print(" ".join(f"{name:>{width}}" for name, width in names), flush=True)
+            say(" ".join(f"{name:>{width}}" for name, width in names))
 
     def show(self, history: History) -> None:
         """Show the last row."""
@@ -78,14 +79,26 @@ class Progress:
             self.waiting = line
             return
         self.due, self.waiting = now + self.pace, ""
-        print(line, flush=True)
+        say(line)
+
+    def note(self, text: str) -> None:
+        """Show something else that a user should know at once."""
+        if self.bar is not None:
+            self.bar.clear()
+        say(f"note: {text}")
 
     def close(self) -> None:
         """Leave the bar as it is; show the last line."""
         if self.waiting:
-            print(self.waiting, flush=True)
+            say(self.waiting)
         if self.bar is not None:
             self.bar.close()
+
+
+def say(text: str) -> None:
+    """Print a line; a full disk behind the output, or a reader who has left, is no reason to end a run."""
+    with suppress(OSError):
+        print(text, flush=True)
 
 
 def summary(

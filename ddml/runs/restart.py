@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from ddml.parallel import agreed
 
 from . import run, run_file
 
-_PREFIX = "option "
+_PREFIX, _ORIGIN = "option ", "origin "
 # what a driver works out where the option leaves it open, under the same name in the attributes: a later ddml might
 # choose otherwise
 _RESOLVED = ("summation_blocks", "samples")
@@ -33,6 +33,8 @@ class Restart:
         Those that stand beside ``-restart`` and are others in the file, with their values there.
     notes : list of str
         What a user should know of them.
+    origins : dict of str to str
+        Where those came from when the file was written; empty where they were defaults, or it does not say.
     same_samples : bool
         Whether nothing has changed that decides which samples the objective has when.
     """
@@ -40,6 +42,7 @@ class Restart:
     options: dict[str, str] = field(default_factory=dict)
     changed: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    origins: dict[str, str] = field(default_factory=dict)
     same_samples: bool = True
 
     def unread(self) -> list[str]:
@@ -62,6 +65,7 @@ def take_over(
     driver: str,
     table: Sequence[Option],
     options_of: Callable[[str], Iterable[Option]],
+    weak: Mapping[str, str] = {},
 ) -> Restart:
     """Put the options of a run file into PETSc's database, where they are not given beside ``-restart``.
 
@@ -78,6 +82,8 @@ def take_over(
         The driver's options, those of :data:`ddml.runs.run.OPTIONS` included.
     options_of : callable
         From the name of a solver to its options.
+    weak : mapping of str to str
+        Options in the database that give way to the run file, with where they come from.
 
     Returns
     -------
@@ -96,6 +102,14 @@ def take_over(
         raise InputError(f"{path} was written for driver '{attributes.get('driver')}', not '{driver}'")
     own = {o.name: o for o in table}
     then = _texts(attributes, own)
+    found = Restart()
+    for name, origin in weak.items():
+        option = own.get(name)
+        if for_runs(name) and (option is None or option.changes != EACH_START):
+            text = given().get(name, "")
+            PETSc.Options().delValue(name)
+            if text != then.get(name):
+                found.notes.append(f"{_shown(name, text)} of {origin} gives way to the run file")
     now = given()
     solver = _solver(now)
     old_solver = attributes["solver"]
@@ -103,7 +117,6 @@ def take_over(
         now.pop("solver", None)  # auto: the run's own
         PETSc.Options().delValue("solver")
     other = solver is not None and not same_reference(solver, old_solver)
-    found = Restart()
     if solver is not None:  # -solver and -tao_type are two names of one thing
         then = {name: text for name, text in then.items() if name not in ("solver", "tao_type")}
         if solver != old_solver:
@@ -129,6 +142,7 @@ def take_over(
         if not PETSc.Options().hasName(name):
             PETSc.Options().setValue(name, text)
             found.options[name] = text
+            found.origins[name] = attributes.get(f"{_ORIGIN}{name}", "")
     with agreed(comm):
         _check_files(path, found.options)
     return found

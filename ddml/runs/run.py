@@ -11,7 +11,7 @@ from mpi4py import MPI
 from petsc4py import PETSc
 from torch import Tensor
 
-from ddml.errors import InputError, NonFiniteError
+from ddml.errors import InputError, NonFiniteError, RunFileError
 from ddml.objectives.objective import Objective
 from ddml.options import Option
 from ddml.parallel import Interrupted, cause
@@ -66,6 +66,8 @@ class Run:
         What a user should know before the run begins.
     reason : str
         Why it stopped.
+    failure : str
+        Why the run file is not as of the end of the run, in a line; nothing where it is.
 
     Raises
     ------
@@ -91,7 +93,8 @@ class Run:
         self.measure, self.moving, self.shown, self.solver = measure, moving, shown, solver
         self.limits, self.mode = Limits.of(settings), settings.progress if objective.comm.rank == 0 else "none"
         self.error_interval: int = settings.error_interval or 1
-        self.reason = ""
+        self.reason = self.failure = ""
+        self.keep_going = bool(settings.keep_going)
         self.measured: dict[str, float] = {}  # at the end of the run, if not in the history
         self.checkpoints = Checkpoints(objective, solver, moving, settings, attributes)
         begin = self.checkpoints.restore(x, same_samples)
@@ -155,7 +158,20 @@ class Run:
         if self.reason:
             tao.setConvergedReason(PETSc.TAO.ConvergedReason.CONVERGED_USER)
         elif self.checkpoints.due(iteration, now):
+            self._checkpoint(iteration, now)
+
+    def _checkpoint(self, iteration: int, now: float) -> None:
+        """Write the run file; where that fails, end the run or pass over this checkpoint. Collective."""
+        try:
             self.save()
+        except RunFileError as error:
+            if self.keep_going:
+                self.checkpoints.written = iteration, now
+                if self.comm.rank == 0:
+                    self.progress.note(str(error))
+            else:
+                self.reason, self.failure = "the run file cannot be written", str(error)
+                self.tao.setConvergedReason(PETSc.TAO.ConvergedReason.CONVERGED_USER)
 
     def _clock(self) -> float:
         """Seconds since the start, earlier runs included: rank 0's, so that all ranks decide alike."""
@@ -173,18 +189,18 @@ class Run:
     def execute(self) -> bool:
         """Run to the end, a limit or a signal, and write the run file; False if the run broke down.
 
+        Where the run file has all iterations and the solver would begin afresh, nothing is done.
+
         Raises
         ------
         InputError
             If the loss is not finite where the run starts, or the solver refuses what it is given.
-
-        Where the run file has all iterations and the solver would begin afresh, nothing is done.
         """
         self.started = time.perf_counter()
         if self.done:
             self.reason = "max_it is reached"
             if self.output != self.checkpoints.source:  # else the file stays what it is
-                self.save()
+                self._end()
             return True
         self.progress = Progress(self.mode, self.shown, self.first_iteration, self.limits.max_it)
         try:
@@ -204,10 +220,18 @@ class Run:
             self.progress.close()
         reason = self.tao.getConvergedReason()
         self.reason = self.reason or limits.in_words(reason)
-        self.save()
+        if not self.failure:
+            self._end()
         if len(self.history) and self.history.last("iteration") % self.error_interval:
             self.measured = dict(self.measure(self.objective.parameters(self.last)))
         return bool(reason != PETSc.TAO.ConvergedReason.DIVERGED_NAN)
+
+    def _end(self) -> None:
+        """Write the run file for the last time. Collective."""
+        try:
+            self.save()
+        except RunFileError as error:
+            self.failure = str(error)
 
     def _solve(self) -> None:
         """Solve; PETSc's own solvers, which know nothing of samples that change, begin afresh with each objective."""
@@ -226,4 +250,5 @@ class Run:
 
     def summary(self) -> str:
         """The last line of a run."""
-        return progress.summary(self.history, self.measured, self.reason, self.shown, self.output)
+        output = None if self.failure else self.output
+        return progress.summary(self.history, self.measured, self.reason, self.shown, output)

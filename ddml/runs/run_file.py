@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -31,7 +32,7 @@ from ddml.parallel import agreed_file
 from ddml.states import check_text, decode, encode, reserve, vectors_in, with_vectors
 
 from .history import COLUMNS, History
-from .sealed import FORMAT_VERSION, SEAL_SIZE, Image, store, verify
+from .sealed import FORMAT_VERSION, SEAL_SIZE, Image, beside, store, verify
 
 __all__ = ["Header", "Parameter", "ParameterEntry", "RunFileError", "check_writable", "inspect", "read", "write"]
 
@@ -146,8 +147,8 @@ def write(
 ) -> None:
     """Write a run file, in place of the one that may be there.
 
-    Collective on the communicator of `theta`. The file is written to ``<path>.new``, flushed to the disk and
-    renamed: a kill at any moment leaves the old file or the new one.
+    Collective on the communicator of `theta`. A file beside it is written, flushed to the disk and renamed: a
+    kill at any moment leaves the old file or the new one.
 
     Parameters
     ----------
@@ -206,7 +207,7 @@ def write(
 def check_writable(path: str, comm: MPI.Comm) -> None:
     """Find out before a run whether its run file can be written.
 
-    Collective on `comm`. `path` itself is neither created nor altered; ``<path>.new`` is made and removed.
+    Collective on `comm`. `path` itself is neither created nor altered; a file beside it is made and removed.
 
     Raises
     ------
@@ -214,19 +215,20 @@ def check_writable(path: str, comm: MPI.Comm) -> None:
         On all ranks, when `path` is a folder, its folder does not exist or cannot be written, or a rank does not
         see the files that rank 0 makes there.
     """
-    new = f"{os.path.realpath(path)}.new"
     problem = (f"cannot write {path}", "give -output a file in an existing folder that all ranks can write")
+    _, new = beside(path, comm, problem)
     try:
         with agreed_file(comm, *problem):
             if comm.rank == 0:
                 if os.path.isdir(path):
                     raise RunFileError(f"cannot write {path}: it is a folder; {problem[1]}")
-                open(new, "wb").close()
+                open(new, "xb").close()
         with agreed_file(comm, *problem):
             open(new, "r+b").close()
     finally:
-        if comm.rank == 0 and os.path.isfile(new):
-            os.unlink(new)
+        if comm.rank == 0:
+            with suppress(OSError):
+                os.unlink(new)
         comm.barrier()  # when a rank goes on, the new file is gone
 
 
@@ -241,9 +243,11 @@ def _header(file: h5py.File) -> Header:
     return Header(attributes, parameters, group["theta"].size, file["history"]["iteration"].size)
 
 
-def _read_root(path: str, comm: MPI.Comm, whole: bool) -> tuple[Header, int, Any, dict[str, NDArray[np.float64]]]:
-    """Verify a file and return its header, theta's place, and if `whole` the state and the history's columns."""
-    verify(path, comm)
+def _read_root(
+    path: str, comm: MPI.Comm, whole: bool
+) -> tuple[bytes, Header, int, Any, dict[str, NDArray[np.float64]]]:
+    """Verify a file; its seal, its header, theta's place, and if `whole` the state and the history's columns."""
+    seal = verify(path, comm)
     content: tuple[Header, int, Any, dict[str, NDArray[np.float64]]] | None = None
     with agreed_file(comm, f"cannot read {path}", "restart from a copy"):
         if comm.rank == 0:
@@ -256,7 +260,7 @@ def _read_root(path: str, comm: MPI.Comm, whole: bool) -> tuple[Header, int, Any
                         content = (content[0], place, decode(file["solver"]), columns)
             except (KeyError, ValueError, RuntimeError) as error:
                 raise RunFileError(f"{path} is whole but not laid out as a run file: {error}") from error
-    return cast("tuple[Header, int, Any, dict[str, NDArray[np.float64]]]", comm.bcast(content))
+    return seal, *cast("tuple[Header, int, Any, dict[str, NDArray[np.float64]]]", comm.bcast(content))
 
 
 def inspect(path: str, comm: MPI.Comm) -> Header:
@@ -269,7 +273,7 @@ def inspect(path: str, comm: MPI.Comm) -> Header:
     RunFileError
         On all ranks, when the file is missing, foreign, of a newer format or damaged.
     """
-    return _read_root(path, comm, whole=False)[0]
+    return _read_root(path, comm, whole=False)[1]
 
 
 def read(path: str, theta: PETSc.Vec) -> tuple[dict[str, Any], History]:
@@ -299,7 +303,7 @@ def read(path: str, theta: PETSc.Vec) -> tuple[dict[str, Any], History]:
         nothing is left to destroy.
     """
     comm = theta.comm.tompi4py()
-    header, place, state, columns = _read_root(path, comm, whole=True)
+    seal, header, place, state, columns = _read_root(path, comm, whole=True)
     if header.size != theta.getSize():
         raise RunFileError(
             f"{path} holds {header.size} parameters, {theta.getSize()} were expected; "
@@ -309,6 +313,8 @@ def read(path: str, theta: PETSc.Vec) -> tuple[dict[str, Any], History]:
     state = with_vectors(state, theta, made)
     try:
         with agreed_file(comm, f"cannot read {path}", "check that every rank sees the file"), open(path, "rb") as file:
+            if file.read(SEAL_SIZE) != seal:
+                raise RunFileError(f"{path} was replaced while it was read: another run writes it; begin again")
             for offset, vector in [*made, (place, theta)]:
                 first, last = vector.getOwnershipRange()
                 file.seek(offset + 8 * first)

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from uuid import uuid4
 
 import h5py
 import numpy as np
@@ -145,6 +146,23 @@ def _write_at(descriptor: int, data: Bytes, position: int) -> None:
         rest, position = rest[written:], position + written
 
 
+def beside(path: str, comm: MPI.Comm, problem: tuple[str, str]) -> tuple[str, str]:
+    """Where a file really stands, and a name beside it, ``<path>.<8 digits>.new``, that nobody else has. Collective.
+
+    Raises
+    ------
+    RunFileError
+        With the parts `problem` of its text, as of :func:`ddml.parallel.agreed_file`: the working folder has gone.
+    """
+    names = "", ""
+    with agreed_file(comm, *problem):
+        if comm.rank == 0:
+            real = os.path.realpath(path)
+            names = real, f"{real}.{uuid4().hex[:8]}.new"
+    real, new = comm.bcast(names)
+    return real, new
+
+
 def store(
     path: str,
     comm: MPI.Comm,
@@ -154,8 +172,8 @@ def store(
 ) -> None:
     """Bring an image and the vectors that belong into it to the disk, in place of `path`.
 
-    Collective on `comm`. The bytes go to ``<path>.new``, are flushed to the disk by every rank that wrote some, and
-    rank 0 renames the file and flushes the folder: a kill at any moment leaves the old file or the new one.
+    Collective on `comm`. The bytes go to a new file of `beside`, are flushed to the disk by every rank that wrote some,
+    and rank 0 renames the file and flushes the folder: a kill at any moment leaves the old file or the new one.
 
     Parameters
     ----------
@@ -175,16 +193,15 @@ def store(
     RunFileError
         On all ranks, when any rank could not write; `path` is then what it was before.
     """
-    path = os.path.realpath(path)
-    new = f"{path}.new"
     problem = (f"cannot write {path}", "the file that was there is unchanged; check the folder and its free space")
+    path, new = beside(path, comm, problem)
     try:
         part = 0
         with agreed_file(comm, *problem):
             if image is not None:
                 stops = [SEAL_SIZE, *(stop for _, stop in sorted(reserved))]
                 starts = [*(start for start, _ in sorted(reserved)), image.size]
-                with open(new, "wb", buffering=0) as file:
+                with open(new, "xb", buffering=0) as file:
                     os.truncate(file.fileno(), image.size)
                     for start, stop in zip(stops, starts, strict=True):
                         data = image.at(start, stop)
@@ -246,8 +263,10 @@ def _read_seal(path: str) -> tuple[int, int]:
     return size, total
 
 
-def verify(path: str, comm: MPI.Comm) -> None:
-    """Check that a file is a run file and that every byte is as it was written.
+def verify(path: str, comm: MPI.Comm) -> bytes:
+    """Check that a file is a run file and that every byte is as it was written; its first :data:`SEAL_SIZE` bytes.
+
+    Another file, which may take its place at any time, begins with others.
 
     Collective on `comm`; each rank reads its share of the file.
 
@@ -272,3 +291,4 @@ def verify(path: str, comm: MPI.Comm) -> None:
             start += len(data)
     if _sum(comm, part) != expected:
         raise RunFileError(f"{path} is damaged: its bytes do not match their checksum; restart from a copy")
+    return _seal(size, expected)

@@ -4,22 +4,64 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # a rank is a core
-import petsc4py
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
 
 _ASKED = {"-help", "--help", "-h"}
 HELP = bool(_ASKED & set(sys.argv))  # our own texts; PETSc's -help prints every option of every object
-petsc4py.init([a for a in sys.argv if a not in _ASKED])
+INTERRUPTED = 130  # the exit code of what SIGINT ends, in every shell
+
+
+def _interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say in one line that SIGINT has ended the program, where nobody handles it: while modules are imported, say."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    print("error: interrupted before anything was begun", file=sys.stderr, flush=True)
+    if "mpi4py.MPI" not in sys.modules or sys.modules["mpi4py.MPI"].COMM_WORLD.size == 1:
+        os._exit(INTERRUPTED)  # mpi4py would answer with pages of text of MPI_Abort
+
+
+sys.excepthook = _interrupted
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a rank is a core
+# what stands beside this folder is ours, whatever else on PYTHONPATH has the same name
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mpi4py import MPI
-from petsc4py import PETSc
+import petsc4py
 
 from ddml.errors import InputError
+from ddml.origins import origins
+
+
+def _start_petsc() -> None:
+    """Initialise PETSc, unless its options cannot be read: it would answer with pages of text."""
+    text = ""
+    if MPI.COMM_WORLD.rank == 0:
+        try:
+            origins(sys.argv[1:], os.environ)
+        except InputError as error:
+            text = str(error)
+    text = MPI.COMM_WORLD.bcast(text)
+    if text:
+        if MPI.COMM_WORLD.rank == 0:
+            print("error:", text, file=sys.stderr, flush=True)
+        MPI.Finalize()
+        os._exit(1)
+    petsc4py.init([a for a in sys.argv if a not in _ASKED])
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python has it: a reader of the output who leaves ends no run
+
+
+_start_petsc()
+
+from petsc4py import PETSc
+
 from ddml.parallel import ranks_that_meet
 
 if not PETSc.Options().hasName("options_left"):  # drivers refuse unknown options themselves
@@ -45,16 +87,28 @@ def run_program(main: Callable[[MPI.Comm], int]) -> None:
         code = 1
     except SystemExit as end:  # of argparse after its help
         code = int(bool(end.code))
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr, flush=True)
+        if world.size > 1:
+            world.Abort(INTERRUPTED)
+        _leave(INTERRUPTED)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
         world.Abort(1)
         raise
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:  # nobody reads it any more, or there is no space for it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     gc.collect()  # on all ranks: PETSc waits for ever at the end if what it is to destroy differs
     if code:
-        # mpi4py answers a SystemExit with MPI_Abort, whose pages of text would hide the one line above
-        PETSc._finalize()
-        if not MPI.Is_finalized():
-            MPI.Finalize()
-        os._exit(code)
+        _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process: mpi4py answers a SystemExit with MPI_Abort, whose pages of text would hide what was said."""
+    PETSc._finalize()
+    if not MPI.Is_finalized():
+        MPI.Finalize()
+    os._exit(code)

@@ -4,32 +4,29 @@ from __future__ import annotations
 
 from .program import HELP  # first: it initialises PETSc
 
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from mpi4py import MPI
-from petsc4py import PETSc
 from torch import Tensor
 
 import ddml.runs.run
-import ddml.runs.restart
-from ddml import options, plugins
+from ddml import plugins
 from ddml.decomposition.subdomains import Subdomains
 from ddml.linalg.compact import trim_at_once
-from ddml.errors import InputError
+from ddml.errors import CollectiveError, InputError
 from ddml.losses.loss import Loss
-from ddml.options import EACH_START, NEVER, Option
-from ddml.parallel import StopRequest
+from ddml.options import EACH_START, NEVER, Option, for_runs
 from ddml.runs.checkpoints import Moving
 from ddml.runs.limits import SIGNAL
-from ddml.runs.restart import Restart
+from ddml.runs.progress import say
 from ddml.sampling.batches import Batches
 from ddml.summation import efficiency, fixes_order
 from solvers import PETSC_TYPES, SOLVERS, TO_ROUNDING, Minimisation, solver_class
+from .start import Start, started
 
-__all__ = ["HELP", "OPTIONS", "Training", "check_device", "help_text", "read_options"]
+__all__ = ["HELP", "OPTIONS", "Start", "Training", "check_device", "help_text", "started"]
 
 PREFIXES = {
     **dict.fromkeys(
@@ -56,6 +53,9 @@ OPTIONS = (
 )  # fmt: skip
 
 
+_EACH_START = {o.name for o in (*OPTIONS, *ddml.runs.run.OPTIONS) if o.changes == EACH_START}
+
+
 def help_text(title: str, table: Sequence[Option], left_out: Sequence[str] = (), more: Iterable[str] = ()) -> str:
     """What -help prints: a driver's options, those of the solvers except some, and more lines."""
     lines = [title, "Options of this driver:", *map(str, table)]
@@ -68,56 +68,6 @@ def help_text(title: str, table: Sequence[Option], left_out: Sequence[str] = (),
         "All of PETSc's options apply, such as -tao_fmin, -tao_ls_gtol, -sub_tao_type, -log_view, -options_file.",
     ]
     return "\n".join(lines)
-
-
-def read_options(
-    comm: MPI.Comm, driver: str, table: Sequence[Option], limits: Sequence[Option]
-) -> tuple[Any, Any, Restart]:
-    """A driver's settings, the limits of its run, and what a restart took over; also sets torch's threads. Collective.
-
-    All come from the command line, and behind ``-restart`` from the run file (:mod:`ddml.runs.restart`).
-
-    Raises
-    ------
-    InputError
-        Words that are neither options nor values of options, values out of range; what a restart refuses.
-    """
-    stray = options.stray(sys.argv)
-    if stray:
-        raise InputError(f"'{stray[0]}' is neither an option nor the value of one; -help lists the options")
-    path, restart = options.read(limits).restart, Restart()
-    if path is not None:
-        restart = ddml.runs.restart.take_over(path, comm, driver, (*table, *limits), options_of)
-    settings = options.read(table)
-    settings.solver = chosen_solver(settings.solver)
-    torch.set_num_threads(settings.threads)
-    return settings, options.read(limits), restart
-
-
-def options_of(solver: str) -> Sequence[Option]:
-    """The table of a solver of ours or of a user's; PETSc's types have none."""
-    return solver_class(solver).options
-
-
-def chosen_solver(name: str) -> str:
-    """The solver that ``-solver``, whose value or default this is, and PETSc's ``-tao_type`` ask for.
-
-    Raises
-    ------
-    InputError
-        If they contradict each other, or there is none of that type here; ``-tao_max_it``.
-    """
-    database = PETSc.Options()
-    if database.hasName("tao_max_it"):
-        raise InputError("option -tao_max_it is -max_it here, which also counts the iterations before a restart")
-    if not database.hasName("tao_type"):
-        return name
-    kind = database.getString("tao_type")
-    if kind not in PETSC_TYPES:
-        raise InputError(f"option -tao_type must be one of {', '.join(PETSC_TYPES)}; got '{kind}'; others by -solver")
-    if database.hasName("solver") and name != kind:
-        raise InputError(f"options -solver {name} and -tao_type {kind} ask for two solvers: give one")
-    return kind
 
 
 def refuse_residuals_only(solver: str) -> None:
@@ -145,6 +95,8 @@ class Training:
         All ranks.
     settings
         Values of :data:`OPTIONS`, and ``solver``.
+    start
+        What :func:`drivers.common.start.started` gave.
     loss
         What is minimised.
     chosen
@@ -164,19 +116,20 @@ class Training:
         self,
         comm: MPI.Comm,
         settings: Any,
+        start: Start,
         loss: Loss,
         chosen: Subdomains,
         fmin: float,
         samples: int = 0,
     ) -> None:
-        self.comm, self.settings, self.loss = comm, settings, loss
-        self.stop = StopRequest()
+        self.comm, self.settings, self.start, self.loss = comm, settings, start, loss
+        start.stop.check(comm)  # the data have been read
         if loss.large:
             trim_at_once()
         with plugins.blamed(settings.solver, dict.fromkeys((*SOLVERS, *PETSC_TYPES)), "solver"):
             made = Minimisation(
                 loss, settings.solver, comm, subdomains=chosen, blocks=settings.summation_blocks, samples=samples,
-                limit=settings.summation_limit, stop=self.stop, fmin=fmin,
+                limit=settings.summation_limit, stop=start.stop, fmin=fmin,
             )  # fmt: skip
         self.layout, self.objective, self.x, self.tao = made.layout, made.objective, made.x, made.tao
         self.blocks, self.context = made.objective.parts.blocks, made.context
@@ -229,49 +182,58 @@ class Training:
         measure: Callable[[Tensor], Mapping[str, float]],
         moving: Moving | None,
         header: str,
-        restart: Restart,
         closing: Callable[[ddml.runs.run.Run], Iterable[str]] = lambda _: (),
         shown: str = "error",
     ) -> int:
         """Run to the end; the exit code. Collective.
 
         ``limits``, ``measure``, ``moving`` and ``shown`` are those of :class:`ddml.runs.run.Run`; ``attributes`` of the
-        run file come beside those that every driver writes, ``restart`` is what :func:`read_options` gave, and
-        ``closing`` gives what is printed behind the summary.
+        run file come beside those that every driver writes, and ``closing`` gives what is printed behind the summary.
 
         Raises
         ------
         InputError
-            Options that nothing has read; what :class:`ddml.runs.run.Run` refuses.
+            Options that nothing has read; what :class:`ddml.runs.run.Run` refuses; at the end a run file that could
+            not be written.
         """
-        left = restart.unknown()
-        if left:
-            names = ", ".join("-" + key for key in left)
-            raise InputError(f"unknown option{'s' * (len(left) > 1)} {names}; -help lists them")
-        settings = self.settings
-        given = {**vars(settings), **vars(limits), **PETSc.Options().getAll()}
+        settings, restart = self.settings, self.start.restart
+        notes = self.start.unread()
+        given = self.start.options()
+        in_force = {**vars(settings), **vars(limits), **{name: text for name, (text, _) in given.items()}}
         attributes = {
             "solver": settings.solver, "seed": settings.seed, "dtype": settings.dtype, "summation_blocks": self.blocks,
             "summation": "by ranks" if not self.blocks else "tree",
-            "torch_version": str(torch.__version__), **attributes, **{f"option {k}": str(v) for k, v in given.items()},
+            "torch_version": str(torch.__version__), **attributes,
+            **{f"option {name}": str(value) for name, value in in_force.items()},
+            **{f"origin {k}": v for k, (_, v) in given.items() if v and for_runs(k) and k not in _EACH_START},
         }  # fmt: skip
         run = ddml.runs.run.Run(
             self.objective, self.tao, self.x, limits, attributes, measure, moving, shown,
             solver=self.context, same_samples=restart.same_samples,
         )  # fmt: skip
-        say: Callable[[str], None] = (lambda text: print(text, flush=True)) if self.comm.rank == 0 else lambda _: None
-        say(header)
-        for note in [*restart.notes, *restart.unread(), *run.notes]:
-            say(f"note: {note}")
+        lines = [header, *self.start.elsewhere()]
+        lines += [
+            f"note: {note}" for note in [*self.start.notes, *restart.notes, *restart.unread(), *notes, *run.notes]
+        ]
+        self._say(lines)
         if settings.view:
             self.tao.view()
-            say(repr(self.layout))
-        self.stop.listen()
+            self._say([repr(self.layout), "Options, and where they come from:"])
+            self._say(
+                f"  -{k} {v or ''} ({origin or 'the run file'})" for k, (v, origin) in given.items() if for_runs(k)
+            )
+        self.start.stop.check(self.comm)
         finished = run.execute()
-        say(run.summary())
-        for line in closing(run) if self.comm.rank == 0 else ():
-            say(line)
+        self._say([run.summary(), *(closing(run) if self.comm.rank == 0 else ())])
+        if run.failure:
+            raise CollectiveError(run.failure)
         if run.output and len(run.history) and run.exact:
             more = "" if run.reason == SIGNAL else " and a larger limit"
-            say(f"to go on: the same driver with -restart {run.output}{more}")
+            self._say([f"to go on: the same driver with -restart {run.output}{more}"])
         return 0 if finished else 1
+
+    def _say(self, lines: Iterable[str]) -> None:
+        """Print lines once."""
+        if self.comm.rank == 0:
+            for line in lines:
+                say(line)

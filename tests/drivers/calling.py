@@ -1,6 +1,5 @@
 """Call drivers in this process, on all of its ranks, with PETSc's options and sys.argv as a command line sets them."""
 
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +23,8 @@ MAIN = {"pinn": pinn.main, "classify": classify.main, "logistic": logistic.main,
 
 @contextmanager
 def command_line(name: str, words: list[str]) -> Iterator[None]:
-    """Options and arguments within this block; what a driver does with signals ends with it too."""
+    """Options and arguments within this block."""
     database, before, arguments = PETSc.Options(), PETSc.Options().getAll(), sys.argv
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     sys.argv = [name, *words]
     if name != "plot":  # whose options are no options of PETSc
         database.insertString(" ".join(words))
@@ -36,8 +34,6 @@ def command_line(name: str, words: list[str]) -> Iterator[None]:
         for key in database.getAll().keys() - before.keys():
             database.delValue(key)
         sys.argv = arguments
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def call(name: str, *options: object, comm: MPI.Comm = MPI.COMM_WORLD) -> int:

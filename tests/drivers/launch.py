@@ -7,6 +7,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import h5py
 import numpy as np
@@ -22,20 +23,29 @@ SMALL = ("-network", "residual", "-width", "8", "-depth", "2", "-points", "200",
          "-error_points", "100", "-summation_blocks", "4")  # fmt: skip
 
 
-def start(ranks: int, *options: object, driver: str = "pinn.py", warm: Path | None = None) -> subprocess.Popen[str]:
+def start(
+    ranks: int,
+    *options: object,
+    driver: str = "pinn.py",
+    warm: Path | None = None,
+    folder: Path = ROOT,
+    **variables: str,
+) -> subprocess.Popen[str]:
     """A driver in a session of its own; a test that itself runs under MPI must not pass that on.
 
-    ``warm`` is the address of an interpreter that forks its ranks (:mod:`warm`).
+    ``ranks`` 0 is one rank without mpiexec, ``warm`` the address of an interpreter that forks its ranks (:mod:`warm`),
+    ``folder`` where it runs; ``variables`` come on top of those of the environment.
     """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(_FOREIGN)}
     environment["OMP_NUM_THREADS"] = environment["OPENBLAS_NUM_THREADS"] = "1"
     environment["OMPI_MCA_mpi_yield_when_idle"] = "1"  # tests run on busy machines
-    command = ["mpiexec", "--oversubscribe", "-n", str(ranks)]
-    command += ["--allow-run-as-root"] if os.getuid() == 0 else []
+    environment |= variables
+    command = ["mpiexec", "--oversubscribe", "-n", str(ranks)] if ranks else []
+    command += ["--allow-run-as-root"] if ranks and os.getuid() == 0 else []
     python = ["-m", "mpi4py"] if warm is None else ["-I", "-S", str(HERE / "warm.py"), str(warm)]
     command += [sys.executable, *python, str(ROOT / "drivers" / driver), *map(str, options)]
     return subprocess.Popen(
-        command, env=environment, cwd=ROOT, text=True, start_new_session=True,
+        command, env=environment, cwd=folder, text=True, start_new_session=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -51,9 +61,9 @@ def finish(process: subprocess.Popen[str], timeout: float = 200.0) -> SimpleName
     return SimpleNamespace(rc=process.returncode, out=out, err=err)
 
 
-def launch(ranks: int, *options: object, timeout: float = 200.0, driver: str = "pinn.py") -> SimpleNamespace:
-    """Start and finish."""
-    return finish(start(ranks, *options, driver=driver), timeout)
+def launch(ranks: int, *options: object, timeout: float = 200.0, **settings: Any) -> SimpleNamespace:
+    """Start, with the keywords of :func:`start`, and finish."""
+    return finish(start(ranks, *options, **settings), timeout)
 
 
 def processes(session: int) -> dict[int, int]:

@@ -90,7 +90,7 @@ def to_rank_1(mpiexec: int, ranks: dict[int, int]) -> int:
 
 @pytest.mark.parametrize(
     ("number", "receiver"),
-    [(signal.SIGTERM, to_mpiexec), (signal.SIGUSR1, to_mpiexec), (signal.SIGTERM, to_rank_1)],
+    [(signal.SIGTERM, to_mpiexec), (signal.SIGUSR1, to_mpiexec), (signal.SIGINT, to_rank_1)],
 )
 def test_signal_stops_a_run_that_can_go_on(
     number: signal.Signals,

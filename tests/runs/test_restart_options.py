@@ -1,7 +1,6 @@
 """A restart goes on with the options of its run file; what stands beside it is noted, or refused before any change."""
 
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,7 +43,6 @@ RUNS = {
 def drive(comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Drive]:
     """Call a driver in this process with the given options only; its exit code and what rank 0 printed."""
     database, before = PETSc.Options(), PETSc.Options().getAll()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
     def clear() -> None:
         for key in database.getAll().keys() - before.keys():
@@ -60,8 +58,6 @@ def drive(comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
 
     yield run
     clear()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def content(path: Path) -> dict[str, bytes]:

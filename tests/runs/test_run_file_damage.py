@@ -16,6 +16,7 @@ from run_files import SIZE, assert_values, comm, refused, save, small, vector
 
 from ddml.errors import RunFileError
 from ddml.runs import sealed
+from ddml.runs.lock import locked
 from ddml.runs.run_file import check_writable, inspect, read
 
 
@@ -46,18 +47,30 @@ def test_a_full_disk_on_one_rank_leaves_the_old_file(shared_tmp: Path, victim: s
 def test_what_an_earlier_kill_left_is_no_obstacle(shared_tmp: Path) -> None:
     path = shared_tmp / "run.h5"
     if comm.rank == 0:
-        (shared_tmp / "run.h5.new").write_bytes(b"left" * 100_000)
+        (shared_tmp / "run.h5.01234567.new").write_bytes(b"left" * 100_000)
     comm.barrier()
     check_writable(str(path), comm)
-    if comm.rank == 0:
-        (shared_tmp / "run.h5.new").write_bytes(b"left" * 100_000)
+    with locked(str(path), comm):
+        small(path, 3.0)
     comm.barrier()
-    small(path, 3.0)
     assert sorted(os.listdir(shared_tmp)) == ["run.h5"]
     theta = vector(np.zeros(SIZE))
     read(str(path), theta)[0]["m"].destroy()
     assert_values(theta, np.full(SIZE, 3.0))
     theta.destroy()
+
+
+def test_a_working_folder_that_has_gone_is_one_line(shared_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if comm.rank == 0:
+        (shared_tmp / "gone").mkdir()
+    comm.barrier()
+    monkeypatch.chdir(shared_tmp / "gone")
+    comm.barrier()
+    if comm.rank == 0:
+        (shared_tmp / "gone").rmdir()
+    comm.barrier()
+    with pytest.raises(RunFileError, match=r"cannot write run\.h5: No such file or directory"):
+        small(Path("run.h5"))
 
 
 def test_a_symbolic_link_stays_one(shared_tmp: Path) -> None:
@@ -163,3 +176,25 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(shared_tmp: Path) -> None:
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"
     assert comm.bcast(error) == ""
+
+
+def test_what_another_run_writes_meanwhile_is_read_whole_or_refused(shared_tmp: Path) -> None:
+    path = shared_tmp / "run.h5"
+    alone = {name: text for name, text in os.environ.items() if not name.startswith(("OMPI_", "PMIX_", "PMI_"))}
+    theta = PETSc.Vec().createSeq(20000)
+    with subprocess.Popen([sys.executable, "-c", CHILD, str(path), "0"], env=alone, stdout=subprocess.PIPE) as child:
+        assert child.stdout and child.stdout.readline()
+        end, versions = time.monotonic() + 1.5, set()
+        while time.monotonic() < end:
+            try:
+                state, _ = read(str(path), theta)
+            except RunFileError as error:
+                assert "another run writes it" in str(error) or "damaged" in str(error)
+                continue
+            assert np.all(theta.array_r == state["version"])
+            assert np.all(state["m"].array_r == -state["version"])
+            versions.add(state["version"])
+            state["m"].destroy()
+        child.kill()
+    theta.destroy()
+    assert len(versions) > 2

@@ -101,6 +101,8 @@ class PDE:
         Trainable numbers of the equation (inverse problems), passed to residuals by name.
     true_coefficients : mapping of names to values
         What they should become, for the report.
+    scale : mapping of fields to numbers above 0
+        How much they vary, in the user's units: factor * network is made of that size where they are named.
     width, depth : int
         Default network size.
     compiled : bool
@@ -113,6 +115,7 @@ class PDE:
     fields: tuple[str, ...] = ("u",)
     coefficients: Mapping[str, float] = {}
     true_coefficients: Mapping[str, float] = {}
+    scale: Mapping[str, float] = {}
     width: int = 20
     depth: int = 4
     compiled: bool = True
@@ -157,7 +160,8 @@ class PDE:
         Raises
         ------
         InputError
-            A domain that is no mapping of single letters to intervals; field names that collide.
+            A domain that is no mapping of single letters to intervals; field names that collide; a size of a field that
+            is not above 0.
         """
         name = type(self).__name__
         domain = getattr(self, "domain", None)
@@ -172,6 +176,9 @@ class PDE:
         for coefficient, value in self.coefficients.items():
             if not isinstance(value, int | float):
                 raise InputError(f"{name}.coefficients['{coefficient}'] must be a number, got {value!r}")
+        for field_name, size in self.scale.items():
+            if field_name not in self.fields or not (isinstance(size, int | float) and 0 < size < np.inf):
+                raise InputError(f"{name}.scale['{field_name}'] must be of a field, finite and above 0; got {size!r}")
         if not self.fields or set(self.fields) & set(domain):
             raise InputError(f"{name}.fields must name at least one field, and none like a coordinate: {self.fields}")
 

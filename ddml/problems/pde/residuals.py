@@ -23,6 +23,7 @@ from .layers import network_layers
 from .linearisation import LinearisedResiduals
 from .pde import PDE, Array
 from .points import TermPoints, product_rule
+from .scales import Scales
 from .statement import Statement
 
 
@@ -58,9 +59,10 @@ class PDEResiduals(LinearisedResiduals):
         device: torch.device | str = "cpu",
         chunk: int = 0,
         compiled: bool = True,
+        scales: Scales | None = None,
     ) -> None:
         self.dtype, self.device = dtype, torch.device(device)
-        self.statement = Statement(problem, dtype, self.device)
+        self.statement = Statement(problem, dtype, self.device, scales)
         if points < 1:
             raise InputError(f"the number of points must be 1 or more, got {points}")
         self.problem, self.network = problem, network.to(dtype=dtype, device=device)
@@ -230,9 +232,9 @@ class PDEResiduals(LinearisedResiduals):
         """The fields (N, F) at points (N, d)."""
         x = torch.as_tensor(np.asarray(points), dtype=self.dtype, device=self.device)
         self.plain.bind(theta)
-        result = []
+        result, scales = [], self.statement.scales
         for piece in x.split(4 * self.chunk):
-            value = self.plain.forward(calling.embed(self.problem, piece.T)[None])[0]
-            value = calling.lift(self.problem, piece.T) + value * calling.factor(self.problem, piece.T)
+            value = self.plain.forward(scales.embed(self.problem, piece.T)[None])[0]
+            value = calling.lift(self.problem, piece.T) + value * scales.factor(self.problem, piece.T)
             result.append(value.to(torch.float64).cpu().clone())
         return np.asarray(torch.cat(result).numpy())

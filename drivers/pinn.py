@@ -25,11 +25,12 @@ from ddml.networks.build import OPTIONS as NETWORK_OPTIONS
 from ddml.networks.build import build_network
 from ddml.options import NEVER, WITH_SOLVER, Option
 from ddml.parallel import agreed
-from ddml.problems import PDE, PROBLEMS, PDELoss
+from ddml.problems import PDE, PROBLEMS, Interior, PDELoss
 from ddml.problems.pde import calling, collocation, magnitudes
 from ddml.problems.pde.accuracy import SolutionError
 from ddml.problems.pde.loss import TORCH_JETS
 from ddml.problems.pde.scales import parsed
+from ddml.runs.advice import advise
 from solvers import PETSC_TYPES, SOLVERS, solver_class
 from common.training import check_device
 
@@ -82,7 +83,7 @@ def main(comm: MPI.Comm) -> int:
     with agreed(comm), plugins.blamed(settings.problem, PROBLEMS, "problem"):
         error = SolutionError(loss, comm, settings.error_points, made.blocks)
         fresh = None
-        if settings.test_points:
+        if settings.test_points and any(isinstance(term.where, Interior) for term in loss.problem_terms):
             fresh = collocation.FreshLoss(loss, comm, settings.test_points, settings.seed, made.blocks)
     moving = None
     if settings.resample != "never":
@@ -92,7 +93,9 @@ def main(comm: MPI.Comm) -> int:
         return {**error(theta), **(fresh(theta) if fresh else {})}
 
     def closing(run: ddml.runs.run.Run) -> list[str]:
-        return [f"{name} = {value}" for name, value in coefficients(loss, run).items()]
+        advice = advise(run.history, run.measured, run.reason, magnitudes.rounding(sizes, loss.dtype))
+        found = [f"{name} = {value}" for name, value in coefficients(loss, run).items()]
+        return [*found, *([str(advice)] if advice else [])]
 
     attributes = {
         "driver": "pinn", "problem": settings.problem, "network": network, "points": settings.points,

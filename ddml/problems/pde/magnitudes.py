@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ FORCED = 1e4  # the same where only what the equation has besides the fields say
 TERMS = 1e4  # terms that are further apart in the loss are balanced
 ALONE = 1e8  # a loss of one term that is further from 1 is scaled
 PARTS = 1e6  # parts of a residual that are further apart are noted
+DERIVATIVES = 1e3  # of which relative rounding errors are as many times those of numbers
 GIVEN = 30.0  # the same of what embed gives
 
 
@@ -102,6 +103,12 @@ def magnitudes(loss: PDEResiduals) -> list[Magnitude]:
     return found
 
 
+def rounding(found: Sequence[Magnitude], dtype: torch.dtype) -> float:
+    """About the loss that rounding leaves, as derivatives of networks are rounded."""
+    parts = (m.weight * max([m.rest, *m.parts.values()]) ** 2 for m in found)
+    return (DERIVATIVES * torch.finfo(dtype).eps) ** 2 * sum(parts)
+
+
 def _slopes(graph: ResidualGraph, piece: Tensor) -> list[Tensor]:
     """The derivative (N,) of a piece by each field and derivative that it asks for."""
     asked = graph.inputs[: len(graph.places)]
@@ -151,6 +158,7 @@ def find(
         scales = Scales(scales.inputs, fields)
         found = magnitudes(loss_of(scales))
     weights = _weights(found, settings.balance_terms)
+    found = [replace(m, weight=m.weight * weights.get(i, 1.0)) for i, m in enumerate(found)]
     scales = Scales(scales.inputs, scales.fields, weights)
     return scales, found, notes(problem, scales, found, dtype)
 
@@ -209,7 +217,7 @@ def notes(problem: PDE, scales: Scales, found: Sequence[Magnitude], dtype: torch
                 f"in term {m.label}, {last} is {parts[last] / parts[first]:.0e} of {first} at the start: are its"
                 " coefficients in the units of domain and fields?"
             )
-    sizes = {m.label: m.loss * scales.terms.get(i, 1.0) for i, m in enumerate(found) if m.loss > 0}
+    sizes = {m.label: m.loss for m in found if m.loss > 0}
     if len(sizes) > 1 and spread_of(list(sizes.values())) > PARTS:
         small, large = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
         said.append(

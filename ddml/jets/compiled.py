@@ -60,6 +60,7 @@ def _argument(value: Any) -> Any:
 class Squares(Protocol):
     """What :meth:`CompiledJets.squares` works with (:class:`ddml.problems.pde.program.Prepared`)."""
 
+    points: int
     code: ctypes.Structure
     pointers: ctypes.Array[ctypes.c_void_p]
     scalars: Tensor
@@ -78,7 +79,8 @@ class CompiledJets(TaylorJets):
     Raises
     ------
     ValueError
-        If a derivative of order above two is asked for, or the kernels were not built.
+        If a derivative of order above two is asked for, or the kernels were not built; by evaluations, for tensors of
+        other shapes or another precision than the kernels would read.
     """
 
     chunk = 1 << 14
@@ -108,6 +110,7 @@ class CompiledJets(TaylorJets):
             size.restype = ctypes.c_long
             needed.append(size(ctypes.byref(self._network)))
         self._space = torch.empty(max(needed), dtype=torch.uint8)
+        self._size = max(begin + shape.numel() for begin, shape in offsets.values())
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} ({self.name})"
@@ -119,12 +122,35 @@ class CompiledJets(TaylorJets):
 
     def bind(self, theta: Tensor, gradient: Tensor | None = None, active: Sequence[int] | None = None) -> None:
         """See :class:`ddml.jets.evaluator.Evaluator`."""
+        if theta.dtype not in SUFFIXES:
+            raise ValueError(f"the kernels compute in {' and '.join(map(str, SUFFIXES))}, not in {theta.dtype}")
         self.leaf, self.gradient = theta.detach().contiguous(), gradient
+        for name, vector in (("theta", self.leaf), ("gradient", gradient)):
+            if vector is not None:
+                self._check_vector(name, vector)
         wanted = range(len(self.stages)) if active is None else active
         for number, stage in enumerate(self._stages):
             stage.active = number in wanted
 
+    def _check_vector(self, name: str, vector: Tensor) -> None:
+        """Refuse a vector with fewer numbers than the network has parameters, of another type, or with gaps."""
+        if vector.dim() != 1 or len(vector) < self._size or not vector.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, of {self._size} numbers or more; got {tuple(vector.shape)}")
+        self._check_type(name, vector)
+
+    def _check_type(self, name: str, tensor: Tensor) -> None:
+        if tensor.dtype != self.leaf.dtype or tensor.device.type != "cpu":
+            raise ValueError(f"{name} must be of {self.leaf.dtype} on the CPU; got {tensor.dtype} on {tensor.device}")
+
+    def _check_inputs(self, inputs: Tensor, first: int) -> None:
+        """Refuse jets of other width or number than stage ``first`` reads."""
+        expected = len(self.indices), self._stages[first].inputs
+        if inputs.dim() != 3 or (inputs.shape[0], inputs.shape[2]) != expected:
+            raise ValueError(f"inputs must be ({expected[0]}, N, {expected[1]}); got {tuple(inputs.shape)}")
+        self._check_type("inputs", inputs)
+
     def _forward(self, inputs: Tensor, first: int, last: int) -> Tensor:
+        self._check_inputs(inputs, first)
         shape = len(self.indices), self._stages[last - 1].outputs, inputs.shape[1]
         result = torch.empty(shape, dtype=inputs.dtype).permute(0, 2, 1)
         self._call("forward", inputs.dtype, self.leaf, first, last, _array(inputs), inputs.shape[1], _array(result))
@@ -152,6 +178,10 @@ class CompiledJets(TaylorJets):
 
     def _backward(self, adjoint: Tensor, target: Tensor, rows: bool) -> None:
         inputs, first = self.last
+        expected = len(self.indices), inputs.shape[1], self._stages[len(self.stages) - 1].outputs
+        if adjoint.shape != expected:
+            raise ValueError(f"the adjoint must be {expected}; got {tuple(adjoint.shape)}")
+        self._check_type("the adjoint", adjoint)
         self._call(
             "backward", inputs.dtype, self.leaf, first, _array(inputs), inputs.shape[1], _array(adjoint), target, rows
         )
@@ -162,6 +192,10 @@ class CompiledJets(TaylorJets):
         If the evaluator was bound with a gradient, that by theta is added to it and that by the scalars
         to ``program.by_scalars``.
         """
+        self._check_inputs(inputs, first)
+        if program.points != inputs.shape[1]:
+            raise ValueError(f"the program is prepared for {program.points} points; got inputs {tuple(inputs.shape)}")
+        self._check_type("the program", program.scalars)
         return self._call(
             "squares", inputs.dtype, self.leaf, first, _array(inputs), inputs.shape[1], program.code, program.pointers,
             program.scalars, ctypes.c_double(scale), self.gradient, program.by_scalars,
@@ -169,11 +203,12 @@ class CompiledJets(TaylorJets):
 
     def tangent(self, direction: Tensor, inputs: Tensor) -> Tensor:
         """See :class:`ddml.jets.evaluator.Evaluator`."""
+        direction = direction.contiguous()
+        self._check_inputs(inputs, 0)
+        self._check_vector("direction", direction)
         shape = len(self.indices), self._stages[len(self.stages) - 1].outputs, inputs.shape[1]
         result = torch.empty(shape, dtype=inputs.dtype).permute(0, 2, 1)
-        self._call(
-            "tangent", inputs.dtype, self.leaf, direction.contiguous(), _array(inputs), inputs.shape[1], _array(result)
-        )
+        self._call("tangent", inputs.dtype, self.leaf, direction, _array(inputs), inputs.shape[1], _array(result))
         return result
 
     def finish(self) -> None:

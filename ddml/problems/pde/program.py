@@ -111,6 +111,8 @@ class _Trace(TorchDispatchMode):  # type: ignore[misc]
         node = _Node(result, function, arguments, keywords)
         if not isinstance(result, Tensor):
             raise NotElementwise(f"operation {node.name}")
+        if result.is_complex():
+            raise NotElementwise("complex numbers")
         self.nodes[id(result)] = node
         return result
 
@@ -134,6 +136,7 @@ class _Closed(TorchFunctionMode):  # type: ignore[misc]
 class Prepared:
     """A program and the numbers that it works with at some points."""
 
+    points: int
     code: ctypes.Structure
     arrays: list[Tensor]  # (N,) each, and their addresses
     pointers: ctypes.Array[ctypes.c_void_p]
@@ -288,7 +291,7 @@ class Program:
         arrays = self._at(fixed)
         pointers = (ctypes.c_void_p * len(arrays))(*(a.data_ptr() for a in arrays))
         scalars = fixed[0].new_tensor([0.0] * self._scalars + self.constants)
-        return Prepared(self.code, arrays, pointers, scalars, torch.zeros_like(scalars))
+        return Prepared(len(fixed[0]), self.code, arrays, pointers, scalars, torch.zeros_like(scalars))
 
     def _at(self, fixed: Sequence[Tensor]) -> list[Tensor]:
         """The numbers (N,) for each point that the code asks for."""

@@ -28,6 +28,7 @@ class TermPoints:
     data: dict[str, Tensor]  # (N,) each
     lift: Tensor | None  # (K, N, G, F)
     mix: Tensor | None  # (K, K, N, G, F): jets of factor * network from jets of the network
+    share: float = 1.0  # of the weight of the term that these points have each
 
     def __len__(self) -> int:
         return self.inputs.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
@@ -24,6 +25,7 @@ from .linearisation import LinearisedResiduals
 from .pde import PDE, Array
 from .points import TermPoints, product_rule
 from .scales import Scales
+from .spikes import Spikes
 from .statement import Statement
 
 
@@ -144,24 +146,27 @@ class PDEResiduals(LinearisedResiduals):
 
     def sampled(self, rows: Tensor) -> Self:
         """See :meth:`ddml.losses.loss.Loss.sampled`; each term is the mean over its own chosen points."""
-        sets, start = [], 0
+        chosen, start, counts = [], 0, Counter[int]()
         for s in self.sets:
-            chosen = rows[(rows >= start) & (rows < start + len(s))] - start
-            if len(chosen):
-                sets.append(replace(s.rows(chosen), scale=self.problem_terms[s.term].weight / len(chosen)))
+            own = rows[(rows >= start) & (rows < start + len(s))] - start
+            chosen.append(own)
+            counts[s.term] += len(own)
             start += len(s)
-        return self.with_sets(sets)
-
-    def with_points(self, points: Mapping[int, Array]) -> Self:
-        """The same loss with other points (N, d) for some of its terms, by their numbers."""
         return self.with_sets([
-            self.statement.points(
-                self.indices, s.term, self.problem_terms[s.term].weight / len(points[s.term]),
-                points[s.term][:, None], {},
-            )
-            if s.term in points else s
-            for s in self.sets
+            replace(s.rows(own), scale=self.problem_terms[s.term].weight * s.share / counts[s.term])
+            for s, own in zip(self.sets, chosen, strict=True) if len(own)
         ])  # fmt: skip
+
+    def with_points(self, points: Mapping[int, Array], spikes: Mapping[int, Spikes] | None = None) -> Self:
+        """The same loss with other points (N, d) for some of its terms, by their numbers, the last of which are spikes."""
+        sets = [s for s in self.sets if s.term not in points]
+        for term, x in points.items():
+            scale, (count, share) = self.problem_terms[term].weight / len(x), (spikes or {}).get(term, Spikes())
+            whole, edge = self.statement.points(self.indices, term, scale, x[:, None], {}), len(x) - count
+            for cut, part in ((slice(edge), 1.0), (slice(edge, len(x)), share)):
+                if cut.stop > (cut.start or 0):
+                    sets.append(replace(whole.rows(cut), scale=scale * part, share=part))
+        return self.with_sets(sorted(sets, key=lambda s: s.term))
 
     def initial(self) -> Tensor:
         """The network's parameters and the coefficients' initial values."""

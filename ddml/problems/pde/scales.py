@@ -65,9 +65,9 @@ class Scales:
             f"{letter} from {low:.6g} to {high:.6g}{' (as -1 to 1)' * (letter in self.inputs)}"
             for letter, (low, high) in problem.domain.items()
         ]
-        times = [f"{name} times {size:.3g}" for name, size in self.fields.items()]
-        times += [f"term {labels[i]} times {size:.3g}" for i, size in self.terms.items() if i < len(labels)]
-        return f"coordinates {', '.join(ranges)}{'; network for ' * bool(self.fields)}{', '.join(times)}"
+        times = [f"the network's {name} by {size:.3g}" for name, size in self.fields.items()]
+        times += [f"term {labels[i]} by {size:.3g}" for i, size in self.terms.items()]
+        return f"coordinates {', '.join(ranges)}{'; multiplied: ' * bool(times)}{', '.join(times)}"
 
     def __str__(self) -> str:
         """A text without blanks that :func:`parsed` reads, to the last bit."""
@@ -108,8 +108,16 @@ def mapped_inputs(problem: PDE, how: str) -> dict[str, tuple[float, float]]:
     """The coordinates that are mapped to [-1, 1]: those not of order 1 (``auto``), all (``always``), none (``never``).
 
     A problem with an ``embed`` of its own says itself what the network is given.
+
+    Raises
+    ------
+    InputError
+        If it does, and all are to be mapped.
     """
-    if how == "never" or type(problem).embed is not PDE.embed:
+    own = type(problem).embed is not PDE.embed
+    if own and how == "always":
+        raise InputError(f"option -map_inputs always: {type(problem).__name__}.embed says what the network is given")
+    if own or how == "never":
         return {}
     ends = {letter: (float(low), float(high)) for letter, (low, high) in problem.domain.items()}
     return {letter: e for letter, e in ends.items() if how == "always" or not of_order_one(*e)}

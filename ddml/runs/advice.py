@@ -39,8 +39,8 @@ class Advice(NamedTuple):
 def advise(history: History, measured: Mapping[str, float], reason: str, rounding: float = 0.0) -> Advice | None:
     """The first that a run's history shows of: loss on other points far above, floor of rounding, steps refused, flat.
 
-    Nothing of runs that went well, were stopped from outside or have hardly begun. It is for losses of which zero can be
-    reached, sums of squares of residuals.
+    Nothing of runs that went well, were stopped from outside or have hardly begun. It is for losses of which zero can
+    be reached, sums of squares of residuals.
 
     Parameters
     ----------
@@ -70,5 +70,7 @@ def advise(history: History, measured: Mapping[str, float], reason: str, roundin
     if refused > 0.5:
         return Advice("steps refused", f"{refused:.0%} of the steps of late left the loss as it was")
     if losses[-third:].min() > FALL * losses[:-third].min():
-        return Advice("flat", f"the loss stayed about {np.median(losses[-third:]):.1e} in the last third of the iterations")
+        return Advice(
+            "flat", f"the loss stayed about {np.median(losses[-third:]):.1e} in the last third of the iterations"
+        )
     return None

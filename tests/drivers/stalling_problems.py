@@ -2,7 +2,7 @@
 
 import torch
 
-from ddml.problems import PDE, Face, Points, Term
+from ddml.problems import PDE, Face, Term
 
 
 class Contradiction(PDE):

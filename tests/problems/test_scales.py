@@ -198,7 +198,7 @@ def test_options_switch_scaling_off_and_on() -> None:
     assert any("-map_inputs auto maps it" in note for note in notes)
     assert set(found(PROBLEMS["burgers"](), map_inputs="always")[0].inputs) == {"t", "x"}
     assert set(found(scaled_problems.Weighed(), balance_terms="always")[0].terms) == {0, 1, 2, 3}
-    with pytest.raises(InputError, match="OwnEmbed.embed says what the network is given"):
+    with pytest.raises(InputError, match="embed says what the network is given"):
         found(scaled_problems.OwnEmbed(), map_inputs="always")
 
 

@@ -50,7 +50,7 @@ def factor(problem: PDE, coordinates: Tensor) -> Tensor:
 def exact(problem: PDE, coordinates: Tensor) -> Array | None:
     """The exact fields (N, F) at N points, from their coordinates (d, N) in float64; None where they are not known."""
     name, letters = f"{type(problem).__name__}.exact", list(problem.domain)
-    check_order(name, problem.exact, letters)
+    check_arguments(name, problem.exact, letters)
     arrays = ", ".join(f"{letter}.numpy()" for letter in letters)
     try:
         given = problem.exact(*coordinates.clone())
@@ -125,8 +125,19 @@ def check_network(network: nn.Module, inputs: Tensor, fields: int) -> None:
         )
 
 
-def check_order(name: str, function: Callable[..., Any], expected: Sequence[str]) -> None:
-    """Refuse a function whose first arguments have the names that are expected, in another order.
+def check_arguments(
+    name: str, function: Callable[..., Any], expected: Sequence[str], named: Sequence[str] = ()
+) -> None:
+    """Refuse a function that does not take what it will be given, or that takes it in another order by its names.
+
+    Parameters
+    ----------
+    name
+        For the message.
+    function
+        Of a user.
+    expected, named
+        Names of what it is given by position, and by name.
 
     Raises
     ------
@@ -134,20 +145,25 @@ def check_order(name: str, function: Callable[..., Any], expected: Sequence[str]
         As for ``residual(self, u, x, t)`` where the domain has t before x.
     """
     try:
-        parameters = list(inspect.signature(function).parameters.values())
+        signature = inspect.signature(function)
     except (TypeError, ValueError):  # written in C, say
         return
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][: len(expected)]
-    known = [n if n in expected else e for n, e in zip(names, expected, strict=False)]
-    if known != list(expected)[: len(known)]:
-        raise InputError(
-            f"{name} takes ({', '.join(names)}), but it is given ({', '.join(expected)}): the fields in the order of"
-            f" fields, the coordinates in that of domain"
-        )
+    positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    names = [p.name for p in signature.parameters.values() if p.kind in positional][: len(expected)]
+    right = all(taken == given for taken, given in zip(names, expected, strict=False) if taken in expected)
+    try:
+        signature.bind(*expected, **dict.fromkeys(named))
+    except TypeError:
+        right = False
+    if not right:
+        given = ", ".join([*expected, *(f"{key}={key}" for key in named)])
+        raise InputError(f"{name} takes {signature}, but it is given ({given}), in this order")
 
 
 def said(given: Any) -> str:
     """What a function gave, in words."""
+    if isinstance(given, tuple | list) and not given:
+        return f"an empty {type(given).__name__}"
     if isinstance(given, tuple | list):
         shown = ", ".join(said(v) for v in given[:4])
         return f"{type(given).__name__} of {len(given)}: {shown}{', ...' * (len(given) > 4)}"
@@ -161,7 +177,7 @@ def said(given: Any) -> str:
 def _stacked(problem: PDE, function: Callable[..., Any], coordinates: Tensor, width: int | None) -> Tensor:
     """The tensors of ``embed``, ``lift`` or ``factor`` as columns, of these as many as there are fields."""
     name, count, dtype = f"{type(problem).__name__}.{function.__name__}", coordinates.shape[1], coordinates.dtype
-    check_order(name, function, list(problem.domain))
+    check_arguments(name, function, list(problem.domain))
     given = _called(name, function, *_own(coordinates))
     parts = _tensors(given, count, dtype)
     if parts and width and len(parts) == 1:
@@ -201,8 +217,10 @@ def _called(name: str, function: Callable[..., Any], *arguments: Any, **keywords
     """Call a user's function; what it raises becomes one line."""
     try:
         return function(*arguments, **keywords)
-    except (InputError, NotElementwise):
+    except NotElementwise:
         raise
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
     except Exception as error:
         if isinstance(error, RuntimeError) and "in-place operation" in str(error):
             raise InputError(

@@ -22,12 +22,12 @@ from .residuals import PDEResiduals
 from .scales import Scales, mapped_inputs, power_of_ten, spread_of
 
 OPTIONS = (
-    Option("map_inputs", "auto", "Coordinates that the network is given as numbers from -1 to 1: auto is those not of "
-           "order 1, where the problem has no embed.", choices=("auto", "always", "never"), changes=NEVER),
-    Option("balance_terms", "auto", "Weights that make all terms alike at the start: auto is where no weights are given "
+    Option("map_inputs", "auto", "Coordinates that the network is given as -1 to 1; auto: those not of order 1, where "
+           "the problem has no embed.", choices=("auto", "always", "never"), changes=NEVER),
+    Option("balance_terms", "auto", "Weights that make all terms alike at the start; auto: where no weights are given "
            "and terms are orders of magnitude apart.", choices=("auto", "always", "never"), changes=NEVER),
-    Option("scales", None, "Of coordinates, fields and terms, as a run file has them; none: nothing is scaled (default: "
-           "what the problem, its lift and its data say).", changes=NEVER),
+    Option("scales", None, "Of coordinates, fields and terms, as a run file has them; none: nothing is scaled "
+           "(default: what the problem, its lift and its data say).", changes=NEVER),
 )  # fmt: skip
 
 # our choices
@@ -177,7 +177,7 @@ def _field_sizes(problem: PDE, found: Sequence[Magnitude], dtype: torch.dtype) -
         varies = float(np.ptp(lift[:, f])) / 2 or float(np.abs(lift[:, f]).max())
         size, allowed = max([*wanted, varies / largest]), FIELDS
         if not size and len(problem.fields) == 1:
-            size, allowed = max(map(_forced, found)) , FORCED
+            size, allowed = max(map(_forced, found)), FORCED
         size = size or 1 / largest
         if np.isfinite(size) and not 1 / allowed <= size <= allowed:
             sizes[name] = power_of_ten(size)
@@ -221,7 +221,7 @@ def notes(problem: PDE, scales: Scales, found: Sequence[Magnitude], dtype: torch
     if len(sizes) > 1 and spread_of(list(sizes.values())) > PARTS:
         small, large = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
         said.append(
-            f"term {small} is {sizes[small] / sizes[large]:.0e} of term {large} in the loss at the start: other weights,"
-            " or -balance_terms always"
+            f"term {small} is {sizes[small] / sizes[large]:.0e} of term {large} in the loss at the start: other"
+            " weights, or -balance_terms always"
         )
     return said

@@ -168,19 +168,24 @@ class PDE:
         if not isinstance(domain, Mapping) or not domain:
             raise InputError(f"{name}.domain must map coordinates to intervals, as in {{'t': (0, 1), 'x': (-1, 1)}}")
         for letter, interval in domain.items():
-            if len(letter) != 1 or not letter.isalpha():
+            if not isinstance(letter, str) or len(letter) != 1 or not letter.isalpha():
                 raise InputError(f"{name}.domain: a coordinate is one letter (derivatives are u.xx), got '{letter}'")
             ends = interval if isinstance(interval, tuple | list) and len(interval) == 2 else (np.nan, np.nan)
-            if not (np.isfinite(ends).all() and ends[0] < ends[1]):
+            numbers = all(isinstance(end, int | float | np.number) for end in ends)
+            if not (numbers and np.isfinite(ends).all() and ends[0] < ends[1]):
                 raise InputError(f"{name}.domain['{letter}'] must be (low, high), finite, low < high; got {interval}")
         for coefficient, value in self.coefficients.items():
-            if not isinstance(value, int | float):
-                raise InputError(f"{name}.coefficients['{coefficient}'] must be a number, got {value!r}")
+            if not isinstance(value, int | float) or not np.isfinite(value):
+                raise InputError(f"{name}.coefficients['{coefficient}'] must be a number, finite; got {value!r}")
+        if isinstance(self.fields, str) and len(self.fields) > 1:
+            raise InputError(f"{name}.fields must be a tuple of names, as in ('{self.fields}',); got '{self.fields}'")
+        if len(set(self.fields)) < len(self.fields):
+            raise InputError(f"{name}.fields must be different from each other: {self.fields}")
+        if not self.fields or set(self.fields) & set(domain):
+            raise InputError(f"{name}.fields must name at least one field, and none like a coordinate: {self.fields}")
         for field_name, size in self.scale.items():
             if field_name not in self.fields or not (isinstance(size, int | float) and 0 < size < np.inf):
                 raise InputError(f"{name}.scale['{field_name}'] must be of a field, finite and above 0; got {size!r}")
-        if not self.fields or set(self.fields) & set(domain):
-            raise InputError(f"{name}.fields must name at least one field, and none like a coordinate: {self.fields}")
 
     def points(self, term: Term, count: int) -> tuple[Array, dict[str, Array]]:
         """Points (N, G, d) of a term for a run with ``count`` points, and their data; G = 2 on periodic pairs."""

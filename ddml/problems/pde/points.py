@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 
+import torch
 from torch import Tensor
 
+from ddml.errors import InputError
 from ddml.jets.evaluator import Index
 from ddml.jets.nested import nested_jets
 
@@ -49,6 +51,31 @@ class TermPoints:
         pieces = max(-(-len(self) * self.inputs.shape[2] // size), 1)
         edges = [len(self) * i // pieces for i in range(pieces + 1)]
         return [self.rows(slice(a, b)) for a, b in pairwise(edges) if b > a]
+
+    def check_finite(self, problem: PDE) -> None:
+        """Refuse an embedding, a lift or a factor that is not finite at one of these points.
+
+        Raises
+        ------
+        InputError
+            With the name of the function and the point.
+        """
+        parts = {
+            "embed": self.inputs[0],
+            "lift": None if self.lift is None else self.lift[0],
+            "factor": None if self.mix is None else self.mix[0, 0],
+        }
+        for name, values in parts.items():
+            if values is None:
+                continue
+            finite = torch.isfinite(values.flatten(1)).all(1)
+            if not finite.all():
+                where = self.place(problem, int(finite.int().argmin()))
+                raise InputError(f"{type(problem).__name__}.{name} is not finite at {where}")
+
+    def place(self, problem: PDE, row: int) -> str:
+        """One of these points in words."""
+        return ", ".join(f"{c} = {float(v[row]):.6g}" for c, v in zip(problem.domain, self.coordinates, strict=True))
 
     @property
     def periodic(self) -> bool:

@@ -26,7 +26,7 @@ from .pde import PDE, Array
 from .points import TermPoints, product_rule
 from .scales import Scales
 from .spikes import Spikes
-from .statement import Statement
+from .statement import Positions, Statement
 
 
 class PDEResiduals(LinearisedResiduals):
@@ -75,13 +75,15 @@ class PDEResiduals(LinearisedResiduals):
         asked = set[tuple[int, Index]]().union(*(self.statement.derivatives(i, *s) for i, s in enumerate(sets)))
         self.derivatives = sorted(asked)
         self.indices = closure(index for _, index in asked)
-        self.position = {index: k for k, index in enumerate(self.indices)}
+        self.position = Positions(self.indices, list(problem.domain))
         self.rule = product_rule(self.indices, len(problem.fields))
         self.given_chunk, self.compiled = chunk, compiled
         made = [
             self.statement.points(self.indices, i, term.weight / len(x), x, data)
             for i, (term, (x, data)) in enumerate(zip(self.problem_terms, sets, strict=True))
         ]
+        for points_of_term in made:
+            points_of_term.check_finite(problem)
         if made:
             calling.check_network(self.network, made[0].inputs[0, :3, 0], len(problem.fields))
         self._evaluate()
@@ -158,7 +160,7 @@ class PDEResiduals(LinearisedResiduals):
         ])  # fmt: skip
 
     def with_points(self, points: Mapping[int, Array], spikes: Mapping[int, Spikes] | None = None) -> Self:
-        """The same loss with other points (N, d) for some of its terms, by their numbers, the last of which are spikes."""
+        """The same loss with other points (N, d), the last of them spikes, for some of its terms by their numbers."""
         sets = [s for s in self.sets if s.term not in points]
         for term, x in points.items():
             scale, (count, share) = self.problem_terms[term].weight / len(x), (spikes or {}).get(term, Spikes())
@@ -224,12 +226,8 @@ class PDEResiduals(LinearisedResiduals):
             for r in pieces:
                 bad = torch.nonzero(~torch.isfinite(r))
                 if len(bad):
-                    where = [
-                        f"{c} = {float(v[bad[0, 0]]):.6g}"
-                        for c, v in zip(self.problem.domain, chunk.coordinates, strict=True)
-                    ]
-                    label = self.problem_terms[chunk.term].label
-                    return f"term {label} gives {float(r[bad[0, 0]])} at {', '.join(where)}"
+                    row, label = int(bad[0, 0]), self.problem_terms[chunk.term].label
+                    return f"term {label} gives {float(r[row])} at {chunk.place(self.problem, row)}"
         return super().explain(theta)
 
     @torch.no_grad()

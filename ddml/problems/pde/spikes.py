@@ -17,15 +17,15 @@ class Spikes(NamedTuple):
 
     A network that is fitted to points for long has spikes between them, in corners where there are few: some of 10,000
     candidates have residuals 1e4 times those of all others. One in the set raises the loss by orders of magnitude, and
-    steps that bring it down may then spoil the solution everywhere by as much; a quasi-Newton method, whose H is long in
-    directions that were flat on the old points, takes such steps, and long runs get worse from one draw to the next.
+    steps that bring it down may then spoil the solution everywhere by as much; a quasi-Newton method, whose H is long
+    in directions that were flat on the old points, takes such steps, and long runs get worse from draw to draw.
 
     Spikes are candidates of which one alone would raise the mean over the points more than tenfold, where they are no
     more than one in a thousand. All of them in a set are weighted to raise it tenfold together: training brings them
     down by as much as it gains between two draws, and then they weigh more (our choice).
     """
 
-    count: int = 0
+    number: int = 0
     weight: float = 1.0
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ddml.data.sequences import one_of_each
+from ddml.errors import InputError
 from ddml.jets.evaluator import Index
 
 from . import calling
@@ -19,6 +20,26 @@ from .fields import Field
 from .pde import PDE, Array
 from .points import TermPoints, term_points
 from .scales import Scales
+
+
+class Positions(dict[Index, int]):
+    """Where derivatives stand in jets; another one is refused by its name.
+
+    Parameters
+    ----------
+    indices
+        The derivatives in the jets.
+    letters
+        Of the coordinates.
+    """
+
+    def __init__(self, indices: Sequence[Index], letters: Sequence[str]) -> None:
+        super().__init__((index, k) for k, index in enumerate(indices))
+        self.letters = list(letters)
+
+    def __missing__(self, index: Index) -> int:
+        letters = "".join(self.letters[i] for i in index)
+        raise InputError(f"asks for a derivative {letters} now and did not at the start: it must ask for all each time")
 
 
 class Statement:
@@ -72,7 +93,8 @@ class Statement:
         Raises
         ------
         InputError
-            If the residual raises, asks for a derivative that does not exist or has the wrong shape.
+            If the residual raises, asks for a derivative that does not exist, has the wrong shape, or depends on
+            nothing that is trained.
         """
         found: set[tuple[int, Index]] = set()
         rows = np.unique([0, *one_of_each(len(x), calling.PROBES), len(x) - 1])
@@ -86,8 +108,13 @@ class Statement:
         values = {name: tensor(v[rows]) for name, v in data.items()}
         coefficients = [tensor(v).requires_grad_() for v in self.problem.coefficients.values()]
         stated, letters = self.terms[term], list(self.problem.domain)
-        calling.check_order(f"term {stated.label}", stated.residual, [*self.problem.fields, *letters])
-        self.residual(term, get, probe[:, 0].T, values, coefficients, probe.shape[1] == 2)
+        positional, named = [*self.problem.fields, *letters], [*self.coefficients, *data]
+        calling.check_arguments(f"term {stated.label}", stated.residual, positional, named)
+        pieces = self.residual(term, get, probe[:, 0].T, values, coefficients, probe.shape[1] == 2)
+        if not any(piece.requires_grad for piece in pieces):
+            raise InputError(
+                f"term {stated.label} depends on no field and no coefficient: detach, numpy and comparisons cut off"
+            )
         return found
 
     def name(self, derivative: tuple[int, Index]) -> str:

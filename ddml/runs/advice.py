@@ -53,7 +53,7 @@ def advise(history: History, measured: Mapping[str, float], reason: str, roundin
     rounding
         About the loss that rounding leaves.
     """
-    if len(history) < ROWS or reason == SIGNAL:
+    if len(history) < (1 if reason in REFUSED else ROWS) or reason == SIGNAL:
         return None
     losses, third = history["loss"], len(history) // 3
     start, end = losses[0], losses[-1]
@@ -64,9 +64,9 @@ def advise(history: History, measured: Mapping[str, float], reason: str, roundin
         return Advice("loss on other points", f"the loss on other points is {fresh / end:.0e} times the loss")
     if end < rounding:
         return Advice("floor of rounding", f"a loss of {end:.1e} is about what rounding leaves of it")
-    refused = float((np.diff(losses[-third - 1 :]) == 0).mean())
     if reason in REFUSED:
         return Advice("steps refused", reason)
+    refused = float((np.diff(losses[-third - 1 :]) == 0).mean())
     if refused > 0.5:
         return Advice("steps refused", f"{refused:.0%} of the steps of late left the loss as it was")
     if losses[-third:].min() > FALL * losses[:-third].min():

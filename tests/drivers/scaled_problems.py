@@ -153,3 +153,12 @@ class OnlyMeasured(PDE):
     def terms(self):
         times = np.linspace(0, 1, 20)
         return [Term(lambda u, t, value: u - value, Points(times[:, None], value=np.sin(times)), name="data")]
+
+
+class SmallLift(Bar):
+    """A lift that is no measure of the solution, which the source makes of order 1."""
+
+    stiffness = 1e5
+
+    def lift(self, x):
+        return 1e-6 * x

@@ -37,6 +37,7 @@ class Cancels(PDE):
 
     domain = {"x": (0, 1)}
     width, depth = 6, 2
+    scale = {"u": 1.0}
 
     def lift(self, x):
         return 1e8 * (1 + x)

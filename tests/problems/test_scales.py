@@ -152,6 +152,7 @@ def test_our_problems_stay_as_they_are(name: str) -> None:
         ("OwnEmbed", "", {}, {}),
         ("Weighed", "tx", {"u": 1e3}, {}),
         ("OnlyMeasured", "", {}, {}),
+        ("SmallLift", "", {}, {0: 1e-10}),
     ],
 )
 def test_what_is_scaled(name: str, inputs: str, fields: dict[str, float], weights: dict[int, float]) -> None:

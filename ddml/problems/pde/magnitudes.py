@@ -33,7 +33,7 @@ OPTIONS = (
 # our choices
 POINTS = 256  # of each term where magnitudes are taken
 FIELDS = 30.0  # a network need not be scaled whose output is to be between this and its inverse
-FORCED = 1e4  # the same where only what the equation has besides the fields says how large they are
+GUESSED = 1e4  # the same where the lift alone says that it is small, or the source of an equation how large it is
 TERMS = 1e4  # terms that are further apart in the loss are balanced
 ALONE = 1e8  # a loss of one term that is further from 1 is scaled
 PARTS = 1e6  # parts of a residual that are further apart are noted
@@ -171,15 +171,16 @@ def _field_sizes(problem: PDE, found: Sequence[Magnitude], dtype: torch.dtype) -
     for f, name in enumerate(problem.fields):
         largest = float(np.abs(factor[:, f]).max()) or 1.0
         if name in problem.scale:
-            sizes[name] = problem.scale[name] / largest
+            sizes[name] = float(problem.scale[name]) / largest
             continue
         wanted = [m.wanted[f] for m in found if f in m.wanted]
         varies = float(np.ptp(lift[:, f])) / 2 or float(np.abs(lift[:, f]).max())
-        size, allowed = max([*wanted, varies / largest]), FIELDS
-        if not size and len(problem.fields) == 1:
-            size, allowed = max(map(_forced, found)), FORCED
+        size, low, high = max([*wanted, varies / largest]), 1 / (FIELDS if wanted else GUESSED), FIELDS
+        forced = max(map(_forced, found)) if len(problem.fields) == 1 else 0.0
+        if not wanted and size < low and forced > size:
+            size, low, high = forced, 1 / GUESSED, GUESSED
         size = size or 1 / largest
-        if np.isfinite(size) and not 1 / allowed <= size <= allowed:
+        if np.isfinite(size) and not low <= size <= high:
             sizes[name] = power_of_ten(size)
     return sizes
 

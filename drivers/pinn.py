@@ -99,7 +99,7 @@ def main(comm: MPI.Comm) -> int:
 
     attributes = {
         "driver": "pinn", "problem": settings.problem, "network": network, "points": settings.points,
-        "resample": settings.resample, "scales": str(loss.statement.scales),
+        "resample": settings.resample,
     }  # fmt: skip
     words = header(settings, loss, network, made.summation(), sizes)
     return made.run(limits, attributes, measure, moving, words, restart, closing)
@@ -123,6 +123,7 @@ def build(settings: Any, training: bool = True) -> tuple[PDELoss, str, list[magn
         choose(settings, sum(p.numel() for p in network.parameters() if p.requires_grad))
     if settings.scales is None:
         scales, sizes, notes = magnitudes.find(problem, network, dtype, device, settings)
+        settings.scales = str(scales)
     else:
         scales, sizes, notes = parsed(settings.scales, problem), [], []
     loss = PDELoss(problem, network, settings.points, dtype, device, settings.chunk, scales=scales)

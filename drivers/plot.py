@@ -81,7 +81,7 @@ def draw_maps(header: run_file.Header, theta: object, target: Path) -> None:
         device="cpu",
         points=16,
         chunk=1024,
-        scales=str(header.attributes.get("scales", "none")),
+        scales=str(options.get("scales", "none")),
         **network,
     )
     loss, *_ = pinn.build(settings, training=False)

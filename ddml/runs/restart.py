@@ -18,7 +18,7 @@ from . import run, run_file
 _PREFIX = "option "
 # what a driver works out where the option leaves it open, under the same name in the attributes: a later ddml might
 # choose otherwise
-_RESOLVED = ("summation_blocks", "samples", "scales")
+_RESOLVED = ("summation_blocks", "samples")
 
 
 @dataclass

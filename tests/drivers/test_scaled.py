@@ -78,7 +78,7 @@ def test_a_restart_takes_the_scales_from_the_run_file(comm: MPI.Comm, shared_tmp
     if comm.rank == 0:
         assert_same(whole, parts)
         with h5py.File(parts, "r") as file:
-            assert '"fields":{"u":1000.0}' in file.attrs["scales"]
+            assert '"fields":{"u":1000.0}' in file.attrs["option scales"]
     comm.barrier()
 
 
@@ -91,6 +91,6 @@ def test_run_files_without_scales_go_on_without(comm: MPI.Comm, shared_tmp: Path
     assert call("pinn", "-restart", old, "-output", with_scales, "-max_it", 5) == 0
     if comm.rank == 0:
         with h5py.File(with_scales, "r") as file:
-            assert file.attrs["scales"] == "none"
+            assert file.attrs["option scales"] == "none"
             assert np.all(np.diff(file["history/loss"][()]) <= 0)
     comm.barrier()

@@ -176,7 +176,7 @@ def _field_sizes(problem: PDE, found: Sequence[Magnitude], dtype: torch.dtype) -
         wanted = [m.wanted[f] for m in found if f in m.wanted]
         varies = float(np.ptp(lift[:, f])) / 2 or float(np.abs(lift[:, f]).max())
         size, low, high = max([*wanted, varies / largest]), 1 / (FIELDS if wanted else GUESSED), FIELDS
-        forced = max(map(_forced, found)) if len(problem.fields) == 1 else 0.0
+        forced = max(map(_forced, found), default=0.0) if len(problem.fields) == 1 else 0.0
         if not wanted and size < low and forced > size:
             size, low, high = forced, 1 / GUESSED, GUESSED
         size = size or 1 / largest

@@ -18,6 +18,7 @@ from ddml.objectives.residual import ResidualObjective
 from ddml.problems import Burgers, Interior, PDELoss, Points, Term
 from ddml.problems.pde.charges import AUTOGRAD
 from ddml.problems.pde.collocation import OPTIONS, FreshLoss, MovingPoints, residual_size, sobol
+from ddml.problems.pde.spikes import RAISE, is_spike
 
 
 class BurgersWithData(Burgers):
@@ -32,11 +33,11 @@ class BurgersWithData(Burgers):
 
 
 def made(
-    comm: MPI.Comm, kind: str = "residual", blocks: int = 0, problem: Any = Burgers, **settings: Any
+    comm: MPI.Comm, kind: str = "residual", blocks: int = 0, problem: Any = Burgers, points: int = 120, **settings: Any
 ) -> MovingPoints:
     network = TanhNetwork(2, 6, 3, 1).double()
     network.reset_parameters(torch.Generator().manual_seed(0))
-    loss = PDELoss(problem(), network, 120)
+    loss = PDELoss(problem(), network, points)
     layout = ParameterLayout(loss.parameters, comm)
     values = {o.name: o.default for o in OPTIONS} | {"resample": kind, "resample_interval": 4} | settings
     return MovingPoints(ResidualObjective(loss, layout, blocks=blocks), SimpleNamespace(**values), seed=3)
@@ -113,6 +114,66 @@ def test_residuals_of_zero_do_not_stop_the_draw(comm: MPI.Comm) -> None:
     moving.move(moving.objective.loss.initial())
     assert moving.points[0].shape == (120, 2)
     assert np.mean((moving.points[0] > [0.9, 0.5]).all(axis=1)) > 0.05  # all candidates there
+
+
+class Spike(Burgers):
+    """A residual of 1e-3, and of 1e4 in a hundred-thousandth of the domain or so."""
+
+    def residual(self, u: Any, t: Any, x: Any) -> Any:
+        return 0 * u + torch.where((t - 0.5) ** 2 + (x - 0.25) ** 2 < 1.5e-4, 1e4, 1e-3)
+
+
+@pytest.mark.ranks
+def test_spikes_raise_the_loss_tenfold_and_no_more(comm: MPI.Comm) -> None:
+    moving = made(comm, problem=Spike, points=2000, resample_candidates=10)
+    moving.move(moving.objective.loss.initial())
+    loss, count = moving.objective.loss, moving.spikes[0].number
+    assert 1 <= count <= 20
+    values = residual_size(loss, 0, moving.points[0], loss.initial())
+    assert values == pytest.approx([1e-3] * (2000 - count) + [1e4] * count)
+    assert moving.spikes[0].weight == pytest.approx(RAISE * 2000 * 1e-6 / (count * 1e8), rel=1e-6)
+    share = (2000 - count) / 2000
+    assert loss.value(loss.initial()) == pytest.approx((share + RAISE) * 1e-6, rel=1e-6)
+    gradient = torch.zeros(loss.size)
+    assert loss.value_gradient(loss.initial(), gradient) == pytest.approx((share + RAISE) * 1e-6, rel=1e-6)
+    assert loss.part(0, 1000).value(loss.initial()) == pytest.approx(1e-6 / 2, rel=1e-6)
+    assert sum(len(s) for s in loss.sets) == 2000
+
+
+@pytest.mark.ranks
+def test_spikes_come_back_with_the_points(comm: MPI.Comm) -> None:
+    """Of states of an older ddml, too, which has none."""
+    moving, other = (made(comm, problem=Spike, points=2000, resample_candidates=10) for _ in range(2))
+    theta = moving.objective.loss.initial()
+    moving.move(theta)
+    other.restore(moving.state())
+    assert other.objective.loss.value(theta) == moving.objective.loss.value(theta)
+    state = {key: value for key, value in moving.state().items() if key != "spikes"}
+    other.restore(state)
+    assert other.objective.loss.value(theta) > 1e6 * moving.objective.loss.value(theta)
+
+
+def test_samples_of_points_keep_what_spikes_weigh(comm: MPI.Comm) -> None:
+    moving = made(comm, problem=Spike, points=2000, resample_candidates=10)
+    theta = moving.objective.loss.initial()
+    moving.move(theta)
+    loss, (count, weight) = moving.objective.loss, moving.spikes[0]
+    some = loss.sampled(torch.cat([torch.arange(100), torch.tensor([1999])]))
+    assert some.value(theta) == pytest.approx((100 * 1e-6 + weight * 1e8) / 101, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("large", "many", "expected"),
+    [(1e4, 5, 5), (1e4, 10, 10), (1e4, 11, 0), (1e4, 500, 0), (10.0, 5, 0), (float("inf"), 5, 0), (float("nan"), 5, 0)],
+)
+def test_what_is_a_spike(large: float, many: int, expected: int) -> None:
+    """Few points with a residual beyond that of all others; structures that more candidates find are none."""
+    sizes = np.ones(10_000)
+    sizes[np.random.default_rng(0).choice(10_000, many, replace=False)] = large
+    found, mean = is_spike(sizes, 2000)
+    assert found.sum() == expected
+    assert (sizes[found] == large).all()
+    assert expected == 0 or mean == 1.0
 
 
 def test_the_residual_without_gradients_is_that_of_the_differentiable_path(comm: MPI.Comm) -> None:

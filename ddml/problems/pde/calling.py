@@ -34,17 +34,17 @@ def inputs(problem: PDE, dtype: torch.dtype = torch.float64) -> int:
 
 def embed(problem: PDE, coordinates: Tensor) -> Tensor:
     """What the network is given (N, K) at N points, from their coordinates (d, N)."""
-    return _stacked(problem, problem.embed, coordinates, None)
+    return _stacked(problem, "embed", coordinates, None)
 
 
 def lift(problem: PDE, coordinates: Tensor) -> Tensor:
     """The lift (N, F) of the fields at N points, from their coordinates (d, N)."""
-    return _stacked(problem, problem.lift, coordinates, len(problem.fields))
+    return _stacked(problem, "lift", coordinates, len(problem.fields))
 
 
 def factor(problem: PDE, coordinates: Tensor) -> Tensor:
     """The factor (N, F) of the fields at N points, from their coordinates (d, N)."""
-    return _stacked(problem, problem.factor, coordinates, len(problem.fields))
+    return _stacked(problem, "factor", coordinates, len(problem.fields))
 
 
 def exact(problem: PDE, coordinates: Tensor) -> Array | None:
@@ -100,7 +100,7 @@ def residual(
     name, count, dtype = f"term {term.label}", len(coordinates[0]), coordinates[0].dtype
     own = {key: values.clone() for key, values in data.items()}
     given = _called(name, term.residual, *fields, *(c.clone() for c in coordinates), **coefficients, **own)
-    pieces = _tensors(given, count, dtype, complex_too=True)
+    pieces = _tensors(given, count, dtype, residual=True)
     if not pieces:
         raise InputError(
             f"{name} must give one number a point, shape ({count},) of {dtype}, or several such in a tuple;"
@@ -174,11 +174,11 @@ def said(given: Any) -> str:
     return f"the {type(given).__name__} {given}" if isinstance(given, int | float | complex) else type(given).__name__
 
 
-def _stacked(problem: PDE, function: Callable[..., Any], coordinates: Tensor, width: int | None) -> Tensor:
+def _stacked(problem: PDE, function: str, coordinates: Tensor, width: int | None) -> Tensor:
     """The tensors of ``embed``, ``lift`` or ``factor`` as columns, of these as many as there are fields."""
-    name, count, dtype = f"{type(problem).__name__}.{function.__name__}", coordinates.shape[1], coordinates.dtype
-    check_arguments(name, function, list(problem.domain))
-    given = _called(name, function, *_own(coordinates))
+    name, count, dtype = f"{type(problem).__name__}.{function}", coordinates.shape[1], coordinates.dtype
+    check_arguments(name, getattr(problem, function), list(problem.domain))
+    given = _called(name, getattr(problem, function), *_own(coordinates))
     parts = _tensors(given, count, dtype)
     if parts and width and len(parts) == 1:
         parts = parts * width
@@ -193,10 +193,11 @@ def _own(coordinates: Tensor) -> Sequence[Tensor]:
     return [c.clone() for c in coordinates] if coordinates.requires_grad else list(coordinates.clone())
 
 
-def _tensors(given: Any, count: int, dtype: torch.dtype, complex_too: bool = False) -> list[Tensor]:
+def _tensors(given: Any, count: int, dtype: torch.dtype, residual: bool = False) -> list[Tensor]:
     """What a function gave, as tensors (N,) of this precision; nothing if it is something else.
 
-    Higher precision is rounded. Lower one would spoil the result, and integers have no derivatives.
+    Higher precision is rounded, but in a residual, which may also be complex. Lower one would spoil the result, and
+    integers have no derivatives.
     """
     parts = list(given) if isinstance(given, tuple | list) else [given]
     parts = [p.value if isinstance(p, Field) else p for p in parts]
@@ -204,11 +205,11 @@ def _tensors(given: Any, count: int, dtype: torch.dtype, complex_too: bool = Fal
     for part in parts:
         if not isinstance(part, Tensor) or part.shape not in ((count,), (count, 1)):
             return []
-        wanted = dtype.to_complex() if complex_too and part.is_complex() else dtype
-        if part.dtype != wanted:
+        wanted = dtype.to_complex() if residual and part.is_complex() else dtype
+        if part.dtype != wanted:  # where they are the same, nothing of torch's is called, which a trace would see
             if part.is_complex() != wanted.is_complex or torch.promote_types(part.dtype, wanted) != part.dtype:
                 return []
-            part = part.to(wanted)
+            part = part if residual else part.to(wanted)
         found.append(part.reshape(count) if part.dim() == 2 else part)
     return found
 

@@ -18,7 +18,7 @@ from ddml.objectives.residual import ResidualObjective
 from ddml.problems import Burgers, Interior, PDELoss, Points, Term
 from ddml.problems.pde.charges import AUTOGRAD
 from ddml.problems.pde.collocation import OPTIONS, FreshLoss, MovingPoints, residual_size, sobol
-from ddml.problems.pde.spikes import RAISE, is_spike
+from ddml.problems.pde.spikes import RAISE, cut, tiers
 
 
 class BurgersWithData(Burgers):
@@ -117,63 +117,77 @@ def test_residuals_of_zero_do_not_stop_the_draw(comm: MPI.Comm) -> None:
 
 
 class Spike(Burgers):
-    """A residual of 1e-3, and of 1e4 in a hundred-thousandth of the domain or so."""
+    """A residual of 1e-3, and of 1e4 in a small part of the domain."""
 
     def residual(self, u: Any, t: Any, x: Any) -> Any:
-        return 0 * u + torch.where((t - 0.5) ** 2 + (x - 0.25) ** 2 < 1.5e-4, 1e4, 1e-3)
+        return 0 * u + torch.where((t - 0.5) ** 2 + (x - 0.25) ** 2 < 4e-4, 1e4, 1e-3)
 
 
 @pytest.mark.ranks
-def test_spikes_raise_the_loss_tenfold_and_no_more(comm: MPI.Comm) -> None:
-    moving = made(comm, problem=Spike, points=2000, resample_candidates=10)
-    moving.move(moving.objective.loss.initial())
-    loss, count = moving.objective.loss, moving.spikes[0].number
-    assert 1 <= count <= 20
-    values = residual_size(loss, 0, moving.points[0], loss.initial())
-    assert values == pytest.approx([1e-3] * (2000 - count) + [1e4] * count)
-    assert moving.spikes[0].weight == pytest.approx(RAISE * 2000 * 1e-6 / (count * 1e8), rel=1e-6)
-    share = (2000 - count) / 2000
-    assert loss.value(loss.initial()) == pytest.approx((share + RAISE) * 1e-6, rel=1e-6)
-    gradient = torch.zeros(loss.size)
-    assert loss.value_gradient(loss.initial(), gradient) == pytest.approx((share + RAISE) * 1e-6, rel=1e-6)
-    assert loss.part(0, 1000).value(loss.initial()) == pytest.approx(1e-6 / 2, rel=1e-6)
-    assert sum(len(s) for s in loss.sets) == 2000
+def test_spikes_raise_the_loss_a_thousandfold_and_no_more(comm: MPI.Comm) -> None:
+    moving = made(comm, problem=Spike, points=2000)
+    theta = moving.objective.loss.initial()
+    moving.move(theta)
+    loss, (many, few) = moving.objective.loss, moving.tiers[0]
+    assert many == (2000 - few.number, 1.0)
+    assert 1 <= few.number <= 50
+    values = residual_size(loss, 0, moving.points[0], theta)
+    assert values == pytest.approx([1e-3] * many.number + [1e4] * few.number)
+    assert RAISE / 10 < loss.value(theta) / 1e-6 < 1.01 * RAISE
+    expected = (many.number * 1e-6 + few.number * few.weight * 1e8) / 2000
+    gradient = torch.zeros(loss.size, dtype=torch.float64)
+    assert loss.value_gradient(theta, gradient) == pytest.approx(expected, rel=1e-6)
+    assert loss.part(0, 1000).value(theta) == pytest.approx(1e-6 / 2, rel=1e-6)
+    some = loss.sampled(torch.cat([torch.arange(100), torch.tensor([1999])]))
+    assert some.value(theta) == pytest.approx((100 * 1e-6 + few.weight * 1e8) / 101, rel=1e-6)
 
 
 @pytest.mark.ranks
-def test_spikes_come_back_with_the_points(comm: MPI.Comm) -> None:
-    """Of states of an older ddml, too, which has none."""
-    moving, other = (made(comm, problem=Spike, points=2000, resample_candidates=10) for _ in range(2))
+def test_what_points_weigh_comes_back_with_them(comm: MPI.Comm) -> None:
+    """States of an older ddml have points only, which all weigh the same."""
+    moving, other = (made(comm, problem=Spike, points=2000) for _ in range(2))
     theta = moving.objective.loss.initial()
     moving.move(theta)
     other.restore(moving.state())
     assert other.objective.loss.value(theta) == moving.objective.loss.value(theta)
-    state = {key: value for key, value in moving.state().items() if key != "spikes"}
-    other.restore(state)
+    other.restore({key: value for key, value in moving.state().items() if key != "tiers"})
     assert other.objective.loss.value(theta) > 1e6 * moving.objective.loss.value(theta)
 
 
-def test_samples_of_points_keep_what_spikes_weigh(comm: MPI.Comm) -> None:
-    moving = made(comm, problem=Spike, points=2000, resample_candidates=10)
-    theta = moving.objective.loss.initial()
-    moving.move(theta)
-    loss, (count, weight) = moving.objective.loss, moving.spikes[0]
-    some = loss.sampled(torch.cat([torch.arange(100), torch.tensor([1999])]))
-    assert some.value(theta) == pytest.approx((100 * 1e-6 + weight * 1e8) / 101, rel=1e-6)
+@pytest.mark.parametrize("power", [0.0, 2.0, 8.0, 20.0])
+def test_residuals_are_cut_off_at_a_mean(power: float) -> None:
+    squares = np.random.default_rng(0).uniform(0, 1, 500) ** power * 10.0**power
+    limit = 1e3
+    height = cut(squares, limit)
+    if squares.mean() <= limit:
+        assert height == np.inf
+    else:
+        assert np.minimum(squares, height).mean() == pytest.approx(limit)
 
 
 @pytest.mark.parametrize(
     ("large", "many", "expected"),
-    [(1e4, 5, 5), (1e4, 10, 10), (1e4, 11, 0), (1e4, 500, 0), (10.0, 5, 0), (float("inf"), 5, 0), (float("nan"), 5, 0)],
-)
-def test_what_is_a_spike(large: float, many: int, expected: int) -> None:
-    """Few points with a residual beyond that of all others; structures that more candidates find are none."""
+    [
+        (1e4, 100, {1.0, 1e-3}), (1e6, 100, {1.0, 1e-7}), (10.0, 100, {1.0}), (1e4, 4000, {1.0}), (1e4, 0, {1.0}),
+        (float("inf"), 5, {1.0}), (float("nan"), 5, {1.0}),
+    ],
+)  # fmt: skip
+def test_what_weighs_less(large: float, many: int, expected: set[float]) -> None:
+    """Residuals far beyond those of 95 %; what more points have is no spike."""
     sizes = np.ones(10_000)
     sizes[np.random.default_rng(0).choice(10_000, many, replace=False)] = large
-    found, mean = is_spike(sizes, 2000)
-    assert found.sum() == expected
-    assert (sizes[found] == large).all()
-    assert expected == 0 or mean == 1.0
+    order, found = tiers(sizes[:2000] ** 2, sizes**2)
+    assert {tier.weight for tier in found} == expected
+    assert sum(tier.number for tier in found) == 2000
+    assert np.array_equal(np.sort(order), np.arange(2000))
+    if len(found) == 2:
+        assert (sizes[:2000][order][: found[0].number] == 1).all()
+
+
+def test_where_most_residuals_are_zero_all_points_weigh_the_same() -> None:
+    sizes = np.zeros(1000)
+    sizes[:20] = 1.0
+    assert [tier.weight for tier in tiers(sizes, sizes)[1]] == [1.0]
 
 
 def test_the_residual_without_gradients_is_that_of_the_differentiable_path(comm: MPI.Comm) -> None:

@@ -25,7 +25,7 @@ from .linearisation import LinearisedResiduals
 from .pde import PDE, Array
 from .points import TermPoints, product_rule
 from .scales import Scales
-from .spikes import Spikes
+from .spikes import Tier, whole
 from .statement import Positions, Statement
 
 
@@ -159,15 +159,16 @@ class PDEResiduals(LinearisedResiduals):
             for s, own in zip(self.sets, chosen, strict=True) if len(own)
         ])  # fmt: skip
 
-    def with_points(self, points: Mapping[int, Array], spikes: Mapping[int, Spikes] | None = None) -> Self:
-        """The same loss with other points (N, d), the last of them spikes, for some of its terms by their numbers."""
+    def with_points(self, points: Mapping[int, Array], tiers: Mapping[int, Sequence[Tier]] | None = None) -> Self:
+        """The same loss with other points (N, d), and what they weigh, for some of its terms by their numbers."""
         sets = [s for s in self.sets if s.term not in points]
         for term, x in points.items():
-            scale, (count, share) = self.problem_terms[term].weight / len(x), (spikes or {}).get(term, Spikes())
-            whole, edge = self.statement.points(self.indices, term, scale, x[:, None], {}), len(x) - count
-            for cut, part in ((slice(edge), 1.0), (slice(edge, len(x)), share)):
-                if cut.stop > (cut.start or 0):
-                    sets.append(replace(whole.rows(cut), scale=scale * part, share=part))
+            scale, begin = self.problem_terms[term].weight / len(x), 0
+            made = self.statement.points(self.indices, term, scale, x[:, None], {})
+            for number, weight in (tiers or {}).get(term) or whole(x):
+                rows = made.rows(slice(begin, begin + number))
+                sets.append(replace(rows, scale=scale * weight, share=weight))
+                begin += number
         return self.with_sets(sorted(sets, key=lambda s: s.term))
 
     def initial(self) -> Tensor:

@@ -1,7 +1,8 @@
-"""Points where a residual is large in next to no part of the domain, so that they must not decide for the rest."""
+"""Points where a residual is so much larger than elsewhere that it must not decide for the rest."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,45 +10,56 @@ from numpy.typing import NDArray
 
 from .pde import Array
 
-RARE, RAISE = 1000, 10.0  # our choices, see Spikes
+COMMON, RAISE = 0.95, 1e3  # our choices, see Tier
 
 
-class Spikes(NamedTuple):
-    """How many of a term's points, the last ones, are spikes, and what their part of the loss is multiplied with.
+class Tier(NamedTuple):
+    """Points of a set that follow each other, and what their part of the loss is multiplied with.
 
-    A network that is fitted to points for long has spikes between them, in corners where there are few: some of 10,000
-    candidates have residuals 1e4 times those of all others. One in the set raises the loss by orders of magnitude, and
-    steps that bring it down may then spoil the solution everywhere by as much; a quasi-Newton method, whose H is long
-    in directions that were flat on the old points, takes such steps, and long runs get worse from draw to draw.
+    A network that is fitted to points for long has spikes between them, in corners where there are few: a handful of
+    10,000 candidates have residuals 1e5 times those of most. One of them in a new set raises the loss by many orders of
+    magnitude, and the steps that bring it down may spoil the solution everywhere by as much; a quasi-Newton method, H
+    of which is long in directions that were flat on the old points, takes such steps. Then long runs get worse from
+    draw to draw.
 
-    Spikes are candidates of which one alone would raise the mean over the points more than tenfold, where they are no
-    more than one in a thousand. All of them in a set are weighted to raise it tenfold together: training brings them
-    down by as much as it gains between two draws, and then they weigh more (our choice).
+    So squares of residuals in a new set are cut off where their mean would be more than a thousand times that of the
+    95 % of the candidates that have the smallest. That is done by weights, powers of ten that stay until the next draw:
+    the training brings a spike down by as much as it gains between two draws, and then it weighs more (our choice).
     """
 
-    number: int = 0
-    weight: float = 1.0
+    number: int
+    weight: float
 
 
-def is_spike(size: Array, points: int) -> tuple[NDArray[np.bool_], float]:
-    """Which candidates are spikes in a set of so many points, and the mean of the others' squares.
+def cut(squares: Array, limit: float) -> float:
+    """Where to cut squares (n,) off so that their mean is the limit, or below."""
+    ascending, count = np.sort(squares), len(squares)
+    before = np.concatenate([[0.0], np.cumsum(ascending)[:-1]])
+    heights = (count * limit - before) / np.arange(count, 0, -1)  # if that and all larger ones are cut off
+    return float(heights[np.argmax(heights < ascending)]) if ascending.mean() > limit else np.inf
+
+
+def tiers(squares: Array, candidates: Array) -> tuple[NDArray[np.int64], list[Tier]]:
+    """An order of points by what they weigh, the heaviest first, and the tiers that they are in then.
 
     Parameters
     ----------
-    size
-        Absolute values (N,) of the residual at the candidates.
-    points
-        Of the set that is drawn of them.
+    squares
+        Of the residuals (n,) at the points.
+    candidates
+        The same of all (N,) that they were drawn from.
     """
-    squares = size**2
-    order = np.argsort(-squares, kind="stable")
-    rare, others = order[: len(size) // RARE], order[len(size) // RARE :]
-    mean = float(np.mean(squares[others]))
-    found = np.zeros(len(size), dtype=bool)
-    found[rare] = np.isfinite(squares[rare]) & (squares[rare] > RAISE * points * mean)
-    return found, mean
+    common = np.sort(candidates)[: int(COMMON * len(candidates))]
+    limit = RAISE * float(common.mean()) if len(common) else 0.0
+    decades = np.zeros(len(squares), dtype=int)
+    if np.isfinite(candidates).all() and limit > 0:
+        height = cut(squares, limit)
+        decades = np.ceil(np.log10(np.maximum(squares / height, 1.0))).astype(int)
+    order = np.argsort(decades, kind="stable")
+    found, numbers = np.unique(decades, return_counts=True)
+    return order, [Tier(int(n), float(f"1e-{d}")) for d, n in zip(found, numbers, strict=True)]
 
 
-def weighted(squares: Array, points: int, mean: float) -> Spikes:
-    """The spikes of a set of so many points, from the squares (n,) of their residuals and the mean of the others'."""
-    return Spikes(len(squares), min(1.0, RAISE * points * mean / float(squares.sum()))) if len(squares) else Spikes()
+def whole(points: Sequence[object]) -> list[Tier]:
+    """All points in one tier."""
+    return [Tier(len(points), 1.0)]

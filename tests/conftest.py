@@ -44,7 +44,7 @@ SERIAL = (
     "runs/test_run_file_damage.py::test_a_kill_at_any_moment_leaves_a_whole_file",  # a writer on one rank
     *(f"drivers/test_{name}.py" for name in ("all_solvers", "bad_problems", "bench", "classify", "faults", "header")),
     *(f"drivers/test_{name}.py" for name in ("kill", "plot_driver", "readme", "restart", "rivals", "same_bits")),
-    "drivers/test_slips.py",
+    *("drivers/test_slips.py", "problems/test_calling.py"),
 )
 
 # On several ranks, of these, only the tests that have "ranks" in their names: those claim something of them.

@@ -315,6 +315,23 @@ def _(draft: Draft, rng: np.random.Generator) -> None:
     ]
 
 
+@slip("cut off", "autograd", REFUSED)
+def _(draft: Draft, rng: np.random.Generator) -> None:
+    letter, first = draft.letters[0], draft.fields[0]
+    tensor = str(rng.choice([letter, f"{letter}.requires_grad_()"]))
+    draft.functions["residual"].before.append(f"v = torch.autograd.grad({first}.value.sum(), {tensor})[0]")
+
+
+@slip("cut off", "chance", NOTED)
+def _(draft: Draft, rng: np.random.Generator) -> None:
+    chance = [
+        "torch.randn_like({})",
+        "torch.as_tensor(np.random.default_rng().uniform(size=len({})))",
+        "np.random.rand()",
+    ]
+    each(draft, "residual", "({}) + 1e-3 * " + str(rng.choice(chance)).replace("{}", draft.letters[0]))
+
+
 @slip("cut off", "a branch on values", ACCURATE)
 def _(draft: Draft, rng: np.random.Generator) -> None:
     form = rng.choice(

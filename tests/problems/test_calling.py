@@ -155,6 +155,14 @@ def test_what_is_not_finite_is_named_with_the_point(function: str, bad: float) -
         ({"residual": lambda self, u, t, x: u.y}, r"term .*u\.y: no such derivative"),
         ({"residual": lambda self, u, t, x: u.value.detach()}, "term .* depends on no field and no coefficient"),
         ({"residual": lambda self, u, t, x: t * x}, "term .* depends on no field and no coefficient"),
+        (
+            {"residual": lambda self, u, t, x: torch.autograd.grad(u.value.sum(), x)[0]},
+            "term .* differentiates by autograd: derivatives of fields are u.t",
+        ),
+        (
+            {"residual": lambda self, u, t, x: torch.autograd.grad(u.value.sum(), x.requires_grad_())[0]},
+            "term .* differentiates by autograd: derivatives of fields are u.t",
+        ),
         ({"terms": lambda self: None}, "Other.terms must return a list of Term; got NoneType"),
         ({"terms": lambda self: Term(self.residual)}, "Other.terms must return a list of Term; got Term"),
         ({"fields": "uv"}, r"Other.fields must be a tuple of names, as in \('uv',\)"),
@@ -169,6 +177,15 @@ def test_arguments_and_declarations_are_refused_by_name(functions: dict[str, Any
     with pytest.raises(InputError, match=expected) as refused:
         loss_of(type("Other", (PDE,), stated)())
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "noise", [lambda x: torch.randn_like(x), lambda x: torch.as_tensor(np.random.default_rng().uniform(size=len(x)))]
+)
+def test_chance_in_a_residual_is_noted(noise: Callable[[Tensor], Tensor]) -> None:
+    loss = loss_of(Plain("residual", lambda parts: [p + noise(p) for p in parts]))
+    assert loss.notes == ["term residual gives other values when it is called again: chance, or a state?"]
+    assert loss_of(Plain("residual", lambda parts: [p * torch.nan for p in parts])).notes == []
 
 
 class Lambdas(PDE):

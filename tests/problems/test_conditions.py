@@ -51,7 +51,7 @@ def loss_of(problem: PDE) -> PDELoss:
         (term(Face(t=-1e-2)), "term wall: the face t = -0.01 is outside"),
         (term(Face(t=3601)), "term wall: the face t = 3601 is outside"),
         (term(Face(x=float("nan"))), "term wall: the face x = nan is outside"),
-        (term(Face(x="left")), "term wall: the face x = 'left' is outside"),
+        (term(Face(x="left")), "term wall: the face x must be a number; got 'left'"),
         (term(Face(y=0)), "term wall: no coordinate 'y', there are t, x"),
         (term(Periodic("y")), "term wall: no coordinate 'y'"),
         (term(Periodic("x", 0)), "term wall: the number of points must be 1 or more; got 0"),

@@ -23,6 +23,13 @@ from .fields import Field
 from .pde import PDE, Array, Term
 from .program import NotElementwise
 
+# what torch says where users do what is not foreseen, and what to say instead
+MEANINGS = {
+    "in-place operation": "changes a field, a derivative or a coefficient in place: take a copy, as in v = 1 * u.x",
+    "differentiated Tensor": "differentiates by autograd: derivatives of fields are u.t, u.xx and so on",
+    "does not require grad": "differentiates by autograd: derivatives of fields are u.t, u.xx and so on",
+}
+
 PROBES = 64  # points where functions are tried before there are others (our choice)
 
 
@@ -223,9 +230,8 @@ def _called(name: str, function: Callable[..., Any], *arguments: Any, **keywords
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     except Exception as error:
-        if isinstance(error, RuntimeError) and "in-place operation" in str(error):
-            raise InputError(
-                f"{name} changes a field, a derivative or a coefficient in place: take a copy, as in v = 1 * u.x"
-            ) from error
         text = " ".join(str(error).split())
+        for words, meaning in MEANINGS.items():
+            if words in text:
+                raise InputError(f"{name} {meaning}") from error
         raise InputError(f"{name} raised {type(error).__name__}: {text}") from error

@@ -11,8 +11,8 @@ from ddml.errors import InputError
 
 from .pde import PDE, Array, Face, Interior, Periodic, Points, Term
 
-# how far outside a point may be, in parts of the domain's extent: rounding of tables; and the part of it below which
-# the points of a term look as if they were in another unit (our choice)
+# how far outside a point may be, in parts of the domain's extent: rounding of tables; and how many times smaller than
+# the domain's the coordinates of a term look as if they were in another unit (our choice)
 OUTSIDE, TINY = 1e-6, 1e-2
 
 
@@ -69,10 +69,11 @@ def _check(problem: PDE, term: Term, notes: list[str]) -> None:
         raise InputError(f"{label}: no coordinate '{where.coordinate}', there are {known}")
     if isinstance(where, Face):
         value, (low, high) = where.value, problem.domain[where.coordinate]
-        number = isinstance(value, int | float | np.number)
-        if not number or not _inside(np.array([value], dtype=float), low, high):
+        if not isinstance(value, int | float | np.number):
+            raise InputError(f"{label}: the face {where.coordinate} must be a number; got {value!r:.60}")
+        if not _inside(np.array([value], dtype=float), low, high):
             raise InputError(
-                f"{label}: the face {where.coordinate} = {value!r:.60} is outside the domain, where"
+                f"{label}: the face {where.coordinate} = {value} is outside the domain, where"
                 f" {where.coordinate} is in [{low:.6g}, {high:.6g}]"
             )
 
@@ -91,8 +92,7 @@ def _check_points(problem: PDE, label: str, where: Points, notes: list[str]) -> 
                 f"{label}: points are outside the domain, {letter} from {values.min():.6g} to {values.max():.6g} where"
                 f" it is in [{low:.6g}, {high:.6g}]; {_order(letters, points, problem.domain)}"
             )
-        extent = np.ptp(values)
-        if 0 < extent < TINY * (high - low):
+        if np.ptp(values) > 0 and np.abs(values).max() < TINY * max(abs(low), abs(high)):
             notes.append(
                 f"{label}: {letter} of its points is from {values.min():.6g} to {values.max():.6g} only, in a domain"
                 f" from {low:.6g} to {high:.6g}: are the units the same?"

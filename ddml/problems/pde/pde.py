@@ -175,7 +175,7 @@ class PDE:
             if not (numbers and np.isfinite(ends).all() and ends[0] < ends[1]):
                 raise InputError(f"{name}.domain['{letter}'] must be (low, high), finite, low < high; got {interval}")
         for coefficient, value in self.coefficients.items():
-            if not isinstance(value, int | float) or not np.isfinite(value):
+            if not isinstance(value, int | float | np.floating | np.integer) or not np.isfinite(value):
                 raise InputError(f"{name}.coefficients['{coefficient}'] must be a number, finite; got {value!r}")
         if isinstance(self.fields, str) and len(self.fields) > 1:
             raise InputError(f"{name}.fields must be a tuple of names, as in ('{self.fields}',); got '{self.fields}'")

@@ -88,7 +88,8 @@ class Statement:
         """The derivatives that a term asks for, as field and index, at points x (N, G, d) with data (N,).
 
         The user's code is tried on the first and the last point and some of all parts of the set. Fields and
-        coefficients are to be differentiated, as in a gradient: code that changes them in place is refused.
+        coefficients are to be differentiated, as in a gradient: code that changes them in place is refused. Code that
+        gives other values when it is called again is noted.
 
         Raises
         ------
@@ -110,7 +111,11 @@ class Statement:
         stated, letters = self.terms[term], list(self.problem.domain)
         positional, named = [*self.problem.fields, *letters], [*self.coefficients, *data]
         calling.check_arguments(f"term {stated.label}", stated.residual, positional, named)
-        pieces = self.residual(term, get, probe[:, 0].T, values, coefficients, probe.shape[1] == 2)
+        pieces, again = (
+            self.residual(term, get, probe[:, 0].T, values, coefficients, probe.shape[1] == 2) for _ in range(2)
+        )
+        if not all(torch.equal(p.nan_to_num(), q.nan_to_num()) for p, q in zip(pieces, again, strict=False)):
+            self.notes.append(f"term {stated.label} gives other values when it is called again: chance, or a state?")
         if not any(piece.requires_grad for piece in pieces):
             raise InputError(
                 f"term {stated.label} depends on no field and no coefficient: detach, numpy and comparisons cut off"

@@ -85,8 +85,7 @@ class MovingPoints:
         count, bounds = self.sizes[term], self.loss.problem.bounds
         seed = int(np.random.SeedSequence([self.seed, self.draws, term]).generate_state(1)[0])
         if self.settings.resample == "sobol":
-            points = sobol(count, bounds, seed)
-            return points, whole(points)
+            return sobol(count, bounds, seed), whole(count)
         candidates = sobol(count * self.settings.resample_candidates, bounds, seed)
         comm = self.objective.comm
         edges = split(len(candidates), comm.size)

@@ -165,7 +165,7 @@ class PDEResiduals(LinearisedResiduals):
         for term, x in points.items():
             scale, begin = self.problem_terms[term].weight / len(x), 0
             made = self.statement.points(self.indices, term, scale, x[:, None], {})
-            for number, weight in (tiers or {}).get(term) or whole(x):
+            for number, weight in (tiers or {}).get(term) or whole(len(x)):
                 rows = made.rows(slice(begin, begin + number))
                 sets.append(replace(rows, scale=scale * weight, share=weight))
                 begin += number

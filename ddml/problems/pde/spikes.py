@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -60,6 +59,6 @@ def tiers(squares: Array, candidates: Array) -> tuple[NDArray[np.int64], list[Ti
     return order, [Tier(int(n), float(f"1e-{d}")) for d, n in zip(found, numbers, strict=True)]
 
 
-def whole(points: Sequence[object]) -> list[Tier]:
+def whole(count: int) -> list[Tier]:
     """All points in one tier."""
-    return [Tier(len(points), 1.0)]
+    return [Tier(count, 1.0)]

@@ -12,7 +12,7 @@ from .limits import REFUSED, SIGNAL
 
 # our choices
 FAR = 1e-5  # a loss above this share of that at the start is far from zero
-WELL = 1e-3  # relative error below which a run went well whatever the loss
+WELL, WRONG = 1e-3, 0.1  # relative errors below and above which a run went well or did not, whatever the loss
 ROWS = 50  # iterations that say something
 FALL = 0.5  # a loss that a third of the run takes no further down than to this share of it is flat
 ABOVE = 100.0  # loss on other points over the loss from which on the points are fitted, not the equation
@@ -58,7 +58,7 @@ def advise(history: History, measured: Mapping[str, float], reason: str, roundin
     losses, third = history["loss"], len(history) // 3
     start, end = losses[0], losses[-1]
     fresh, error = (float(np.nan_to_num(measured.get(n, history.last(n)))) for n in ("test_loss", "error"))
-    if 0 < error < WELL or not max(end, fresh) > FAR * start:
+    if 0 < error < WELL or not (max(end, fresh) > FAR * start or error > WRONG):
         return None
     if fresh > max(ABOVE * end, FAR * start):
         return Advice("loss on other points", f"the loss on other points is {fresh / end:.0e} times the loss")

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import torch
+from scipy.integrate import solve_ivp
 
 from ddml.problems import PDE, Face, Interior, Points, Term
 
@@ -162,3 +163,34 @@ class SmallLift(Bar):
 
     def lift(self, x):
         return 1e-6 * x
+
+
+class Lorenz(PDE):
+    """Lorenz's system forward to t = 3: spirals of which a small slip early takes the other branch."""
+
+    domain = {"t": (0, 3)}
+    fields = ("x", "y", "z")
+    width, depth = 24, 3
+    start = (-8.0, 7.0, 27.0)
+
+    def lift(self, t):
+        return tuple(value + 0 * t for value in self.start)
+
+    def factor(self, t):
+        return 10 * t
+
+    def residual(self, x, y, z, t):
+        return x.t - 10 * (y - x), y.t - x * (15 - z) + y, z.t - x * y + 8 / 3 * z
+
+    def exact(self, t):
+        def slope(_, q):
+            return [10 * (q[1] - q[0]), q[0] * (15 - q[2]) - q[1], q[0] * q[1] - 8 / 3 * q[2]]
+
+        return tuple(solve_ivp(slope, (0, 3), self.start, dense_output=True, rtol=1e-11, atol=1e-11).sol(t.numpy()))
+
+
+class EarlyFirst(Lorenz):
+    """The same with residuals that weigh less the later they are."""
+
+    def residual(self, x, y, z, t):
+        return tuple(torch.exp(-2 * t) * r for r in super(EarlyFirst, self).residual(x, y, z, t))

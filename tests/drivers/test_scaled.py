@@ -51,6 +51,14 @@ def test_problems_in_users_units_converge_and_get_no_advice(
         assert ("on other points" in text) == (name != "OnlyMeasured")
 
 
+@pytest.mark.parametrize(("name", "seed"), [("Lorenz", 0), pytest.param("EarlyFirst", 1, marks=pytest.mark.long)])
+def test_a_long_time_interval(name: str, seed: int, comm: MPI.Comm, capfd: pytest.CaptureFixture[str]) -> None:
+    """By default options, the first seed; others take the wrong branch unless early times weigh more."""
+    options = ("-seed", seed, "-max_it", 1200, "-target_error", 1e-2, "-progress", "none")
+    assert call("pinn", "-problem", f"{SCALED}:{name}", *options) == 0
+    assert comm.rank > 0 or "stopped: target_error is reached" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize("name", STALLED)
 def test_a_run_that_stalls_says_what_it_saw(name: str, comm: MPI.Comm, capfd: pytest.CaptureFixture[str]) -> None:
     problem, options = STALLED[name]

@@ -32,8 +32,10 @@ def history(losses: np.ndarray, **last: float) -> History:
         (FALLING, {"test_loss": 5.0}, TIME, 0.0, "loss on other points"),
         (FALLING * 1e-3, {"test_loss": 5.0, "error": 0.1}, in_words(-6), 0.0, "loss on other points"),
         (FALLING, {}, in_words(-6), 1e-2, "floor of rounding"),
+        (np.concatenate([np.geomspace(1, 1e-6, 300), np.full(300, 1e-6) * np.linspace(1, 0.9, 300)]), {"error": 0.8},
+         TIME, 0.0, "flat"),
     ],
-)
+)  # fmt: skip
 def test_what_was_seen_has_a_name(
     losses: np.ndarray, last: dict[str, float], reason: str, rounding: float, expected: str
 ) -> None:

@@ -126,9 +126,10 @@ def _wanted(graph: ResidualGraph, points: TermPoints) -> dict[int, float]:
     slope = _slopes(graph, piece)[0]
     factor = torch.ones_like(value) if points.mix is None else points.mix[0, 0, :, 0, f]
     lift = torch.zeros_like(value) if points.lift is None else points.lift[0, :, 0, f]
-    network = (value - piece.detach() / slope - lift) / factor
-    network = network[torch.isfinite(network)]
-    return {f: float(network.square().mean().sqrt())} if len(network) else {}
+    wanted = value - piece.detach() / slope - lift
+    known = torch.isfinite(wanted)
+    size = float(factor[known].norm())
+    return {f: float(wanted[known].norm()) / size} if size > 0 else {}
 
 
 def find(

@@ -193,4 +193,5 @@ class EarlyFirst(Lorenz):
     """The same with residuals that weigh less the later they are."""
 
     def residual(self, x, y, z, t):
-        return tuple(torch.exp(-2 * t) * r for r in super(EarlyFirst, self).residual(x, y, z, t))
+        pieces = super().residual(x, y, z, t)
+        return tuple(torch.exp(-2 * t) * r for r in pieces)

@@ -211,6 +211,23 @@ def test_sizes_of_fields_that_cannot_be_are_refused(scale: dict[str, Any]) -> No
         problem.check()
 
 
+def test_scales_of_terms_that_there_are_not_are_refused() -> None:
+    problem = scaled_problems.Bar()
+    with pytest.raises(InputError, match=r"the scales are of terms \[1\], where there are 1 terms"):
+        PDELoss(problem, network_of(problem), 20, scales=parsed('{"terms":{"1":2}}', problem))
+
+
+def test_more_scales_than_an_option_takes_are_refused() -> None:
+    class Many(scaled_problems.RodOfTerms):
+        def terms(self) -> list[Term]:
+            equation, start, *_ = super().terms()
+            return [equation, *[start] * 150]
+
+    with pytest.raises(InputError, match="the scales of 151 terms do not fit a run file: give weights"):
+        found(Many())
+    assert not found(Many(), balance_terms="never")[0].terms
+
+
 @pytest.mark.parametrize("text", ["all", "{}x", "[1]", '{"fields":{"w":2}}', '{"inputs":{"x":[1,1]}}', '{"sizes":{}}'])
 def test_scales_that_are_none_of_the_problem_are_refused(text: str) -> None:
     with pytest.raises(InputError, match="option -scales must be none, or what another run has found"):

@@ -55,7 +55,13 @@ def factor(problem: PDE, coordinates: Tensor) -> Tensor:
 
 
 def exact(problem: PDE, coordinates: Tensor) -> Array | None:
-    """The exact fields (N, F) at N points, from their coordinates (d, N) in float64; None where they are not known."""
+    """The exact fields (N, F) at N points, from their coordinates (d, N) in float64; None if they are not known.
+
+    Raises
+    ------
+    InputError
+        If ``exact`` raises, or gives anything but real numbers, one a point for each field, in torch or NumPy.
+    """
     name, letters = f"{type(problem).__name__}.exact", list(problem.domain)
     check_arguments(name, problem.exact, letters)
     arrays = ", ".join(f"{letter}.numpy()" for letter in letters)
@@ -65,8 +71,8 @@ def exact(problem: PDE, coordinates: Tensor) -> Array | None:
         values = [np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v) for v in parts]
     except Exception as error:
         raise InputError(
-            f"{name} raised {type(error).__name__}: {error}; it is given torch tensors, as lift and residual are: "
-            f"where NumPy needs arrays, begin with {', '.join(letters)} = {arrays}"
+            f"{name} raised {type(error).__name__}: {_line(error)}; it is given torch tensors, as lift and residual "
+            f"are: where NumPy needs arrays, begin with {', '.join(letters)} = {arrays}"
         ) from error
     if given is None:
         return None
@@ -230,8 +236,12 @@ def _called(name: str, function: Callable[..., Any], *arguments: Any, **keywords
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     except Exception as error:
-        text = " ".join(str(error).split())
+        text = _line(error)
         for words, meaning in MEANINGS.items():
             if words in text:
                 raise InputError(f"{name} {meaning}") from error
         raise InputError(f"{name} raised {type(error).__name__}: {text}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

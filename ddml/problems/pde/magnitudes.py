@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ddml.data.sequences import one_of_each, spread
+from ddml.errors import InputError
 from ddml.options import NEVER, Option
 
 from . import calling
@@ -38,6 +39,7 @@ TERMS = 1e4  # terms that are further apart in the loss are balanced
 ALONE = 1e8  # a loss of one term that is further from 1 is scaled
 PARTS = 1e6  # parts of a residual that are further apart are noted
 DERIVATIVES = 1e3  # of which relative rounding errors are as many times those of numbers
+LONGEST = 1000  # characters that PETSc's database of options hands back
 GIVEN = 30.0  # the same of what embed gives
 
 
@@ -145,6 +147,11 @@ def find(
         As for :class:`ddml.problems.pde.loss.PDELoss`.
     settings
         Values of :data:`OPTIONS`.
+
+    Raises
+    ------
+    InputError
+        ``-map_inputs always`` of a problem with an ``embed``; more scales than fit an option.
     """
 
     def loss_of(scales: Scales) -> PDEResiduals:
@@ -160,8 +167,12 @@ def find(
         found = magnitudes(loss_of(scales))
     weights = _weights(found, settings.balance_terms)
     found = [replace(m, weight=m.weight * weights.get(i, 1.0)) for i, m in enumerate(found)]
-    scales = Scales(scales.inputs, scales.fields, weights)
-    return scales, found, notes(problem, scales, found, dtype)
+    balanced = Scales(scales.inputs, scales.fields, weights)
+    if len(str(balanced)) > LONGEST:
+        raise InputError(
+            f"the scales of {len(found)} terms do not fit a run file: give weights, or -balance_terms never"
+        )
+    return balanced, found, notes(problem, balanced, found, dtype)
 
 
 def _field_sizes(problem: PDE, found: Sequence[Magnitude], dtype: torch.dtype) -> dict[str, float]:

@@ -90,7 +90,8 @@ class PDE:
     ``u = lift + factor * network(embed(coordinates))``: where the factor is zero the lift is a
     Dirichlet condition that holds exactly, where it has a double zero its normal derivative is a
     Neumann condition that holds exactly, and a periodic ``embed`` makes u periodic. Other
-    conditions are further terms.
+    conditions are further terms. What these functions get and may give says
+    :mod:`ddml.problems.pde.calling`.
 
     Attributes
     ----------
@@ -136,8 +137,8 @@ class PDE:
         """What the network is multiplied with; one tensor (N,) for all fields, or one each."""
         return torch.ones_like(coordinates[0])
 
-    def embed(self, *coordinates: Any, **_: Any) -> tuple[Tensor, ...]:
-        """What the network is given in the place of the coordinates."""
+    def embed(self, *coordinates: Any, **_: Any) -> Tensor | tuple[Tensor, ...]:
+        """What the network is given in the place of the coordinates: a tensor (N,) for each of its inputs."""
         return coordinates
 
     def exact(self, *coordinates: Any, **_: Any) -> Any:
@@ -160,8 +161,8 @@ class PDE:
         Raises
         ------
         InputError
-            A domain that is no mapping of single letters to intervals; field names that collide; a size of a field that
-            is not above 0.
+            A domain that is no mapping of single letters to intervals; field names that collide; coefficients that are
+            no finite numbers; a size of a field that is not above 0.
         """
         name = type(self).__name__
         domain = getattr(self, "domain", None)

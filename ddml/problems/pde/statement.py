@@ -74,10 +74,10 @@ class Statement:
         problem.check()
         self.problem, self.dtype, self.device, self.scales = problem, dtype, device, scales or Scales()
         self.notes: list[str] = []
-        self.terms = [
-            replace(term, weight=term.weight * self.scales.terms.get(i, 1.0))
-            for i, term in enumerate(checked_terms(problem, problem.terms(), self.notes))
-        ]
+        stated = checked_terms(problem, problem.terms(), self.notes)
+        if not set(self.scales.terms) <= set(range(len(stated))):
+            raise InputError(f"the scales are of terms {list(self.scales.terms)}, where there are {len(stated)} terms")
+        self.terms = [replace(t, weight=t.weight * self.scales.terms.get(i, 1.0)) for i, t in enumerate(stated)]
         self.coefficients = tuple(problem.coefficients)
 
     def initial(self) -> Tensor:

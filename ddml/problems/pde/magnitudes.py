@@ -37,10 +37,10 @@ FIELDS = 30.0  # a network need not be scaled whose output is to be between this
 GUESSED = 1e4  # the same where the lift alone says that it is small, or the source of an equation how large it is
 TERMS = 1e4  # terms that are further apart in the loss are balanced
 ALONE = 1e8  # a loss of one term that is further from 1 is scaled
-PARTS = 1e6  # parts of a residual that are further apart are noted
-DERIVATIVES = 1e3  # of which relative rounding errors are as many times those of numbers
+PARTS = 1e6  # parts of a residual, and weighted terms, that are further apart are noted
+GIVEN = 30.0  # inputs of a network are noted that are beyond this, or vary by less than its inverse
+DERIVATIVES = 1e3  # of networks have as many times the relative rounding errors of numbers
 LONGEST = 1000  # characters that PETSc's database of options hands back
-GIVEN = 30.0  # the same of what embed gives
 
 
 @dataclass(frozen=True)

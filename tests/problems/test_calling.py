@@ -60,6 +60,7 @@ class Plain(PDE):
 
 
 def loss_of(problem: PDE, dtype: torch.dtype = torch.float64, compiled: bool = True, points: int = 40) -> PDELoss:
+    problem.check()
     network = TanhNetwork(calling.inputs(problem), 5, 2, len(problem.fields)).to(dtype)
     network.reset_parameters(torch.Generator().manual_seed(0))
     return PDELoss(problem, network, points, dtype, compiled=compiled)
@@ -165,7 +166,12 @@ def test_what_is_not_finite_is_named_with_the_point(function: str, bad: float) -
         ),
         ({"terms": lambda self: None}, "Other.terms must return a list of Term; got NoneType"),
         ({"terms": lambda self: Term(self.residual)}, "Other.terms must return a list of Term; got Term"),
-        ({"fields": "uv"}, r"Other.fields must be a tuple of names, as in \('uv',\)"),
+        ({"fields": "uv"}, r"Other.fields must be a tuple of names, as in \('u',\); got 'uv'"),
+        ({"fields": None}, "Other.fields must be a tuple of names"),
+        ({"fields": (1, 2)}, "Other.fields must be a tuple of names"),
+        ({"coefficients": ["k"]}, "Other.coefficients must map names to numbers"),
+        ({"residual": lambda self, u, t, x: u.t if u else u.x}, "term .* u is not true or false"),
+        ({"residual": lambda self, u, t, x: exit(3)}, "term .* raised SystemExit: 3"),
         ({"fields": ("u", "u")}, "Other.fields must be different"),
         ({"coefficients": {"k": float("nan")}}, r"Other.coefficients\['k'\] must be a number, finite"),
         ({"domain": {"t": ("0", "1")}}, r"Other.domain\['t'\] must be \(low, high\)"),
@@ -186,6 +192,21 @@ def test_chance_in_a_residual_is_noted(noise: Callable[[Tensor], Tensor]) -> Non
     loss = loss_of(Plain("residual", lambda parts: [p + noise(p) for p in parts]))
     assert loss.notes == ["term residual gives other values when it is called again: chance, or a state?"]
     assert loss_of(Plain("residual", lambda parts: [p * torch.nan for p in parts])).notes == []
+
+
+def test_fields_are_compared_by_their_values() -> None:
+    def written(residual: Callable[..., Any]) -> tuple[float, Tensor]:
+        stated = {"domain": {"t": (0, 1), "x": (0, 1)}, "residual": residual}
+        return evaluated(loss_of(type("Compared", (PDE,), stated)()))
+
+    value, gradient = written(lambda self, u, t, x: abs(u) * (u > 0) + u.t * (u >= x) - (u < t) * u.x + (u <= 0.1) * u)
+    expected = written(
+        lambda self, u, t, x: (
+            u.value.abs() * (u.value > 0) + u.t * (u.value >= x) - (u.value < t) * u.x + (u.value <= 0.1) * u.value
+        )
+    )
+    assert value == pytest.approx(expected[0], rel=1e-13)
+    torch.testing.assert_close(gradient, expected[1], rtol=1e-11, atol=1e-13)
 
 
 class Lambdas(PDE):

@@ -148,6 +148,9 @@ def test_no_solution_at_all_is_refused_or_noted() -> None:
     loss = loss_of(Masked(lambda x: None))
     assert SolutionError(loss, MPI.COMM_SELF, 100)(loss.initial()) == {}
     assert loss.notes == ["exact gives None (is there a return?): no error is measured"]
+    loss = loss_of(Masked(lambda x: 0 * x))
+    assert SolutionError(loss, MPI.COMM_SELF, 100)(loss.initial())["error"] == np.inf
+    assert loss.notes == ["exact is zero: there are no errors relative to it"]
     unknown = loss_of(Stated())
     assert SolutionError(unknown, MPI.COMM_SELF, 100)(unknown.initial()) == {}
     assert unknown.notes == []

@@ -69,6 +69,8 @@ class SolutionError:
             share = 1 - finite.mean()
             loss.notes.append(f"exact is not finite at {share:.2g} of the points: the error is that over the others")
             points, values = points[finite], values[finite]
+        if not values.any():
+            loss.notes.append("exact is zero: there are no errors relative to it")
         self.parts = [(points[part], values[part]) for part in own(len(points), comm, blocks)]
 
     def __call__(self, theta: Tensor) -> dict[str, float]:

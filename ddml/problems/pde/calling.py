@@ -235,7 +235,7 @@ def _called(name: str, function: Callable[..., Any], *arguments: Any, **keywords
         raise
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         text = _line(error)
         for words, meaning in MEANINGS.items():
             if words in text:
@@ -243,5 +243,5 @@ def _called(name: str, function: Callable[..., Any], *arguments: Any, **keywords
         raise InputError(f"{name} raised {type(error).__name__}: {text}") from error
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return " ".join(str(error).split())

@@ -78,6 +78,24 @@ class Field:
     def __neg__(self) -> Tensor:
         return -self.value
 
+    def __abs__(self) -> Tensor:
+        return self.value.abs()
+
+    def __lt__(self, other: Any) -> Tensor:
+        return self.value < _value(other)
+
+    def __le__(self, other: Any) -> Tensor:
+        return self.value <= _value(other)
+
+    def __gt__(self, other: Any) -> Tensor:
+        return self.value > _value(other)
+
+    def __ge__(self, other: Any) -> Tensor:
+        return self.value >= _value(other)
+
+    def __bool__(self) -> bool:
+        raise InputError(f"{self._name} is not true or false: it is a number at each point; torch.where chooses")
+
     __radd__, __rmul__ = __add__, __mul__
 
     @classmethod

@@ -175,11 +175,14 @@ class PDE:
             numbers = all(isinstance(end, int | float | np.number) for end in ends)
             if not (numbers and np.isfinite(ends).all() and ends[0] < ends[1]):
                 raise InputError(f"{name}.domain['{letter}'] must be (low, high), finite, low < high; got {interval}")
+        if not isinstance(self.coefficients, Mapping):
+            raise InputError(f"{name}.coefficients must map names to numbers, as in {{'k': 1.0}}")
         for coefficient, value in self.coefficients.items():
             if not isinstance(value, int | float | np.floating | np.integer) or not np.isfinite(value):
                 raise InputError(f"{name}.coefficients['{coefficient}'] must be a number, finite; got {value!r}")
-        if isinstance(self.fields, str) and len(self.fields) > 1:
-            raise InputError(f"{name}.fields must be a tuple of names, as in ('{self.fields}',); got '{self.fields}'")
+        names = not isinstance(self.fields, str) or len(self.fields) == 1
+        if not names or not isinstance(self.fields, Sequence) or not all(isinstance(f, str) for f in self.fields):
+            raise InputError(f"{name}.fields must be a tuple of names, as in ('u',); got {self.fields!r}")
         if len(set(self.fields)) < len(self.fields):
             raise InputError(f"{name}.fields must be different from each other: {self.fields}")
         if not self.fields or set(self.fields) & set(domain):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from common.program import run_program  # first: it initialises PETSc
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,10 +25,12 @@ from ddml.networks.build import OPTIONS as NETWORK_OPTIONS
 from ddml.networks.build import build_network
 from ddml.options import NEVER, WITH_SOLVER, Option
 from ddml.parallel import agreed
-from ddml.problems import PDE, PROBLEMS, PDELoss
-from ddml.problems.pde import calling, collocation
+from ddml.problems import PDE, PROBLEMS, Interior, PDELoss
+from ddml.problems.pde import calling, collocation, magnitudes
 from ddml.problems.pde.accuracy import SolutionError
 from ddml.problems.pde.loss import TORCH_JETS
+from ddml.problems.pde.scales import parsed
+from ddml.runs.advice import advise
 from solvers import PETSC_TYPES, SOLVERS, solver_class
 from common.training import check_device
 
@@ -45,6 +48,7 @@ OPTIONS = (
            f"least 1,000 and at most 5,000; 2,000 from {MANY} parameters on).", kind=int, minimum=1,
            changes=WITH_SOLVER),
     *collocation.OPTIONS,
+    *magnitudes.OPTIONS,
     Option("error_points", 5000, "Grid points where the error is measured.", minimum=2),
     *training.OPTIONS,
 )  # fmt: skip
@@ -74,7 +78,9 @@ def main(comm: MPI.Comm) -> int:
 def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> int:
     """Run what has been read; the exit code. Collective."""
     with agreed(comm), plugins.blamed(settings.problem, PROBLEMS, "problem"):
-        loss, network = build(settings)
+        if limits.restart is not None and settings.scales is None:
+            settings.scales = "none"  # older run files know no others
+        loss, network, sizes = build(settings)
         chosen = solver_class(settings.solver).decompose(loss)
     limits.error_interval = limits.error_interval or solver_class(settings.solver).measures_error
     fmin = 1e-9 if settings.solver in ("lbfgs", "aspqn", "mspqn") else 0.0  # the paper's
@@ -82,7 +88,7 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> 
     with agreed(comm), plugins.blamed(settings.problem, PROBLEMS, "problem"):
         error = SolutionError(loss, comm, settings.error_points, made.blocks)
         fresh = None
-        if settings.test_points:
+        if settings.test_points and any(isinstance(term.where, Interior) for term in loss.problem_terms):
             fresh = collocation.FreshLoss(loss, comm, settings.test_points, settings.seed, made.blocks)
     moving = None
     if settings.resample != "never":
@@ -92,18 +98,23 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> 
         return {**error(theta), **(fresh(theta) if fresh else {})}
 
     def closing(run: ddml.runs.run.Run) -> list[str]:
-        return [f"{name} = {value}" for name, value in coefficients(loss, run).items()]
+        advice = advise(run.history, run.measured, run.reason, magnitudes.rounding(sizes, loss.dtype))
+        found = [f"{name} = {value}" for name, value in coefficients(loss, run).items()]
+        return [*found, *([str(advice)] if advice else [])]
 
     attributes = {
         "driver": "pinn", "problem": settings.problem, "network": network, "points": settings.points,
         "resample": settings.resample,
     }  # fmt: skip
-    words = header(settings, loss, network, made.summation())
+    words = header(settings, loss, network, made.summation(), sizes)
     return made.run(limits, attributes, measure, moving, words, closing)
 
 
-def build(settings: Any, training: bool = True) -> tuple[PDELoss, str]:
-    """The loss that the options describe, and the network in words; for a training what is left open is chosen."""
+def build(settings: Any, training: bool = True) -> tuple[PDELoss, str, list[magnitudes.Magnitude]]:
+    """The loss that the options describe, the network in words, and what is how large in the beginning.
+
+    What is left open is chosen for a training, magnitudes are those of one that has no scales yet.
+    """
     problem_class = plugins.load(settings.problem, PROBLEMS, "problem")
     problem = problem_class() if isinstance(problem_class, type) else problem_class
     if not isinstance(problem, PDE):
@@ -115,10 +126,16 @@ def build(settings: Any, training: bool = True) -> tuple[PDELoss, str]:
     device = check_device(settings.device)
     if training:
         choose(settings, sum(p.numel() for p in network.parameters() if p.requires_grad))
-    loss = PDELoss(problem, network, settings.points, dtype, device, settings.chunk)
+    if settings.scales is None:
+        scales, sizes, notes = magnitudes.find(problem, network, dtype, device, settings)
+        settings.scales = str(scales)
+    else:
+        scales, sizes, notes = parsed(settings.scales, problem), [], []
+    loss = PDELoss(problem, network, settings.points, dtype, device, settings.chunk, scales=scales)
+    loss.notes += notes
     if loss.count == 0:
         raise InputError(f"problem '{settings.problem}' has no terms, or none with points")
-    return loss, words
+    return loss, words, sizes
 
 
 def choose(settings: Any, size: int) -> None:
@@ -135,7 +152,9 @@ def choose(settings: Any, size: int) -> None:
     settings.points = settings.points or (10_000 if settings.resample == "never" else few)
 
 
-def header(settings: Any, loss: PDELoss, network: str, summation: str) -> str:
+def header(
+    settings: Any, loss: PDELoss, network: str, summation: str, sizes: Sequence[magnitudes.Magnitude] = ()
+) -> str:
     """What is about to run, in words."""
     kind = solver_class(settings.solver)
     terms = ", ".join(f"{t.label} at {len(s)}" for t, s in zip(loss.problem_terms, loss.sets, strict=True))
@@ -144,7 +163,9 @@ def header(settings: Any, loss: PDELoss, network: str, summation: str) -> str:
         moving = f", the interior ones new every {settings.resample_interval} iterations ({settings.resample})"
     return (
         f"problem {settings.problem}, {loss.count} points ({terms}){moving}\n"
-        f"network {network}, {loss.size} parameters, {settings.dtype} on {settings.device},"
+        f"{loss.statement.scales.said(loss.problem, [t.label for t in loss.problem_terms])}\n"
+        + (f"at the start: {'; '.join(map(str, sizes))}\n" if sizes else "")
+        + f"network {network}, {loss.size} parameters, {settings.dtype} on {settings.device},"
         f" {loss.evaluator!r} with derivatives up to order {max(len(i) for i in loss.indices)}\n"
         f"{derivatives(loss)}{residuals(loss)}\n"
         f"solver {settings.solver} {summation}\n"

@@ -81,9 +81,10 @@ def draw_maps(header: run_file.Header, theta: object, target: Path) -> None:
         device="cpu",
         points=16,
         chunk=1024,
+        scales=str(options.get("scales", "none")),
         **network,
     )
-    loss, _ = pinn.build(settings, training=False)
+    loss, *_ = pinn.build(settings, training=False)
     if len(loss.problem.domain) > 2:
         raise InputError("maps are drawn for one or two coordinates; use -no_maps")
     axes = grid(20_000, loss.problem.bounds)

@@ -35,6 +35,16 @@ _REASONS = {
     PETSc.TAO.ConvergedReason.DIVERGED_NAN: "the loss is not finite",
 }
 
+REFUSED = frozenset(
+    _REASONS[kind]
+    for kind in (
+        PETSc.TAO.ConvergedReason.CONVERGED_STEPTOL,
+        PETSc.TAO.ConvergedReason.DIVERGED_LS_FAILURE,
+        PETSc.TAO.ConvergedReason.DIVERGED_TR_REDUCTION,
+    )
+)
+"""Why a solver ended that found no further step."""
+
 
 def in_words(reason: int) -> str:
     """What a TAO solver's reason to stop means."""

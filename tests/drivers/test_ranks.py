@@ -20,6 +20,7 @@ OWN: dict[str, tuple[str, ...]] = {
     "mspqn_dense": ("-side_by_side", "0"),
     "aspqn": ("-local_steps", "5"),
     "mspqn": ("-local_steps", "5"),
+    "lbfgs on a scaled problem": ("-problem", f"{Path(__file__).with_name('scaled_problems.py')}:RodOfTerms"),
 }
 
 

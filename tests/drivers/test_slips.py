@@ -18,9 +18,6 @@ COUNT, OFTEN = 200, 40  # files in all, and those of make test
 ITERATIONS, ERROR = 80, 1e-2  # what is accurate
 OUT_OF_SCALE = 400  # iterations of problems that are
 
-# whether problems out of scale get notes: those of this kind that are not accurate are silent without
-SCALES_ARE_NOTED = False
-
 CASES = [
     pytest.param(kind, text, allowed, id=f"{number} {kind}: {name}", marks=[pytest.mark.long] * (number >= OFTEN))
     for number, (kind, name, text, allowed) in enumerate(slips.files(COUNT))
@@ -46,8 +43,6 @@ def outcome(file: Path, iterations: int = ITERATIONS) -> tuple[str, str]:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(("kind", "text", "allowed"), CASES)
 def test_a_slip_in_a_problem_is_not_passed_over(kind: str, text: str, allowed: tuple[str, ...], tmp_path: Path) -> None:
-    if kind == "scales" and not SCALES_ARE_NOTED:
-        pytest.skip("no notes on scales yet")
     file = tmp_path / "problem.py"
     file.write_text(text)
     found, words = outcome(file, OUT_OF_SCALE if kind == "scales" else ITERATIONS)

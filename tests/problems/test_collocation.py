@@ -18,6 +18,7 @@ from ddml.objectives.residual import ResidualObjective
 from ddml.problems import Burgers, Interior, PDELoss, Points, Term
 from ddml.problems.pde.charges import AUTOGRAD
 from ddml.problems.pde.collocation import OPTIONS, FreshLoss, MovingPoints, residual_size, sobol
+from ddml.problems.pde.spikes import RAISE, cut, tiers
 
 
 class BurgersWithData(Burgers):
@@ -32,11 +33,11 @@ class BurgersWithData(Burgers):
 
 
 def made(
-    comm: MPI.Comm, kind: str = "residual", blocks: int = 0, problem: Any = Burgers, **settings: Any
+    comm: MPI.Comm, kind: str = "residual", blocks: int = 0, problem: Any = Burgers, points: int = 120, **settings: Any
 ) -> MovingPoints:
     network = TanhNetwork(2, 6, 3, 1).double()
     network.reset_parameters(torch.Generator().manual_seed(0))
-    loss = PDELoss(problem(), network, 120)
+    loss = PDELoss(problem(), network, points)
     layout = ParameterLayout(loss.parameters, comm)
     values = {o.name: o.default for o in OPTIONS} | {"resample": kind, "resample_interval": 4} | settings
     return MovingPoints(ResidualObjective(loss, layout, blocks=blocks), SimpleNamespace(**values), seed=3)
@@ -113,6 +114,80 @@ def test_residuals_of_zero_do_not_stop_the_draw(comm: MPI.Comm) -> None:
     moving.move(moving.objective.loss.initial())
     assert moving.points[0].shape == (120, 2)
     assert np.mean((moving.points[0] > [0.9, 0.5]).all(axis=1)) > 0.05  # all candidates there
+
+
+class Spike(Burgers):
+    """A residual of 1e-3, and of 1e4 in a small part of the domain."""
+
+    def residual(self, u: Any, t: Any, x: Any) -> Any:
+        return 0 * u + torch.where((t - 0.5) ** 2 + (x - 0.25) ** 2 < 4e-4, 1e4, 1e-3)
+
+
+@pytest.mark.ranks
+def test_spikes_raise_the_loss_a_thousandfold_and_no_more(comm: MPI.Comm) -> None:
+    moving = made(comm, problem=Spike, points=2000)
+    theta = moving.objective.loss.initial()
+    moving.move(theta)
+    loss, (many, few) = moving.objective.loss, moving.tiers[0]
+    assert many == (2000 - few.number, 1.0)
+    assert 1 <= few.number <= 50
+    values = residual_size(loss, 0, moving.points[0], theta)
+    assert values == pytest.approx([1e-3] * many.number + [1e4] * few.number)
+    assert RAISE / 10 < loss.value(theta) / 1e-6 < 1.01 * RAISE
+    expected = (many.number * 1e-6 + few.number * few.weight * 1e8) / 2000
+    gradient = torch.zeros(loss.size, dtype=torch.float64)
+    assert loss.value_gradient(theta, gradient) == pytest.approx(expected, rel=1e-6)
+    assert loss.part(0, 1000).value(theta) == pytest.approx(1e-6 / 2, rel=1e-6)
+    some = loss.sampled(torch.cat([torch.arange(100), torch.tensor([1999])]))
+    assert some.value(theta) == pytest.approx((100 * 1e-6 + few.weight * 1e8) / 101, rel=1e-6)
+
+
+@pytest.mark.ranks
+def test_what_points_weigh_comes_back_with_them(comm: MPI.Comm) -> None:
+    """States of an older ddml have points only, which all weigh the same."""
+    moving, other = (made(comm, problem=Spike, points=2000) for _ in range(2))
+    theta = moving.objective.loss.initial()
+    moving.move(theta)
+    other.restore(moving.state())
+    assert other.objective.loss.value(theta) == moving.objective.loss.value(theta)
+    other.restore({key: value for key, value in moving.state().items() if key != "tiers"})
+    assert other.objective.loss.value(theta) > 1e6 * moving.objective.loss.value(theta)
+
+
+@pytest.mark.parametrize("power", [0.0, 2.0, 8.0, 20.0])
+def test_residuals_are_cut_off_at_a_mean(power: float) -> None:
+    squares = np.random.default_rng(0).uniform(0, 1, 500) ** power * 10.0**power
+    limit = 1e3
+    height = cut(squares, limit)
+    if squares.mean() <= limit:
+        assert height == np.inf
+    else:
+        assert np.minimum(squares, height).mean() == pytest.approx(limit)
+
+
+@pytest.mark.parametrize(
+    ("large", "many", "expected"),
+    [
+        (1e4, 100, {1.0, 1e-3}), (1e6, 100, {1.0, 1e-7}), (10.0, 100, {1.0}), (1e4, 4000, {1.0}), (1e4, 0, {1.0}),
+        (float("inf"), 5, {1.0}), (float("nan"), 5, {1.0}),
+    ],
+)  # fmt: skip
+def test_what_weighs_less(large: float, many: int, expected: set[float]) -> None:
+    """Residuals far beyond those of 95 %; what more points have is no spike."""
+    sizes = np.ones(10_000)
+    sizes[np.random.default_rng(0).choice(10_000, many, replace=False)] = large
+    order, found = tiers(sizes[:2000] ** 2, sizes**2)
+    assert {tier.weight for tier in found} == expected
+    assert sum(tier.number for tier in found) == 2000
+    assert np.array_equal(np.sort(order), np.arange(2000))
+    if len(found) == 2:
+        assert (sizes[:2000][order][: found[0].number] == 1).all()
+
+
+def test_where_most_residuals_are_zero_all_points_weigh_the_same() -> None:
+    sizes = np.zeros(1000)
+    sizes[:20] = 1.0
+    assert [tier.weight for tier in tiers(sizes, sizes)[1]] == [1.0]
 
 
 def test_the_residual_without_gradients_is_that_of_the_differentiable_path(comm: MPI.Comm) -> None:

@@ -21,6 +21,9 @@ class KleinGordon(PDE):
     domain = {"t": (0.0, 12.0), "x": (-1.0, 1.0)}
     width, depth = 50, 6
 
+    def embed(self, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        return t, x  # as in the paper: with an embed t is not mapped to [-1, 1]
+
     def lift(self, t: Tensor, x: Tensor) -> Tensor:
         return x + x**3 * (torch.cos(t) - 1)
 

@@ -16,6 +16,7 @@ from ddml.parallel import own, split, summed
 
 from .loss import PDELoss
 from .pde import Array, Interior
+from .spikes import Tier, tiers, whole
 
 OPTIONS = (
     Option("resample", "auto", "New interior points: never; 'sobol', scrambled anew; 'residual', where residuals are "
@@ -46,7 +47,8 @@ class MovingPoints:
 
     ``residual`` is the residual-based adaptive distribution: from scrambled Sobol candidates, points
     are drawn without replacement with probabilities proportional to |r|^k / mean |r|^k + c, k = c = 1
-    by default (Wu, Zhu, Tan, Kartha, Lu 2023). The candidates, five a point by default, are our choice.
+    by default (Wu, Zhu, Tan, Kartha, Lu 2023). The candidates, five a point by default, are our choice, and that those
+    of which the residual is far beyond most weigh less (:class:`ddml.problems.pde.spikes.Tier`).
     Residuals of candidates are charged as losses (:meth:`ddml.problems.pde.charges.PDECharges.candidates`).
     All is drawn for the whole problem from the seed and the number of the draw: the points do not
     depend on the number of ranks.
@@ -70,24 +72,27 @@ class MovingPoints:
         self.sizes = {i: sum(len(s) for s in self.loss.sets if s.term == i) for i in self.terms}
         self.draws = 0
         self.points: dict[int, Array] = {}
+        self.tiers: dict[int, list[Tier]] = {}
 
     def move(self, theta: Tensor) -> None:
         """Draw new points at the parameters theta (n,)."""
         self.draws += 1
-        self.points = {i: self._draw(i, theta) for i in self.terms}
-        self.objective.replace(self.loss.with_points(self.points))
+        for i in self.terms:
+            self.points[i], self.tiers[i] = self._draw(i, theta)
+        self.objective.replace(self.loss.with_points(self.points, self.tiers))
 
-    def _draw(self, term: int, theta: Tensor) -> Array:
+    def _draw(self, term: int, theta: Tensor) -> tuple[Array, list[Tier]]:
         count, bounds = self.sizes[term], self.loss.problem.bounds
         seed = int(np.random.SeedSequence([self.seed, self.draws, term]).generate_state(1)[0])
         if self.settings.resample == "sobol":
-            return sobol(count, bounds, seed)
+            return sobol(count, bounds, seed), whole(count)
         candidates = sobol(count * self.settings.resample_candidates, bounds, seed)
         comm = self.objective.comm
         edges = split(len(candidates), comm.size)
         mine = candidates[edges[comm.rank] : edges[comm.rank + 1]]
         self.objective.work.add(self.objective.fraction * self.loss.charges.candidates(len(candidates)))
         size = np.concatenate(comm.allgather(residual_size(self.loss, term, mine, theta)))
+        squares = size**2
         size **= self.settings.resample_power
         density = size / max(size.mean(), np.finfo(float).tiny) + self.settings.resample_constant
         # where residuals are not finite, and with them the whole density, all candidates are alike; and with c = 0
@@ -97,18 +102,26 @@ class MovingPoints:
         if comm.rank == 0:
             rng = np.random.default_rng(seed)
             chosen = np.sort(rng.choice(len(candidates), count, replace=False, p=density / density.sum()))
-        return np.asarray(candidates[comm.bcast(chosen)])
+        chosen = comm.bcast(chosen)
+        order, found = tiers(squares[chosen], squares)
+        return candidates[chosen[order]], found
 
     def state(self) -> dict[str, Any]:
         """What :meth:`restore` needs."""
-        return {"draws": self.draws, "points": {str(i): p for i, p in self.points.items()}}
+        return {
+            "draws": self.draws,
+            "points": {str(i): p for i, p in self.points.items()},
+            "tiers": {str(i): [list(tier) for tier in t] for i, t in self.tiers.items()},
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go back to the points of a :meth:`state`."""
         self.draws = state["draws"]
         self.points = {int(i): p for i, p in state["points"].items()}
+        stored = state.get("tiers", {})  # older run files have none
+        self.tiers = {int(i): [Tier(int(n), float(w)) for n, w in t] for i, t in stored.items()}
         if self.points:
-            self.objective.replace(self.loss.with_points(self.points))
+            self.objective.replace(self.loss.with_points(self.points, self.tiers))
 
 
 class FreshLoss:

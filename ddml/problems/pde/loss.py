@@ -16,6 +16,7 @@ from .pde import PDE
 from .points import TermPoints
 from .program import NotElementwise, Prepared, Program
 from .residuals import PDEResiduals
+from .scales import Scales
 from .tracing import Tracing
 
 # about how many times longer a loss and gradient takes in torch than in the kernels: 27, 26 and 13 with u.tx and u.xx
@@ -41,6 +42,8 @@ class PDELoss(PDEResiduals):
         Points that go through the network at a time; 0 for what suits the evaluator.
     compiled
         Whether the compiled kernels may be used, for jets and residuals.
+    scales
+        Of coordinates, fields and terms, as :func:`ddml.problems.pde.magnitudes.find` makes them; none by default.
 
     The parameters are the network's and behind them the problem's coefficients, which belong to
     the last layer. Samples are numbered term by term. Frozen parameters of the network, those with ``requires_grad``
@@ -72,8 +75,9 @@ class PDELoss(PDEResiduals):
         device: torch.device | str = "cpu",
         chunk: int = 0,
         compiled: bool = True,
+        scales: Scales | None = None,
     ) -> None:
-        super().__init__(problem, network, points, dtype, device, chunk, compiled)
+        super().__init__(problem, network, points, dtype, device, chunk, compiled, scales)
         self.tracing = Tracing(self.statement, self.indices, self.rule)
         self.programs: dict[int, Program] = {}
         self.in_torch: dict[int, str] = {}

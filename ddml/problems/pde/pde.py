@@ -102,6 +102,8 @@ class PDE:
         Trainable numbers of the equation (inverse problems), passed to residuals by name.
     true_coefficients : mapping of names to values
         What they should become, for the report.
+    scale : mapping of fields to numbers above 0
+        How much they vary, in the user's units: factor * network is made of that size where they are named.
     width, depth : int
         Default network size.
     compiled : bool
@@ -114,6 +116,7 @@ class PDE:
     fields: tuple[str, ...] = ("u",)
     coefficients: Mapping[str, float] = {}
     true_coefficients: Mapping[str, float] = {}
+    scale: Mapping[str, float] = {}
     width: int = 20
     depth: int = 4
     compiled: bool = True
@@ -159,7 +162,7 @@ class PDE:
         ------
         InputError
             A domain that is no mapping of single letters to intervals; field names that collide; coefficients that are
-            no finite numbers.
+            no finite numbers; a size of a field that is not above 0.
         """
         name = type(self).__name__
         domain = getattr(self, "domain", None)
@@ -184,6 +187,9 @@ class PDE:
             raise InputError(f"{name}.fields must be different from each other: {self.fields}")
         if not self.fields or set(self.fields) & set(domain):
             raise InputError(f"{name}.fields must name at least one field, and none like a coordinate: {self.fields}")
+        for field_name, size in self.scale.items():
+            if field_name not in self.fields or not (isinstance(size, int | float) and 0 < size < np.inf):
+                raise InputError(f"{name}.scale['{field_name}'] must be of a field, finite and above 0; got {size!r}")
 
     def points(self, term: Term, count: int) -> tuple[Array, dict[str, Array]]:
         """Points (N, G, d) of a term for a run with ``count`` points, and their data; G = 2 on periodic pairs."""

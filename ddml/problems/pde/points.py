@@ -16,6 +16,7 @@ from ddml.jets.nested import nested_jets
 
 from . import calling
 from .pde import PDE
+from .scales import Scales
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class TermPoints:
     data: dict[str, Tensor]  # (N,) each
     lift: Tensor | None  # (K, N, G, F)
     mix: Tensor | None  # (K, K, N, G, F): jets of factor * network from jets of the network
+    share: float = 1.0  # of the weight of the term that these points have each
 
     def __len__(self) -> int:
         return self.inputs.shape[1]
@@ -95,19 +97,28 @@ class TermPoints:
 
 
 def term_points(
-    problem: PDE, indices: Sequence[Index], term: int, scale: float, x: Tensor, data: dict[str, Tensor]
+    problem: PDE,
+    indices: Sequence[Index],
+    term: int,
+    scale: float,
+    x: Tensor,
+    data: dict[str, Tensor],
+    scales: Scales | None = None,
 ) -> TermPoints:
-    """The points x (N, G, d) of a term, with the jets of the problem's embedding, lift and factor there."""
+    """The points x (N, G, d) of a term, with the jets of the problem's embedding, lift and factor there, scaled."""
     count, sides, dimension = x.shape
     points = x.reshape(-1, dimension)
+
+    scales = scales or Scales()
 
     def jets(function: Callable[[PDE, Tensor], Tensor]) -> Tensor:
         found = nested_jets(lambda p: function(problem, p.T), points, indices)
         return found.detach().reshape(len(indices), count, sides, -1)
 
+    plain = type(problem).factor is PDE.factor and not scales.fields
     lift = None if type(problem).lift is PDE.lift else jets(calling.lift)
-    mix = None if type(problem).factor is PDE.factor else _leibniz(indices, jets(calling.factor))
-    return TermPoints(term, scale, jets(calling.embed), x[:, 0].T.contiguous(), data, lift, mix)
+    mix = None if plain else _leibniz(indices, jets(scales.factor))
+    return TermPoints(term, scale, jets(scales.embed), x[:, 0].T.contiguous(), data, lift, mix)
 
 
 def _leibniz(indices: Sequence[Index], factor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
@@ -23,6 +24,8 @@ from .layers import network_layers
 from .linearisation import LinearisedResiduals
 from .pde import PDE, Array
 from .points import TermPoints, product_rule
+from .scales import Scales
+from .spikes import Tier, whole
 from .statement import Positions, Statement
 
 
@@ -58,9 +61,10 @@ class PDEResiduals(LinearisedResiduals):
         device: torch.device | str = "cpu",
         chunk: int = 0,
         compiled: bool = True,
+        scales: Scales | None = None,
     ) -> None:
         self.dtype, self.device = dtype, torch.device(device)
-        self.statement = Statement(problem, dtype, self.device)
+        self.statement = Statement(problem, dtype, self.device, scales)
         if points < 1:
             raise InputError(f"the number of points must be 1 or more, got {points}")
         self.problem, self.network = problem, network.to(dtype=dtype, device=device)
@@ -144,24 +148,28 @@ class PDEResiduals(LinearisedResiduals):
 
     def sampled(self, rows: Tensor) -> Self:
         """See :meth:`ddml.losses.loss.Loss.sampled`; each term is the mean over its own chosen points."""
-        sets, start = [], 0
+        chosen, start, counts = [], 0, Counter[int]()
         for s in self.sets:
-            chosen = rows[(rows >= start) & (rows < start + len(s))] - start
-            if len(chosen):
-                sets.append(replace(s.rows(chosen), scale=self.problem_terms[s.term].weight / len(chosen)))
+            own = rows[(rows >= start) & (rows < start + len(s))] - start
+            chosen.append(own)
+            counts[s.term] += len(own)
             start += len(s)
-        return self.with_sets(sets)
-
-    def with_points(self, points: Mapping[int, Array]) -> Self:
-        """The same loss with other points (N, d) for some of its terms, by their numbers."""
         return self.with_sets([
-            self.statement.points(
-                self.indices, s.term, self.problem_terms[s.term].weight / len(points[s.term]),
-                points[s.term][:, None], {},
-            )
-            if s.term in points else s
-            for s in self.sets
+            replace(s.rows(own), scale=self.problem_terms[s.term].weight * s.share / counts[s.term])
+            for s, own in zip(self.sets, chosen, strict=True) if len(own)
         ])  # fmt: skip
+
+    def with_points(self, points: Mapping[int, Array], tiers: Mapping[int, Sequence[Tier]] | None = None) -> Self:
+        """The same loss with other points (N, d), and what they weigh, for some of its terms by their numbers."""
+        sets = [s for s in self.sets if s.term not in points]
+        for term, x in points.items():
+            scale, begin = self.problem_terms[term].weight / len(x), 0
+            made = self.statement.points(self.indices, term, scale, x[:, None], {})
+            for number, weight in (tiers or {}).get(term) or whole(len(x)):
+                rows = made.rows(slice(begin, begin + number))
+                sets.append(replace(rows, scale=scale * weight, share=weight))
+                begin += number
+        return self.with_sets(sorted(sets, key=lambda s: s.term))
 
     def initial(self) -> Tensor:
         """The network's parameters and the coefficients' initial values."""
@@ -228,9 +236,9 @@ class PDEResiduals(LinearisedResiduals):
         """The fields (N, F) at points (N, d)."""
         x = torch.as_tensor(np.asarray(points), dtype=self.dtype, device=self.device)
         self.plain.bind(theta)
-        result = []
+        result, scales = [], self.statement.scales
         for piece in x.split(4 * self.chunk):
-            value = self.plain.forward(calling.embed(self.problem, piece.T)[None])[0]
-            value = calling.lift(self.problem, piece.T) + value * calling.factor(self.problem, piece.T)
+            value = self.plain.forward(scales.embed(self.problem, piece.T)[None])[0]
+            value = calling.lift(self.problem, piece.T) + value * scales.factor(self.problem, piece.T)
             result.append(value.to(torch.float64).cpu().clone())
         return np.asarray(torch.cat(result).numpy())

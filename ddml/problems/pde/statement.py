@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -18,6 +19,7 @@ from .conditions import checked_terms
 from .fields import Field
 from .pde import PDE, Array
 from .points import TermPoints, term_points
+from .scales import Scales
 
 
 class Positions(dict[Index, int]):
@@ -49,11 +51,13 @@ class Statement:
         What to solve.
     dtype, device
         Of everything that torch computes.
+    scales
+        Of coordinates, fields and terms.
 
     Attributes
     ----------
     terms : list of Term
-        In the order in which samples are numbered.
+        In the order in which samples are numbered; their weights are those stated times the scales'.
     coefficients : tuple of str
         Names of the problem's trainable numbers.
     notes : list of str
@@ -66,11 +70,14 @@ class Statement:
         :func:`ddml.problems.pde.conditions.checked_terms`).
     """
 
-    def __init__(self, problem: PDE, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, problem: PDE, dtype: torch.dtype, device: torch.device, scales: Scales | None = None) -> None:
         problem.check()
-        self.problem, self.dtype, self.device = problem, dtype, device
+        self.problem, self.dtype, self.device, self.scales = problem, dtype, device, scales or Scales()
         self.notes: list[str] = []
-        self.terms = checked_terms(problem, problem.terms(), self.notes)
+        stated = checked_terms(problem, problem.terms(), self.notes)
+        if not set(self.scales.terms) <= set(range(len(stated))):
+            raise InputError(f"the scales are of terms {list(self.scales.terms)}, where there are {len(stated)} terms")
+        self.terms = [replace(t, weight=t.weight * self.scales.terms.get(i, 1.0)) for i, t in enumerate(stated)]
         self.coefficients = tuple(problem.coefficients)
 
     def initial(self) -> Tensor:
@@ -125,7 +132,7 @@ class Statement:
         """Points x (N, G, d) of a term, with data (N,): see :func:`ddml.problems.pde.points.term_points`."""
         tensor = partial(torch.as_tensor, dtype=self.dtype, device=self.device)
         values = {name: tensor(v) for name, v in data.items()}
-        return term_points(self.problem, indices, term, scale, tensor(x), values)
+        return term_points(self.problem, indices, term, scale, tensor(x), values, self.scales)
 
     def at(self, points: TermPoints, get: Callable[..., Tensor], coefficients: Sequence[Tensor]) -> list[Tensor]:
         """The pieces (N,) of the residual at some points; ``get`` as for :meth:`residual`."""

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ddml.data.sample_sets import SampleSet, TensorSamples
+from ddml.data.sample_sets import SampleSet, TensorSamples, mapped
 from ddml.errors import InputError
 from ddml.losses import work
 from ddml.parameters import parameter_table
@@ -105,7 +105,8 @@ class ModuleLoss(SampledLoss):
     def of_module(self, module: nn.Module) -> Self:
         """See :meth:`.Loss.of_module`: with the same criterion, of as many samples a forward pass."""
         other = copy.copy(self)
-        other._build(module, self.criterion, self.samples, self.batch)
+        other.coarse_inputs = getattr(module, "coarse_inputs", None)
+        other._build(module, self.criterion, mapped(self.samples, other.coarse_inputs), self.batch)
         other.weight = self.weight
         return other
 

@@ -132,8 +132,9 @@ def average(fine: nn.Module, coarse: nn.Module, factor: int) -> None:
         parameter.zero_()
         parameter.requires_grad_(any(p.requires_grad for p, _ in copies[name]))
         for copy, (_, scale, entries) in copies[name]:
+            values: Tensor = copy
             if entries is not None and copy.shape == entries.shape:
                 order = entries.flatten().argsort(stable=True).to(copy.device)
-                copy = copy.flatten()[order].view(*parameter.shape, -1).mean(dim=-1)
-            if copy.shape == parameter.shape:
-                parameter.add_(copy.to(parameter) / (scale * len(copies[name])))
+                values = copy.flatten()[order].view(*parameter.shape, -1).mean(dim=-1)
+            if values.shape == parameter.shape:
+                parameter.add_(values.to(parameter) / (scale * len(copies[name])))

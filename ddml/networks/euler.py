@@ -128,7 +128,6 @@ class EulerNetwork(nn.Sequential):
         average(self, coarse, factor)
         return coarse
 
-
     def alike(self, blocks: int, gain: float) -> EulerNetwork:
         """A coarser network of the same kind, at any parameters."""
         return EulerNetwork(*self.made_of, blocks, self.horizon, gain)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from petsc4py import PETSc
 from torch import Tensor
@@ -88,7 +89,7 @@ def _within(
     """
     if entries is None:
         return np.arange(fine.size), 0, 1
-    copied = np.asarray(entries).reshape(-1)
+    copied = torch.as_tensor(entries).flatten().cpu().numpy()
     inside = copied.dtype == np.int64 and (copied >= 0).all() and (copied < coarse.size).all()
     times = fine.size // coarse.size
     if len(copied) != fine.size or not inside or (np.bincount(copied, minlength=coarse.size) != times).any():

@@ -123,13 +123,13 @@ class EulerNetwork(nn.Sequential):
             If the factor does not divide the blocks, or is below 2.
         """
         check_blocks(self.blocks, factor)
-        coarse = self.alike(self.blocks // factor, self.gain / math.sqrt(factor))
+        coarse = self.coarser(self.blocks // factor, self.gain / math.sqrt(factor))
         coarse = coarse.to(next(self.parameters())).train(self.training)
         average(self, coarse, factor)
         return coarse
 
-    def alike(self, blocks: int, gain: float) -> EulerNetwork:
-        """A coarser network of the same kind, at any parameters."""
+    def coarser(self, blocks: int, gain: float) -> EulerNetwork:
+        """The next coarser network, of so many blocks and such a gain, at any parameters."""
         return EulerNetwork(*self.made_of, blocks, self.horizon, gain)
 
 
@@ -139,7 +139,7 @@ class CellOpening(Opening):
     Attributes
     ----------
     modular_scale : float
-        By which a change of the weights counts as much as that of the ones by pixel which are copies of them.
+        By which a change of the weights counts as much as that of their copies, the weights of pixels.
     """
 
     def __init__(self, shape: tuple[int, ...], width: int, cell: int) -> None:
@@ -152,9 +152,9 @@ class CellOpening(Opening):
 class EulerImages(EulerNetwork):
     r"""A dense network for images, of which coarser networks see images of fewer pixels.
 
-    A coarser network by any factor takes, for each cell of c x c pixels, their sum over c, and a weight of a pixel is
-    1 / c times that of its cell: it gives what the finer one does, and prolongations are isometries. So it goes on as
-    long as c divides both sides and leaves four cells a side (our choice); coarser networks then see the same images.
+    The next coarser network, of however many blocks, takes the sum over c of each cell of c x c pixels, and a weight of
+    a pixel is 1 / c times that of its cell: the first layer gives the same then, and prolongations are isometries. That
+    goes on as long as c divides both sides and leaves four cells a side (our choice).
 
     Parameters
     ----------
@@ -196,8 +196,8 @@ class EulerImages(EulerNetwork):
         coarsens = all(side % found == 0 and side // found >= CELLS for side in self.images[0][1:])
         return found if coarsens else self.cell
 
-    def alike(self, blocks: int, gain: float) -> EulerImages:
-        """See :meth:`EulerNetwork.alike`."""
+    def coarser(self, blocks: int, gain: float) -> EulerImages:
+        """See :meth:`EulerNetwork.coarser`."""
         shape, classes, width = self.images
         chosen = {"refinement": self.refinement, "cell": self.coarser_cell}
         return EulerImages(shape, classes, blocks, width, self.horizon, gain, **chosen)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -47,6 +49,48 @@ class TensorSamples:
     def take(self, rows: Tensor) -> TensorSamples:
         """Those of these numbers."""
         return TensorSamples(self.inputs[rows], self.targets[rows])
+
+
+class MappedSamples:
+    """Samples whose inputs are made of those of others when they are first asked for.
+
+    Parameters
+    ----------
+    samples
+        The others.
+    make
+        From their inputs (B, ...) to these.
+    """
+
+    def __init__(self, samples: SampleSet, make: Callable[[Tensor], Tensor]) -> None:
+        self.samples, self.make = samples, make
+
+    @cached_property
+    def inputs(self) -> Tensor:
+        """(N, ...)."""
+        return self.make(self.samples.part(0, len(self)).inputs)  # of a part: the others are not kept
+
+    @property
+    def targets(self) -> Tensor:
+        """(N, ...)."""
+        return self.samples.targets
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def part(self, begin: int, end: int) -> MappedSamples:
+        """Those from ``begin`` to ``end``."""
+        return MappedSamples(self.samples.part(begin, end), self.make)
+
+    def take(self, rows: Tensor) -> MappedSamples:
+        """Those of these numbers (int64)."""
+        return MappedSamples(self.samples.take(rows), self.make)
+
+
+def mapped(samples: SampleSet, make: Callable[[Tensor], Tensor] | None) -> SampleSet:
+    """The samples that others were made of, or are, with inputs made like this, or as they are."""
+    original = samples.samples if isinstance(samples, MappedSamples) else samples
+    return original if make is None else MappedSamples(original, make)
 
 
 def spread_rows(count: int, fraction: float, number: int) -> NDArray[np.int64]:

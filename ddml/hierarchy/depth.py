@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from petsc4py import PETSc
+from torch import Tensor
 
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout
@@ -49,14 +51,15 @@ class Copied(NamedTuple):
         Raises
         ------
         InputError
-            If that is not there, or has another shape; if copies have different scales; if a coarse one has no copies.
+            If that is not there, or has another shape, or entries that are not copied equally often; if copies have
+            different scales; if a coarse one has no copies.
         """
         columns, numbers = (np.empty(fine[-1].range.stop, dtype=np.int64) for _ in range(2))
         known = {p.name: p for p in coarse}
         scales, counts = dict[str, float](), dict.fromkeys(known, 0)
         for parameter in fine:
-            name, scale = named[parameter.name]
-            if name not in known or known[name].shape != parameter.shape:
+            name, scale, entries = named[parameter.name]
+            if name not in known or (entries is None and known[name].shape != parameter.shape):
                 has = f"of shape {known[name].shape}" if name in known else "not trained"
                 raise InputError(
                     f"parameter {parameter.name} {parameter.shape} is a copy of {name} of a coarser network, which is "
@@ -64,13 +67,39 @@ class Copied(NamedTuple):
                 )
             if not 0 < abs(scale) < math.inf or scales.setdefault(name, scale) != scale:
                 raise InputError(f"the copies of parameter {name} must have one scale, not 0; one has {scale}")
-            columns[parameter.range] = np.arange(known[name].range.start, known[name].range.stop)
-            numbers[parameter.range] = counts[name]
-            counts[name] += 1
+            copied, number, count = _within(parameter, known[name], entries)
+            columns[parameter.range] = known[name].offset + copied
+            numbers[parameter.range] = counts[name] + number
+            counts[name] += count
         for name, count in counts.items():
             if not count:
                 raise InputError(f"parameter {name} of a coarser network has no copies in the finer one")
         return cls(columns, numbers, scales, counts)
+
+
+def _within(
+    fine: Parameter, coarse: Parameter, entries: Tensor | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64] | int, int]:
+    """Of each fine entry the coarse one and which copy of it this is; and how many copies there are of each.
+
+    Raises
+    ------
+    InputError
+        If there are not equally many.
+    """
+    if entries is None:
+        return np.arange(fine.size), 0, 1
+    copied = torch.as_tensor(entries).flatten().cpu().numpy()
+    inside = copied.dtype == np.int64 and (copied >= 0).all() and (copied < coarse.size).all()
+    times = fine.size // coarse.size
+    if len(copied) != fine.size or not inside or (np.bincount(copied, minlength=coarse.size) != times).any():
+        raise InputError(
+            f"the entries of {coarse.name} that {fine.name} is copies of must be {fine.size} numbers from 0 to "
+            f"{coarse.size - 1}, each as often"
+        )
+    numbers = np.empty(fine.size, dtype=np.int64)
+    numbers[np.argsort(copied, kind="stable")] = np.arange(fine.size) % times
+    return copied, numbers, times
 
 
 class Copies(Transfer):

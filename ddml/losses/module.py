@@ -10,13 +10,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ddml.data.sample_sets import SampleSet, TensorSamples
+from ddml.data.sample_sets import SampleSet, TensorSamples, mapped
 from ddml.errors import InputError
 from ddml.losses import work
 from ddml.parameters import parameter_table
 
 from .costs import forward_costs, forward_numbers
-from .modules import evaluated, not_finite, occurrences, trained
+from .modules import coarse_inputs, evaluated, not_finite, occurrences, trained
 from .samples import SampledLoss
 
 CHANCES = 8  # evaluations that must agree: of a few samples one by chance can (our choice)
@@ -105,7 +105,8 @@ class ModuleLoss(SampledLoss):
     def of_module(self, module: nn.Module) -> Self:
         """See :meth:`.Loss.of_module`: with the same criterion, of as many samples a forward pass."""
         other = copy.copy(self)
-        other._build(module, self.criterion, self.samples, self.batch)
+        other.coarse_inputs = coarse_inputs(module)
+        other._build(module, self.criterion, mapped(self.samples, other.coarse_inputs), self.batch)
         other.weight = self.weight
         return other
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -77,6 +77,29 @@ def evaluated(module: nn.Module, inputs: Tensor) -> Any:
             raise InputError("the network's outputs do not depend on any parameter that is trained")
         return outputs.detach()
     return outputs
+
+
+def coarse_inputs(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """What makes a module's inputs of those of a finer one, see :mod:`ddml.networks.depth`; None: they are the same.
+
+    It raises an InputError where the module fails, or gives other numbers of samples.
+    """
+    own = getattr(module, "coarse_inputs", None)
+    if own is None:
+        return None
+
+    @torch.no_grad()
+    def made(x: Tensor) -> Tensor:
+        try:
+            found = own(x)
+        except Exception as error:  # of a user's module
+            raise InputError(f"the network's coarse_inputs raised {type(error).__name__}: {error}") from error
+        if not isinstance(found, Tensor) or found.shape[:1] != x.shape[:1]:
+            what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise InputError(f"the network's coarse_inputs must give a tensor of {len(x)} samples, it gave {what}")
+        return found
+
+    return made
 
 
 def not_finite(inputs: Tensor, outputs: Tensor, values: Tensor, begin: int = 0) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from ddml.data.sample_sets import SampleSet
+from ddml.data.sample_sets import SampleSet, mapped
 from ddml.errors import InputError
 
 from .loss import Loss
@@ -22,10 +23,13 @@ class SampledLoss(Loss):
     samples : SampleSet
     weight : float
         Of each sample.
+    coarse_inputs : callable or None
+        What it makes of the inputs of a finer network's samples, see :mod:`ddml.networks.depth`.
     """
 
     samples: SampleSet
     weight: float
+    coarse_inputs: Callable[[Tensor], Tensor] | None = None
 
     @property
     def inputs(self) -> Tensor:
@@ -48,7 +52,7 @@ class SampledLoss(Loss):
         """See :meth:`.Loss.on_samples_of`."""
         if not isinstance(other, SampledLoss):
             raise InputError(f"a {type(self).__name__} takes no samples of a {type(other).__name__}")
-        return self.on(other.samples, other.weight)
+        return self.on(mapped(other.samples, self.coarse_inputs), other.weight)
 
     def part(self, begin: int, end: int) -> Self:
         """See :meth:`.Loss.part`."""

@@ -28,6 +28,9 @@ OPTIONS = (
            f"{WIDTHS['euler_cnn']}).", kind=int, minimum=1, changes=NEVER),
     Option("horizon", 1.0, "The time T of euler and euler_cnn, of which each block is an equal step.", above=0.0,
            changes=NEVER),
+    Option("image_refinement", 1, "Factor by which the sides of euler's images get smaller from level to level of "
+           "depth, as long as it divides them and leaves 4 pixels; 1: all levels see all pixels.", minimum=1,
+           changes=NEVER),
 )  # fmt: skip
 
 
@@ -140,6 +143,10 @@ def build_classifier(settings: Any, shape: tuple[int, ...], classes: int) -> tup
         if not math.isfinite(settings.horizon):
             raise InputError(f"option -horizon must be a number, got {settings.horizon}")
         arguments = [settings.blocks, settings.width or WIDTHS[settings.network], settings.horizon]
+        if settings.network == "euler":
+            arguments.append(settings.image_refinement)
+        elif settings.image_refinement > 1:
+            raise InputError(f"option -image_refinement is for -network euler, got {settings.network}")
     with torch.random.fork_rng(devices=[]), plugins.blamed(settings.network, KNOWN, "network"):
         torch.manual_seed(settings.seed)
         network = chosen(shape, classes, *arguments)
@@ -149,6 +156,7 @@ def build_classifier(settings: Any, shape: tuple[int, ...], classes: int) -> tup
     if settings.network == "mlp":
         words = "-".join(map(str, [math.prod(shape), *arguments[0], classes]))
     elif settings.network in WIDTHS:
-        blocks, width, horizon = arguments
+        blocks, width, horizon = arguments[:3]
         words += f"-{width}x{blocks}-{classes}, T = {horizon:g}"
+        words += f", images coarser by {settings.image_refinement}" if settings.image_refinement > 1 else ""
     return network.to(getattr(torch, settings.dtype)).eval(), f"{settings.network} {words}"

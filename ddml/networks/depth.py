@@ -7,6 +7,9 @@ the other. By default that is so by names, and in coordinates in which all colum
 parameter of the same name. So a block has to compute with gain * parameter, and the gain of a coarse block is
 1 / sqrt(factor) times that of a fine one: then both have the same weights in effect. A module in which it is otherwise
 says so in a method ``sources(factor)``.
+
+A coarser module may take the samples in a coarser form, images of fewer pixels, say: its method ``coarse_inputs(x)``
+makes it of the inputs (B, ...) of the finest module, once for all evaluations on these samples.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ddml.errors import InputError
 
@@ -25,10 +28,15 @@ BLOCK = re.compile(r"block(\d+)\.")
 
 
 class Source(NamedTuple):
-    """What a parameter is a copy of: ``scale`` times that of this ``name`` in a coarser network."""
+    """What a parameter is a copy of: ``scale`` times that of this ``name`` in a coarser network.
+
+    Where it is of another shape, ``entries``, of its own shape, are the numbers (int64) of the coarse entries that its
+    entries are copies of, each as often.
+    """
 
     name: str
     scale: float
+    entries: Tensor | None = None
 
 
 def check_blocks(blocks: int, factor: int) -> None:
@@ -117,12 +125,16 @@ def average(fine: nn.Module, coarse: nn.Module, factor: int) -> None:
     What is trained in one of the copies is trained. Parameters whose memory has been freed leave zeros.
     """
     named = dict(fine.named_parameters())
-    copies: dict[str, list[tuple[nn.Parameter, float]]] = {}
+    copies: dict[str, list[tuple[nn.Parameter, Source]]] = {}
     for name, source in sources(fine, factor, named).items():
-        copies.setdefault(source.name, []).append((named[name], source.scale))
+        copies.setdefault(source.name, []).append((named[name], source))
     for name, parameter in coarse.named_parameters():
         parameter.zero_()
         parameter.requires_grad_(any(p.requires_grad for p, _ in copies[name]))
-        for copy, scale in copies[name]:
-            if copy.shape == parameter.shape:
-                parameter.add_(copy.to(parameter) / (scale * len(copies[name])))
+        for copy, (_, scale, entries) in copies[name]:
+            values: Tensor = copy
+            if entries is not None and copy.shape == entries.shape:
+                order = entries.flatten().argsort(stable=True).to(copy.device)
+                values = copy.flatten()[order].view(*parameter.shape, -1).mean(dim=-1)
+            if values.shape == parameter.shape:
+                parameter.add_(values.to(parameter) / (scale * len(copies[name])))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ddml.errors import InputError
 
-from .depth import average, check_blocks
+from .depth import Source, average, check_blocks
 
 CELLS = 4  # rows and columns of means that an image leaves to the last layer (our choice)
 
@@ -123,14 +123,119 @@ class EulerNetwork(nn.Sequential):
             If the factor does not divide the blocks, or is below 2.
         """
         check_blocks(self.blocks, factor)
-        coarse = EulerNetwork(*self.made_of, self.blocks // factor, self.horizon, self.gain / math.sqrt(factor))
+        coarse = self.coarser(self.blocks // factor, self.gain / math.sqrt(factor))
         coarse = coarse.to(next(self.parameters())).train(self.training)
         average(self, coarse, factor)
         return coarse
 
+    def coarser(self, blocks: int, gain: float) -> EulerNetwork:
+        """The next coarser network, of so many blocks and such a gain, at any parameters."""
+        return EulerNetwork(*self.made_of, blocks, self.horizon, gain)
 
-def euler(shape: tuple[int, ...], classes: int, blocks: int, width: int, horizon: float) -> EulerNetwork:
-    """A dense network for samples of any shape."""
+
+class CellOpening(Opening):
+    """tanh of an affine map of an image whose pixels have been summed over cells of so many rows and columns.
+
+    Attributes
+    ----------
+    modular_scale : float
+        By which a change of the weights counts as much as that of their copies, the weights of pixels.
+    """
+
+    def __init__(self, shape: tuple[int, ...], width: int, cell: int) -> None:
+        pixels = math.prod(shape)
+        cells = pixels // cell**2
+        super().__init__(nn.Linear(cells, width))
+        self.modular_scale = math.sqrt((pixels + 1) / (cells + 1))
+
+
+class EulerImages(EulerNetwork):
+    r"""A dense network for images, of which coarser networks see images of fewer pixels.
+
+    The next coarser network, of however many blocks, takes the sum over c of each cell of c x c pixels, and a weight of
+    a pixel is 1 / c times that of its cell: the first layer gives the same then, and prolongations are isometries. That
+    goes on as long as c divides both sides and leaves four cells a side (our choice).
+
+    Parameters
+    ----------
+    shape
+        Of the finest network's images (C, H, W).
+    classes, blocks, width, horizon, gain
+        See :func:`euler` and :class:`EulerNetwork`.
+    refinement
+        c.
+    cell
+        Rows and columns of the finest images' pixels that are one pixel here.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        classes: int,
+        blocks: int,
+        width: int,
+        horizon: float,
+        gain: float = 1.0,
+        *,
+        refinement: int,
+        cell: int = 1,
+    ) -> None:
+        super().__init__(
+            partial(CellOpening, shape, width, cell),
+            partial(nn.Linear, width, width),
+            partial(Closing, width, classes),
+            blocks, horizon, gain,
+        )  # fmt: skip
+        self.images = shape, classes, width
+        self.refinement, self.cell = refinement, cell
+
+    @property
+    def coarser_cell(self) -> int:
+        """The cell of the next coarser network."""
+        found = self.cell * self.refinement
+        coarsens = all(side % found == 0 and side // found >= CELLS for side in self.images[0][1:])
+        return found if coarsens else self.cell
+
+    def coarser(self, blocks: int, gain: float) -> EulerImages:
+        """See :meth:`EulerNetwork.coarser`."""
+        shape, classes, width = self.images
+        chosen = {"refinement": self.refinement, "cell": self.coarser_cell}
+        return EulerImages(shape, classes, blocks, width, self.horizon, gain, **chosen)
+
+    def coarse_inputs(self, x: Tensor) -> Tensor:
+        """What this network takes, of images (B, C, H, W) of the finest one: (B, C, H / cell, W / cell)."""
+        return self.cell * nn.functional.avg_pool2d(x, self.cell) if self.cell > 1 else x
+
+    def sources(self, factor: int) -> dict[str, Source]:
+        """What the weights of pixels are copies of in the network that is coarser by a factor."""
+        (channels, *sides), _, width = self.images
+        c = self.coarser_cell // self.cell
+        if c == 1:
+            return {}
+        rows, columns = (side // self.coarser_cell for side in sides)
+        cells = torch.arange(width * channels * rows * columns).view(width, channels, rows, columns)
+        entries = cells.repeat_interleave(c, 2).repeat_interleave(c, 3).flatten(1)
+        return {"open.layer.weight": Source("open.layer.weight", 1 / c, entries)}
+
+
+def euler(
+    shape: tuple[int, ...], classes: int, blocks: int, width: int, horizon: float, image_refinement: int = 1
+) -> EulerNetwork:
+    """A dense network for samples of any shape, or one whose coarser levels see coarser images.
+
+    Raises
+    ------
+    InputError
+        If the samples are no images that get coarser by that factor.
+    """
+    if image_refinement > 1:
+        made = EulerImages(shape, classes, blocks, width, horizon, refinement=image_refinement)
+        if len(shape) != 3 or made.coarser_cell == 1:
+            raise InputError(
+                f"option -image_refinement {image_refinement} must divide the sides of images (C, H, W) and leave "
+                f"{CELLS} pixels or more; the samples are {shape}"
+            )
+        return made
     return EulerNetwork(
         partial(_opened, nn.Linear, math.prod(shape), width),
         partial(nn.Linear, width, width),

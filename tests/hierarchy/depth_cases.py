@@ -44,6 +44,13 @@ def conv(blocks: int = 12) -> ClassificationLoss:
         return classification(euler_cnn((2, 5, 4), 3, blocks, 2, HORIZON), (2, 5, 4))
 
 
+def images(blocks: int = 12) -> ClassificationLoss:
+    """Of 8 x 16 pixels, next 4 x 8, which do not get coarser any more."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return classification(euler((2, 8, 16), 3, blocks, 5, HORIZON, 2), (2, 8, 16))
+
+
 def pinn(depth: int = 12, problem: Any = Burgers) -> PDELoss:
     network = TanhNetwork(2, 5, depth, 1, residual=True, adaptive=True).double()
     network.reset_parameters(torch.Generator().manual_seed(0))
@@ -60,7 +67,8 @@ class Diffusion(Burgers):
 
 
 CASES: dict[str, Callable[..., Any]] = {
-    "dense": dense, "conv": conv, "pinn": pinn, "coefficients": lambda depth=12: pinn(depth, Diffusion),
+    "dense": dense, "conv": conv, "images": images, "pinn": pinn,
+    "coefficients": lambda depth=12: pinn(depth, Diffusion),
 }  # fmt: skip
 cases = pytest.mark.parametrize("name", CASES)
 factors = pytest.mark.parametrize(("factor", "levels"), [(2, 3), (3, 2), (4, 2), (12, 2)])
@@ -119,14 +127,20 @@ def prolongation(fine: Loss, coarse: Loss, factor: int) -> np.ndarray:
             else:
                 scale = 1 / factor if layer[2] == "weight" else 1.0
                 name = f"maps.{depth if number == last else 1 + (number - 1) // factor}.{layer[2]}"
-        found[p.range, places[name].range] = scale * np.eye(p.size)
+        if p.shape == places[name].shape:
+            found[p.range, places[name].range] = scale * np.eye(p.size)
+            continue
+        for neuron, channel, row, column in np.ndindex(p.shape[0], 2, 8, 16):  # a pixel's weight is half of its cell's
+            pixel = ((neuron * 2 + channel) * 8 + row) * 16 + column
+            cell = ((neuron * 2 + channel) * 4 + row // 2) * 8 + column // 2
+            found[p.offset + pixel, places[name].offset + cell] = 0.5
     return found
 
 
 def written_out(theta: Tensor, loss: ModuleLoss, gain: float, blocks: int) -> Tensor:
     """The cross entropy of a dense or convolutional network."""
     p = {q.name: theta[q.range].view(q.shape) for q in loss.parameters}
-    y = loss.inputs
+    y = loss.inputs.flatten(1) if len(loss.parameters[0].shape) == 2 else loss.inputs
     if y.dim() == 2:
         y = torch.tanh(y @ p["open.layer.weight"].T + p["open.layer.bias"])
     else:

@@ -43,7 +43,7 @@ def test_transfers_are_dense_matrices(comm: MPI.Comm, name: str, factor: int, le
         coarse, fine = (hierarchy.levels[k].objective for k in (number, number + 1))
         s, g = random(coarse.loss.size, 1), random(fine.loss.size, 2)
         matrix = prolongation(fine.loss, coarse.loss, factor)
-        if name in ("dense", "conv"):
+        if name in ("dense", "conv", "images"):
             assert np.allclose(matrix.T @ matrix, np.eye(len(s)), rtol=0, atol=1e-14)  # isometries
         along = applied(transfer.prolong, coarse, fine, s)
         back = applied(transfer.restrict, fine, coarse, g)
@@ -82,7 +82,7 @@ def test_gradients_agree_to_first_order_on_all_levels(comm: MPI.Comm, name: str)
     hierarchy.destroy()
 
 
-@pytest.mark.parametrize("name", ["dense", "conv", "pinn"])
+@pytest.mark.parametrize("name", ["dense", "conv", "images", "pinn"])
 def test_a_prolonged_network_differs_by_a_step_which_halves_with_depth(comm: MPI.Comm, name: str) -> None:
     hierarchy = made(name, comm, 5, depth=32)
     coarsest = hierarchy.levels[0].objective.loss
@@ -109,7 +109,7 @@ def test_a_prolonged_network_differs_by_a_step_which_halves_with_depth(comm: MPI
     hierarchy.destroy()
 
 
-@pytest.mark.parametrize("name", ["dense", "conv"])
+@pytest.mark.parametrize("name", ["dense", "conv", "images"])
 def test_coarse_objectives_are_networks_written_out(comm: MPI.Comm, name: str) -> None:
     hierarchy = made(name, comm, 3)
     for number, level in enumerate(hierarchy.levels):
@@ -153,7 +153,7 @@ def test_coarse_networks_begin_at_the_projection(comm: MPI.Comm, name: str) -> N
     hierarchy.destroy()
 
 
-@pytest.mark.parametrize("name", ["dense", "conv"])
+@pytest.mark.parametrize("name", ["dense", "conv", "images"])
 def test_the_modular_norm_of_a_coarse_step_is_that_of_its_prolongation(comm: MPI.Comm, name: str) -> None:
     hierarchy = made(name, comm, 3)
     for seed in range(4):

@@ -39,6 +39,11 @@ def test_options_choose_sizes() -> None:
     assert (size(network), words) == (25_120 + 16 * 1_056 + 330, "euler 1x28x28-32x16-10, T = 1")
     network, words = built((7,), network="euler", blocks=3, width=4, horizon=2.5)
     assert (size(network), words) == (32 + 3 * 20 + 50, "euler 7-4x3-10, T = 2.5")
+    network, words = built((1, 28, 28), network="euler", image_refinement=2)
+    assert (size(network), words) == (42_346, "euler 1x28x28-32x16-10, T = 1, images coarser by 2")
+    plain, _ = built((1, 28, 28), network="euler")
+    assert all(torch.equal(p, q) for p, q in zip(network.parameters(), plain.parameters(), strict=True))
+    assert [size(network.coarsened(k)) for k in (2, 16)] == [14 * 14 * 32 + 32 + 8448 + 330, 6272 + 32 + 1056 + 330]
     network, words = built((3, 32, 32), network="euler_cnn", blocks=2)
     assert (size(network), words) == (16 * 109 + 2 * 16 * 145 + 2_570, "euler_cnn 3x32x32-16x2-10, T = 1")
     for shape in ((4,), (3, 8)):

@@ -169,6 +169,14 @@ def network_loss(blocks: int = 8) -> ModuleLoss:
     return ModuleLoss(module, criterion, inputs, ((angles + 4) // 2.1).long().clamp(0, 2))
 
 
+def image_loss() -> ModuleLoss:
+    """Two classes of noisy images, 8 x 8 pixels on the finest level and 4 x 4 on all others."""
+    torch.manual_seed(0)
+    targets = torch.arange(40) % 2
+    inputs = torch.randn(2, 1, 8, 8, dtype=torch.float64)[targets] + torch.randn(40, 1, 8, 8, dtype=torch.float64)
+    return ModuleLoss(euler((1, 8, 8), 2, 8, 4, 2.0, 2).double(), criterion, inputs, targets)
+
+
 def test_with_one_level_it_is_the_trust_region_method_to_the_last_bit(train: Train) -> None:
     expected = train(network_loss(), "tr", 12, model="sr1")
     run = train(network_loss(), "rmtr", 12, levels=1)
@@ -187,6 +195,10 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "mladagrad, W, smoothing behind": (5, {"levels": 3, "cycle": "W", "coarse_steps": 2, "post_steps": 1}),
     "mladagrad, cascade": (15, {"levels": 3, "cascade": True, "cascade_work": 1.0}),
     "cascade": (15, {"cascade_work": "1,0,1"}),
+    "rmtr, images": (12, {"levels": 3, "cascade_work": 1.0, "coarse_steps": 4}),
+    "mgopt, images": (6, {"levels": 2, "cascade": False, "coarse_steps": 4}),
+    "mladagrad, images": (6, {"levels": 3, "coarse_steps": 3}),
+    "cascade, images, modular norm": (12, {"cascade_work": 1.0, "model": "first"}),
     "cascade, first order": (12, {"cascade_work": 1.0, "model": "first"}),
     "cascade by SSBroyden": (12, {"cascade_work": 1.0, "smoother": "ssbroyden"}),
 }
@@ -196,17 +208,18 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 def test_runs_are_the_same_on_any_number_of_ranks_and_restart_exactly(train: Train, copied: Any, case: str) -> None:
     """Also from within the cascade, and where it goes on to the next level."""
     solver, (length, settings) = case.split(",")[0].split()[0], CASES[case]
-    alone = train(network_loss(), solver, length, MPI.COMM_SELF, blocks=4, **settings)
+    make = image_loss if "images" in case else network_loss
+    alone = train(make(), solver, length, MPI.COMM_SELF, blocks=4, **settings)
     states: dict[int, Any] = {}
 
     def keep(context: Any, iteration: int) -> None:
         if iteration in (2, length - 2):
             states[iteration] = copied(context.state())
 
-    run = train(network_loss(), solver, length, blocks=4, watch=keep, **settings)
+    run = train(make(), solver, length, blocks=4, watch=keep, **settings)
     assert (run.theta == alone.theta).all() and (run.losses == alone.losses).all()
     for iteration, state in states.items():
-        again = train(network_loss(), solver, length, blocks=4, start=run.theta[iteration], state=state, **settings)
+        again = train(make(), solver, length, blocks=4, start=run.theta[iteration], state=state, **settings)
         assert (again.theta[-1] == run.theta[-1]).all() and again.losses[-1] == run.losses[-1]
     assert run.losses[-1] < 0.8 * run.losses[0]
 

@@ -63,6 +63,7 @@ def test_loss_and_accuracy_are_drawn(learnt: SimpleNamespace, tmp_path: Path) ->
     assert image[..., :3].std() > 0.05
 
 
+@pytest.mark.long
 def test_other_numbers_of_ranks_go_on_with_the_same_batches(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole.h5", tmp_path / "parts.h5"
     options = ("-solver", "aspqn", "-local_steps", "3", "-subdomains", "2", *BATCHES)
@@ -93,6 +94,7 @@ def test_a_killed_run_goes_on_with_other_ranks(tmp_path: Path) -> None:
     assert_same(whole, killed)
 
 
+@pytest.mark.long
 def test_a_signal_stops_a_run_that_can_go_on(tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole.h5", tmp_path / "stopped.h5"
     endless = ("-max_it", 10**6, "-max_time", 100)  # only the signal ends it, however busy the machine

@@ -41,14 +41,20 @@ def test_state_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path: 
     assert np.isfinite(run.theta).all() and np.isfinite(run.history["loss"]).all()
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+REFUSALS = (
+    (f"-solver aspqn -local_solver {LOCAL}:CannotBeMade", 3),
+    (f"-solver apts_weights -decomposition layers -local_solver {LOCAL}:Faulty -sub_fault 3", 4),
+    (f"-solver apts_data -local_solver {LOCAL}:Faulty -sub_fault 0 -sub_alone", 2),
+    (f"-solver mspqn -local_solver {LOCAL}:Faulty -sub_fault 2 -sub_alone", 3),
+)
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("options", "ranks"),
     [
-        f"-solver aspqn -local_solver {LOCAL}:CannotBeMade",
-        f"-solver apts_weights -decomposition layers -local_solver {LOCAL}:Faulty -sub_fault 3",
-        f"-solver apts_data -local_solver {LOCAL}:Faulty -sub_fault 0 -sub_alone",
-        f"-solver mspqn -local_solver {LOCAL}:Faulty -sub_fault 2 -sub_alone",
+        pytest.param(options, ranks, marks=[pytest.mark.long] * (ranks != often))
+        for options, often in REFUSALS
+        for ranks in (2, 3, 4)
     ],
 )
 def test_what_one_local_solver_refuses_ends_all(options: str, ranks: int) -> None:

@@ -19,6 +19,17 @@ PROBLEMS = HERE / "hindering_problems.py"
 RUN = ("-solver", "lbfgs", *SMALL, "-progress", "none", "-max_it", 60)
 
 
+@pytest.fixture(autouse=True)
+def handled() -> Iterator[None]:
+    """Signals that are not ignored, as they are behind nohup and in the background of a script."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def folder(shared_tmp: Path, comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the problems hinder; limits on files end with the test."""
@@ -193,7 +204,9 @@ def test_a_second_one_ends_at_once(tmp_path: Path) -> None:
 @started
 def test_while_modules_are_imported_it_is_one_line() -> None:
     process = start(0, *RUN)
-    time.sleep(0.7)
+    maps, end = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 20
+    while "libpetsc" not in maps.read_text() and time.monotonic() < end:
+        time.sleep(0.01)  # torch comes behind it, and takes a second
     process.send_signal(signal.SIGINT)
     result = finish(process)
     assert (result.rc, result.err) == (130, "error: interrupted before anything was begun\n")

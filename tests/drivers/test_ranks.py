@@ -102,3 +102,58 @@ def test_limits_stop_with_their_reason(
     assert sign * history[column][-1] >= sign * value
     assert np.all(sign * history[column][:-1] < sign * value)
     comm.barrier()
+
+
+@pytest.mark.parametrize("options", [("-secant", "half"), ("-coarse_step", "-additive_step", "0.5")])
+def test_same_ranks_go_on_to_the_last_bit(options: tuple[str, ...], comm: MPI.Comm, shared_tmp: Path) -> None:
+    whole, parts = shared_tmp / "whole.h5", shared_tmp / "parts.h5"
+    options = (*SMALL, "-solver", "aspqn", "-local_steps", "5", *options)
+    train("pinn", whole, comm.size, 10, *options)
+    for iterations in (5, 10):
+        train("pinn", parts, comm.size, iterations, *options)
+    assert_same(whole, parts)
+    comm.barrier()
+
+
+@needs_three
+def test_sums_by_ranks_go_on_to_rounding(comm: MPI.Comm, shared_tmp: Path) -> None:
+    whole, parts = shared_tmp / "whole.h5", shared_tmp / "parts.h5"
+    options = (*SMALL, "-solver", "lbfgs", "-summation_blocks", "0")
+    train("pinn", whole, 2, 10, *options)
+    for ranks, iterations in ((1, 5), (3, 10)):
+        train("pinn", parts, ranks, iterations, *options)
+    assert_same(whole, parts, 1e-8)
+    comm.barrier()
+
+
+def test_solver_of_petsc_goes_on_from_the_parameters(
+    comm: MPI.Comm, shared_tmp: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = shared_tmp / "run.h5"
+    train("pinn", path, comm.size, 5, *SMALL, "-solver", "lmvm")
+    before = content(path).history
+    train("pinn", path, comm.size, 10)
+    after = content(path).history
+    assert comm.rank > 0 or "note: the solver begins afresh" in capfd.readouterr().out
+    assert list(after["iteration"]) == list(range(11))
+    np.testing.assert_array_equal(after["loss"][:6], before["loss"])
+    assert after["loss"][10] < before["loss"][5]
+    assert np.all(np.diff(after["work"]) > 0)
+    comm.barrier()
+
+
+def test_another_solver_goes_on_from_the_parameters(
+    comm: MPI.Comm, shared_tmp: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = shared_tmp / "run.h5"
+    train("pinn", path, comm.size, 4, *SMALL, "-solver", "lbfgs")
+    train("pinn", path, comm.size, 8, "-solver", "aspqn", "-local_steps", "5", "-points", "250")
+    out, history = capfd.readouterr().out, content(path).history
+    for note in ("-solver aspqn in the place of lbfgs", "-points 250 in the place of 200", "the solver begins afresh"):
+        assert comm.rank > 0 or f"note: {note}" in out
+    assert list(history["iteration"]) == list(range(9))
+    assert history["loss"][8] < history["loss"][4]
+    train("pinn", path, comm.size, 10)
+    assert "note: the solver begins afresh" not in capfd.readouterr().out
+    assert list(content(path).history["iteration"]) == list(range(11))
+    comm.barrier()

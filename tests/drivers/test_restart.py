@@ -34,52 +34,6 @@ def test_other_numbers_of_ranks_go_on_to_the_last_bit(tmp_path: Path) -> None:
     assert np.all(np.diff(content(parts).history["time"]) > 0)
 
 
-@pytest.mark.parametrize("options", [("-secant", "half"), ("-coarse_step", "-additive_step", "0.5")])
-def test_same_ranks_go_on_to_the_last_bit(options: tuple[str, ...], tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole.h5", tmp_path / "parts.h5"
-    train(whole, 2, 10, *SCHWARZ, *options)
-    train(parts, 2, 5, *SCHWARZ, *options)
-    train(parts, 2, 10)
-    assert_same(whole, parts)
-
-
-def test_sums_by_ranks_go_on_to_rounding(tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole.h5", tmp_path / "parts.h5"
-    options = ("-solver", "lbfgs", "-summation_blocks", "0")
-    train(whole, 2, 10, *options)
-    train(parts, 1, 5, *options)
-    train(parts, 2, 10)
-    assert_same(whole, parts, 1e-8)
-
-
-def test_solver_of_petsc_goes_on_from_the_parameters(tmp_path: Path) -> None:
-    path = tmp_path / "run.h5"
-    train(path, 2, 5, "-solver", "lmvm")
-    before = content(path).history
-    out = train(path, 2, 10)
-    after = content(path).history
-    assert "note: the solver begins afresh" in out
-    assert list(after["iteration"]) == list(range(11))
-    np.testing.assert_array_equal(after["loss"][:6], before["loss"])
-    assert after["loss"][10] < before["loss"][5]
-    assert np.all(np.diff(after["work"]) > 0)
-
-
-def test_another_solver_goes_on_from_the_parameters(tmp_path: Path) -> None:
-    path = tmp_path / "run.h5"
-    train(path, 2, 4, "-solver", "lbfgs")
-    out = train(path, 2, 8, *SCHWARZ, "-points", "250")
-    history = content(path).history
-    assert "note: -solver aspqn in the place of lbfgs" in out
-    assert "note: -points 250 in the place of 200" in out
-    assert "note: the solver begins afresh" in out
-    assert list(history["iteration"]) == list(range(9))
-    assert history["loss"][8] < history["loss"][4]
-    out = train(path, 2, 10)
-    assert "note: the solver begins afresh" not in out
-    assert list(content(path).history["iteration"]) == list(range(11))
-
-
 def to_mpiexec(mpiexec: int, ranks: dict[int, int]) -> int:
     return mpiexec
 
@@ -90,7 +44,11 @@ def to_rank_1(mpiexec: int, ranks: dict[int, int]) -> int:
 
 @pytest.mark.parametrize(
     ("number", "receiver"),
-    [(signal.SIGTERM, to_mpiexec), (signal.SIGUSR1, to_mpiexec), (signal.SIGINT, to_rank_1)],
+    [
+        (signal.SIGTERM, to_mpiexec),
+        pytest.param(signal.SIGUSR1, to_mpiexec, marks=pytest.mark.long),
+        (signal.SIGINT, to_rank_1),
+    ],
 )
 def test_signal_stops_a_run_that_can_go_on(
     number: signal.Signals,

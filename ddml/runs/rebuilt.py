@@ -1,0 +1,151 @@
+"""The network of a run file, built again: what it names, and what is given in its place.
+
+The Python files that a run file names are somebody's program, and data files may be anybody's. They are used only where
+they are given anew, or trusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from mpi4py import MPI
+from torch import Tensor, nn
+
+from ddml import plugins
+from ddml.data import files
+from ddml.data.inputs import Inputs
+from ddml.data.scaling import Scaling
+from ddml.errors import InputError, RunFileError
+from ddml.losses.modules import trained
+from ddml.networks import build, classifiers
+from ddml.options import Option, same_reference
+from ddml.parameters import Parameter, parameter_table
+from ddml.problems import PROBLEMS
+from ddml.problems.build import build_problem
+from ddml.problems.classification import Classifier
+from ddml.problems.pde.loss import PDELoss
+from ddml.problems.pde.scales import parsed
+
+from .run_file import Header
+
+_PREFIX = "option "
+_POINTS = 16  # of the interior: what is asked for are others (our choice)
+_PRECISIONS = ("float64", "float32")
+
+
+@dataclass(frozen=True)
+class Anew:
+    """What is given in the place of names in a run file, and whether the others are trusted."""
+
+    trust: bool = False
+    problem: str | None = None
+    network: str | None = None
+    data: str | None = None
+
+
+def options(attributes: Mapping[str, object]) -> dict[str, str]:
+    """The options in force when a run file was written, by name."""
+    return {k.removeprefix(_PREFIX): str(v) for k, v in attributes.items() if k.startswith(_PREFIX)}
+
+
+def pde_loss(path: str, header: Header, anew: Anew) -> PDELoss:
+    """The loss of a run of drivers/pinn.py, of the same precision, on the CPU and few points.
+
+    Raises
+    ------
+    InputError
+        A run of another driver; a file that is not trusted; what cannot be built, or is of other parameters.
+    """
+    settings = _settings(path, header, "pinn", build.OPTIONS)
+    settings.problem = _chosen(path, "problem", str(header.attributes.get("problem")), anew.problem, anew)
+    settings.network = _chosen(path, "network", settings.network, anew.network, anew)
+    scales = options(header.attributes).get("scales", "none")
+    with plugins.blamed(settings.problem, PROBLEMS, "problem"):
+        problem, network, _ = build_problem(settings)
+        dtype = getattr(torch, settings.dtype)
+        loss = PDELoss(problem, network, _POINTS, dtype, scales=parsed("none" if scales == "None" else scales, problem))
+    _check(path, header, loss.parameters)
+    return loss
+
+
+def classifier(path: str, header: Header, theta: Tensor, anew: Anew) -> Classifier:
+    """The network of a run of drivers/classify.py with parameters theta (n,), and the scaling of its inputs.
+
+    Raises
+    ------
+    InputError
+        As for :func:`pde_loss`; where an older run file does not describe the inputs, data that cannot be read.
+    """
+    settings = _settings(path, header, "classify", classifiers.OPTIONS)
+    settings.network = _chosen(path, "network", settings.network, anew.network, anew)
+    inputs = _inputs(path, header, anew)
+    with plugins.blamed(settings.network, classifiers.KNOWN, "network"):
+        network, _ = classifiers.build_classifier(settings, inputs.shape, len(inputs.classes))
+        named = trained(network)
+    table = parameter_table([(name, p.shape) for name, p in named])
+    _check(path, header, table)
+    _assign([p for _, p in named], table, theta)
+    return Classifier(network, inputs)
+
+
+def dataset_name(path: str, header: Header, anew: Anew) -> str:
+    """The data set of a run of drivers/classify.py, for ``ddml.data.files.load``.
+
+    Raises
+    ------
+    InputError
+        A Python file that is not trusted; another data set.
+    """
+    return _chosen(path, "data", str(header.attributes.get("data")), anew.data, anew)
+
+
+def _inputs(path: str, header: Header, anew: Anew) -> Inputs:
+    if "inputs" in header.attributes:
+        return Inputs.parsed(str(header.attributes["inputs"]))
+    samples, comm = header.attributes.get("samples"), MPI.COMM_SELF
+    dataset = files.load(dataset_name(path, header, anew), comm, None if samples is None else int(samples))
+    try:
+        return Inputs.of(dataset, Scaling(dataset, str(header.attributes["scaling"]), comm))
+    finally:
+        dataset.free()
+
+
+def _settings(path: str, header: Header, driver: str, table: Iterable[Option]) -> SimpleNamespace:
+    """Seed, precision and the values of some options of a run file of a driver."""
+    attributes, texts = header.attributes, options(header.attributes)
+    if attributes.get("driver") != driver:
+        raise InputError(f"{path} is of driver {attributes.get('driver')!r}, not of '{driver}'")
+    dtype = str(attributes.get("dtype"))
+    if dtype not in _PRECISIONS or not isinstance(attributes.get("seed"), int):
+        raise RunFileError(
+            f"{path} does not say what its network was: dtype {dtype!r}, seed {attributes.get('seed')!r}"
+        )
+    given = {o: texts.get(o.name, "None") for o in table}
+    values = {o.name: o.default if text == "None" else o.parse(text) for o, text in given.items()}
+    return SimpleNamespace(seed=attributes["seed"], dtype=dtype, **values)
+
+
+def _chosen(path: str, option: str, named: str, given: str | None, anew: Anew) -> str:
+    """What is given in the place of a name of the run file, if it is the same; the name itself, if it may be used."""
+    if given is not None and not same_reference(named, given):
+        raise InputError(f"{path} was written with -{option} {named!r}, not with {given!r}")
+    if given is None and {".", ":"} & set(named) and not anew.trust:
+        raise InputError(
+            f"{path} names a file, {named!r}: give it anew with -{option} path/to/it, or -trust to use what it names"
+        )
+    return named if given is None else given
+
+
+def _check(path: str, header: Header, table: tuple[Parameter, ...]) -> None:
+    if [(p.name, p.shape, p.offset) for p in header.parameters] != [(p.name, p.shape, p.offset) for p in table]:
+        size = table[-1].range.stop
+        raise InputError(f"{path} holds {header.size} parameters of another network than the one built of it, {size}")
+
+
+def _assign(parameters: list[nn.Parameter], table: tuple[Parameter, ...], theta: Tensor) -> None:
+    with torch.no_grad():
+        for parameter, place in zip(parameters, table, strict=True):
+            parameter.copy_(theta[place.range].view(place.shape))

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
 
 from mpi4py import MPI
 from common.program import run_program
 
+from common.arguments import Parser
 from ddml.data.sequences import grid
 from ddml.errors import InputError
 from ddml.parallel import agreed
@@ -23,7 +23,7 @@ from ddml.runs.opened import OpenedRun, open_run
 
 def main(comm: MPI.Comm) -> int:
     """Draw what the command line says; the exit code."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
     parser.add_argument("-h", "-help", "--help", action="help", help="explain the options")
     parser.add_argument("runs", nargs="+", metavar="run.h5")
     parser.add_argument("-o", "--output", default="figure.png", help="figure to write; a .maps file goes beside it")
@@ -77,13 +77,6 @@ def draw_maps(run: OpenedRun, target: Path) -> None:
     figure = figures.new_figure()
     figures.maps(figure, axes[0], axes[1] if len(axes) == 2 else None, list(loss.problem.domain), panels)
     figure.savefig(target)
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose complaints are those of all drivers."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; -help explains the options")
 
 
 if __name__ == "__main__":

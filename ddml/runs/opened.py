@@ -25,19 +25,19 @@ if TYPE_CHECKING:
     import xarray
 
 
-def extra(name: str, use: str) -> Any:
-    """A package that not everybody has, imported.
+def extra(use: str, *names: str) -> Any:
+    """Packages that not everybody has: the first one, imported.
 
     Raises
     ------
     InputError
-        Where it is missing: one line with the command that installs it.
+        Where one is missing: one line with the command that installs them.
     """
     try:
-        return import_module(name)
+        first, *_ = map(import_module, names)
     except ImportError as error:
-        package = name.partition(".")[0]
-        raise InputError(f"{use} needs the package {package}: pip install {package} ({error})") from error
+        raise InputError(f"{use} needs {' and '.join(names)}: pip install {' '.join(names)} ({error})") from error
+    return first
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,17 @@ class OpenedRun:
         InputError
             Python files that are named by the run file only; what differs from it; what cannot be built.
         """
-        anew = rebuilt.Anew(trust, problem, network, data)
-        if self.attributes.get("driver") == "classify":
-            return rebuilt.classifier(self.path, self.header, self.theta, anew)
-        return Solution(rebuilt.pde_loss(self.path, self.header, anew), self.theta)
+        return rebuilt.network(self.path, self.header, self.theta, rebuilt.Anew(trust, problem, network, data))
+
+    def data(self, *, trust: bool = False, data: str | None = None) -> str:
+        """The data set of a run of drivers/classify.py, for :func:`ddml.data.files.load`.
+
+        Raises
+        ------
+        InputError
+            A file that is named by the run file only; another data set.
+        """
+        return rebuilt.dataset_name(self.path, self.header, rebuilt.Anew(trust, data=data))
 
     def xarray(self) -> xarray.Dataset:
         """The history as a data set over ``iteration``, the options as its attributes.
@@ -123,7 +130,7 @@ class OpenedRun:
             for name in self.history.used()
             if name != "iteration"
         }
-        made = extra("xarray", "a history as xarray")
+        made = extra("a history as xarray", "xarray")
         dataset: xarray.Dataset = made.Dataset(columns, {"iteration": self.history["iteration"]}, dict(self.attributes))
         return dataset
 
@@ -136,9 +143,8 @@ class OpenedRun:
             Without the package pandas.
         """
         columns = {name: self.history[name] for name in self.history.used() if name != "iteration"}
-        index = {"iteration": self.history["iteration"]}
-        made = extra("pandas", "a history as pandas")
-        table: pandas.DataFrame = made.DataFrame(columns, made.Index(index["iteration"], name="iteration"))
+        made = extra("a history as pandas", "pandas")
+        table: pandas.DataFrame = made.DataFrame(columns, made.Index(self.history["iteration"], name="iteration"))
         return table
 
 

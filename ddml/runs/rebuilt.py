@@ -28,6 +28,7 @@ from ddml.problems.build import build_problem
 from ddml.problems.classification import Classifier
 from ddml.problems.pde.loss import PDELoss
 from ddml.problems.pde.scales import parsed
+from ddml.problems.pde.solution import Solution
 
 from .run_file import Header
 
@@ -49,6 +50,13 @@ class Anew:
 def options(attributes: Mapping[str, object]) -> dict[str, str]:
     """The options in force when a run file was written, by name."""
     return {k.removeprefix(_PREFIX): str(v) for k, v in attributes.items() if k.startswith(_PREFIX)}
+
+
+def network(path: str, header: Header, theta: Tensor, anew: Anew) -> Solution | Classifier:
+    """What a run of drivers/pinn.py or classify.py has trained, with parameters theta (n,); errors as for those."""
+    if header.attributes.get("driver") == "classify":
+        return classifier(path, header, theta, anew)
+    return Solution(pde_loss(path, header, anew), theta)
 
 
 def pde_loss(path: str, header: Header, anew: Anew) -> PDELoss:

@@ -28,9 +28,9 @@ class Solution(nn.Module):
     ----------
     network : Module
         The copy, with the parameters in it.
-    coefficients : dict of str to float
-        The problem's trained numbers.
     """
+
+    numbers: Tensor
 
     def __init__(self, loss: PDELoss, theta: Tensor) -> None:
         super().__init__()
@@ -40,7 +40,13 @@ class Solution(nn.Module):
         with torch.no_grad():
             for name, (offset, shape) in loss.offsets.items():
                 known[name].copy_(theta[offset : offset + shape.numel()].view(shape))
-        self.coefficients = dict(zip(loss.coefficients, theta[loss.tail].tolist(), strict=True))
+        self.names = loss.coefficients
+        self.register_buffer("numbers", theta[loss.tail].to(torch.float64, copy=True))
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """The problem's trained numbers by name."""
+        return dict(zip(self.names, self.numbers.tolist(), strict=True))
 
     def forward(self, points: Tensor) -> Tensor:
         """The fields (N, F) at points (N, d), a column for each coordinate in the order of the problem's domain."""

@@ -108,7 +108,7 @@ def _numbers(text: bytes, places: Sequence[int]) -> Floats:
     """Some columns (N, k) of lines of numbers."""
     if not text.strip() or not places:
         return np.empty((0, len(places)))
-    return np.loadtxt(io.StringIO(text.decode()), delimiter=",", usecols=places, ndmin=2)
+    return np.loadtxt(io.StringIO(text.decode()), delimiter=",", usecols=places, ndmin=2, quotechar='"')
 
 
 def finite(path: str | Path, values: Array, names: Sequence[str]) -> Array:

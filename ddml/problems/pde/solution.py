@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from . import calling
 from .loss import PDELoss
-from .pde import Array, Interior
+from .pde import PDE, Array, Interior
 
 
 class Solution(nn.Module):
@@ -55,12 +56,18 @@ class Solution(nn.Module):
         return calling.lift(self.problem, coordinates) + found * self.scales.factor(self.problem, coordinates)
 
 
+def within(problem: PDE, points: Array) -> NDArray[np.bool_]:
+    """Which points (N, d) lie in a problem's domain, ends included."""
+    low, high = np.array(problem.bounds, dtype=float).T
+    return np.asarray(((points >= low) & (points <= high)).all(axis=1))
+
+
 @torch.no_grad()
 def tabulated(loss: PDELoss, theta: Tensor, points: Array) -> dict[str, Array]:
     """Columns (N,) of what can be said at points (N, d), by name.
 
     The fields; their derivatives that the equation asks for, as in ``u.xx``; the pieces of its residuals, not weighted;
-    and where the solution is known, that and the error, as in ``u exact`` and ``u error``.
+    and where the solution is known, that and the error, as in ``u exact`` and ``u error``, NaN outside of the domain.
     """
     theta = theta.to(loss.dtype)
     loss.evaluator.bind(theta)
@@ -82,8 +89,11 @@ def tabulated(loss: PDELoss, theta: Tensor, points: Array) -> dict[str, Array]:
         for name, values in found.items():
             columns.setdefault(name, []).append(values.to(device="cpu", dtype=torch.float64))
     table = {name: np.asarray(torch.cat(values).numpy()) for name, values in columns.items()}
-    exact = calling.exact(loss.problem, torch.from_numpy(points.T.copy()))
+    inside = within(loss.problem, points)
+    exact = calling.exact(loss.problem, torch.from_numpy(points[inside].T.copy())) if inside.any() else None
     if exact is not None:
-        table |= {f"{name} exact": exact[:, f] for f, name in enumerate(names)}
-        table |= {f"{name} error": table[name] - exact[:, f] for f, name in enumerate(names)}
+        known = np.full((len(points), len(names)), np.nan)
+        known[inside] = exact
+        table |= {f"{name} exact": known[:, f] for f, name in enumerate(names)}
+        table |= {f"{name} error": table[name] - known[:, f] for f, name in enumerate(names)}
     return table

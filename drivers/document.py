@@ -35,8 +35,8 @@ The last column says what `-restart` does with an option: the run file's value i
 *each start* is not passed on. More in [run_file.md](run_file.md)."""
 
 
-OF_RUN_FILES = """The first word is a run file; see [out_of_a_run.md](out_of_a_run.md). These are no options of PETSc, and
-stand on the command line only."""
+OF_RUN_FILES = """The first word is a run file; see [out_of_a_run.md](out_of_a_run.md). These are no options of PETSc
+and stand on the command line only."""
 
 
 def page() -> str:

@@ -43,7 +43,7 @@ def save(path: str | Path, run: OpenedRun, module: Solution | Classifier) -> Non
     run
         Where the network is of.
     module
-        What :meth:`.OpenedRun.network` gives.
+        What :meth:`ddml.runs.opened.OpenedRun.network` gives.
 
     Raises
     ------
@@ -63,12 +63,14 @@ def open_network(
     problem: str | None = None,
     network: str | None = None,
 ) -> Solution | Classifier:
-    """The network of a ``.pt`` file that drivers/export.py has written; parameters as of :meth:`.OpenedRun.network`.
+    """The network of a ``.pt`` file that drivers/export.py has written.
+
+    Parameters are those of :meth:`ddml.runs.opened.OpenedRun.network`.
 
     Raises
     ------
     InputError
-        A file that is none of those; see :meth:`.OpenedRun.network`.
+        A file that is none of those; see :meth:`ddml.runs.opened.OpenedRun.network`.
     """
     with opened(path) as file:
         try:

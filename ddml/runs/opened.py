@@ -40,7 +40,7 @@ def extra(use: str, *names: str) -> Any:
     return first
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class OpenedRun:
     """What a run file holds, whatever number of ranks has written it; made by :func:`open_run`.
 
@@ -60,6 +60,10 @@ class OpenedRun:
     header: run_file.Header
     history: History
     theta: Tensor
+
+    def __repr__(self) -> str:
+        of = (self.attributes.get(name, "unknown") for name in ("driver", "problem", "network", "solver"))
+        return f"OpenedRun({self.path}: {', '.join(map(str, of))}; {len(self.history)} rows)"
 
     @property
     def attributes(self) -> dict[str, str | int | float | bool]:

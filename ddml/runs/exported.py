@@ -22,7 +22,8 @@ from ddml.problems.classification import Classifier
 from ddml.problems.pde.solution import Solution
 
 from . import rebuilt
-from .opened import OpenedRun, extra
+from .extras import extra
+from .opened import OpenedRun
 from .run_file import Header, ParameterEntry
 
 FORMAT = "ddml network"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mpi4py import MPI
 from torch import Tensor
 
-from ddml.errors import InputError
 from ddml.layout import ParameterLayout, owned
 from ddml.parameters import parameter_table
 from ddml.problems.classification import Classifier
@@ -18,26 +16,12 @@ from ddml.problems.pde.loss import PDELoss
 from ddml.problems.pde.solution import Solution
 
 from . import rebuilt, run_file
+from .extras import extra
 from .history import UNITS, History
 
 if TYPE_CHECKING:
     import pandas
     import xarray
-
-
-def extra(use: str, *names: str) -> Any:
-    """Packages that not everybody has: the first one, imported.
-
-    Raises
-    ------
-    InputError
-        Where one is missing: one line with the command that installs them.
-    """
-    try:
-        first, *_ = map(import_module, names)
-    except ImportError as error:
-        raise InputError(f"{use} needs {' and '.join(names)}: pip install {' '.join(names)} ({error})") from error
-    return first
 
 
 @dataclass(frozen=True, eq=False, repr=False)

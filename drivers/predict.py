@@ -50,7 +50,7 @@ def main(comm: MPI.Comm) -> int:
         raise InputError("option -o is missing: the file to write; -help explains the options")
     suffix = tables.check_target(settings.o, list(tables.WRITERS), [path, *([settings.at] if settings.at else [])])
     run = open_run(path)
-    if run.attributes.get("driver") == "classify":
+    if run.attributes.get("driver") in ("classify", "logistic"):
         table = classified(run, settings, suffix)
     else:
         if (settings.at is None) == (settings.grid is None):
@@ -118,6 +118,8 @@ def classified(run: OpenedRun, settings: Any, suffix: str) -> Table:
         raise InputError(f"{run.path} is of a classifier: give samples with -at, and write .csv or .npz")
     anew = {"trust": settings.trust, "network": settings.network, "data": settings.data}
     labels = None
+    if settings.at is None and run.attributes["driver"] == "logistic":
+        raise InputError("option -at is missing: samples for the model of a run of logistic.py")
     if settings.at is None:
         dataset = files.load(run.data(trust=settings.trust, data=settings.data), MPI.COMM_SELF)
         samples, labels = dataset.test_inputs, dataset.test_labels

@@ -55,6 +55,7 @@ class Inputs:
         InputError
             If that is nothing of this kind.
         """
+        refusal = InputError(f"the inputs of a network are not described by {text[:60]!r}")
         try:
             found: dict[str, Any] = json.loads(text)
             made = cls(
@@ -63,9 +64,9 @@ class Inputs:
             )  # fmt: skip
             numbers = [*made.shift, *(1 / v for v in made.scale)]
             sizes = {len(made.shift), len(made.scale)} <= {1, made.shape[0]}
-            right = not found and made.classes and made.scaling in SCALINGS and sizes and min(made.shape) > 0
-        except (ValueError, TypeError, AttributeError, KeyError, IndexError, ZeroDivisionError) as error:
-            raise InputError(f"the inputs of a network are not described by {text:.60!r}") from error
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+            raise refusal from error
+        right = not found and made.classes and made.scaling in SCALINGS and sizes and min(made.shape) > 0
         if not right or not all(map(math.isfinite, numbers)):
-            raise InputError(f"the inputs of a network are not described by {text:.60!r}")
+            raise refusal
         return made

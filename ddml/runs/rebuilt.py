@@ -6,6 +6,7 @@ they are given anew, or trusted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from ddml.parameters import Parameter, parameter_table
 from ddml.problems import PROBLEMS
 from ddml.problems.build import build_problem
 from ddml.problems.classification import Classifier
+from ddml.problems.logistic import LogisticModel
 from ddml.problems.pde.loss import PDELoss
 from ddml.problems.pde.scales import parsed
 from ddml.problems.pde.solution import Solution
@@ -53,7 +55,9 @@ def options(attributes: Mapping[str, object]) -> dict[str, str]:
 
 
 def network(path: str, header: Header, theta: Tensor, anew: Anew) -> Solution | Classifier:
-    """What a run of drivers/pinn.py or classify.py has trained, with parameters theta (n,); errors as for those."""
+    """What a run has trained, with parameters theta (n,); errors as for the functions of each kind."""
+    if header.attributes.get("driver") == "logistic":
+        return logistic(path, header, theta)
     if header.attributes.get("driver") == "classify":
         return classifier(path, header, theta, anew)
     return Solution(pde_loss(path, header, anew), theta)
@@ -92,11 +96,27 @@ def classifier(path: str, header: Header, theta: Tensor, anew: Anew) -> Classifi
     inputs = _inputs(path, header, anew)
     with plugins.blamed(settings.network, classifiers.KNOWN, "network"):
         network, _ = classifiers.build_classifier(settings, inputs.shape, len(inputs.classes))
-        named = trained(network)
-    table = parameter_table([(name, p.shape) for name, p in named])
-    _check(path, header, table)
-    _assign([p for _, p in named], table, theta)
+    _assign(path, header, network, theta)
     return Classifier(network, inputs)
+
+
+def logistic(path: str, header: Header, theta: Tensor) -> Classifier:
+    """The model of a run of drivers/logistic.py, for samples as they are stored.
+
+    Raises
+    ------
+    InputError
+        A run file of before, which does not describe the samples; another size.
+    """
+    if "inputs" not in header.attributes:
+        raise InputError(f"{path} is of an older ddml and does not describe its samples; run.theta has the weights")
+    inputs = Inputs.parsed(str(header.attributes["inputs"]))
+    sizes = {p.name: math.prod(p.shape) for p in header.parameters}
+    if sizes.get("weights") != math.prod(inputs.shape):
+        raise InputError(f"{path} holds {sizes.get('weights')} weights for samples of shape {inputs.shape}")
+    model = LogisticModel(sizes["weights"], "intercept" in sizes)
+    _assign(path, header, model, theta)
+    return Classifier(model, inputs)
 
 
 def dataset_name(path: str, header: Header, anew: Anew) -> str:
@@ -153,7 +173,11 @@ def _check(path: str, header: Header, table: tuple[Parameter, ...]) -> None:
         raise InputError(f"{path} holds {header.size} parameters of another network than the one built of it, {size}")
 
 
-def _assign(parameters: list[nn.Parameter], table: tuple[Parameter, ...], theta: Tensor) -> None:
+def _assign(path: str, header: Header, module: nn.Module, theta: Tensor) -> None:
+    """Write parameters (n,) into the trained ones of a module, if they are of the file."""
+    named = trained(module)
+    table = parameter_table([(name, p.shape) for name, p in named])
+    _check(path, header, table)
     with torch.no_grad():
-        for parameter, place in zip(parameters, table, strict=True):
+        for (_, parameter), place in zip(named, table, strict=True):
             parameter.copy_(theta[place.range].view(place.shape))

@@ -127,6 +127,20 @@ def test_the_classifier_is_that_of_the_run(network: str, tmp_path: Path) -> None
     np.testing.assert_allclose(chances.sum(1), 1, rtol=1e-14)
 
 
+@pytest.mark.parametrize("intercept", [False, True])
+def test_the_logistic_model_is_that_of_the_run(intercept: bool, tmp_path: Path) -> None:
+    words = ("-data", "digits", "-classes", "4,9", *["-intercept"] * intercept, "-batch_size", 0, "-max_it", 3)
+    run = opened(tmp_path, *words, "-solver", "lbfgs", "-progress", "none", driver="logistic")
+    dataset, module = files.load("digits", SELF), run.network()
+    rows = np.isin(dataset.test_labels, [4, 9])
+    samples, labels = torch.from_numpy(dataset.test_inputs[rows]), dataset.test_labels[rows]
+    with torch.no_grad():
+        found = np.array(module.classes)[module(samples).argmax(1).numpy()]
+        loss = torch.nn.functional.cross_entropy(module(samples), torch.from_numpy((labels == 9).astype(int)))
+    assert (found == labels.astype(str)).mean() == run.history.last("accuracy") > 0.5
+    assert float(loss) == pytest.approx(run.history.last("test_loss"), rel=1e-13)
+
+
 def _test_samples(run: OpenedRun, network: str) -> tuple[np.ndarray, np.ndarray]:
     dataset = files.load(run.data(trust=network == "own"), SELF)
     return dataset.test_inputs, dataset.test_labels
@@ -203,7 +217,9 @@ def test_what_differs_is_refused(good: Path, tmp_path: Path) -> None:
         ({"seed": "x"}, "seed 'x'"),
         ({"problem": "heat"}, "unknown problem"),
         ({"problem": "\x1b[31m.py:Evil"}, r"'\\x1b\[31m.py:Evil'"),
-        ({"driver": "logistic"}, "driver 'logistic'"),
+        ({"driver": "logistic"}, "does not describe its samples"),
+        ({"driver": "logistic", "inputs": "{}"}, "not described by '{}'"),
+        ({"driver": "rivals"}, "of driver 'rivals', not of 'pinn'"),
         ({"option scales": "[1]"}, "-scales must be"),
     ):
         run = ddml.open_run(good)

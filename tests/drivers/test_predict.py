@@ -11,6 +11,7 @@ from launch import content
 from own_data import USER
 
 import ddml
+from ddml.errors import InputError
 
 HERE = Path(__file__).parent
 SHORT = ("-max_it", 1, "-points", 60, "-error_points", 50, "-test_points", 0, "-error_interval", 1, "-progress", "none")
@@ -120,6 +121,20 @@ def test_classes_of_a_user(tmp_path: Path) -> None:
     # the data are not needed for samples of one's own, nor is their file trusted
     assert call("predict", run, "-at", points, *named[2:], "-o", tmp_path / "out.csv") == 0
     assert set(read(tmp_path / "out.csv")["class"]) <= {"in", "out"}
+
+
+def test_samples_of_a_logistic_model(tmp_path: Path) -> None:
+    data, run, points = tmp_path / "two.txt", tmp_path / "run.h5", tmp_path / "points.csv"
+    data.write_text("\n".join(f"{(-1) ** i:+d} 1:{i % 5} 2:{(-1) ** i * 2 + i % 3}" for i in range(40)))
+    assert call("logistic", "-data", data, "-batch_size", 0, "-max_it", 5, "-progress", "none", "-output", run) == 0
+    points.write_text("a,b\n1,2\n1,-2\n")
+    with pytest.raises(InputError, match="-at is missing"):
+        call("predict", run, "-o", tmp_path / "out.csv")
+    assert call("predict", run, "-at", points, "-o", tmp_path / "out.csv") == 0
+    found, w = read(tmp_path / "out.csv"), content(run).theta
+    assert found["class"].tolist() == ["+1", "-1"]
+    expected = 1 / (1 + np.exp(-np.array([[1, 2], [1, -2]]) @ w))
+    np.testing.assert_allclose(found["probability +1"].astype(float), expected, rtol=1e-13)
 
 
 BAD = {

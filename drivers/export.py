@@ -38,7 +38,8 @@ def main(comm: MPI.Comm) -> int:
         trust=settings.trust, problem=settings.problem, network=settings.network, data=settings.data
     )  # fmt: skip
     exported.save(settings.o, run, module)
-    print(f"wrote {settings.o}: {run.attributes.get('network')}, of {path}")
+    count = sum(p.numel() for p in module.parameters())
+    print(f"wrote {settings.o}: {type(module).__name__} of {count} parameters, of {path}")
     return 0
 
 

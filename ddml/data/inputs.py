@@ -67,6 +67,6 @@ class Inputs:
         except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
             raise refusal from error
         right = not found and made.classes and made.scaling in SCALINGS and sizes and min(made.shape) > 0
-        if not right or not all(map(math.isfinite, numbers)):
+        if not right or not all(map(math.isfinite, numbers)) or not "".join(made.classes).isprintable():
             raise refusal
         return made

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ddml import plugins
 from ddml.data import files
 from ddml.data.inputs import Inputs
-from ddml.data.scaling import Scaling
+from ddml.data.scaling import SCALINGS, Scaling
 from ddml.errors import InputError, RunFileError
 from ddml.losses.modules import trained
 from ddml.networks import build, classifiers
@@ -133,10 +133,12 @@ def dataset_name(path: str, header: Header, anew: Anew) -> str:
 def _inputs(path: str, header: Header, anew: Anew) -> Inputs:
     if "inputs" in header.attributes:
         return Inputs.parsed(str(header.attributes["inputs"]))
-    samples, comm = header.attributes.get("samples"), MPI.COMM_SELF
-    dataset = files.load(dataset_name(path, header, anew), comm, None if samples is None else int(samples))
+    samples, scaling, comm = header.attributes.get("samples"), header.attributes.get("scaling"), MPI.COMM_SELF
+    if scaling not in SCALINGS or not isinstance(samples, int):
+        raise RunFileError(f"{path} does not say what its data were: samples {samples!r}, scaling {scaling!r}")
+    dataset = files.load(dataset_name(path, header, anew), comm, samples)
     try:
-        return Inputs.of(dataset, Scaling(dataset, str(header.attributes["scaling"]), comm))
+        return Inputs.of(dataset, Scaling(dataset, scaling, comm))
     finally:
         dataset.free()
 
@@ -152,12 +154,15 @@ def _settings(path: str, header: Header, driver: str, table: Iterable[Option]) -
             f"{path} does not say what its network was: dtype {dtype!r}, seed {attributes.get('seed')!r}"
         )
     given = {o: texts.get(o.name, "None") for o in table}
+    for option, text in given.items():
+        _check_text(path, option.name, text)
     values = {o.name: o.default if text == "None" else o.parse(text) for o, text in given.items()}
     return SimpleNamespace(seed=attributes["seed"], dtype=dtype, **values)
 
 
 def _chosen(path: str, option: str, named: str, given: str | None, anew: Anew) -> str:
     """What is given in the place of a name of the run file, if it is the same; the name itself, if it may be used."""
+    _check_text(path, option, named)
     if given is not None and not same_reference(named, given):
         raise InputError(f"{path} was written with -{option} {named!r}, not with {given!r}")
     if given is None and {".", ":"} & set(named) and not anew.trust:
@@ -165,6 +170,12 @@ def _chosen(path: str, option: str, named: str, given: str | None, anew: Anew) -
             f"{path} names a file, {named!r}: give it anew with -{option} path/to/it, or -trust to use what it names"
         )
     return named if given is None else given
+
+
+def _check_text(path: str, option: str, text: str) -> None:
+    """Refuse a text of a run file that a terminal would not show as it is."""
+    if not text.isprintable():
+        raise RunFileError(f"{path} was not written with -{option} {text!r}, or is damaged")
 
 
 def _check(path: str, header: Header, table: tuple[Parameter, ...]) -> None:

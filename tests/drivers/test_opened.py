@@ -221,6 +221,9 @@ def test_what_differs_is_refused(good: Path, tmp_path: Path) -> None:
         ({"driver": "logistic", "inputs": "{}"}, "not described by '{}'"),
         ({"driver": "rivals"}, "of driver 'rivals', not of 'pinn'"),
         ({"option scales": "[1]"}, "-scales must be"),
+        ({"option width": "8\x1b[31m"}, r"-width '8\\x1b\[31m'"),
+        ({"driver": "classify", "samples": "x", "option network": "mlp"}, "samples 'x'"),
+        ({"driver": "classify", "samples": 60, "scaling": "x", "option network": "mlp"}, "scaling 'x'"),
     ):
         run = ddml.open_run(good)
         run.attributes.update(change)

@@ -33,7 +33,8 @@ def test_a_text_holds_it_to_the_last_bit(kind: str) -> None:
         *(json.dumps({k: v for k, v in GOOD.items() if k != left_out}) for left_out in GOOD),
         *(json.dumps(GOOD | change) for change in (
             {"shape": []}, {"shape": [0, 2]}, {"shape": [-3, 2]}, {"shape": "x"}, {"shape": [1e400, 2]}, {"shape": 3},
-            {"classes": []}, {"classes": ["\x1b[31m"]}, {"scaling": "other"}, {"shift": [float("nan")]}, {"scale": [0.0]}, {"scale": [1, 0]},
+            {"classes": []}, {"classes": ["\x1b[31m"]}, {"scaling": "other"},
+            {"shift": [float("nan")]}, {"scale": [0.0]}, {"scale": [1, 0]},
             {"shift": [1, 2]}, {"shift": []}, {"scale": {}}, {"more": 1},
         )),
     ],

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from .objectives.objective import Objective
     from .objectives.residual import ResidualObjective
     from .objectives.restricted import restricted
+    from .runs.exported import open_network
     from .runs.history import History
+    from .runs.opened import open_run
 
 _HOMES = {
     "DataSet": "ddml.data.data_set",
@@ -32,6 +34,8 @@ _HOMES = {
     "ResidualLoss": "ddml.losses.residual",
     "ResidualObjective": "ddml.objectives.residual",
     "Subdomains": "ddml.decomposition.subdomains",
+    "open_network": "ddml.runs.exported",
+    "open_run": "ddml.runs.opened",
     "restricted": "ddml.objectives.restricted",
     "sampled": "ddml.objectives.composed",
     "shifted": "ddml.objectives.composed",
@@ -47,5 +51,6 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "DataSet", "Decomposition", "History", "InputError", "Loss", "ModuleLoss", "Objective", "ParameterLayout",
-    "ResidualLoss", "ResidualObjective", "Subdomains", "networks", "problems", "restricted", "sampled", "shifted",
+    "ResidualLoss", "ResidualObjective", "Subdomains", "networks", "open_network", "open_run", "problems", "restricted",
+    "sampled", "shifted",
 ]  # fmt: skip

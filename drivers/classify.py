@@ -16,6 +16,7 @@ from mpi4py import MPI
 
 from common import batches, training
 from ddml.data import data_set, files
+from ddml.data.inputs import Inputs
 from ddml import plugins
 from ddml.sampling.batches import Batches
 from ddml.networks import classifiers
@@ -25,6 +26,8 @@ from ddml.problems.classification import ClassificationLoss, TestSet
 from ddml.data.scaling import SCALINGS, Samples, Scaling
 from solvers import solver_class
 from common.training import check_device
+
+LONGEST = 32_000  # characters; HDF5 has attributes of up to 64 kB (our choice)
 
 OPTIONS = (
     Option("data", "digits", f"One of {', '.join(files.DATA)}; or a data file .h5 (see data/README.md); or "
@@ -73,7 +76,8 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> 
         limits.error_interval = interval * math.ceil(between / (interval * made.objective.loss.count))
     attributes = {
         "driver": "classify", "problem": "classification", "network": network, "data": settings.data,
-        "samples": dataset.count, "scaling": settings.scaling, **batches.attributes(settings, moving),
+        "samples": dataset.count, "scaling": settings.scaling, **described(dataset, scaling),
+        **batches.attributes(settings, moving),
     }  # fmt: skip
     measure = TestSet(loss, test, comm, made.blocks)
     code = made.run(
@@ -82,6 +86,12 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> 
     )  # fmt: skip
     dataset.free()
     return code
+
+
+def described(dataset: data_set.DataSet, scaling: Scaling) -> dict[str, str]:
+    """What the network is given, for who opens the run file without the data; nothing where that would be too long."""
+    text = str(Inputs.of(dataset, scaling))
+    return {"inputs": text} if len(text) < LONGEST else {}
 
 
 def build(settings: Any, dataset: data_set.DataSet, scaling: Scaling) -> tuple[ClassificationLoss, str, Samples]:

@@ -9,8 +9,10 @@ from collections.abc import Iterable, Sequence
 from mpi4py import MPI
 
 import classify
+import export
 import logistic
 import pinn
+import predict
 from common.training import PREFIXES
 from ddml.options import Option
 from solvers import SOLVERS, NystromPC, SchwarzPC
@@ -33,6 +35,10 @@ The last column says what `-restart` does with an option: the run file's value i
 *each start* is not passed on. More in [run_file.md](run_file.md)."""
 
 
+OF_RUN_FILES = """The first word is a run file; see [out_of_a_run.md](out_of_a_run.md). These are no options of PETSc
+and stand on the command line only."""
+
+
 def page() -> str:
     """The whole page."""
     of_pinn, of_classify = (*pinn.OPTIONS, *pinn.LIMITS), (*classify.OPTIONS, *classify.LIMITS)
@@ -42,6 +48,8 @@ def page() -> str:
     of_logistic = (*logistic.OPTIONS, *logistic.LIMITS)
     gone = ", ".join(f"`-{name}`" for name in _gone(of_classify, of_logistic))
     parts += ["## drivers/logistic.py", _and(of_logistic, of_classify, "drivers/classify.py", gone)]
+    parts += ["## drivers/predict.py", OF_RUN_FILES, table(predict.OPTIONS, of_runs=False)]
+    parts += ["## drivers/export.py", OF_RUN_FILES, table(export.OPTIONS, of_runs=False)]
     before: list[str] = []
     for name, solver in SOLVERS.items():
         parts.append(f"## -solver {name}")
@@ -61,14 +69,16 @@ def page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def table(options: Iterable[Option]) -> str:
-    """The options as a Markdown table."""
+def table(options: Iterable[Option], of_runs: bool = True) -> str:
+    """The options as a Markdown table; those of runs with what a restart does."""
     rows = ["| option | | default | restart |", "| --- | --- | --- | --- |"]
+    if not of_runs:
+        rows = [row.removesuffix(" restart |").removesuffix(" --- |") for row in rows]
     for o in options:
         choices = f" One of {', '.join(f'`{c}`' for c in o.choices)}." if o.choices else ""
         default = "" if o.default is None else f"`{str(o.default).lower() if o.type is bool else o.default}`"
         text = (o.help + choices).replace("|", "\\|")
-        rows.append(f"| `-{o.name}` | {text} | {default} | {o.changes} |")
+        rows.append(f"| `-{o.name}` | {text} | {default} |" + f" {o.changes} |" * of_runs)
     return "\n".join(rows)
 
 

@@ -21,6 +21,7 @@ from petsc4py import PETSc
 
 from common import batches, training
 from ddml.data import data_set, files, libsvm, wide
+from ddml.data.inputs import Inputs
 from ddml.data.rows import DENSE, DenseRows, Table, TwoClasses, two_labels
 from ddml.sampling.batches import Batches
 from ddml.errors import InputError
@@ -100,7 +101,7 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> 
     attributes = {
         "driver": "logistic", "problem": data.problem, "network": "logistic model", "data": settings.data,
         "samples": count, "lambda": penalty, "intercept": settings.intercept, **batches.attributes(settings, moving),
-        "hessian_charge": loss.charges.hessian(),
+        "hessian_charge": loss.charges.hessian(), "inputs": str(data.inputs),
     }  # fmt: skip
     test = TwoClassTest(loss, tested, comm, made.blocks)
 
@@ -123,15 +124,15 @@ class Data:
     Attributes
     ----------
     train, test : TwoClasses
-    names : tuple of str
-        Of the two classes.
+    inputs : Inputs
+        What the model is given, and the names of the two classes.
     problem : str
         What a restart must find again: the shape and a check sum of the training samples.
     """
 
     train: TwoClasses
     test: TwoClasses | None
-    names: tuple[str, str]
+    inputs: Inputs
     problem: str
     owners: tuple[data_set.DataSet | Table, ...]
 
@@ -158,15 +159,15 @@ def load(settings: Any, comm: MPI.Comm) -> Data:
         for option in (o for o, v in values.items() if v is not None):
             raise InputError(f"option -{option} is for LIBSVM files, not for -data {name}")
     if stored:
-        train, test, names, owners = _stored(settings, comm)
+        train, test, inputs, owners = _stored(settings, comm)
     elif name == "wide":
         if settings.classes is not None:
             raise InputError("option -classes is for data of several classes: -data wide has two")
         tables = wide.generate(settings.seed, comm, settings.samples or wide.SAMPLES)
         train, test = (TwoClasses(table, (-1.0, 1.0)) for table in tables)
-        names, owners = ("-1", "+1"), tuple(tables)
+        inputs, owners = _inputs((train.features,), ("-1", "+1")), tuple(tables)
     else:
-        train, test, names, owners = _libsvm(settings, comm)
+        train, test, inputs, owners = _libsvm(settings, comm)
     count = settings.samples or len(train)
     if count > len(train):
         raise InputError(f"{count} training samples were asked for, {name} has {len(train)} of the two classes")
@@ -175,10 +176,15 @@ def load(settings: Any, comm: MPI.Comm) -> Data:
         raise InputError(f"the first {count} samples of {name} are of one class: a logistic model has two")
     sum_ = comm.bcast(_check_sum(train) if comm.rank == 0 else None)
     problem = f"logistic regression of {count} samples x {train.features}, check sum {sum_:08x}"
-    return Data(train, test, names, problem, owners)
+    return Data(train, test, inputs, problem, owners)
 
 
-Loaded = tuple[TwoClasses, TwoClasses | None, tuple[str, str], tuple[data_set.DataSet | Table, ...]]
+Loaded = tuple[TwoClasses, TwoClasses | None, Inputs, tuple[data_set.DataSet | Table, ...]]
+
+
+def _inputs(shape: tuple[int, ...], names: tuple[str, str], maximum: float | None = None) -> Inputs:
+    """What the model is given: values as they are, or divided by a maximum."""
+    return Inputs(shape, names, "none" if maximum is None else "unit", (0.0,), (maximum or 1.0,))
 
 
 def _libsvm(settings: Any, comm: MPI.Comm) -> Loaded:
@@ -204,7 +210,8 @@ def _libsvm(settings: Any, comm: MPI.Comm) -> Loaded:
     if len(samples) > 1 and not len(samples[1]):
         raise InputError(f"test file {paths[1]} has no samples of the classes {settings.classes}")
     names = tuple(f"{v:+g}" if min(pair) < 0 else f"{v:g}" for v in pair)
-    return samples[0], samples[1] if len(samples) > 1 else None, (names[0], names[1]), tuple(tables)
+    inputs = _inputs((samples[0].features,), (names[0], names[1]))
+    return samples[0], samples[1] if len(samples) > 1 else None, inputs, tuple(tables)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -253,11 +260,12 @@ def _stored(settings: Any, comm: MPI.Comm) -> Loaded:
     chosen = [TwoClasses(table, pair) for table in tables]
     if not len(chosen[1]):
         raise InputError(f"data {settings.data} has no test samples of the classes {', '.join(names)}")
+    inputs = _inputs(dataset.shape, names, dataset.maximum)
     if tables[0].density > DENSE:
-        return chosen[0], chosen[1], names, (dataset,)
+        return chosen[0], chosen[1], inputs, (dataset,)
     packed = [table.compressed(np.asarray(samples.rows), comm) for table, samples in zip(tables, chosen, strict=True)]
     dataset.free()
-    return TwoClasses(packed[0], pair), TwoClasses(packed[1], pair), names, tuple(packed)
+    return TwoClasses(packed[0], pair), TwoClasses(packed[1], pair), inputs, tuple(packed)
 
 
 def _check_sum(samples: TwoClasses) -> int:
@@ -279,7 +287,7 @@ def header(settings: Any, data: Data, loss: LogisticLoss, moving: Batches | None
     stored = f"{data.train.table.density:.1%} not 0, {'dense' if data.train.dense else 'sparse'} products"
     return (
         f"data {settings.data}: {loss.count} samples of {loss.features} features, {stored}; classes "
-        f"{' and '.join(data.names)}; {test}; {batch}\n"
+        f"{' and '.join(data.inputs.classes)}; {test}; {batch}\n"
         f"logistic model, lambda {loss.penalty:g}, {'with' if loss.intercept else 'no'} intercept, {loss.size} "
         f"parameters; a product with the Hessian is charged {loss.charges.hessian():.2f} gradients\n"
         f"solver {settings.solver} {summation}\n"

@@ -22,11 +22,11 @@ from ddml import kernels, plugins
 from ddml.errors import InputError
 from ddml.jets.fused import ORDER
 from ddml.networks.build import OPTIONS as NETWORK_OPTIONS
-from ddml.networks.build import build_network
 from ddml.options import NEVER, WITH_SOLVER, Option
 from ddml.parallel import agreed
-from ddml.problems import PDE, PROBLEMS, Interior, PDELoss
-from ddml.problems.pde import calling, collocation, magnitudes
+from ddml.problems import PROBLEMS, Interior, PDELoss
+from ddml.problems.build import build_problem
+from ddml.problems.pde import collocation, magnitudes
 from ddml.problems.pde.accuracy import SolutionError
 from ddml.problems.pde.loss import TORCH_JETS
 from ddml.problems.pde.scales import parsed
@@ -110,22 +110,14 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> 
     return made.run(limits, attributes, measure, moving, words, closing)
 
 
-def build(settings: Any, training: bool = True) -> tuple[PDELoss, str, list[magnitudes.Magnitude]]:
+def build(settings: Any) -> tuple[PDELoss, str, list[magnitudes.Magnitude]]:
     """The loss that the options describe, the network in words, and what is how large in the beginning.
 
-    What is left open is chosen for a training, magnitudes are those of one that has no scales yet.
+    What is left open is chosen; magnitudes are those of a run that has no scales yet.
     """
-    problem_class = plugins.load(settings.problem, PROBLEMS, "problem")
-    problem = problem_class() if isinstance(problem_class, type) else problem_class
-    if not isinstance(problem, PDE):
-        raise InputError(f"problem '{settings.problem}' is no ddml.problems.PDE")
-    problem.check()
-    dtype = getattr(torch, settings.dtype)
-    settings.width, settings.depth = settings.width or problem.width, settings.depth or problem.depth
-    network, words = build_network(settings, calling.inputs(problem, dtype), len(problem.fields))
-    device = check_device(settings.device)
-    if training:
-        choose(settings, sum(p.numel() for p in network.parameters() if p.requires_grad))
+    problem, network, words = build_problem(settings)
+    dtype, device = getattr(torch, settings.dtype), check_device(settings.device)
+    choose(settings, sum(p.numel() for p in network.parameters() if p.requires_grad))
     if settings.scales is None:
         scales, sizes, notes = magnitudes.find(problem, network, dtype, device, settings)
         settings.scales = str(scales)

@@ -52,7 +52,7 @@ FORBIDDEN = {
         "ddml.planning",
     ),
 }
-OPTIONAL = ("PIL", "matplotlib", "tqdm")  # packages that may be imported where they are used
+OPTIONAL = ("PIL", "matplotlib", "tqdm", "pandas", "xarray")  # packages that may be imported where they are used
 
 LINES, METHODS = 400, 20
 # the same loops for every instruction set and type; made of all option tables

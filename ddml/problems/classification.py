@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from mpi4py import MPI
 from torch import Tensor, nn
 
+from ddml.data.inputs import Inputs
 from ddml.data.sample_sets import SampleSet
 from ddml.errors import InputError
 from ddml.losses import kronecker
@@ -126,3 +128,42 @@ class TestSet:
             hits = (outputs.argmax(dim=1) == targets) & outputs.isfinite().all(dim=1)
             right += int(hits.sum())
         return [loss, right]
+
+
+class Classifier(nn.Module):
+    """A trained network behind the scaling of its inputs: it takes values as they are stored.
+
+    Parameters
+    ----------
+    network
+        Maps scaled inputs (B, ...) to one number for each class, (B, K).
+    inputs
+        What it is given.
+
+    Attributes
+    ----------
+    classes : tuple of str
+        Names of the classes, in the order of the outputs.
+    shape : tuple of int
+        Of a sample.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, network: nn.Module, inputs: Inputs) -> None:
+        super().__init__()
+        self.network, self.classes, self.shape = network, inputs.classes, inputs.shape
+        shape = (1, -1, *[1] * (len(inputs.shape) - 1))
+        for name in ("shift", "scale"):
+            numbers = torch.tensor(getattr(inputs, name), dtype=torch.float64).view(shape)
+            self.register_buffer(name, numbers.to(next(network.parameters())))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """The outputs (B, K), of which the largest is the class, for stored values (B, ...) of any type."""
+        return self.network((values.to(self.shift.dtype) - self.shift) / self.scale)
+
+    @torch.no_grad()
+    def probabilities(self, values: Tensor) -> Tensor:
+        """The probabilities (B, K) of the classes, softmax of the outputs in float64."""
+        return self(values).double().softmax(dim=1)

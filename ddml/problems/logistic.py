@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddml.data.rows import TwoClasses
 from ddml.losses.charges import Charges
@@ -226,3 +226,28 @@ class TwoClassTest(TestSet):
         outputs, first = part.outputs(at), part.samples.signs < 0
         right = np.isfinite(outputs) & ((outputs <= 0) == first)
         return [float(part.losses(at).sum()) / self.count, int(right.sum())]
+
+
+class LogisticModel(nn.Module):
+    """A fitted model as a network of two classes, whose outputs are 0 and x.w + b.
+
+    Parameters
+    ----------
+    features
+        Of a sample.
+    intercept
+        Whether there is a b.
+    """
+
+    intercept: nn.Parameter | None
+
+    def __init__(self, features: int, intercept: bool) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(features, dtype=torch.float64))
+        self.intercept = nn.Parameter(torch.zeros(1, dtype=torch.float64)) if intercept else None
+
+    def forward(self, samples: Tensor) -> Tensor:
+        """The outputs (B, 2) for samples (B, ...)."""
+        found = samples.flatten(1) @ self.weights
+        found = found if self.intercept is None else found + self.intercept
+        return torch.stack([torch.zeros_like(found), found], dim=1)

@@ -21,6 +21,8 @@ COLUMNS = (
     "accuracy",
 )
 
+UNITS = {"time": "s", "work": "full gradients", "work_critical": "full gradients"}  # of columns that have one
+
 MOST_LEVELS = 10  # of a hierarchy, that have a column (our choice)
 WORK_OF_LEVELS = tuple(f"work_level_{number}" for number in range(MOST_LEVELS))
 _NAMES = (*COLUMNS, *WORK_OF_LEVELS)

@@ -14,9 +14,10 @@ from torch import Tensor
 from ddml.errors import InputError, NonFiniteError, RunFileError
 from ddml.objectives.objective import Objective
 from ddml.options import Option
-from ddml.parallel import Interrupted, cause
+from ddml.parallel import Interrupted, agreed, cause
 
-from . import checkpoints, limits, progress
+from . import board, checkpoints, limits, progress
+from .board import Board
 from .checkpoints import Checkpoints, Moving, ResumableSolver
 from .history import WORK_OF_LEVELS
 from .limits import SIGNAL, Limits
@@ -28,6 +29,7 @@ OPTIONS = (
     Option("error_interval", None, "Iterations between evaluations of the error (default 1; self-scaled solvers 10).",
            kind=int, minimum=1),
     *progress.OPTIONS,
+    *board.OPTIONS,
 )  # fmt: skip
 
 
@@ -96,6 +98,8 @@ class Run:
         self.reason = self.failure = ""
         self.keep_going = bool(settings.keep_going)
         self.measured: dict[str, float] = {}  # at the end of the run, if not in the history
+        with agreed(self.comm):
+            self.board = Board(settings.tensorboard if self.comm.rank == 0 else None)
         self.checkpoints = Checkpoints(objective, solver, moving, settings, attributes)
         begin = self.checkpoints.restore(x, same_samples)
         self.history, self.before = begin.history, begin.seconds
@@ -151,6 +155,7 @@ class Run:
         self.x.copy(self.last)
         work.settle()
         self.progress.show(self.history)
+        self.board.show(self.history)
         if self.moving is not None and iteration > 0 and iteration % self.moving.interval == 0:
             self.moving.move(self.objective.parameters(self.x))
             work.settle()  # the state has the new samples
@@ -185,6 +190,7 @@ class Run:
     def save(self) -> None:
         """Write the run file as of the last complete iteration. Collective."""
         self.checkpoints.write(self.last, self.history, with_solver=not self.done)
+        self.board.flush()
 
     def execute(self) -> bool:
         """Run to the end, a limit or a signal, and write the run file; False if the run broke down.
@@ -202,6 +208,8 @@ class Run:
             if self.output != self.checkpoints.source:  # else the file stays what it is
                 self._end()
             return True
+        with agreed(self.comm):
+            self.board.open(self.history)
         self.progress = Progress(self.mode, self.shown, self.first_iteration, self.limits.max_it)
         try:
             self._solve()
@@ -217,6 +225,9 @@ class Run:
                 raise
             self.reason = SIGNAL
         finally:
+            self.board.close()
+            if self.board.failure:
+                self.progress.note(self.board.failure)
             self.progress.close()
         reason = self.tao.getConvergedReason()
         self.reason = self.reason or limits.in_words(reason)

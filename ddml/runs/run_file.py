@@ -5,7 +5,8 @@ A run file has these groups:
 - ``/parameters``: ``theta``, the global vector in float64, and ``names``, ``shapes`` (padded with -1) and ``offsets``
   of the parameters in it;
 - ``/solver``: the solver's state, one group or dataset for each value;
-- ``/history``: one float64 dataset for each column of `ddml.runs.history.History`;
+- ``/history``: one float64 dataset for each column of `ddml.runs.history.History`; ``iteration`` is the dimension scale
+  of the others, as netCDF and xarray have it;
 - the attributes of the root: those of the caller, the versions in force and the number of ranks that wrote it.
 
 Vectors are never gathered: each rank writes and reads its own range, at the place where rank 0, which alone calls
@@ -31,7 +32,7 @@ from ddml.errors import RunFileError
 from ddml.parallel import agreed_file
 from ddml.states import check_text, decode, encode, reserve, vectors_in, with_vectors
 
-from .history import COLUMNS, History
+from .history import COLUMNS, UNITS, History
 from .sealed import FORMAT_VERSION, SEAL_SIZE, Image, beside, store, verify
 
 __all__ = ["Header", "Parameter", "ParameterEntry", "RunFileError", "check_writable", "inspect", "read", "write"]
@@ -131,7 +132,13 @@ def _lay_out(
         encode(cast(h5py.Group, file), "solver", dict(state))
         group = file.create_group("history")
         for name in dict.fromkeys((*COLUMNS, *history.used())):
-            group.create_dataset(name, data=history[name])
+            column = group.create_dataset(name, data=history[name])
+            if name == COLUMNS[0]:
+                column.make_scale(name)
+            else:
+                column.dims[0].attach_scale(group[COLUMNS[0]])
+            if name in UNITS:
+                column.attrs["units"] = UNITS[name]
         offsets = {name: file[name].id.get_offset() or 0 for name in vectors}
     return image, offsets
 
@@ -276,7 +283,7 @@ def inspect(path: str, comm: MPI.Comm) -> Header:
     return _read_root(path, comm, whole=False)[1]
 
 
-def read(path: str, theta: PETSc.Vec) -> tuple[dict[str, Any], History]:
+def read(path: str, theta: PETSc.Vec, with_state: bool = True) -> tuple[dict[str, Any], History]:
     """Read a run file into a vector of any ownership ranges.
 
     Collective on the communicator of `theta`, which need not have as many ranks as the one that wrote the file.
@@ -287,6 +294,8 @@ def read(path: str, theta: PETSc.Vec) -> tuple[dict[str, Any], History]:
         The file.
     theta : Vec, global size n
         Filled with the parameters; each rank reads the range it owns.
+    with_state : bool
+        Whether the state is wanted, which may be many times as large; otherwise it is empty.
 
     Returns
     -------
@@ -310,7 +319,7 @@ def read(path: str, theta: PETSc.Vec) -> tuple[dict[str, Any], History]:
             "restart with the network that the file was written with"
         )
     made: list[tuple[int, PETSc.Vec]] = []
-    state = with_vectors(state, theta, made)
+    state = with_vectors(state, theta, made) if with_state else {}
     try:
         with agreed_file(comm, f"cannot read {path}", "check that every rank sees the file"), open(path, "rb") as file:
             if file.read(SEAL_SIZE) != seal:

@@ -14,11 +14,14 @@ from ddml.errors import InputError
 
 sys.path.insert(0, str(ROOT / "drivers"))
 import classify
+import export
 import logistic
 import pinn
 import plot
+import predict
 
-MAIN = {"pinn": pinn.main, "classify": classify.main, "logistic": logistic.main, "plot": plot.main}
+MAIN = {"pinn": pinn.main, "classify": classify.main, "logistic": logistic.main}
+OF_RUN_FILES = {"plot": plot.main, "predict": predict.main, "export": export.main}  # without options of PETSc
 
 
 @contextmanager
@@ -26,7 +29,7 @@ def command_line(name: str, words: list[str]) -> Iterator[None]:
     """Options and arguments within this block."""
     database, before, arguments = PETSc.Options(), PETSc.Options().getAll(), sys.argv
     sys.argv = [name, *words]
-    if name != "plot":  # whose options are no options of PETSc
+    if name not in OF_RUN_FILES:
         database.insertString(" ".join(words))
     try:
         yield
@@ -39,7 +42,7 @@ def command_line(name: str, words: list[str]) -> Iterator[None]:
 def call(name: str, *options: object, comm: MPI.Comm = MPI.COMM_WORLD) -> int:
     """The exit code of a driver. Collective."""
     with command_line(name, [str(option) for option in options]):
-        return MAIN[name](comm)
+        return (MAIN | OF_RUN_FILES)[name](comm)
 
 
 def refusal(name: str, *options: object, comm: MPI.Comm = MPI.COMM_WORLD) -> str:

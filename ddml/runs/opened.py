@@ -1,0 +1,154 @@
+"""A run file that is opened to be looked at: its history, its options, and the network that was trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import TYPE_CHECKING
+
+from mpi4py import MPI
+from torch import Tensor
+
+from ddml.layout import ParameterLayout, owned
+from ddml.parameters import parameter_table
+from ddml.problems.classification import Classifier
+from ddml.problems.pde.loss import PDELoss
+from ddml.problems.pde.solution import Solution
+
+from . import rebuilt, run_file
+from .extras import extra
+from .history import UNITS, History
+
+if TYPE_CHECKING:
+    import pandas
+    import xarray
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class OpenedRun:
+    """What a run file holds, whatever number of ranks has written it; made by :func:`open_run`.
+
+    Attributes
+    ----------
+    path : str
+        The file.
+    attributes : dict of str to str, int, float or bool
+        Of the file: problem, network, solver, seed, versions, options.
+    history : History
+        ``history["loss"]`` is a numpy array with one entry an iteration.
+    theta : Tensor
+        The parameters (n,), float64.
+    """
+
+    path: str
+    header: run_file.Header
+    history: History
+    theta: Tensor
+
+    def __repr__(self) -> str:
+        of = (self.attributes.get(name, "unknown") for name in ("driver", "problem", "network", "solver"))
+        return f"OpenedRun({self.path}: {', '.join(map(str, of))}; {len(self.history)} rows)"
+
+    @property
+    def attributes(self) -> dict[str, str | int | float | bool]:
+        """Those of the file."""
+        return self.header.attributes
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The options that were in force, as texts, by name."""
+        return rebuilt.options(self.attributes)
+
+    def loss(self, *, trust: bool = False, problem: str | None = None, network: str | None = None) -> PDELoss:
+        """The loss of a run of drivers/pinn.py, on few points; parameters as for :meth:`network`.
+
+        Raises
+        ------
+        InputError
+            See :meth:`network`; a run of another driver.
+        """
+        return rebuilt.pde_loss(self.path, self.header, rebuilt.Anew(trust, problem, network))
+
+    def network(
+        self,
+        *,
+        trust: bool = False,
+        problem: str | None = None,
+        network: str | None = None,
+        data: str | None = None,
+    ) -> Solution | Classifier:
+        """What was trained, as a torch module: of points to fields, or of stored samples to outputs for the classes.
+
+        Python files that the run file names are run only where they are given anew, or trusted.
+
+        Parameters
+        ----------
+        trust
+            Whether to run the Python files that the run file names.
+        problem, network, data
+            As the options of those names, given anew: the same classes, wherever their files are now.
+
+        Raises
+        ------
+        InputError
+            Python files that are named by the run file only; what differs from it; what cannot be built.
+        """
+        return rebuilt.network(self.path, self.header, self.theta, rebuilt.Anew(trust, problem, network, data))
+
+    def data(self, *, trust: bool = False, data: str | None = None) -> str:
+        """The data set of a run of drivers/classify.py, for :func:`ddml.data.files.load`.
+
+        Raises
+        ------
+        InputError
+            A file that is named by the run file only; another data set.
+        """
+        return rebuilt.dataset_name(self.path, self.header, rebuilt.Anew(trust, data=data))
+
+    def xarray(self) -> xarray.Dataset:
+        """The history as a data set over ``iteration``, the options as its attributes.
+
+        Raises
+        ------
+        InputError
+            Without the package xarray.
+        """
+        columns = {
+            name: ("iteration", self.history[name], {"units": UNITS[name]} if name in UNITS else {})
+            for name in self.history.used()
+            if name != "iteration"
+        }
+        made = extra("a history as xarray", "xarray")
+        dataset: xarray.Dataset = made.Dataset(columns, {"iteration": self.history["iteration"]}, dict(self.attributes))
+        return dataset
+
+    def pandas(self) -> pandas.DataFrame:
+        """The history as a table with one row an iteration.
+
+        Raises
+        ------
+        InputError
+            Without the package pandas.
+        """
+        columns = {name: self.history[name] for name in self.history.used() if name != "iteration"}
+        made = extra("a history as pandas", "pandas")
+        table: pandas.DataFrame = made.DataFrame(columns, made.Index(self.history["iteration"], name="iteration"))
+        return table
+
+
+def open_run(path: str | PathLike[str]) -> OpenedRun:
+    """Open a run file on this process alone; nothing is collective, and any number of ranks may have written it.
+
+    Raises
+    ------
+    RunFileError
+        When the file is missing, foreign, of a newer format or damaged.
+    """
+    path, comm = fspath(path), MPI.COMM_SELF
+    header = run_file.inspect(path, comm)
+    x = ParameterLayout(parameter_table([(p.name, p.shape) for p in header.parameters]), comm).vector()
+    try:
+        _, history = run_file.read(path, x, with_state=False)
+        return OpenedRun(path, header, history, owned(x).clone())
+    finally:
+        x.destroy()

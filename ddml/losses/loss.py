@@ -46,6 +46,8 @@ class Loss(ABC):
         Whether there is a :meth:`gauss_newton_product`.
     hessian : bool
         Whether there is a :meth:`hessian_product`.
+    divisible : bool
+        Whether any process can have any of the samples; else each has its own, and all work together always.
     large_from : int
         Parameters from which memory is worth some time.
     once : tuple of float
@@ -64,6 +66,7 @@ class Loss(ABC):
     device: torch.device
     gauss_newton: bool = False
     hessian: bool = True
+    divisible: bool = True
     large_from: ClassVar[int] = LARGE
     once: tuple[float, float] = (0.0, 0.0)
 

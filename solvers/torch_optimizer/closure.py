@@ -49,7 +49,7 @@ class ClosureLoss(Loss):
     """
 
     count = 1
-    hessian = False
+    hessian = divisible = False
 
     def __init__(self, named: Sequence[tuple[str, nn.Parameter]], module: nn.Module | None, comm: MPI.Comm) -> None:
         self.tensors = [tensor for _, tensor in named]
@@ -138,7 +138,7 @@ class ClosureLoss(Loss):
 
     def part(self, begin: int, end: int) -> Loss:
         """See :meth:`ddml.losses.loss.Loss.part`: refused."""
-        _refuse("subdomains side by side, each by ranks that have all samples")
+        _refuse("to divide the samples anew")
 
     def sampled(self, rows: Tensor) -> Loss:
         """See :meth:`ddml.losses.loss.Loss.sampled`: refused."""

@@ -71,8 +71,8 @@ class Minimizer(torch.optim.Optimizer):
         Weight of this rank's loss in the mean, as a rule its number of samples; 0: it has none, and its closure is not
         called. The attribute may be changed before any step.
     lr
-        Learning rate, of solvers that have one (``adagrad``; ``gradient`` with ``line_search=False``). The others choose
-        their steps themselves and refuse it.
+        Learning rate, of solvers that have one (``adagrad``; ``gradient`` with ``line_search=False``). The others
+        choose their steps themselves and refuse it.
     options
         Of the solver and of PETSc, as for :func:`solvers.minimise`.
 
@@ -172,8 +172,8 @@ class Minimizer(torch.optim.Optimizer):
         ------
         CollectiveError
             On all ranks: a closure that fails, gives no number or no gradient, or a loss that is not finite where the
-            step begins. The parameters are those before the step then; the solver begins afresh with the next one, unless
-            it was the first call that failed.
+            step begins. The parameters are those before the step then; the solver begins afresh with the next one,
+            unless it was the first call that failed.
         """
         with torch.no_grad(), given(self._prefix, self._options):
             iterations = self._prepare(closure)

@@ -64,7 +64,7 @@ class Minimizer(torch.optim.Optimizer):
     solver
         Its name, or ``path/to/file.py:Class``.
     comm
-        The ranks. They begin with the parameters of rank 0.
+        The ranks. They begin with the parameters of rank 0, and with its buffers where the module is given.
     max_iter
         Iterations of each step.
     share
@@ -115,6 +115,9 @@ class Minimizer(torch.optim.Optimizer):
         said = comm.allgather((loss.parameters, loss.dtype, solver, f"{self._options}"))
         if any(other != said[0] for other in said):
             raise CollectiveError("all ranks must train the same parameters with the same solver and options")
+        others = [] if module is None else [t for t in (*module.parameters(), *module.buffers()) if not t.requires_grad]
+        for tensor, first in zip(others, comm.bcast([t.detach().cpu() for t in others]), strict=True):
+            tensor.detach().copy_(first)
         self._synchronise()
         try:
             with given(self._prefix, self._options):

@@ -135,28 +135,21 @@ def test_a_state_before_the_first_step(comm: MPI.Comm) -> None:
 
 
 def test_what_was_learnt_stays_where_the_samples_change(comm: MPI.Comm) -> None:
-    run = Run("ssbfgs", comm, max_iter=5)
+    run, afresh = Run("ssbfgs", comm, max_iter=5), Run("ssbfgs", comm, max_iter=5)
     run.steps(3)
-    shifted = 0.01 if run.rows.stop > run.rows.start else 0.0
+    afresh.network.load_state_dict(run.network.state_dict())
 
-    def other() -> Tensor:
-        loss = (run.network(X[run.rows]) - Y[run.rows] - shifted).square().sum(1).mean()
-        loss.backward()  # which the step has zeroed the gradients for
-        return loss
+    def other(one: Run) -> Callable[[], Tensor]:
+        def closure() -> Tensor:
+            loss = (one.network(X[one.rows]) - Y[one.rows] - 0.01).square().sum(1).mean()
+            loss.backward()  # the step has zeroed the gradients
+            return loss
 
-    known, afresh = run.saved(), Run("ssbfgs", comm, max_iter=5)
-    run.optimizer.step(other)
-    afresh.network.load_state_dict(torch.load(known)[0])
-    run_loss = run.optimizer.loss
-    run.network.load_state_dict(afresh.network.state_dict())
-    begun = float(afresh.optimizer.step(lambda: _with(afresh, shifted)))
-    assert run_loss < afresh.optimizer.loss < begun
+        return closure
 
-
-def _with(run: Run, shift: float) -> Tensor:
-    loss = (run.network(X[run.rows]) - Y[run.rows] - shift).square().sum(1).mean()
-    loss.backward()
-    return loss
+    begun = [float(one.optimizer.step(other(one))) for one in (run, afresh)]
+    assert begun[0] == pytest.approx(begun[1], rel=1e-12)
+    assert run.optimizer.loss < afresh.optimizer.loss < begun[0]
 
 
 def test_parameters_that_somebody_changes_are_where_the_next_step_begins(comm: MPI.Comm) -> None:
@@ -169,14 +162,19 @@ def test_parameters_that_somebody_changes_are_where_the_next_step_begins(comm: M
     assert run.optimizer.loss < expected
 
 
-def test_ranks_begin_with_the_parameters_of_the_first(comm: MPI.Comm) -> None:
+def test_ranks_begin_with_the_parameters_and_the_buffers_of_the_first(comm: MPI.Comm) -> None:
     torch.manual_seed(comm.rank)
-    module = nn.Linear(3, 2)
+    module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    module[1].running_mean.fill_(float(comm.rank + 1))
+    module[2].weight.requires_grad_(False)
     Minimizer(module, "lbfgs", comm)
-    assert comm.bcast(module.weight.detach().numpy().tobytes()) == module.weight.detach().numpy().tobytes()
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(torch.from_numpy(comm.bcast(tensor.numpy())), tensor), name
+    assert module[1].running_mean.tolist() == [1, 1]
 
 
 def test_some_parameters_only_frozen_tied_and_unused_ones(comm: MPI.Comm) -> None:
+    torch.manual_seed(0)
     module = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2), "unused": nn.Linear(2, 2)}).double()
     module["b"].weight = module["a"].weight
     module["b"].bias.requires_grad_(False)
@@ -212,9 +210,9 @@ def test_sparse_gradients_and_a_number_for_a_loss(comm: MPI.Comm) -> None:
 class Copies(TorchDispatchMode):
     """Counts what is copied, converted or joined."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.size, self.entries = size, 0
+        self.entries = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
@@ -233,17 +231,13 @@ def test_parameters_are_copied_once_each_way_a_call(dtype: torch.dtype) -> None:
         with mode_off():
             return run.closure()
 
-    with Copies(size) as copies:
+    with Copies() as copies:
         mode_off = torch.utils._python_dispatch._disable_current_modes
         run.optimizer.step(closure)
     calls = run.optimizer.calls - calls
     compared = size if dtype == torch.float32 else 0  # whether somebody has changed them, in their precision
     assert calls >= 7
     assert copies.entries == 2 * size * calls + size + compared  # and what was found at the end
-
-
-def _none() -> None:
-    return None
 
 
 BAD: dict[str, tuple[Callable[[Run], Any], str]] = {
@@ -260,9 +254,9 @@ BAD: dict[str, tuple[Callable[[Run], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("later", [0, 2, 9])
+@pytest.mark.parametrize("later", [0, 5])
 @pytest.mark.parametrize("wrong", BAD)
-def test_what_goes_wrong_in_the_closure_of_one_rank_is_one_error_on_all(comm: MPI.Comm, wrong: str, later: int) -> None:
+def test_what_goes_wrong_in_one_closure_is_one_error_on_all_ranks(comm: MPI.Comm, wrong: str, later: int) -> None:
     bad, words = BAD[wrong]
     run, calls = Run("ssbfgs", comm, max_iter=3), 0
     last = comm.size - 1
@@ -336,7 +330,7 @@ def test_solvers_and_options_that_do_not_go_are_refused(
 @pytest.mark.parametrize(
     ("make", "name", "words"),
     [
-        (lambda: [], "lbfgs", "no parameters to train"),
+        (list, "lbfgs", "no parameters to train"),
         (lambda: [torch.ones(2)], "lbfgs", "none has requires_grad"),
         (lambda: ["weight"], "lbfgs", "parameter 0 must be a tensor that is a leaf, got str"),
         (lambda: [2 * torch.ones(2, requires_grad=True)], "lbfgs", "must be a tensor that is a leaf"),

@@ -276,7 +276,7 @@ def test_what_goes_wrong_in_one_closure_is_one_error_on_all_ranks(comm: MPI.Comm
     assert "\n" not in text and comm.bcast(text) == text
     assert comm.size == 1 or f"on rank {last}" in text
     assert torch.equal(run.theta, before)
-    assert run.steps(1)[0] <= expected  # it goes on
+    assert run.steps(1)[0] <= expected * (1 + 1e-12)  # it goes on
     assert run.optimizer.loss < expected
 
 

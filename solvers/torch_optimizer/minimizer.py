@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -235,7 +236,7 @@ class Minimizer(torch.optim.Optimizer):
                 raise InputError(
                     "step() needs a closure, which computes the loss and its gradient and returns the loss"
                 )
-            if not 0 <= self.share < math.inf:
+            if not (isinstance(self.share, Real) and 0 <= self.share < math.inf):
                 raise InputError(f"the share of a rank must be 0 or more samples, got {self.share}")
             if not isinstance(group["max_iter"], int) or group["max_iter"] < 1:
                 raise InputError(f"max_iter must be an integer of 1 or more, got {group['max_iter']}")

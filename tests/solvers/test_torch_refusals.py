@@ -146,6 +146,7 @@ def test_what_is_wrong_at_a_step_is_refused(comm: MPI.Comm) -> None:
     for share, words in (
         (-1.0, "must be 0 or more samples"),
         (float("nan"), "must be 0"),
+        ("many", "must be 0"),
         (0.0, "no rank has samples"),
     ):
         kept, run.optimizer.share = run.optimizer.share, share

@@ -209,7 +209,12 @@ static PetscErrorCode combine(Vec y, PetscInt count, const PetscScalar *alpha, P
             for (PetscInt i = begin; i < end; i++) b[i] *= beta;
         for (PetscInt j = 0; j < count; j++) {
             const double s = alpha[j], *restrict v = a[j];
-            for (PetscInt i = begin; i < end; i++) b[i] += s * v[i];
+            PetscInt i = begin;
+            for (; i + LANES <= end; i += LANES) {
+                __builtin_prefetch(v + i + AHEAD);
+                *(lanes *)(b + i) += s * *(const lanes *)(v + i);
+            }
+            for (; i < end; i++) b[i] += s * v[i];
         }
     }
     PetscCall(VecRestoreArray(y, &b));

@@ -31,9 +31,8 @@ def closures(settings: Any) -> None:
                         run.step()
                 wolfe, none, ours = (median(run.times) for run in runs)
                 name = str(dtype).removeprefix("torch.")
-                print(
-                    f"| {runs[0].size} | {name} | {pairs} | {wolfe:.2f} | {none:.2f} | {ours:.2f} | {ours / wolfe:.2f} |"
-                )
+                numbers = " | ".join(f"{number:.2f}" for number in (wolfe, none, ours, ours / wolfe))
+                print(f"| {runs[0].size} | {name} | {pairs} | {numbers} |")
 
 
 def _optimizers(pairs: int) -> tuple[Callable[[nn.Module], torch.optim.Optimizer], ...]:

@@ -11,6 +11,7 @@ from common.program import run_program
 
 import torch
 from benches.classifiers import classifiers
+from benches.closures import closures
 from benches.evaluations import balance, evaluation, ranks, ranks_worker, restricted
 from benches.large import large, large_worker
 from benches.levels import levels
@@ -43,6 +44,7 @@ ASKED = {
     "levels": levels,
     "work": work,
     "prices": prices,
+    "closures": closures,
     "samples": samples,
     "large": large,
     "ranks_worker": ranks_worker,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .schwarz.apts import APTSData, APTSWeights
     from .schwarz.napts import NAPTS
     from .schwarz.spqn import ASPQN, MSPQN, DenseMSPQN
+    from .torch_optimizer import Minimizer
     from .trust_region.adagrad import AdaGrad
     from .trust_region.astrom import ASTROM
     from .trust_region.trust_region import TrustRegion
@@ -41,6 +42,7 @@ _HOMES = {
     "MLVR": "solvers.multilevel.samples",
     "MSPQN": "solvers.schwarz.spqn",
     "Minimisation": "solvers.minimisation",
+    "Minimizer": "solvers.torch_optimizer",
     "MultilevelAdaGrad": "solvers.multilevel.adagrad",
     "NAPTS": "solvers.schwarz.napts",
     "Newton": "solvers.gauss_newton.newton",
@@ -74,7 +76,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "ASPQN", "ASTROM", "LBFGS", "MGOPT", "MLVR", "MSPQN", "NAPTS", "PETSC_TYPES", "RMTR", "SARAH", "SOLVERS",
     "SSBFGS", "SVRG", "TO_ROUNDING", "APTSData", "APTSWeights", "AdaGrad", "Cascade", "DenseMSPQN",
-    "GaussNewton", "GradientDescent", "Minimisation", "MultilevelAdaGrad", "Newton", "NystromPC", "Result",
+    "GaussNewton", "GradientDescent", "Minimisation", "Minimizer", "MultilevelAdaGrad", "Newton", "NystromPC", "Result",
     "SSBroyden", "SchwarzAdaGrad", "SchwarzPC", "Solver", "SubsampledNewton", "TrustRegion", "configure",
     "minimise", "solver_class",
 ]  # fmt: skip

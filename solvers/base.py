@@ -64,6 +64,11 @@ class Solver(Owner, ABC):
     whole_iterations : bool
         Whether a request to stop waits for the end of an iteration, which changes what :meth:`inner_state` gives
         meanwhile.
+    paced : bool
+        Whether the setting ``rate`` is the length of all steps, which a schedule may change.
+    resumes : bool or None
+        Where the next :meth:`solve` begins: None, afresh; else behind the last complete iteration, or the one that
+        :meth:`restore` has set, False on the same objective, True on one that has changed since.
     needed : int
         Bytes of the dense matrices that :meth:`prepare` has made on this rank, and the solver will fill.
     spent : list of float
@@ -86,6 +91,7 @@ class Solver(Owner, ABC):
     judges_batches: ClassVar[bool] = False
     moves_points: ClassVar[int] = 0
     measures_error: ClassVar[int] = 1
+    paced: bool = False
     failure: int = PETSc.TAO.ConvergedReason.DIVERGED_LS_FAILURE
 
     def __init__(self) -> None:
@@ -95,7 +101,7 @@ class Solver(Owner, ABC):
         self.objective: Objective
         self.vectors: dict[str, PETSc.Vec] = {}
         self.f, self.iteration, self._version = 0.0, 0, 0
-        self._restored: bool | None = None  # whether the restored state is outdated; None: there is none
+        self.resumes: bool | None = None
         self.remembers = self.whole_iterations = self.spares_memory = False
         self.needed, self.spent = 0, list[float]()
 
@@ -188,7 +194,7 @@ class Solver(Owner, ABC):
     def _start(self, tao: PETSc.TAO) -> bool:
         """Begin at the initial point, or where :meth:`restore` says; True to go on."""
         x, accepted = tao.getSolution(), self.vectors["accepted_g"]
-        outdated, self._restored = self._restored, None
+        outdated, self.resumes = self.resumes, None
         self._version = -1 if outdated else self.objective.version
         if outdated is not None:
             accepted.copy(self.g)
@@ -277,7 +283,7 @@ class Solver(Owner, ABC):
             vec.destroy()
         self.remembers = not complete
         if complete:
-            self.iteration, self.f, self._restored = state["iteration"], state["f"], state["outdated"]
+            self.iteration, self.f, self.resumes = state["iteration"], state["f"], state["outdated"]
 
 
 class Stepper(Solver):

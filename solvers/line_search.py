@@ -79,9 +79,22 @@ class LineSearch(Owner):
             return math.inf
         return value
 
-    def __call__(self, x: PETSc.Vec, f: float, g: PETSc.Vec, direction: PETSc.Vec, first: float = 1.0) -> SearchResult:
-        """Search from x along ``direction``; x and g are overwritten with the accepted point. Collective."""
-        x0, g0 = x.copy(), g.copy()
+    def __call__(
+        self,
+        x: PETSc.Vec,
+        f: float,
+        g: PETSc.Vec,
+        direction: PETSc.Vec,
+        first: float = 1.0,
+        room: tuple[PETSc.Vec, PETSc.Vec] | None = None,
+    ) -> SearchResult:
+        """Search from x along ``direction``; x and g are overwritten with the accepted point. Collective.
+
+        What they were is kept meanwhile, and left, in the two vectors ``room`` if these are given.
+        """
+        x0, g0 = (x.duplicate(), g.duplicate()) if room is None else room
+        x.copy(x0)
+        g.copy(g0)
         self._limit = f + GROWTH * abs(f)
         try:
             for _ in range(RETRIES):
@@ -106,5 +119,6 @@ class LineSearch(Owner):
             return SearchResult(f, 0.0, False)
         finally:
             self._start = None
-            x0.destroy()
-            g0.destroy()
+            if room is None:
+                x0.destroy()
+                g0.destroy()

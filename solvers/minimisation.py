@@ -46,7 +46,7 @@ from .owner import Owner
 from .registry import configure, solver_class
 
 LIMIT = 1_000_000  # parameters above which sums go by ranks (our choice)
-_prefixes = (f"minimise{number}_" for number in count())
+prefixes = (f"minimise{number}_" for number in count())  # of options that nobody else reads
 
 
 @dataclass(frozen=True)
@@ -213,8 +213,8 @@ def minimise(
         On all ranks: a solver that there is not; options that nothing reads, or out of range; a start of another size;
         a loss that is not finite where it begins.
     """
-    prefix = next(_prefixes)
-    with _given(prefix, options or {}):
+    prefix = next(prefixes)
+    with given(prefix, options or {}):
         batched = tables.read(BATCHES, prefix)
         if batched.batch_size > loss.count:
             raise InputError(f"batch_size must be at most {loss.count}, the samples; got {batched.batch_size}")
@@ -224,9 +224,7 @@ def minimise(
             loss, solver, comm, prefix, subdomains=subdomains, blocks=blocks, samples=batched.batch_size
         )
         try:
-            left = [key.removeprefix(prefix) for key in tables.unused() if key.startswith(prefix)]
-            if left:
-                raise InputError(f"unknown option{'s' * (len(left) > 1)} {', '.join(left)} of solver {solver}")
+            refuse_unused(prefix, solver)
             if batched.batch_size and made.context is None:
                 raise InputError(f"PETSc's {solver} knows nothing of samples that change: it takes no batch_size")
             if start is not None:
@@ -287,8 +285,15 @@ def _write(x: PETSc.Vec, theta: Tensor) -> None:
     x.setArray(theta[begin:end].cpu().numpy())
 
 
+def refuse_unused(prefix: str, solver: str | Solver) -> None:
+    """Raise an InputError where options of that prefix are in PETSc's database that the solver has not asked for."""
+    left = [key.removeprefix(prefix) for key in tables.unused() if key.startswith(prefix)]
+    if left:
+        raise InputError(f"unknown option{'s' * (len(left) > 1)} {', '.join(left)} of solver {solver}")
+
+
 @contextmanager
-def _given(prefix: str, options: Mapping[str, Any]) -> Iterator[None]:
+def given(prefix: str, options: Mapping[str, Any]) -> Iterator[None]:
     """Put options into PETSc's database, and take out all of that prefix at the end."""
     database = PETSc.Options()
     for name, value in options.items():

@@ -58,6 +58,7 @@ SERIAL = (
 BY_NAME = (
     *("data/test_libsvm.py", "hierarchy/", "problems/test_logistic.py", "sampling/test_nested.py"),
     *(f"solvers/test_{name}.py" for name in ("adagrad", "astrom", "levels", "mlvr", "multilevel_adagrad", "newton")),
+    *("solvers/test_torch_optimizer.py", "solvers/test_torch_refusals.py"),
     *("drivers/test_given_options.py", "drivers/test_logistic_driver.py", "drivers/test_pinn_levels.py"),
     "drivers/test_opened.py",
 )

@@ -11,6 +11,7 @@
 #include <petsc/private/vecimpl.h>
 
 #define LANES 8
+#define AHEAD 256   /* entries that are asked for before they are needed (our choice) */
 #define CACHED 1024 /* entries that are worked on at a time where several vectors are read */
 
 typedef double lanes __attribute__((vector_size(LANES * sizeof(double)), aligned(sizeof(double)), may_alias));
@@ -31,7 +32,10 @@ static double product(const double *x, const double *y, PetscInt n)
 {
     lanes total = {0};
     PetscInt i = 0;
-    for (; i + LANES <= n; i += LANES) total += *(const lanes *)(x + i) * *(const lanes *)(y + i);
+    for (; i + LANES <= n; i += LANES) {
+        __builtin_prefetch(y + i + AHEAD);
+        total += *(const lanes *)(x + i) * *(const lanes *)(y + i);
+    }
     double rest = 0;
     for (; i < n; i++) rest += x[i] * y[i];
     return sum_of(total) + rest;
@@ -205,7 +209,12 @@ static PetscErrorCode combine(Vec y, PetscInt count, const PetscScalar *alpha, P
             for (PetscInt i = begin; i < end; i++) b[i] *= beta;
         for (PetscInt j = 0; j < count; j++) {
             const double s = alpha[j], *restrict v = a[j];
-            for (PetscInt i = begin; i < end; i++) b[i] += s * v[i];
+            PetscInt i = begin;
+            for (; i + LANES <= end; i += LANES) {
+                __builtin_prefetch(v + i + AHEAD);
+                *(lanes *)(b + i) += s * *(const lanes *)(v + i);
+            }
+            for (; i < end; i++) b[i] += s * v[i];
         }
     }
     PetscCall(VecRestoreArray(y, &b));

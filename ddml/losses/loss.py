@@ -44,6 +44,10 @@ class Loss(ABC):
         The torch module whose parameters stand in front in theta; there may be others behind them.
     gauss_newton : bool
         Whether there is a :meth:`gauss_newton_product`.
+    hessian : bool
+        Whether there is a :meth:`hessian_product`.
+    divisible : bool
+        Whether any process can have any of the samples; else each has its own, and all work together always.
     large_from : int
         Parameters from which memory is worth some time.
     once : tuple of float
@@ -61,6 +65,8 @@ class Loss(ABC):
     dtype: torch.dtype
     device: torch.device
     gauss_newton: bool = False
+    hessian: bool = True
+    divisible: bool = True
     large_from: ClassVar[int] = LARGE
     once: tuple[float, float] = (0.0, 0.0)
 

@@ -16,7 +16,7 @@ from ddml.losses import work
 from ddml.parameters import parameter_table
 
 from .costs import forward_costs, forward_numbers
-from .modules import coarse_inputs, evaluated, not_finite, occurrences, trained
+from .modules import coarse_inputs, evaluated, grouped, is_chain, not_finite, occurrences, trained
 from .samples import SampledLoss
 
 CHANCES = 8  # evaluations that must agree: of a few samples one by chance can (our choice)
@@ -77,13 +77,9 @@ class ModuleLoss(SampledLoss):
         self._trained = [p for _, p in named]
         self._places = dict(zip(map(id, self._trained), self.parameters, strict=True))
         self.dtype, self.device = named[0][1].dtype, named[0][1].device
-        # a subclass may do more than pass data through its children
-        self._stepped = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-        owners = {name: name.split(".")[0] if self._stepped else name.rpartition(".")[0] for name, _ in named}
-        groups: dict[str, list[int]] = {}
-        for number, parameter in enumerate(self.parameters):
-            groups.setdefault(owners[parameter.name], []).append(number)
-        self.layers = tuple(tuple(g) for g in groups.values())
+        self._stepped = is_chain(module)
+        groups = grouped(module, [name for name, _ in named])
+        self.layers = tuple(groups.values())
         stages = list(module._modules)
         self.layer_stage = [stages.index(k) if self._stepped else 0 for k in groups]
         _check(module, criterion, samples.part(0, min(self.count, 8)))

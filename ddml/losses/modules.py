@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +28,12 @@ def trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     if not named:
         why = "all have requires_grad False" if list(module.parameters()) else "it has none at all"
         raise InputError(f"the network has no parameters to train: {why}")
+    check_alike(named)
+    return named
+
+
+def check_alike(named: Sequence[tuple[str, nn.Parameter]]) -> None:
+    """Raise an InputError where parameters have no shape yet, or are of several precisions or of no real numbers."""
     first, model = named[0]
     for name, parameter in named:
         if is_lazy(parameter):
@@ -39,7 +45,20 @@ def trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
                 f"parameters must be of one precision: {first} is of {model.dtype}, {name} of {parameter.dtype}; "
                 f"convert the network, say by its method to({model.dtype})"
             )
-    return named
+
+
+def is_chain(module: nn.Module) -> bool:
+    """Whether a module is an ``nn.Sequential`` that does no more than pass data through its children."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def grouped(module: nn.Module, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """The layers of a module by name, children of a chain and leaves of others, and the numbers of their parameters."""
+    chain = is_chain(module)
+    groups: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        groups.setdefault(name.split(".")[0] if chain else name.rpartition(".")[0], []).append(number)
+    return {owner: tuple(numbers) for owner, numbers in groups.items()}
 
 
 def occurrences(module: nn.Module, known: Mapping[int, T]) -> dict[str, T]:

@@ -87,7 +87,7 @@ class RestrictedLoss(Loss):
     def __init__(self, loss: Loss, ranges: Sequence[slice], frozen: Frozen | None = None) -> None:
         self.loss = loss
         self.frozen = Frozen(loss) if frozen is None else frozen
-        self.gauss_newton = loss.gauss_newton
+        self.gauss_newton, self.hessian, self.divisible = loss.gauss_newton, loss.hessian, loss.divisible
         self.ranges = tuple(ranges)
         ends = list(accumulate((r.stop - r.start for r in ranges), initial=0))
         self.places = tuple(slice(a, b) for a, b in pairwise(ends))

@@ -43,8 +43,16 @@ class Newton(Stepper):
     work_vectors = ("p", "trial", "trial_g")
 
     def prepare(self, tao: PETSc.TAO) -> None:
-        """Make the matrix and the KSP, which reads its options. Collective."""
+        """Make the matrix and the KSP, which reads its options. Collective.
+
+        Raises
+        ------
+        CollectiveError
+            If the loss has no Hessian products.
+        """
         super().prepare(tao)
+        if not self.objective.loss.hessian:
+            raise CollectiveError("solver newton needs Hessian products, which this loss has not")
         self.matrix = self.own(Hessian(self.objective).matrix())
         self.ksp = self.own(PETSc.KSP().create(self.objective.comm))
         prefix = f"{self.prefix}newton_"

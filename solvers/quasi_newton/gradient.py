@@ -28,6 +28,11 @@ class GradientDescent(Stepper):
     )
     work_vectors = ("trial", "trial_g")
 
+    def setFromOptions(self, tao: PETSc.TAO) -> None:
+        """Read the options. Collective."""
+        super().setFromOptions(tao)
+        self.paced = not self.searches
+
     def begin(self) -> None:
         """See :meth:`solvers.base.Solver.begin`."""
         self.length = self.settings.rate / (2 if self.settings.line_search else 1)
@@ -47,13 +52,13 @@ class GradientDescent(Stepper):
 
     def step(self, x: PETSc.Vec) -> None:
         """See :meth:`solvers.base.Stepper.step`."""
-        x.axpy(-self.length, self.g)
+        x.axpy(-(self.length if self.searches else self.settings.rate), self.g)
 
     def iterate(self, x: PETSc.Vec) -> SearchResult:
         """See :meth:`solvers.base.Solver.iterate`."""
         trial, trial_g = self.vectors["trial"], self.vectors["trial_g"]
         searches, square = self.searches, float(self.g.dot(self.g))
-        step = 2 * self.length if searches else self.length
+        step = 2 * self.length if searches else self.settings.rate
         for _ in range(TRIALS if searches else 1):
             trial.waxpy(-step, self.g, x)
             value = self.objective.value_gradient(trial, trial_g)

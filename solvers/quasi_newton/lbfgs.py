@@ -109,7 +109,6 @@ class LBFGS(Solver):
 
     def _quasi_newton_step(self, x: PETSc.Vec, f: float) -> SearchResult:
         g, direction, work = self.g, self.vectors["direction"], self.vectors["work"]
-        g.copy(self.vectors["start_g"])
         self.pairs.apply(g, work)
         self.vectors["v"].copy(direction)
         direction.axpby(-self.settings.momentum, 1 - self.settings.momentum, work)
@@ -120,4 +119,4 @@ class LBFGS(Solver):
         if len(self.pairs) == 0:
             size = g.norm(PETSc.NormType.NORM_1)
             first = self.first_step if self.first_step is not None else min(1.0, 1 / max(size, 1.0))
-        return self.search(x, f, g, direction, first)
+        return self.search(x, f, g, direction, first, (work, self.vectors["start_g"]))

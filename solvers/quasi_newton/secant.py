@@ -47,16 +47,18 @@ class SecantMemory:
         """Store copies of a pair and forget the oldest beyond m; False if it is skipped. Collective."""
         if self.size == 0 or not s.dot(y) > self.skip:
             return False
-        while len(self) >= self.size:
+        while len(self) > self.size:
             self.S.pop(0).destroy()
             self.Y.pop(0).destroy()
-            self.R, self.YY = self.R[1:, 1:], self.YY[1:, 1:]
-        self.S.append(s.copy())
-        self.Y.append(y.copy())
+        for vec, pairs in ((s, self.S), (y, self.Y)):
+            room = pairs.pop(0) if len(pairs) == self.size else vec.duplicate()
+            vec.copy(room)
+            pairs.append(room)
         m = len(self)
         dots = np.asarray(y.mDot(self.S + self.Y))
         R, YY = np.zeros((m, m)), np.zeros((m, m))
-        R[:-1, :-1], YY[:-1, :-1] = self.R, self.YY
+        kept = max(len(self.R) - m + 1, 0)
+        R[:-1, :-1], YY[:-1, :-1] = self.R[kept:, kept:], self.YY[kept:, kept:]
         R[:, -1] = dots[:m]
         YY[:, -1] = YY[-1] = dots[m:]
         self.R, self.YY = R, YY

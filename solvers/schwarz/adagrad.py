@@ -29,6 +29,7 @@ class SchwarzAdaGrad(AdaGrad):
     """
 
     subdomains_of = "parameters"
+    paced = False  # the local solvers have the rate, too
     options: ClassVar[Sequence[Option]] = (
         *AdaGrad.options,
         *DECOMPOSITION,

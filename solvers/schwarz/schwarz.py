@@ -156,7 +156,8 @@ class Schwarz(Owner):
     subdomains
         What to correct on.
     parallel
-        True for :meth:`additive`: groups of ranks treat subdomains side by side. False for
+        True for :meth:`additive`: groups of ranks treat subdomains side by side, or all ranks one after another where
+        the loss is not divisible. False for
         :meth:`multiplicative`: all ranks treat one subdomain after another.
     prefix
         Of the local solvers' options.
@@ -198,7 +199,8 @@ class Schwarz(Owner):
         self._local_event = PETSc.Log.Event("ddml local")
         self._exchange_event = PETSc.Log.Event("ddml exchange")
         with self.building():
-            self.decomposition = self.own(Decomposition(subdomains, objective.layout, parallel))
+            apart = parallel and objective.loss.divisible
+            self.decomposition = self.own(Decomposition(subdomains, objective.layout, apart))
             with agreed(objective.comm), understood():
                 self.restricted = self._restrict()
                 for restricted_objective in self.restricted.values():

@@ -31,6 +31,7 @@ class AdaGrad(Solver):
         Option("sigma", 1e-4, "What the sum of squared gradients begins with.", above=0.0),
     )
     work_vectors = ("squares", "s")
+    paced = True
     saved = ("squares",)
     failure = PETSc.TAO.ConvergedReason.DIVERGED_NAN
 

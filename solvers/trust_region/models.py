@@ -209,7 +209,7 @@ class Products(Model):
     Raises
     ------
     CollectiveError
-        If the loss has no Gauss-Newton matrix.
+        If the loss has no such products.
     """
 
     learns = False
@@ -222,6 +222,8 @@ class Products(Model):
                 f"option -{prefix}model gauss_newton needs a loss that is convex in a network's outputs, as a sum of "
                 "squares of residuals is; use hessian"
             )
+        if kind == "hessian" and not objective.loss.hessian:
+            raise CollectiveError(f"option -{prefix}model hessian needs Hessian products, which this loss has not")
         self.rhs = self.own(objective.layout.vector())
         self.matrix = self.own(_Curvature(objective, kind, rows).matrix())
         self.norm = norm

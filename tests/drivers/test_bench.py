@@ -105,6 +105,13 @@ def test_a_case_of_levels_that_is_none_is_refused() -> None:
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "a case has the option 'nothing'" in done.stderr
 
 
+@pytest.mark.long
+def test_what_optimizers_take_beside_the_closure() -> None:
+    rows = bench("-only", "closures", "-repeats", "1")
+    assert [row[:3] for row in rows[-8:-6]] == [["85614", "float64", "3"], ["85614", "float64", "10"]]
+    assert all(float(number) > 0 for row in rows[-8:] for number in row[3:])
+
+
 def test_prices_of_logistic_models_stand_beside_what_is_charged() -> None:
     rows = bench("-only", "prices", "-logistic_data", "digits:4:9,digits:0:1", "-repeats", "1")
     assert [row[0] for row in rows[1:3]] == [row[0] for row in rows[4:]] == ["digits:4:9", "digits:0:1"]

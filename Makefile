@@ -1,6 +1,6 @@
 # make demo    train a physics-informed network on two ranks with three solvers, 45 s in all, draw the figures
 # make check   a part of the test suite, before a commit
-# make test    the test suite, on 1, 2 and 3 ranks (13 minutes); make test-long all of it on all ranks, 1,000 kills
+# make test    the test suite, on 1, 2 and 3 ranks (18 minutes); make test-long all of it on all ranks, 1,000 kills
 # make bench   the tables of the README, measured side by side (about 25 minutes)
 # make lint    style and types
 # make docs    the page of options, docs/options.md, from their tables

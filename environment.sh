@@ -121,7 +121,7 @@ if [ "${DDML_CUDA:-0}" = 1 ] && [ -z "$given" ]; then
     command -v nvcc >/dev/null || fail "DDML_CUDA=1 needs nvcc, of the CUDA toolkit, in PATH"
     architecture=${DDML_CUDA_ARCH:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d . || true)}
     [[ $architecture =~ ^[0-9]+$ ]] || fail "DDML_CUDA=1 and no GPU answers here: set DDML_CUDA_ARCH (80 for A100, 90 for H100)"
-    cuda_options="--with-cxx=g++ --with-cuda=1 --with-cudac=nvcc --with-cuda-arch=$architecture"
+    cuda_options="--with-cuda=1 --with-cudac=nvcc --with-cuda-arch=$architecture"
 fi
 
 debian_packages() {

@@ -9,7 +9,8 @@
 # before anything is installed.
 # Settings: PYTHON (interpreter, default python3), DDML_CACHE (where built
 # wheels are kept, default ~/.cache/ddml), DDML_CUDA=1 (PETSc with CUDA, for the
-# GPU of this machine or DDML_CUDA_ARCH, such as 90), and pip's own variables.
+# GPU of this machine or DDML_CUDA_ARCH, such as 90; CUDA_HOME, default that of
+# nvcc), and pip's own variables.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -23,7 +24,7 @@ command -v "$python" >/dev/null || fail "no interpreter '$python'; set PYTHON to
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$python is older than 3.11; set PYTHON"
 
 key=$({ cat environment.sh versions.txt setup.py; "$python" -VV; uname -m
-    echo "$PWD" "${PETSC_DIR:-}" "${PETSC_ARCH:-}" "${DDML_CUDA:-}" "${DDML_CUDA_ARCH:-}"; } | sha256sum | cut -c1-12)
+    echo "$PWD" "${PETSC_DIR:-}" "${PETSC_ARCH:-}" "${DDML_CUDA:-}" "${DDML_CUDA_ARCH:-}" "${CUDA_HOME:-}"; } | sha256sum | cut -c1-12)
 sources=$(cat ddml/kernels/*.[ch] setup.py | sha256sum)
 if [ "$(cat "$venv/.ready" 2>/dev/null)" = "$key" ]; then
     [ "$(cat "$venv/.kernels" 2>/dev/null)" = "$sources" ] && exit 0
@@ -118,10 +119,11 @@ fi
 
 cuda_options="--with-cxx=0 --with-cuda=0 --with-cudac=0"
 if [ "${DDML_CUDA:-0}" = 1 ] && [ -z "$given" ]; then
-    command -v nvcc >/dev/null || fail "DDML_CUDA=1 needs nvcc, of the CUDA toolkit, in PATH"
+    toolkit=${CUDA_HOME:-$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")}
+    [ -x "$toolkit/bin/nvcc" ] || fail "DDML_CUDA=1 needs the CUDA toolkit: CUDA_HOME, or its nvcc in PATH"
     architecture=${DDML_CUDA_ARCH:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d . || true)}
-    [[ $architecture =~ ^[0-9]+$ ]] || fail "DDML_CUDA=1 and no GPU answers here: set DDML_CUDA_ARCH (80 for A100, 90 for H100)"
-    cuda_options="--with-cuda=1 --with-cudac=nvcc --with-cuda-arch=$architecture"
+    [[ $architecture =~ ^[0-9]+$ ]] || fail "DDML_CUDA=1 and no architecture: set DDML_CUDA_ARCH (80 for A100, 90 for H100)"
+    cuda_options="--with-cuda=1 --with-cuda-dir=$toolkit --with-cuda-arch=$architecture"
 fi
 
 debian_packages() {

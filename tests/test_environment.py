@@ -133,11 +133,12 @@ def test_without_a_parallel_hdf5_h5py_is_refused(tree, tmp_path, serial):
 
 def test_cuda_is_asked_of_what_has_it(tree, tmp_path):
     assert "has no CUDA" in refusal(tree, interpreter(tmp_path / "given")[0], DDML_CUDA="1")
+    bare = interpreter(tmp_path / "bare", without=("petsc",))[0]
+    assert "CUDA_HOME" in refusal(tree, bare, DDML_CUDA="1", CUDA_HOME=str(tmp_path))
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvcc").symlink_to("/bin/true")
-    bare = interpreter(tmp_path / "bare", without=("petsc",))[0]
-    paths = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    assert "DDML_CUDA_ARCH" in refusal(tree, bare, DDML_CUDA="1", PATH=paths)
+    wrong = {"DDML_CUDA": "1", "CUDA_HOME": str(tmp_path), "DDML_CUDA_ARCH": "hopper"}
+    assert "DDML_CUDA_ARCH" in refusal(tree, bare, **wrong)
 
 
 @pytest.mark.skipif("DDML_LONG" not in os.environ, reason="builds h5py")

@@ -10,10 +10,6 @@
 
 #include <petsc/private/vecimpl.h>
 
-#if PETSC_VERSION_LT(3, 25, 0)
-typedef void **PetscCtxRt;
-#endif
-
 #define LANES 8
 #define AHEAD 256   /* entries that are asked for before they are needed (our choice) */
 #define CACHED 1024 /* entries that are worked on at a time where several vectors are read */

@@ -59,6 +59,6 @@ setup(
     ]
     + with_petsc(),
     python_requires=">=3.11",
-    install_requires=["numpy", "scipy", "torch", "h5py", "mpi4py", "petsc4py"],
+    install_requires=["numpy", "scipy", "torch", "h5py", "mpi4py", "petsc4py>=3.25"],
     extras_require={"plot": ["matplotlib"], "progress": ["tqdm"]},
 )

@@ -1,7 +1,8 @@
-"""Packaging of ddml; the versions it is built and tested with stand in versions.txt."""
+"""Packaging of ddml; the versions it is built and tested with stand in versions.txt, its own in ddml/version.py."""
 
 import os
 import platform
+import re
 import shutil
 from glob import glob
 from pathlib import Path
@@ -41,11 +42,25 @@ def with_petsc() -> list[Extension]:
 if shutil.which("mpicc"):  # the compiler that PETSc's headers need
     os.environ.setdefault("CC", "mpicc")
 
+HERE = Path(__file__).parent
+VERSION = re.findall(r'^__version__ = "(.*)"', (HERE / "ddml/version.py").read_text(), re.MULTILINE)[0]
+
+# The programs of drivers/ that people start; in a wheel they are modules of ddml_drivers, behind console commands.
+PROGRAMS = ("pinn", "classify", "logistic", "plot", "predict", "export")
+
 setup(
     name="ddml",
-    version="0.1.0",
+    version=VERSION,
     description="Train neural networks with domain decomposition and multilevel methods on MPI and PETSc",
-    packages=find_packages(include=["ddml", "ddml.*", "solvers", "solvers.*"]),
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    author="The ddml authors",
+    license="BSD-2-Clause",
+    license_files=["LICENSE"],
+    packages=[*find_packages(include=["ddml", "ddml.*", "solvers", "solvers.*"]), "ddml_drivers.common"],
+    package_dir={"ddml_drivers": "drivers"},
+    py_modules=[f"ddml_drivers.{name}" for name in ("commands", *PROGRAMS)],
+    entry_points={"console_scripts": [f"ddml-{name} = ddml_drivers.commands:{name}" for name in PROGRAMS]},
     package_data={"ddml.data": ["digits.npz"]},
     ext_modules=[
         Extension(
@@ -59,6 +74,15 @@ setup(
     ]
     + with_petsc(),
     python_requires=">=3.11",
-    install_requires=["numpy", "scipy", "torch", "h5py", "mpi4py", "petsc4py"],
-    extras_require={"plot": ["matplotlib"], "progress": ["tqdm"]},
+    # The oldest with which the tests were run, or that have what the code calls: docs/installing.md says which.
+    install_requires=["numpy>=1.26", "scipy>=1.11", "torch>=2.6", "h5py>=3.11", "mpi4py>=4.0", "petsc4py>=3.25"],
+    extras_require={
+        "plot": ["matplotlib>=3.8"],
+        "progress": ["tqdm"],
+        "images": ["Pillow"],
+        "tables": ["xarray", "pandas", "h5netcdf"],
+        "tensorboard": ["tensorboard"],
+        "onnx": ["onnx", "onnxscript"],
+        "docs": (HERE / "docs/requirements.txt").read_text().split(),
+    },
 )

@@ -32,6 +32,10 @@ sys.excepthook = _interrupted
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a rank is a core
 # what stands beside this folder is ours, whatever else on PYTHONPATH has the same name
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import ddml  # noqa: F401
+import solvers  # noqa: F401
+
+del sys.path[0]  # in a wheel all of site-packages, which comes behind Python's own
 
 from mpi4py import MPI
 import petsc4py

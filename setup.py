@@ -75,7 +75,7 @@ setup(
     + with_petsc(),
     python_requires=">=3.11",
     # The oldest with which the tests were run, or that have what the code calls: docs/installing.md says which.
-    install_requires=["numpy>=1.26", "scipy>=1.11", "torch>=2.6", "h5py>=3.11", "mpi4py>=4.0", "petsc4py>=3.25"],
+    install_requires=["numpy>=1.26", "scipy>=1.11", "torch>=2.6", "h5py>=3.11", "mpi4py>=4.1", "petsc4py>=3.25"],
     extras_require={
         "plot": ["matplotlib>=3.8"],
         "progress": ["tqdm"],

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 import shutil
 from glob import glob
 from pathlib import Path
@@ -43,14 +42,16 @@ if shutil.which("mpicc"):  # the compiler that PETSc's headers need
     os.environ.setdefault("CC", "mpicc")
 
 HERE = Path(__file__).parent
-VERSION = re.findall(r'^__version__ = "(.*)"', (HERE / "ddml/version.py").read_text(), re.MULTILINE)[0]
+ABOUT: dict = {}
+exec((HERE / "ddml/version.py").read_text(), ABOUT)
+PETSC4PY = "petsc4py>=" + ".".join(map(str, ABOUT["PETSC4PY"]))
 
 # The programs of drivers/ that people start; in a wheel they are modules of ddml_drivers, behind console commands.
 PROGRAMS = ("pinn", "classify", "logistic", "plot", "predict", "export")
 
 setup(
     name="ddml",
-    version=VERSION,
+    version=ABOUT["__version__"],
     description="Train neural networks with domain decomposition and multilevel methods on MPI and PETSc",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
@@ -75,7 +76,7 @@ setup(
     + with_petsc(),
     python_requires=">=3.11",
     # The oldest with which the tests were run, or that have what the code calls: docs/installing.md says which.
-    install_requires=["numpy>=1.26", "scipy>=1.11", "torch>=2.6", "h5py>=3.11", "mpi4py>=4.1", "petsc4py>=3.25"],
+    install_requires=["numpy>=1.26", "scipy>=1.11", "torch>=2.6", "h5py>=3.11", "mpi4py>=4.1", PETSC4PY],
     extras_require={
         "plot": ["matplotlib>=3.8"],
         "progress": ["tqdm"],

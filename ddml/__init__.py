@@ -52,6 +52,6 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "DataSet", "Decomposition", "History", "InputError", "Loss", "ModuleLoss", "Objective", "ParameterLayout",
-    "ResidualLoss", "ResidualObjective", "Subdomains", "__version__", "networks", "open_network", "open_run", "problems",
-    "restricted", "sampled", "shifted",
+    "ResidualLoss", "ResidualObjective", "Subdomains", "__version__", "networks", "open_network", "open_run",
+    "problems", "restricted", "sampled", "shifted",
 ]  # fmt: skip

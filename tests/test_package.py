@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import tarfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from distutils.core import run_setup
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from zipfile import ZipFile
 import pytest
 
 import ddml
+from ddml.version import refuse_old
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("ddml-pinn", "ddml-classify", "ddml-logistic", "ddml-plot", "ddml-predict", "ddml-export")
@@ -76,7 +78,8 @@ def test_every_package_that_the_code_may_import_is_needed_or_an_extra(setup: Sim
 
 def test_each_command_is_the_program_of_that_name(setup: SimpleNamespace) -> None:
     assert tuple(entry.partition(" = ")[0] for entry in setup.commands) == COMMANDS
-    defined = re.findall(r'^(\w+) = partial\(start, "(\w+)"\)', (ROOT / "drivers/commands.py").read_text(), re.MULTILINE)
+    source = (ROOT / "drivers/commands.py").read_text()
+    defined = re.findall(r'^(\w+) = partial\(start, "(\w+)"\)', source, re.MULTILINE)
     assert setup.commands == [f"ddml-{name} = ddml_drivers.commands:{name}" for name, _ in defined]
     for name, program in defined:
         assert name == program
@@ -106,6 +109,17 @@ def test_debian_has_the_packages_of_containers() -> None:
     assert sorted(set(re.findall("^Package: (.+)$", shown.stdout, re.MULTILINE))) == wanted, shown.stderr
 
 
+@pytest.mark.parametrize(
+    ("version", "old"),
+    [("3.26.1", False), ("3.26.0", False), ("3.27.0.dev0", False), ("4.0", False),
+     ("3.25.6", True), ("3.18.5", True), ("3.9.1", True), ("2.99", True)],
+)  # fmt: skip
+def test_an_old_petsc4py_is_refused_by_its_version(version: str, old: bool, setup: SimpleNamespace) -> None:
+    with pytest.raises(ImportError, match=f"petsc4py {version} is too old: ddml needs 3.26") if old else nullcontext():
+        refuse_old(version)
+    assert "petsc4py>=3.26" in setup.needs
+
+
 # What follows builds and installs: make test-long and .ci/run -------------------------------------------------------
 
 
@@ -115,7 +129,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("package")
 
     def python(*words: object, where: Path = ROOT) -> None:
-        done = subprocess.run([sys.executable, *map(str, words)], cwd=where, capture_output=True, text=True, check=False)
+        command = [sys.executable, *map(str, words)]
+        done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
     pip = ("-m", "pip", "--disable-pip-version-check")
@@ -193,7 +208,9 @@ def test_commands_refuse_as_the_programs_do(installed: SimpleNamespace) -> None:
 def test_what_ends_one_rank_ends_all(installed: SimpleNamespace, tmp_path: Path) -> None:
     """An import that fails on one rank, while the others wait in the first collective call."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import os, sys\nif os.environ.get('OMPI_COMM_WORLD_RANK') == '1':\n    sys.modules['ddml.runs.advice'] = None\n"
+        "import os, sys\n"
+        "if os.environ.get('OMPI_COMM_WORLD_RANK') == '1':\n"
+        "    sys.modules['ddml.runs.advice'] = None\n"
     )
     done = run(installed, "ddml-pinn", "-max_it", 1, ranks=2, PYTHONPATH=str(tmp_path))
     assert done.returncode != 0

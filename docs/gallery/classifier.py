@@ -1,4 +1,4 @@
-"""A classifier without a learning rate
+"""A classifier without a learning rate.
 
 A torch module and a criterion, minimised by a trust region in the modular norm on batches of 300 of the digits that
 come with ddml. No step increases the loss of its batch, so there is no rate to tune.

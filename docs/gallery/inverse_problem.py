@@ -1,4 +1,4 @@
-"""An inverse problem
+"""An inverse problem.
 
 How fast does the bar conduct heat? Fifty noisy measurements of its temperature are one term of the loss, the equation
 is another, and the conductivity `k` is trained with the network, beginning at a value that is five times too large.

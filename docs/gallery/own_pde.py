@@ -1,4 +1,4 @@
-"""An equation of your own
+"""An equation of your own.
 
 A class states the problem: where it holds, what must vanish there, and which initial and boundary values the fields
 have by construction (`u = lift + factor * network`). Two solvers minimise the same loss; on the left what they reach

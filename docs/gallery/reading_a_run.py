@@ -1,4 +1,4 @@
-"""Reading a run
+"""Reading a run.
 
 A run file is all that is needed later: `ddml.open_run` gives its history as arrays and its network as a torch module,
 which takes points in the problem's coordinates and knows its derivatives as any module does. The loss jumps where the
@@ -23,7 +23,7 @@ subprocess.run([sys.executable, str(PINN), *options.split()], check=True, stdout
 
 run = ddml.open_run("burgers.h5")
 print(run)
-print(f"solver {run.attributes['solver']}, {run.options['points']} points, made with ddml {run.attributes['ddml_version']}")
+print(f"{run.options['points']} points, made with ddml {run.attributes['ddml_version']}")
 
 network = run.network()
 x = torch.linspace(-1, 1, 401, dtype=torch.float64)

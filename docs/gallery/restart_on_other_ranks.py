@@ -1,7 +1,7 @@
-"""A restart on another number of ranks
+"""A restart on another number of ranks.
 
-A run of three ranks stops after 40 iterations; two go on from its file, then one. The history is that of a run which was
-never stopped, to the last bit, as sums are made in a fixed order, whatever the ranks.
+A run of three ranks stops after 40 iterations; two go on from its file, then one. The history is that of a run that was
+never stopped, to the last bit: sums are made in a fixed order, whatever the ranks.
 """
 
 import subprocess

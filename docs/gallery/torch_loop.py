@@ -1,4 +1,4 @@
-"""A torch loop of your own
+"""A torch loop of your own.
 
 `solvers.Minimizer` is a torch optimizer: it stands where `torch.optim.LBFGS` stood, with the same closure. The
 curves are the least losses so far over calls of it, on the same network with the same parameters to begin with.

@@ -42,7 +42,7 @@ def rooms() -> dict[str, list[str]]:
 def script_page(script: Path) -> tuple[str, str]:
     """Title and text of a script's page."""
     source = script.read_text()
-    title, _, text = (ast.get_docstring(ast.parse(source)) or "").partition("\n\n")
+    title, _, text = (ast.get_docstring(ast.parse(source)) or "").partition(".\n\n")
     code = source.split('"""\n', 1)[1].strip()
     figure, printed = DRAWN / f"{script.stem}.png", DRAWN / f"{script.stem}.txt"
     if not (figure.exists() and printed.exists()):

@@ -42,15 +42,17 @@ import petsc4py
 
 from ddml.errors import InputError
 from ddml.origins import origins
+from ddml.version import refuse_old
 
 
 def _start_petsc() -> None:
-    """Initialise PETSc, unless its options cannot be read: it would answer with pages of text."""
+    """Initialise PETSc, unless it is too old or its options cannot be read: it would answer with pages of text."""
     text = ""
     if MPI.COMM_WORLD.rank == 0:
         try:
+            refuse_old(petsc4py.__version__)
             origins(sys.argv[1:], os.environ)
-        except InputError as error:
+        except (ImportError, InputError) as error:
             text = str(error)
     text = MPI.COMM_WORLD.bcast(text)
     if text:

@@ -36,24 +36,21 @@ fi
 
 # What a Python with petsc4py brings, a line each: NAME==VERSION of what later installs must leave alone, mpicc=, hdf5=
 # (where to build h5py against) and site= (the packages of a virtual environment). Nothing where petsc4py is absent.
-given=$("$python" - "$(grep -oE 'petsc4py>=[0-9.]+' setup.py | cut -d= -f2)" "${DDML_CUDA:-0}" <<'P'
+given=$("$python" - "${DDML_CUDA:-0}" <<'P'
 import importlib
 import os
 import re
+import runpy
 import shutil
 import sys
 import sysconfig
 from pathlib import Path
 
-least, cuda = sys.argv[1:]
+needs_cuda = sys.argv[1] == "1"
 
 
 def refuse(words):
     raise SystemExit(f"environment: error: {words}")
-
-
-def numbers(version):
-    return [int(number) for number in re.findall(r"\d+", version)[:2]]
 
 
 def load(name):
@@ -66,16 +63,17 @@ def load(name):
 petsc4py = load("petsc4py")
 if petsc4py is None:
     sys.exit()
-if numbers(petsc4py.__version__) < numbers(least):
-    refuse(f"petsc4py {petsc4py.__version__} of {sys.executable} is older than {least}: load a newer one, or set PYTHON "
-           "to an interpreter without petsc4py, and PETSc is built")
+try:
+    runpy.run_path("ddml/version.py")["refuse_old"](petsc4py.__version__)
+except ImportError as error:
+    refuse(f"{error}; load a newer one, or set PYTHON to an interpreter without petsc4py, and PETSc is built")
 try:
     from petsc4py import PETSc
 except Exception as error:
     refuse(f"petsc4py {petsc4py.__version__} of {sys.executable} does not load: {str(error).splitlines()[0]}")
 if PETSc.ScalarType().dtype != "float64":
     refuse(f"the PETSc of {sys.executable} computes in {PETSc.ScalarType().dtype}, ddml in float64")
-if cuda == "1" and not PETSc.Sys.hasExternalPackage("cuda"):
+if needs_cuda and not PETSc.Sys.hasExternalPackage("cuda"):
     refuse(f"DDML_CUDA=1, but the PETSc of {sys.executable} has no CUDA")
 
 config = petsc4py.get_config()

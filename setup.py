@@ -1,4 +1,4 @@
-"""Packaging of ddml; the versions it is built and tested with stand in versions.txt."""
+"""Packaging of ddml; the versions it is built and tested with stand in versions.txt, its own in ddml/version.py."""
 
 import os
 import platform
@@ -41,11 +41,27 @@ def with_petsc() -> list[Extension]:
 if shutil.which("mpicc"):  # the compiler that PETSc's headers need
     os.environ.setdefault("CC", "mpicc")
 
+HERE = Path(__file__).parent
+ABOUT: dict = {}
+exec((HERE / "ddml/version.py").read_text(), ABOUT)
+PETSC4PY = "petsc4py>=" + ".".join(map(str, ABOUT["PETSC4PY"]))
+
+# The programs of drivers/ that people start; in a wheel they are modules of ddml_drivers, behind console commands.
+PROGRAMS = ("pinn", "classify", "logistic", "plot", "predict", "export")
+
 setup(
     name="ddml",
-    version="0.1.0",
+    version=ABOUT["__version__"],
     description="Train neural networks with domain decomposition and multilevel methods on MPI and PETSc",
-    packages=find_packages(include=["ddml", "ddml.*", "solvers", "solvers.*"]),
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    author="The ddml authors",
+    license="BSD-2-Clause",
+    license_files=["LICENSE"],
+    packages=[*find_packages(include=["ddml", "ddml.*", "solvers", "solvers.*"]), "ddml_drivers.common"],
+    package_dir={"ddml_drivers": "drivers"},
+    py_modules=[f"ddml_drivers.{name}" for name in ("commands", *PROGRAMS)],
+    entry_points={"console_scripts": [f"ddml-{name} = ddml_drivers.commands:{name}" for name in PROGRAMS]},
     package_data={"ddml.data": ["digits.npz"]},
     ext_modules=[
         Extension(
@@ -59,6 +75,15 @@ setup(
     ]
     + with_petsc(),
     python_requires=">=3.11",
-    install_requires=["numpy", "scipy", "torch", "h5py", "mpi4py", "petsc4py>=3.25"],
-    extras_require={"plot": ["matplotlib"], "progress": ["tqdm"]},
+    # The oldest with which the tests were run, or that have what the code calls: docs/installing.md says which.
+    install_requires=["numpy>=1.26", "scipy>=1.11", "torch>=2.6", "h5py>=3.11", "mpi4py>=4.1", PETSC4PY],
+    extras_require={
+        "plot": ["matplotlib>=3.8"],
+        "progress": ["tqdm"],
+        "images": ["Pillow"],
+        "tables": ["xarray", "pandas", "h5netcdf"],
+        "tensorboard": ["tensorboard"],
+        "onnx": ["onnx", "onnxscript"],
+        "docs": (HERE / "docs/requirements.txt").read_text().split(),
+    },
 )

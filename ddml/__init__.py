@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from .lazy import lazily
+from .version import __version__
 
 if TYPE_CHECKING:
     from . import networks, problems
@@ -51,6 +52,6 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "DataSet", "Decomposition", "History", "InputError", "Loss", "ModuleLoss", "Objective", "ParameterLayout",
-    "ResidualLoss", "ResidualObjective", "Subdomains", "networks", "open_network", "open_run", "problems", "restricted",
-    "sampled", "shifted",
+    "ResidualLoss", "ResidualObjective", "Subdomains", "__version__", "networks", "open_network", "open_run",
+    "problems", "restricted", "sampled", "shifted",
 ]  # fmt: skip

@@ -11,11 +11,15 @@ from contextlib import contextmanager
 from types import FrameType
 
 import numpy as np
+import petsc4py
 from mpi4py import MPI
 from numpy.typing import NDArray
 from petsc4py import PETSc
 
 from .errors import CollectiveError, InputError, NonFiniteError, RunFileError
+from .version import refuse_old
+
+refuse_old(petsc4py.__version__)
 
 
 def split(count: int, parts: int) -> list[int]:

@@ -1,5 +1,7 @@
 """Train a classifier: mpiexec -n P python -m mpi4py drivers/classify.py [options].
 
+Where ddml is installed, it is mpiexec -n P ddml-classify [options].
+
 One data set, one network, one solver; -help explains every option. The loss is the mean cross entropy, of the batch
 where there are batches; accuracy and test_loss are those of the test samples.
 """

@@ -1,5 +1,7 @@
 """Fit a logistic model of two classes: mpiexec -n P python -m mpi4py drivers/logistic.py -data file [options].
 
+Where ddml is installed, it is mpiexec -n P ddml-logistic [options].
+
 The loss is the mean of log(1 + exp(-y x.w)) with lambda/2 |w|^2, of the batch where there are batches; accuracy and
 test_loss, which is without the penalty, are those of the test samples; without any accuracy is that of the training
 samples.

@@ -1,5 +1,7 @@
 """Train a physics-informed network: mpiexec -n P python -m mpi4py drivers/pinn.py [options].
 
+Where ddml is installed, it is mpiexec -n P ddml-pinn [options].
+
 One problem, one network, one solver; -help explains every option.
 """
 

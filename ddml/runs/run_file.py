@@ -31,6 +31,7 @@ from petsc4py import PETSc
 from ddml.errors import RunFileError
 from ddml.parallel import agreed_file
 from ddml.states import check_text, decode, encode, reserve, vectors_in, with_vectors
+from ddml.version import __version__
 
 from .history import COLUMNS, UNITS, History
 from .sealed import FORMAT_VERSION, SEAL_SIZE, Image, beside, store, verify
@@ -87,6 +88,7 @@ def _versions(ranks: int) -> dict[str, str | int]:
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "ranks": ranks,
+        "ddml_version": __version__,
         "petsc_version": ".".join(str(part) for part in PETSc.Sys.getVersion()),
         "numpy_version": np.__version__,
         "h5py_version": h5py.__version__,

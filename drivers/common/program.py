@@ -32,21 +32,27 @@ sys.excepthook = _interrupted
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a rank is a core
 # what stands beside this folder is ours, whatever else on PYTHONPATH has the same name
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import ddml  # noqa: F401
+import solvers  # noqa: F401
+
+del sys.path[0]  # in a wheel all of site-packages, which comes behind Python's own
 
 from mpi4py import MPI
 import petsc4py
 
 from ddml.errors import InputError
 from ddml.origins import origins
+from ddml.version import refuse_old
 
 
 def _start_petsc() -> None:
-    """Initialise PETSc, unless its options cannot be read: it would answer with pages of text."""
+    """Initialise PETSc, unless it is too old or its options cannot be read: it would answer with pages of text."""
     text = ""
     if MPI.COMM_WORLD.rank == 0:
         try:
+            refuse_old(petsc4py.__version__)
             origins(sys.argv[1:], os.environ)
-        except InputError as error:
+        except (ImportError, InputError) as error:
             text = str(error)
     text = MPI.COMM_WORLD.bcast(text)
     if text:

@@ -291,7 +291,7 @@ def test_a_file_of_an_older_ddml_goes_on(drive: Drive, comm: MPI.Comm, shared_tm
 def rewrite(path: Path, changes: dict[str, str]) -> None:
     """Write a run file again with other attributes, in this process alone."""
     own = {"format", "format_version", "ranks", "petsc_version", "numpy_version", "h5py_version", "hdf5_version",
-           "python_version"}  # fmt: skip
+           "python_version", "ddml_version"}  # fmt: skip
     header = run_file.inspect(str(path), MPI.COMM_SELF)
     theta = PETSc.Vec().createSeq(header.size)
     state, history = run_file.read(str(path), theta)

@@ -28,6 +28,11 @@ TORCH_JETS = 20.0
 class PDELoss(PDEResiduals):
     """Sum over the terms of a problem of weight * mean over points of the squared residual.
 
+    The parameters are the network's and behind them the problem's coefficients, which belong to
+    the last layer. Samples are numbered term by term. Frozen parameters of the network, those with ``requires_grad``
+    False, are not among them and stay as they are; tied ones are there once. A
+    :class:`ddml.networks.tanh.TanhNetwork` with such ones is evaluated as any other module.
+
     Parameters
     ----------
     problem
@@ -44,11 +49,6 @@ class PDELoss(PDEResiduals):
         Whether the compiled kernels may be used, for jets and residuals.
     scales
         Of coordinates, fields and terms, as :func:`ddml.problems.pde.magnitudes.find` makes them; none by default.
-
-    The parameters are the network's and behind them the problem's coefficients, which belong to
-    the last layer. Samples are numbered term by term. Frozen parameters of the network, those with ``requires_grad``
-    False, are not among them and stay as they are; tied ones are there once. A
-    :class:`ddml.networks.tanh.TanhNetwork` with such ones is evaluated as any other module.
 
     Attributes
     ----------

@@ -98,7 +98,8 @@ class Minimisation(Owner):
         Of the parameters, which their ownership follows (default: the solver's).
     blocks
         Of samples that are summed in a fixed order, see :class:`ddml.objectives.objective.Objective`; 0: by ranks.
-        Default: by what an evaluation costs, 0 above a million parameters.
+        Default: by what an evaluation costs; 0 above a million parameters, and on another device than the CPU, where
+        each block would be a pass of its own.
     samples
         Of an evaluation, where it is not of all (batches).
     limit
@@ -143,7 +144,8 @@ class Minimisation(Owner):
             self.objective = loss
         else:
             if blocks is None:
-                blocks = 0 if loss.size > limit else leaves(samples or loss.count, loss.enough)
+                by_ranks = loss.size > limit or loss.device.type != "cpu"
+                blocks = 0 if by_ranks else leaves(samples or loss.count, loss.enough)
             owner = solver_class(solver) if isinstance(solver, str) else type(solver)
             chosen = owner.decompose(loss, prefix) if subdomains is None else subdomains
             layout = ParameterLayout(loss.parameters, comm, chosen.ownership(comm.size))

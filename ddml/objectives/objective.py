@@ -17,6 +17,7 @@ from ddml.layout import Operator, ParameterLayout
 from ddml.linalg.compact import Compact
 from ddml.losses.loss import Loss
 from ddml.losses.work import DOUBLE, FRESH, PASSED, WorkCounter
+from ddml.numbers import Number
 from ddml.parallel import StopRequest
 
 from .linear import GatheredTerm, LinearTerm, tilted
@@ -253,7 +254,7 @@ class Objective:
         with x as array:
             array[:] = self.loss.initial()[begin:end].to(torch.float64).cpu().numpy()
 
-    def sum_parts(self, values: Sequence[float]) -> float:
+    def sum_parts(self, values: Sequence[Number]) -> float:
         """The sum of one number for each part over all ranks; also where a request to stop is noticed."""
         return self.parts.sum(values, self.stop is not None and self.stop.due)
 
@@ -272,10 +273,10 @@ class Objective:
         hessian.destroy()  # TAO keeps it
 
 
-def _evaluated(objective: Objective, theta: Tensor) -> tuple[list[float], list[Tensor]]:
+def _evaluated(objective: Objective, theta: Tensor) -> tuple[list[Number], list[Tensor]]:
     """The values of this rank's parts at theta, and the :meth:`ddml.objectives.parts.Parts.rows` of their gradients."""
     objective.work.add(objective.fraction * objective.loss.charges.evaluation(), gradients=1)
-    values = [0.0] * len(objective.parts)
+    values: list[Number] = [0.0] * len(objective.parts)
 
     def evaluate(number: int, row: Tensor) -> None:
         values[number] = objective.parts[number].value_gradient(theta, row)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ddml.layout import ParameterLayout
 from ddml.losses.loss import Loss
+from ddml.numbers import Number, host, read
 from ddml.parallel import Interrupted, split
 from ddml.summation import Tree, leaves
 
@@ -82,14 +83,15 @@ class Parts(Sequence[Loss]):
         """Over the blocks, or over the ranks where these sum for themselves."""
         return _tree(self.blocks or self.comm.size, self.comm.size)
 
-    def sum(self, values: Sequence[float], stopped: bool = False) -> float:
-        """The sum of one number for each part over all ranks.
+    def sum(self, values: Sequence[Number], stopped: bool = False) -> float:
+        """The sum of one number for each part over all ranks; of those on a device all are read together.
 
         Raises
         ------
         Interrupted
             On all ranks, if any of them says that it is to be ``stopped``.
         """
+        values = read(values)
         if self.comm.size == 1:
             if stopped:
                 raise Interrupted
@@ -138,7 +140,7 @@ class Parts(Sequence[Loss]):
 
         ``rows`` is empty behind it.
         """
-        given = [row.cpu().numpy() for row in rows]
+        given = [row.numpy() for row in host(rows)]
         rows.clear()
         if not self.blocks:
             return self.layout.summed(given[0])
@@ -146,8 +148,7 @@ class Parts(Sequence[Loss]):
 
     def sum_vectors(self, rows: Sequence[Tensor], g: PETSc.Vec, layout: ParameterLayout | None = None) -> None:
         """Sum vectors (n,), one for each part of this rank, over all ranks into g, of any layout; in place."""
-        rows = [row.to(dtype=torch.float64, device="cpu") for row in rows]
-        self._write(self._nodes(rows), g, layout or self.layout, np.float64)
+        self._write(self._nodes(host(rows, torch.float64)), g, layout or self.layout, np.float64)
 
     def sum_matrices(self, product: Callable[[int], NDArray[np.float64]], width: int) -> NDArray[np.float64]:
         """Sum the matrices (n, width) that ``product`` gives for each part of this rank, over all ranks: its rows."""
@@ -167,11 +168,12 @@ class Parts(Sequence[Loss]):
 
     def _write(self, sums: list[Tensor], g: PETSc.Vec, layout: ParameterLayout, dtype: Any) -> None:
         """Write the sum over all ranks' nodes, of this type of numbers, to g."""
+        sums = host(sums)
         if not self.blocks:
-            layout.reduce(sums[0].cpu(), g)
+            layout.reduce(sums[0], g)
             return
         with g as array:
-            array[:] = layout.sum_nodes([s.cpu().numpy() for s in sums], self.tree, dtype)
+            array[:] = layout.sum_nodes([s.numpy() for s in sums], self.tree, dtype)
 
 
 def _numbers(loss: Loss) -> Any:

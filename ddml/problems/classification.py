@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ddml.losses import kronecker
 from ddml.losses.costs import forward_numbers, suitable_batch
 from ddml.losses.module import ModuleLoss
 from ddml.losses.modules import evaluated, trained
+from ddml.numbers import Number, as_number, read
 from ddml.parallel import own, summed
 
 
@@ -117,16 +119,17 @@ class TestSet:
 
         A sample with an output that is not finite counts as wrong; of equal outputs the first decides.
         """
-        totals = summed(self.comm, [self.found(part, theta) for part in self.parts])
+        totals = summed(self.comm, [read(self.found(part, theta)) for part in self.parts])
         return {"accuracy": float(totals[1]) / self.count, "test_loss": float(totals[0])}
 
-    def found(self, part: Any, theta: Tensor) -> list[float]:
+    def found(self, part: Any, theta: Tensor) -> Sequence[Number]:
         """What a part of the samples has of the loss, and how many of them are classified right."""
-        loss, right = 0.0, 0
+        loss: Number = 0.0
+        right: Number = 0.0
         for outputs, targets in part.outputs(theta.to(device=part.device, dtype=part.dtype)):
-            loss += float(part.criterion(outputs, targets).sum() * part.weight)
+            loss += as_number(part.criterion(outputs, targets).sum() * part.weight)
             hits = (outputs.argmax(dim=1) == targets) & outputs.isfinite().all(dim=1)
-            right += int(hits.sum())
+            right += as_number(hits.sum())
         return [loss, right]
 
 

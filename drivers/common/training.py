@@ -149,9 +149,10 @@ class Training:
         ranks = self.comm.size
         words = f"on {ranks} rank{'s' * (ranks > 1)}, "
         if not self.blocks:
-            above = self.settings.summation_blocks is None
-            limit = self.settings.summation_limit
-            return f"{words}sums by ranks{f' (more than {limit} parameters)' * above}"
+            limit, why = self.settings.summation_limit, ""
+            if self.settings.summation_blocks is None:
+                why = f" (more than {limit} parameters)" if self.loss.size > limit else " (one pass over all samples)"
+            return f"{words}sums by ranks{why}"
         words += f"sums in fixed order over {self.blocks} blocks of samples"
         if not fixes_order():
             words += ", dot products by ranks (kernels/sums.c was not built)"

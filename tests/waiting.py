@@ -21,7 +21,6 @@ def ones(tensor: Tensor) -> Tensor:
 
 # what reads from a device, and what it is told
 ANSWERS: dict[str, Callable[..., Any]] = {
-    "__float__": lambda t: 1.0,
     "__int__": lambda t: 1,
     "__index__": lambda t: 1,
     "__bool__": lambda t: True,
@@ -29,11 +28,12 @@ ANSWERS: dict[str, Callable[..., Any]] = {
     "item": lambda t: ones(t).item(),
     "tolist": lambda t: ones(t).tolist(),
     "cpu": ones,
-    "numpy": lambda t, **_: ones(t).numpy(),
     "allclose": lambda *_, **__: True,
     "equal": lambda *_: True,
+    "nonzero": lambda t, **_: t.new_zeros((0, t.dim()), dtype=torch.int64),
 }
 MOVES = {"to", "copy_", "cpu", "type_as", "new_tensor", "as_tensor", "_has_compatible_shallow_copy_type", "__set__"}
+REFUSED = {"numpy", "__array__", "__dlpack__"}  # no device hands these out
 INDEXED = {"__getitem__", "__setitem__", "index_select", "index_add_"}  # numbers on the host serve on any device
 
 
@@ -46,10 +46,16 @@ class Waiting(TorchFunctionMode):
         Reads from the device and copies to it, by file and function of ours.
     operations : int
         All others with a tensor on the device: what a device is told to do, about.
+
+    Parameters
+    ----------
+    value
+        What ``float`` is told.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, value: float = 1.0) -> None:
         super().__init__()
+        self.value = value
         self.clear()
 
     def clear(self) -> None:
@@ -67,6 +73,11 @@ class Waiting(TorchFunctionMode):
         devices = {t.device.type for t in tensors((arguments, named)) if t.dim()}
         first = arguments[0] if arguments else None
         if isinstance(first, Tensor) and first.device.type == "meta":
+            if name in REFUSED:
+                raise RuntimeError(f"{name} of a tensor on a device at {place()}")
+            if name == "__float__":
+                self.waits[place()] += 1
+                return self.value
             if name in ANSWERS:
                 self.waits[place()] += 1
                 return ANSWERS[name](*arguments, **named)

@@ -17,16 +17,19 @@ from ddml.decomposition.subdomains import Subdomains
 from ddml.linalg.compact import trim_at_once
 from ddml.errors import CollectiveError, InputError
 from ddml.losses.loss import Loss
+from ddml.numbers import read
 from ddml.options import EACH_START, NEVER, Option, for_runs
+from ddml.parallel import agreed, split
 from ddml.runs.checkpoints import Moving
 from ddml.runs.limits import SIGNAL
 from ddml.runs.progress import say
 from ddml.sampling.batches import Batches
 from ddml.summation import efficiency, fixes_order
 from solvers import PETSC_TYPES, SOLVERS, TO_ROUNDING, Minimisation, solver_class
+from .device import short_of_memory
 from .start import Start, started
 
-__all__ = ["HELP", "OPTIONS", "Start", "Training", "check_device", "help_text", "started"]
+__all__ = ["HELP", "OPTIONS", "Start", "Training", "help_text", "started"]
 
 PREFIXES = {
     **dict.fromkeys(
@@ -42,7 +45,8 @@ OPTIONS = (
     Option("seed", 0, "Of the initial parameters, of points and of batches.", minimum=0, changes=NEVER),
     Option("dtype", "float64", "Precision of the network; parameters are kept in float64.",
            choices=("float64", "float32"), changes=NEVER),
-    Option("device", "cpu", "Where torch computes, as in cpu or cuda; parameters are kept on the host."),
+    Option("device", "cpu", "Where torch computes: cpu; cuda, a card for each rank of a node in turn; or cuda:K. "
+           "Parameters are kept on the host."),
     Option("chunk", 0, "Points that go through the network at a time; 0: what suits the evaluator.", minimum=0),
     Option("summation_blocks", None, "Blocks of points whose sums are added in a fixed order, so that a run is the "
            "same to the last bit on any number of ranks; no more ranks than blocks are busy; 0 sums by ranks (default: "
@@ -74,16 +78,6 @@ def refuse_residuals_only(solver: str) -> None:
     """Raise an InputError for a solver of sums of squares, where the loss is none."""
     if solver in RESIDUALS_ONLY:
         raise InputError(f"solver '{solver}' is for losses that are sums of squares, as those of drivers/pinn.py")
-
-
-def check_device(name: str) -> torch.device:
-    """The torch device of that name, if this rank can compute there."""
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"option -device: cannot compute on '{name}': {str(error).splitlines()[0]}") from error
-    return device
 
 
 class Training:
@@ -124,6 +118,7 @@ class Training:
     ) -> None:
         self.comm, self.settings, self.start, self.loss = comm, settings, start, loss
         start.stop.check(comm)  # the data have been read
+        self._try(samples or loss.count)
         if loss.large:
             trim_at_once()
         with plugins.blamed(settings.solver, dict.fromkeys((*SOLVERS, *PETSC_TYPES)), "solver"):
@@ -135,6 +130,21 @@ class Training:
         self.blocks, self.context = made.objective.parts.blocks, made.context
         if self.context is not None and self.context.spares_memory:
             loss.drop_initial()
+
+    def _try(self, count: int) -> None:
+        """Evaluate a rank's share of so many samples once, unless on a CPU, to see that there is the memory.
+
+        Raises
+        ------
+        InputError
+            On all ranks, if a card's memory is short.
+        """
+        if self.loss.device.type == "cpu":
+            return
+        part = self.loss.part(*split(count, self.comm.size)[self.comm.rank :][:2])
+        with agreed(self.comm), short_of_memory():
+            theta = self.loss.initial()
+            read([part.value_gradient(theta, torch.zeros_like(theta))])
 
     def _to_rounding(self) -> str:
         """What sums by ranks in spite of fixed orders, in words; nothing if nothing does. Collective."""
@@ -224,7 +234,8 @@ class Training:
                 f"  -{k} {v or ''} ({origin or 'the run file'})" for k, (v, origin) in given.items() if for_runs(k)
             )
         self.start.stop.check(self.comm)
-        finished = run.execute()
+        with short_of_memory():
+            finished = run.execute()
         self._say([run.summary(), *(closing(run) if self.comm.rank == 0 else ())])
         if run.failure:
             raise CollectiveError(run.failure)

@@ -84,7 +84,7 @@ class ClassificationLoss(ModuleLoss, kronecker.KroneckerLoss):
     def kronecker_charge(self) -> float:
         """See :meth:`.KroneckerLoss.kronecker_charge`: a gradient, and a a^T and gamma gamma^T of every row."""
         numbers = forward_numbers(self.module, self.samples.part(0, 1).inputs)
-        known = self.kronecker_layers()
+        known = kronecker.layers(self.module, self.parameters)
         rows = [numbers.get(layer.name, (0, 0))[1] / layer.sizes[1] for layer in known]
         products = sum(r * sum(size**2 for size in layer.sizes) for r, layer in zip(rows, known, strict=True))
         return 1.0 + products / self.charges.operations

@@ -88,6 +88,7 @@ MAKE: dict[str, Callable[[int], Loss]] = {
     "classifier": lambda n: classifier(dense(), n),
     "images": lambda n: classifier(images(), n),
 }
+CUT = ("burgers", "burgers, any module", "classifier")  # also in blocks
 SQUARES = tuple(list(MAKE)[:4])
 
 
@@ -154,9 +155,8 @@ OF_SQUARES: dict[str, tuple[Callable[[Case, Waiting], object], int]] = {
 }
 
 
-@pytest.mark.parametrize("blocks", [0, 3])
 @pytest.mark.parametrize("what", EVALUATIONS)
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize(("name", "blocks"), [*((name, 0) for name in MAKE), *((name, 3) for name in CUT)])
 def test_an_evaluation_waits_as_often_as_is_said_whatever_the_blocks(
     name: str, what: str, blocks: int, device: Waiting
 ) -> None:
@@ -167,9 +167,8 @@ def test_an_evaluation_waits_as_often_as_is_said_whatever_the_blocks(
     assert device.total == waits, device.waits
 
 
-@pytest.mark.parametrize("blocks", [0, 3])
 @pytest.mark.parametrize("what", OF_SQUARES)
-@pytest.mark.parametrize("name", SQUARES)
+@pytest.mark.parametrize(("name", "blocks"), [*((name, 0) for name in SQUARES), ("burgers, any module", 3)])
 def test_products_with_a_jacobian_wait_once(name: str, what: str, blocks: int, device: Waiting) -> None:
     case = Case(loss_of(name), blocks)
     do, waits = OF_SQUARES[what]

@@ -151,6 +151,7 @@ def _card(asked: int | None, place: int) -> Card:
         except RuntimeError as error:
             line = str(error).splitlines()[0]
             raise InputError(f"option -device: cannot compute on 'cuda:{number}': {line}") from error
+    torch.backends.cudnn.allow_tf32 = False  # float32 has 24 bits here: line searches and trust regions count on them
     about = torch.cuda.get_device_properties(number)
     return Card(
         socket.gethostname(), str(about.uuid), number, torch.cuda.device_count(), about.name, about.total_memory

@@ -33,6 +33,7 @@ from ddml.decomposition.subdomains import Subdomains
 from ddml.errors import CollectiveError, InputError, NonFiniteError
 from ddml.layout import ParameterLayout
 from ddml.losses.loss import Loss
+from ddml.losses.recorded import Recorder
 from ddml.losses.residual import ResidualLoss
 from ddml.objectives.objective import Objective
 from ddml.objectives.residual import ResidualObjective
@@ -104,7 +105,7 @@ class Minimisation(Owner):
         Of an evaluation, where it is not of all (batches).
     limit
         Parameters above which sums go by ranks by default.
-    stop
+    stop, record
         See :class:`ddml.objectives.objective.Objective`.
     defaults
         Of PETSc's options of the TAO object (``fmin``, say), where they are not in the database.
@@ -138,6 +139,7 @@ class Minimisation(Owner):
         samples: int = 0,
         limit: int = LIMIT,
         stop: StopRequest | None = None,
+        record: Recorder | None = None,
         **defaults: Any,
     ) -> None:
         if isinstance(loss, Objective):
@@ -150,7 +152,7 @@ class Minimisation(Owner):
             chosen = owner.decompose(loss, prefix) if subdomains is None else subdomains
             layout = ParameterLayout(loss.parameters, comm, chosen.ownership(comm.size))
             kind = ResidualObjective if isinstance(loss, ResidualLoss) else Objective
-            self.objective = kind(loss, layout, stop, blocks)
+            self.objective = kind(loss, layout, stop, blocks, record=record)
         self.layout = self.objective.layout
         with self.building():
             self._build(solver, prefix, defaults)

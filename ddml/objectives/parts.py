@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ddml.layout import ParameterLayout
 from ddml.losses.loss import Loss
+from ddml.losses.recorded import Recorded, Recorder
 from ddml.numbers import Number, host, read
 from ddml.parallel import Interrupted, split
 from ddml.summation import Tree, leaves
@@ -36,10 +38,20 @@ class Parts(Sequence[Loss]):
         up the entries that it owns, and is sent little more than one vector by all of the others.
     given
         This rank's parts, if the loss has been cut already.
+    record
+        What records the evaluation of a part that is evaluated again (:mod:`ddml.losses.recorded`); None: nothing does.
     """
 
-    def __init__(self, loss: Loss, layout: ParameterLayout, blocks: int, given: Sequence[Loss] | None = None) -> None:
-        self.loss, self.layout, self.comm, self.blocks = loss, layout, layout.comm, blocks
+    def __init__(
+        self,
+        loss: Loss,
+        layout: ParameterLayout,
+        blocks: int,
+        given: Sequence[Loss] | None = None,
+        record: Recorder | None = None,
+    ) -> None:
+        self.loss, self.layout, self.comm, self.blocks, self.record = loss, layout, layout.comm, blocks, record
+        self._recorded: WeakKeyDictionary[Loss, Recorded | None] = WeakKeyDictionary()  # None: evaluated once
         self.own = list(self.split_over(self.comm) if given is None else given)
         self._spare: list[Tensor] = []
 
@@ -82,6 +94,18 @@ class Parts(Sequence[Loss]):
     def tree(self) -> Tree:
         """Over the blocks, or over the ranks where these sum for themselves."""
         return _tree(self.blocks or self.comm.size, self.comm.size)
+
+    def value_gradient(self, number: int, theta: Tensor, gradient: Tensor) -> Number:
+        """See :meth:`ddml.losses.loss.Loss.value_gradient`, of one of this rank's parts; replayed where it can be."""
+        part = self.own[number]
+        if self.record is None:
+            return part.value_gradient(theta, gradient)
+        if part not in self._recorded:
+            self._recorded[part] = None
+            return part.value_gradient(theta, gradient)
+        replay = self._recorded[part] or Recorded(part, theta, self.record)
+        self._recorded[part] = replay
+        return replay(theta, gradient)
 
     def sum(self, values: Sequence[Number], stopped: bool = False) -> float:
         """The sum of one number for each part over all ranks; of those on a device all are read together.

@@ -17,6 +17,7 @@ from ddml.decomposition.subdomains import Subdomains
 from ddml.linalg.compact import trim_at_once
 from ddml.errors import CollectiveError, InputError
 from ddml.losses.loss import Loss
+from ddml.losses.recorded import Recorder, cuda_graph
 from ddml.numbers import read
 from ddml.options import EACH_START, NEVER, Option, for_runs
 from ddml.parallel import agreed, split
@@ -47,6 +48,7 @@ OPTIONS = (
            choices=("float64", "float32"), changes=NEVER),
     Option("device", "cpu", "Where torch computes: cpu; cuda, a card for each rank of a node in turn; or cuda:K. "
            "Parameters are kept on the host."),
+    Option("capture", False, "On a GPU, replay the launches of a loss and gradient as a CUDA graph (not run yet)."),
     Option("chunk", 0, "Points that go through the network at a time; 0: what suits the evaluator.", minimum=0),
     Option("summation_blocks", None, "Blocks of points whose sums are added in a fixed order, so that a run is the "
            "same to the last bit on any number of ranks; no more ranks than blocks are busy; 0 sums by ranks (default: "
@@ -124,12 +126,20 @@ class Training:
         with plugins.blamed(settings.solver, dict.fromkeys((*SOLVERS, *PETSC_TYPES)), "solver"):
             made = Minimisation(
                 loss, settings.solver, comm, subdomains=chosen, blocks=settings.summation_blocks, samples=samples,
-                limit=settings.summation_limit, stop=start.stop, fmin=fmin,
+                limit=settings.summation_limit, stop=start.stop, record=self._recorder(), fmin=fmin,
             )  # fmt: skip
         self.layout, self.objective, self.x, self.tao = made.layout, made.objective, made.x, made.tao
         self.blocks, self.context = made.objective.parts.blocks, made.context
         if self.context is not None and self.context.spares_memory:
             loss.drop_initial()
+
+    def _recorder(self) -> Recorder | None:
+        """What records evaluations, where the settings ask for it."""
+        if "capture" not in vars(self.settings) or not self.settings.capture:
+            return None
+        if self.loss.device.type != "cuda":
+            raise InputError("option -capture is for -device cuda: it replays what a GPU is told to do")
+        return cuda_graph
 
     def _try(self, count: int) -> None:
         """Evaluate a rank's share of so many samples once, unless on a CPU, to see that there is the memory.

@@ -123,3 +123,9 @@ def test_a_memory_that_is_short_in_the_middle_of_a_run_ends_it_with_one_line() -
     problem = f"{HERE / 'faulty_problems.py'}:RunsOutOfMemory"
     line = refusal("pinn", *SMALL, "-problem", problem, "-solver", "lbfgs", "-max_it", 90, "-summation_blocks", 6)
     assert "Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.10 GiB" in line
+
+
+@pytest.mark.parametrize("name", ["pinn", "classify"])
+def test_launches_are_recorded_on_gpus_only(name: str, shared_tmp: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["-capture", "-output", str(shared_tmp / "run.h5"), *SMALL[6:]] if name == "pinn" else ["-capture"]
+    check_refusal(name, words, "-capture is for -device cuda", shared_tmp, capfd)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -60,9 +60,6 @@ class Parts(Sequence[Loss]):
 
     def __getitem__(self, number: Any) -> Any:
         return self.own[number]
-
-    def __iter__(self) -> Iterator[Loss]:
-        return iter(self.own)
 
     def of(self, loss: Loss, given: Sequence[Loss] | None = None) -> Parts:
         """The parts of another loss, in as many blocks."""

@@ -110,10 +110,12 @@ def bind(comm: MPI.Comm, name: str) -> Device:
     Raises
     ------
     InputError
-        On all ranks: another name, a torch without CUDA, a card that there is not or that does not answer.
+        On all ranks: another name, a torch without CUDA, a card that there is not or that does not answer; vectors
+        that PETSc is to keep elsewhere.
     """
     with agreed(comm):
         device = _parsed(name)
+        _refuse_vectors()
     if device.type == "cpu":
         return Device(torch.device("cpu"))
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
@@ -138,6 +140,16 @@ def _parsed(name: str) -> torch.device:
             "torch with CUDA, or leave -device out"
         )
     return device
+
+
+def _refuse_vectors() -> None:
+    """Raise an InputError where PETSc is asked to keep vectors somewhere else than on the host."""
+    database = PETSc.Options()
+    for name in ("vec_type", "dm_vec_type"):
+        kind = database.getString(name, "")
+        if kind not in ("", "mpi", "seq", "standard"):
+            has = "" if PETSc.Sys.hasExternalPackage("cuda") else " (and this PETSc was built without CUDA)"
+            raise InputError(f"option -{name}: vectors of parameters are on the host{has}; got '{kind}': leave it out")
 
 
 def _card(asked: int | None, place: int) -> Card:

@@ -90,6 +90,17 @@ def test_a_device_that_cannot_be_is_refused_on_all_ranks(
     check_refusal(name, ["-device", device, "-output", str(shared_tmp / "run.h5")], expected, shared_tmp, capfd)
 
 
+@pytest.mark.parametrize("name", ["pinn", "classify"])
+@pytest.mark.parametrize("words", ["-vec_type cuda", "-vec_type mpicuda -device cpu", "-vec_type kokkos"])
+def test_vectors_elsewhere_are_refused(
+    name: str, words: str, shared_tmp: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = ["-output", str(shared_tmp / "run.h5")]
+    check_refusal(
+        name, [*words.split(), *output], "-vec_type: vectors of parameters are on the host", shared_tmp, capfd
+    )
+
+
 def test_a_cpu_is_bound_without_a_word(comm: MPI.Comm) -> None:
     for name in ("cpu", "cpu:0"):
         found = bind(comm, name)

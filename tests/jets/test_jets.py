@@ -387,17 +387,3 @@ def test_jets_of_tanh_along_a_line_are_its_taylor_coefficients() -> None:
         for k in range(5):
             expected = math.factorial(k) * np.mean(np.tanh(path) * shifts ** (-k)).real
             assert jets[k, point] == pytest.approx(expected, rel=1e-9, abs=1e-9)
-
-
-@pytest.mark.parametrize("kind", [FusedJets, TaylorJets, CompiledJets])
-@pytest.mark.parametrize("case", [case for case in CASES if max(map(len, case[-1]), default=0) == 2])
-def test_a_forward_pass_serves_several_backward_passes(case: Any, kind: Any) -> None:
-    """As residuals of several pieces ask for."""
-    c = Case(case, points=5)
-    made, gradient = kind(c.network, c.offsets, c.indices), torch.zeros_like(c.theta)
-    made.bind(c.theta, gradient)
-    made.forward(c.inputs)
-    for share in (0.3, 0.5, 0.2):
-        made.backward(share * c.weights)
-    made.finish()
-    assert_close(gradient, c.independent()[1], 1e-11)

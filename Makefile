@@ -2,21 +2,25 @@
 # make check   a part of the test suite, before a commit
 # make test    the test suite, on 1, 2 and 3 ranks (18 minutes); make test-long all of it on all ranks, 1,000 kills
 # make bench   the tables of the README, measured side by side (about 25 minutes)
+# make gpu     try a GPU: numbers, copies, two ranks on one card, times (GPU= has options of drivers/gpu.py)
 # make lint    style and types
 # make docs    docs/options.md from the tables of options, and the site in build/site, with the gallery's figures (2 minutes)
-# Each of them makes .venv first (make env), see environment.sh.
+# Each of them makes .venv first (make env), see environment.sh; make gpu GPU_PYTHON=python3 takes that interpreter as it
+# is, on a machine without network, say.
 
 PYTHON_ENV = .venv/bin/python
 # for each of the three solvers
 DEMO_SECONDS ?= 15
 BENCH ?=
+GPU ?=
+GPU_PYTHON ?=
 MPIEXEC = mpiexec --oversubscribe $(shell [ "$$(id -u)" = 0 ] && echo --allow-run-as-root)
 export OMP_NUM_THREADS = 1
 export OPENBLAS_NUM_THREADS = 1
 # more ranks than cores take turns
 export OMPI_MCA_mpi_yield_when_idle = 1
 
-.PHONY: env demo check check-one check-three test test-long test-one test-ranks bench lint docs clean
+.PHONY: env demo check check-one check-three test test-long test-one test-ranks bench gpu lint docs clean
 
 env:
 	@./environment.sh
@@ -58,6 +62,9 @@ test-ranks:
 
 bench: env
 	$(PYTHON_ENV) drivers/bench.py $(BENCH)
+
+gpu: $(if $(GPU_PYTHON),,env)
+	$(or $(GPU_PYTHON),$(PYTHON_ENV)) drivers/gpu.py $(GPU)
 
 lint: env
 	$(PYTHON_ENV) -m ruff check .

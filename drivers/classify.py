@@ -27,8 +27,9 @@ from ddml.parallel import agreed
 from ddml.problems.classification import ClassificationLoss, TestSet
 from ddml.data.scaling import SCALINGS, Samples, Scaling
 from solvers import solver_class
-from common.training import check_device
+from common.device import Device, bind, short_of_memory
 
+CPU = torch.device("cpu")
 LONGEST = 32_000  # characters; HDF5 has attributes of up to 64 kB (our choice)
 
 OPTIONS = (
@@ -63,12 +64,13 @@ def main(comm: MPI.Comm) -> int:
 def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> int:
     """Run what has been read; the exit code. Collective."""
     training.refuse_residuals_only(settings.solver)
+    device = bind(comm, settings.device)
     dataset = files.load(settings.data, comm, settings.samples)
     settings.samples = dataset.count
     batches.check(settings, dataset.count)
     scaling = Scaling(dataset, settings.scaling, comm)
-    with agreed(comm), plugins.blamed(settings.network, classifiers.KNOWN, "network"):
-        loss, network, test = build(settings, dataset, scaling)
+    with agreed(comm), plugins.blamed(settings.network, classifiers.KNOWN, "network"), short_of_memory():
+        loss, network, test = build(settings, dataset, scaling, device.torch)
         chosen = solver_class(settings.solver).decompose(loss)
     made = training.Training(comm, settings, start, loss, chosen, 0.0, settings.batch_size)
     moving = made.batches()
@@ -84,7 +86,7 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> 
     measure = TestSet(loss, test, comm, made.blocks)
     code = made.run(
         limits, attributes, measure, moving,
-        header(settings, dataset, loss, network, moving, made.summation()), shown="accuracy",
+        header(settings, dataset, loss, network, moving, made.summation(), device), shown="accuracy",
     )  # fmt: skip
     dataset.free()
     return code
@@ -96,10 +98,12 @@ def described(dataset: data_set.DataSet, scaling: Scaling) -> dict[str, str]:
     return {"inputs": text} if len(text) < LONGEST else {}
 
 
-def build(settings: Any, dataset: data_set.DataSet, scaling: Scaling) -> tuple[ClassificationLoss, str, Samples]:
+def build(
+    settings: Any, dataset: data_set.DataSet, scaling: Scaling, device: torch.device = CPU
+) -> tuple[ClassificationLoss, str, Samples]:
     """The loss on the training samples, the network in words, and the test samples."""
     network, words = classifiers.build_classifier(settings, dataset.shape, len(dataset.classes))
-    device, dtype = check_device(settings.device), getattr(torch, settings.dtype)
+    dtype = getattr(torch, settings.dtype)
     train = Samples(dataset.inputs, dataset.labels, scaling, dtype, device)
     test = Samples(dataset.test_inputs, dataset.test_labels, scaling, dtype, device)
     loss = ClassificationLoss(network.to(device), train, len(dataset.classes), settings.chunk or None)
@@ -113,6 +117,7 @@ def header(
     network: str,
     moving: Batches | None,
     summation: str,
+    device: Device,
 ) -> str:
     """What is about to run, in words."""
     kind = solver_class(settings.solver)
@@ -122,6 +127,7 @@ def header(
         f"network {network}, {loss.size} parameters in {len(loss.layers)} layers, {settings.dtype} on"
         f" {settings.device}\n"
         f"solver {settings.solver} {summation}\n"
+        + "".join(f"{line}\n" for line in device.words().splitlines())
         + (f"{kind.decompose(loss)!r}" if kind.subdomains_of == "parameters" else "")
     ).rstrip()
 

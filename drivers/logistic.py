@@ -56,7 +56,7 @@ OPTIONS = (
         " Trust regions, tr, apts_weights, apts_data and napts, have -model hessian -delta0 1 here.",
         (
             replace(o, choices=("float64",)) if o.name == "dtype" else o
-            for o in training.OPTIONS if o.name not in ("device", "chunk")
+            for o in training.OPTIONS if o.name not in ("device", "capture", "chunk")
         ),
         {"dtype": "Precision of data and parameters."},
     ),

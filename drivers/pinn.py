@@ -34,7 +34,7 @@ from ddml.problems.pde.loss import TORCH_JETS
 from ddml.problems.pde.scales import parsed
 from ddml.runs.advice import advise
 from solvers import PETSC_TYPES, SOLVERS, solver_class
-from common.training import check_device
+from common.device import Device, bind, short_of_memory
 
 WITHOUT_KERNELS = "note: the kernels were not built (make env does it with a C compiler): torch does their work, slower"
 LARGE = 25_000  # parameters for which a dense inverse Hessian takes 2.5 GB in all
@@ -79,10 +79,11 @@ def main(comm: MPI.Comm) -> int:
 
 def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> int:
     """Run what has been read; the exit code. Collective."""
-    with agreed(comm), plugins.blamed(settings.problem, PROBLEMS, "problem"):
+    device = bind(comm, settings.device)
+    with agreed(comm), plugins.blamed(settings.problem, PROBLEMS, "problem"), short_of_memory():
         if limits.restart is not None and settings.scales is None:
             settings.scales = "none"  # older run files know no others
-        loss, network, sizes = build(settings)
+        loss, network, sizes = build(settings, device.torch)
         chosen = solver_class(settings.solver).decompose(loss)
     limits.error_interval = limits.error_interval or solver_class(settings.solver).measures_error
     fmin = 1e-9 if settings.solver in ("lbfgs", "aspqn", "mspqn") else 0.0  # the paper's
@@ -108,17 +109,17 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> 
         "driver": "pinn", "problem": settings.problem, "network": network, "points": settings.points,
         "resample": settings.resample,
     }  # fmt: skip
-    words = header(settings, loss, network, made.summation(), sizes)
+    words = header(settings, loss, network, made.summation(), sizes, device)
     return made.run(limits, attributes, measure, moving, words, closing)
 
 
-def build(settings: Any) -> tuple[PDELoss, str, list[magnitudes.Magnitude]]:
+def build(settings: Any, device: torch.device) -> tuple[PDELoss, str, list[magnitudes.Magnitude]]:
     """The loss that the options describe, the network in words, and what is how large in the beginning.
 
     What is left open is chosen; magnitudes are those of a run that has no scales yet.
     """
     problem, network, words = build_problem(settings)
-    dtype, device = getattr(torch, settings.dtype), check_device(settings.device)
+    dtype = getattr(torch, settings.dtype)
     choose(settings, sum(p.numel() for p in network.parameters() if p.requires_grad))
     if settings.scales is None:
         scales, sizes, notes = magnitudes.find(problem, network, dtype, device, settings)
@@ -147,7 +148,12 @@ def choose(settings: Any, size: int) -> None:
 
 
 def header(
-    settings: Any, loss: PDELoss, network: str, summation: str, sizes: Sequence[magnitudes.Magnitude] = ()
+    settings: Any,
+    loss: PDELoss,
+    network: str,
+    summation: str,
+    sizes: Sequence[magnitudes.Magnitude],
+    device: Device,
 ) -> str:
     """What is about to run, in words."""
     kind = solver_class(settings.solver)
@@ -163,9 +169,10 @@ def header(
         f" {loss.evaluator!r} with derivatives up to order {max(len(i) for i in loss.indices)}\n"
         f"{derivatives(loss)}{residuals(loss)}\n"
         f"solver {settings.solver} {summation}\n"
+        + "".join(f"{line}\n" for line in device.words().splitlines())
         + (f"{kind.decompose(loss)!r}\n" if kind.subdomains_of == "parameters" else "")
         + "".join(f"note: {note}\n" for note in loss.notes)
-        + ("" if settings.device != "cpu" or kernels.library() is not None else WITHOUT_KERNELS)
+        + ("" if loss.device.type != "cpu" or kernels.library() is not None else WITHOUT_KERNELS)
     ).rstrip()
 
 

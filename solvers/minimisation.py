@@ -33,6 +33,7 @@ from ddml.decomposition.subdomains import Subdomains
 from ddml.errors import CollectiveError, InputError, NonFiniteError
 from ddml.layout import ParameterLayout
 from ddml.losses.loss import Loss
+from ddml.losses.recorded import Recorder
 from ddml.losses.residual import ResidualLoss
 from ddml.objectives.objective import Objective
 from ddml.objectives.residual import ResidualObjective
@@ -98,12 +99,13 @@ class Minimisation(Owner):
         Of the parameters, which their ownership follows (default: the solver's).
     blocks
         Of samples that are summed in a fixed order, see :class:`ddml.objectives.objective.Objective`; 0: by ranks.
-        Default: by what an evaluation costs, 0 above a million parameters.
+        Default: by what an evaluation costs; 0 above a million parameters, and on another device than the CPU, where
+        each block would be a pass of its own.
     samples
         Of an evaluation, where it is not of all (batches).
     limit
         Parameters above which sums go by ranks by default.
-    stop
+    stop, record
         See :class:`ddml.objectives.objective.Objective`.
     defaults
         Of PETSc's options of the TAO object (``fmin``, say), where they are not in the database.
@@ -137,18 +139,20 @@ class Minimisation(Owner):
         samples: int = 0,
         limit: int = LIMIT,
         stop: StopRequest | None = None,
+        record: Recorder | None = None,
         **defaults: Any,
     ) -> None:
         if isinstance(loss, Objective):
             self.objective = loss
         else:
             if blocks is None:
-                blocks = 0 if loss.size > limit else leaves(samples or loss.count, loss.enough)
+                by_ranks = loss.size > limit or loss.device.type != "cpu"
+                blocks = 0 if by_ranks else leaves(samples or loss.count, loss.enough)
             owner = solver_class(solver) if isinstance(solver, str) else type(solver)
             chosen = owner.decompose(loss, prefix) if subdomains is None else subdomains
             layout = ParameterLayout(loss.parameters, comm, chosen.ownership(comm.size))
             kind = ResidualObjective if isinstance(loss, ResidualLoss) else Objective
-            self.objective = kind(loss, layout, stop, blocks)
+            self.objective = kind(loss, layout, stop, blocks, record=record)
         self.layout = self.objective.layout
         with self.building():
             self._build(solver, prefix, defaults)

@@ -39,6 +39,7 @@ SERIAL = (
     *("jets", "networks", "data/test_samples.py", "linalg/test_polar.py", "norms/test_modular.py"),
     *("losses/test_kronecker.py", "losses/test_loss.py", "losses/test_module_factors.py"),
     *("losses/test_module_refusals.py", "losses/test_pde_modules.py", "losses/test_restrictions.py"),
+    *("losses/test_recorded.py", "objectives/test_waiting.py", "drivers/test_gpu.py"),
     *("problems/test_references.py", "problems/test_program.py", "runs/test_figures.py", "runs/test_history.py"),
     *("test_options.py", "test_origins.py", "test_plugins.py", "test_prepare.py", "test_house.py"),
     *("data/test_arrays.py", "data/test_images.py", "data/test_inputs.py", "data/test_tables.py"),

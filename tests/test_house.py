@@ -20,7 +20,7 @@ DRIVERS = ROOT / "drivers"  # whose modules import each other without that name
 
 # A module may import modules of its own room and of the levels above its own line, none beside it.
 LEVELS = (
-    ("ddml.errors", "ddml.parameters", "ddml.kernels", "ddml.lazy", "ddml.version"),
+    ("ddml.errors", "ddml.parameters", "ddml.kernels", "ddml.lazy", "ddml.numbers", "ddml.version"),
     ("ddml.plugins", "ddml.parallel", "ddml.origins"),
     ("ddml.options", "ddml.states", "ddml.summation"),
     ("ddml.layout",),

@@ -53,7 +53,7 @@ class Evaluator(Protocol):
         """Jets (K, N, outputs) from the jets (K, N, width) that enter stage ``first``; good until the next call."""
 
     def backward(self, adjoint: Tensor) -> None:
-        """Add the derivative of <adjoint, jets of the last forward> by theta to the gradient."""
+        """Add the derivative of <adjoint, jets of the last forward> by theta to the gradient; as often as is wanted."""
 
     def finish(self) -> None:
         """Complete the gradient."""
@@ -98,7 +98,7 @@ class ByAutograd(ABC):
     def backward(self, adjoint: Tensor) -> None:
         """See :class:`Evaluator`."""
         assert self.gradient is not None
-        self.gradient += torch.autograd.grad(self.output, self.leaf, adjoint)[0]
+        self.gradient += torch.autograd.grad(self.output, self.leaf, adjoint, retain_graph=True)[0]
 
     def rows(self, adjoint: Tensor) -> Tensor:
         """See :class:`Evaluator`; one backward pass per point."""

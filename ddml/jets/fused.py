@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -55,7 +55,7 @@ class _Buffers:
         self.q = [new(n, outputs) for _ in range(second)]  # t z_i of each second derivative (i, j)
         self.zbar = scratch("zbar", k, n, outputs)  # adjoint of z
         self.hbar = scratch(f"hbar{parity}", k, n, inputs)  # adjoint of the jets that enter
-        self.work = scratch("work", n, outputs)
+        self.work, self.room = scratch("work", n, outputs), scratch("room", n, outputs)
         self.h: Tensor | None = None  # what entered, and as a matrix
         self.h_flat = self.hbar
         self.z_flat, self.zbar_flat = self.z.view(k * n, outputs), self.zbar.view(k * n, outputs)
@@ -73,7 +73,7 @@ class FusedJets(TaylorJets):
     - 2 sum c_ij z_i z_j that of z.
 
     Buffers live as long as the evaluator and serve chunk after chunk, so that they stay in the
-    cache: a forward pass is followed by its backward pass.
+    cache: a forward pass is followed by its backward passes.
 
     Raises
     ------
@@ -160,19 +160,45 @@ class FusedJets(TaylorJets):
     @torch.no_grad()
     def backward(self, adjoint: Tensor) -> None:
         """See :class:`ddml.jets.evaluator.Evaluator`."""
-        first, n = self.last[1], self.last[0].shape[1]
-        lowest = min((a for a in self.active if a >= first), default=len(self.stages))
-        ybar = adjoint
+        lowest = min((a for a in self.active if a >= self.last[1]), default=len(self.stages))
+        for number, b in self._adjoints(adjoint, lowest):
+            if number in self.active:
+                weight, bias = self.gradients[number]
+                weight.addmm_(b.zbar_flat.T, b.h_flat)
+                bias.add_(b.zbars[0].sum(0))
+
+    @torch.no_grad()
+    def rows(self, adjoint: Tensor) -> Tensor:
+        """See :class:`ddml.jets.evaluator.Evaluator`; all points in one backward pass."""
+        rows = adjoint.new_zeros(adjoint.shape[1], self.leaf.numel())
+
+        def write(name: str, values: Tensor) -> None:
+            begin, shape = self.offsets[name]
+            rows[:, begin : begin + shape.numel()] = values.reshape(len(rows), -1)
+
+        for number, b in self._adjoints(adjoint, self.last[1]):
+            assert b.h is not None
+            stage, bias = self.stages[number], b.zbars[0]
+            weight = torch.einsum("kno,kni->noi", b.zbar, b.h)
+            scale: Tensor | float = 1.0
+            if stage.slope is not None:  # as in finish
+                scale = 10 * self.view(self.leaf, stage.slope)
+                own_weight, own_bias = self.view(self.leaf, stage.weight), self.view(self.leaf, stage.bias)
+                write(stage.slope, 10 * ((weight * own_weight).sum((1, 2)) + bias @ own_bias))
+            write(stage.weight, scale * weight)
+            write(stage.bias, scale * bias)
+        return rows
+
+    def _adjoints(self, adjoint: Tensor, lowest: int) -> Iterator[tuple[int, _Buffers]]:
+        """The stages from the last one down to ``lowest``, each with the adjoint of its affine map in its buffers."""
+        n, ybar = self.last[0].shape[1], adjoint
         for number in range(len(self.stages) - 1, lowest - 1, -1):
             stage, b = self.stages[number], self.buffers[number, n]
             if stage.activation:
                 self._activation_adjoint(b, ybar)
             else:
                 b.zbar.copy_(ybar)
-            if number in self.active:
-                weight, bias = self.gradients[number]
-                weight.addmm_(b.zbar_flat.T, b.h_flat)
-                bias.add_(b.zbars[0].sum(0))
+            yield number, b
             if number > lowest:
                 torch.mm(b.zbar_flat, self.bound[number][0], out=b.hbar_flat)
                 if stage.residual:
@@ -187,7 +213,7 @@ class FusedJets(TaylorJets):
             for k in range(2, len(c)):
                 work.addcmul_(c[k], z[k])
             for (p, i, j), q in zip(self.second, b.q, strict=True):
-                r = torch.mul(c[p], z[j], out=b.ys[p])  # the jets behind this stage have served
+                r = torch.mul(c[p], z[j], out=b.room)
                 work.addcmul_(r, q, value=-3.0)
                 c[0].addcmul_(r, z[i], value=-2.0)
                 if i == j:

@@ -33,6 +33,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ddml.numbers import as_number, read
+
 # our choices: the smaller side up to which a dense factorisation is used, and the smallest eigenvalue of G G^T
 # relative to the largest down to which one iteration restores all digits that the product has lost
 DENSE, CONDITION = 1024, 1e-10
@@ -122,7 +124,7 @@ def near_factor(G: Tensor, tolerance: float) -> Tensor | None:
 def inner(A: Tensor, B: Tensor) -> float:
     """<A, B>, summed in float64."""
     pieces = zip(A.split(TILE), B.split(TILE), strict=True)
-    return math.fsum(float((a * b).sum(dtype=torch.float64)) for a, b in pieces)
+    return math.fsum(read([as_number((a * b).sum(dtype=torch.float64)) for a, b in pieces]))
 
 
 def symmetric_product(

@@ -139,12 +139,17 @@ def forward_numbers(module: nn.Module, inputs: Tensor) -> dict[str, tuple[int, i
     return found
 
 
-CACHED = 1 << 21  # numbers in the widest layer of a batch that went fastest (measured on CPUs, our choice)
+# numbers in the widest layer of a batch: what went fastest (measured on CPUs, our choice), and on other devices, which
+# want one pass over all samples as long as they have the memory (not measured, our choice)
+CACHED, QUEUED = 1 << 21, 1 << 27
 
 
 @torch.no_grad()
 def suitable_batch(module: nn.Module, inputs: Tensor, most: int = 4096) -> int:
-    """Samples per forward pass for which what a layer gives stays in a CPU's cache; ``inputs`` (B, ...) to try."""
+    """Samples per forward pass for which what a layer gives stays in a CPU's cache; ``inputs`` (B, ...) to try.
+
+    ``most`` bounds them on a CPU; on another device they are as many as its memory is likely to hold.
+    """
     widest = [_numbers(inputs)]
     hooks = [
         part.register_forward_hook(lambda _, __, outputs: widest.append(_numbers(outputs))) for part in module.modules()
@@ -154,4 +159,6 @@ def suitable_batch(module: nn.Module, inputs: Tensor, most: int = 4096) -> int:
     finally:
         for hook in hooks:
             hook.remove()
+    if inputs.device.type != "cpu":
+        return max(QUEUED * len(inputs) // max(widest), 16)
     return min(max(CACHED * len(inputs) // max(widest), 16), most)

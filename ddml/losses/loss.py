@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ddml.errors import InputError
+from ddml.numbers import Number, as_number
 from ddml.parameters import Parameter
 
 from .charges import Charges
@@ -86,7 +87,7 @@ class Loss(ABC):
 
     @abstractmethod
     def sampled(self, rows: Tensor) -> Loss:
-        """The loss of a data set of these samples only (numbers, int64), normalised anew."""
+        """The loss of a data set of these samples only (numbers, int64, on the host), normalised anew."""
 
     def of_module(self, module: nn.Module) -> Self:
         """The loss of another module on the same samples, each with the same weight.
@@ -133,23 +134,26 @@ class Loss(ABC):
         return False
 
     @torch.no_grad()
-    def value(self, theta: Tensor, kept: Any = None) -> float:
-        """The loss at theta; ``kept`` from :meth:`prefix` with the same parameters before its layer."""
-        return sum((float(term) for term in self.terms(theta, kept)), 0.0)
+    def value(self, theta: Tensor, kept: Any = None) -> Number:
+        """The loss at theta; ``kept`` from :meth:`prefix` with the same parameters before its layer.
+
+        A float on the CPU; on another device it may stay there, see :mod:`ddml.numbers`.
+        """
+        return sum((as_number(term) for term in self.terms(theta, kept)), 0.0)
 
     def value_gradient(
         self, theta: Tensor, gradient: Tensor, kept: Any = None, active: frozenset[int] | None = None
-    ) -> float:
-        """The loss at theta; its gradient is added to ``gradient`` (n,).
+    ) -> Number:
+        """The loss at theta, as :meth:`value` gives it; its gradient is added to ``gradient`` (n,).
 
         ``active`` limits the gradient to some layers: what is added elsewhere is undefined.
         """
         leaf = theta.detach().requires_grad_()
-        value = 0.0
+        value: Number = 0.0
         for term in self.terms(leaf, kept):
             if term.requires_grad:
                 gradient += torch.autograd.grad(term, leaf, retain_graph=True)[0]  # terms may share a graph
-            value += float(term.detach())
+            value += as_number(term)
         return value
 
     def hessian_product(self, theta: Tensor, direction: Tensor, product: Tensor, kept: Any = None) -> None:

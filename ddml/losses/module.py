@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ddml.data.sample_sets import SampleSet, TensorSamples, mapped
 from ddml.errors import InputError
 from ddml.losses import work
+from ddml.numbers import Number, as_number
 from ddml.parameters import parameter_table
 
 from .costs import forward_costs, forward_numbers
@@ -219,13 +220,13 @@ class ModuleLoss(SampledLoss):
             _leave(self._leaves)
 
     @torch.no_grad()
-    def value(self, theta: Tensor, kept: Any = None) -> float:
+    def value(self, theta: Tensor, kept: Any = None) -> Number:
         """See :meth:`.Loss.value`."""
-        return sum((float(self.criterion(o, y).sum() * self.weight) for o, y in self.outputs(theta, kept)), 0.0)
+        return sum((as_number(self.criterion(o, y).sum() * self.weight) for o, y in self.outputs(theta, kept)), 0.0)
 
     def value_gradient(
         self, theta: Tensor, gradient: Tensor, kept: Any = None, active: frozenset[int] | None = None
-    ) -> float:
+    ) -> Number:
         """See :meth:`.Loss.value_gradient`; the other layers' parameters get no gradient at all."""
         wanted = frozenset(k for i, layer in enumerate(self.layers) if active is None or i in active for k in layer)
         module = _behind(self._at(theta.detach(), wanted), kept)
@@ -241,7 +242,7 @@ class ModuleLoss(SampledLoss):
                 )
             finally:
                 _leave(self._leaves)
-        value = 0.0
+        value: Number = 0.0
         for outputs, y in self._batches(module, kept):
             term = self.criterion(outputs, y).sum() * self.weight
             if term.requires_grad:
@@ -249,20 +250,20 @@ class ModuleLoss(SampledLoss):
                 for k, g in zip(numbers, gradients, strict=True):
                     if g is not None:
                         gradient[self.parameters[k].range] += g.reshape(-1)
-            value += float(term.detach())
+            value += as_number(term)
         return value
 
 
 def _summed_in_place(
     batches: Iterator[tuple[Tensor, Tensor]], term: Callable[[Tensor, Tensor], Tensor], leaves: Sequence[Tensor]
-) -> float:
+) -> Number:
     """The sum of the terms; each leaf's derivative is added to its ``grad``, and freed, as soon as it is there."""
-    value = 0.0
+    value: Number = 0.0
     for outputs, y in batches:
         found = term(outputs, y)
         if found.requires_grad:
             found.backward(inputs=leaves)  # type: ignore[no-untyped-call]
-        value += float(found.detach())
+        value += as_number(found)
         del outputs, found
     return value
 

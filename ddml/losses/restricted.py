@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ddml.numbers import Number
 from ddml.parameters import Parameter, parameter_table
 
 from .charges import RestrictedCharges, cut
@@ -175,13 +176,13 @@ class RestrictedLoss(Loss):
         """See :meth:`Loss.terms`."""
         return self.loss.terms(self.joined(theta), self.kept if kept is None else kept)
 
-    def value(self, theta: Tensor, kept: Any = None) -> float:
+    def value(self, theta: Tensor, kept: Any = None) -> Number:
         """The loss with these parameters (n_s,) in the subdomain."""
         return self.loss.value(self.insert(theta), self.kept if kept is None else kept)
 
     def value_gradient(
         self, theta: Tensor, gradient: Tensor, kept: Any = None, active: frozenset[int] | None = None
-    ) -> float:
+    ) -> Number:
         """The loss; its gradient by the subdomain's parameters is added to ``gradient`` (n_s,).
 
         Without ``active`` layers, which limit it to some of the subdomain's, the gradient of those in ``also`` is

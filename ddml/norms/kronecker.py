@@ -94,8 +94,8 @@ class KroneckerNorm(Norm):
             u = torch.from_numpy(draws[begin : begin + part.count])
             begin += part.count
             if part.count:
-                pieces = [m.reshape(-1).cpu() for pair in _factored(part).kronecker_statistics(theta, u) for m in pair]
-                row[:] = torch.cat(pieces).numpy()
+                pieces = [m.reshape(-1) for pair in _factored(part).kronecker_statistics(theta, u) for m in pair]
+                row[:] = torch.cat(pieces).cpu().numpy()
         total = self.flat.vector()
         sub.parts.sum_vectors(list(torch.from_numpy(found[: len(sub.parts)])), total, self.flat)
         new = self.flat.gather(total).numpy().copy()

@@ -288,6 +288,7 @@ class ModularNorm:
         for b in self._chosen(chosen):
             block = self.blocks[b]
             dual = self._near(block, g) if self.large(block) else None
+            dual = None if dual is None else dual.to(g.device)
             if dual is None:
                 matrix = block.read(g)
                 dual = block.dualize(matrix, self.eps)

@@ -29,7 +29,7 @@ def sampled(objective: Objective, rows: ArrayLike) -> Objective:
     numbers = np.asarray(rows, dtype=np.int64).ravel()
     if numbers.size == 0 or numbers.min() < 0 or numbers.max() >= objective.loss.count:
         raise InputError(f"sample numbers must be 0 to {objective.loss.count - 1}, at least one; got {numbers}")
-    loss = objective.loss.sampled(torch.as_tensor(numbers, device=objective.loss.device))
+    loss = objective.loss.sampled(torch.as_tensor(numbers))
     return objective.derived(loss, fraction=objective.fraction * numbers.size / objective.loss.count)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ddml.decomposition.decomposition import Decomposition
 from ddml.decomposition.subdomains import length
 from ddml.losses.residual import ResidualLoss
+from ddml.numbers import host
 from ddml.parallel import check_memory
 
 from .residual import ResidualObjective
@@ -61,7 +62,7 @@ class Linearisation:
         self.theta = objective.parameters(x).clone()
         self.parts = [objective.part(i) for i in range(len(objective.parts))]
         objective.work.add(objective.fraction * objective.loss.charges.evaluation(gradient=False), losses=1)
-        self.residual = [_double(part.residual(self.theta)) for part in self.parts]
+        self.residual = self._residual(self.theta)
         self.count = int(self.comm.allreduce(sum(map(len, self.residual))))
         self.value = self.total([float(r @ r) for r in self.residual])
         self._rows: list[Tensor] | None = None
@@ -78,14 +79,17 @@ class Linearisation:
         objective = self.objective
         theta = objective.parameters(x)
         objective.work.add(objective.fraction * objective.loss.charges.evaluation(gradient=False), losses=1)
-        return [_double(part.residual(theta)) for part in self.parts]
+        return self._residual(theta)
+
+    def _residual(self, theta: Tensor) -> list[Tensor]:
+        return host([part.residual(theta) for part in self.parts], torch.float64)
 
     def total(self, values: list[float]) -> float:
         """The sum of the parts' numbers over all ranks, in a fixed order if the objective sums so."""
         return self.objective.sum_parts(values)
 
     def _columns(self, part: ResidualLoss) -> Tensor:
-        return _double(part.jacobian(self.theta).T).contiguous()
+        return host([part.jacobian(self.theta).T], torch.float64)[0].contiguous()
 
     def _charge_rows(self) -> None:
         self.objective.work.add(self.objective.fraction * self.objective.loss.charges.rows(self.count))
@@ -107,23 +111,22 @@ class Linearisation:
             return [sum(torch.mv(rows[r].T, v[r]) for r in ranges) for rows in self._rows]  # type: ignore[misc]
         self._charge(self.objective.loss.charges.jacobian())
         v = v.to(device=self.theta.device, dtype=self.theta.dtype)
-        return [_double(part.jacobian_product(self.theta, v)) for part in self.parts]
+        return host([part.jacobian_product(self.theta, v) for part in self.parts], torch.float64)
 
     def transpose_product(self, w: Sequence[Tensor], vec: PETSc.Vec, ranges: Sequence[slice] = (slice(None),)) -> None:
         """Write J^T w to ``vec``; only the entries in ``ranges`` are needed, the others are any."""
-        # each in memory of its own: what a product rounds may depend on how it is aligned
-        sums = [torch.zeros(self.size, dtype=torch.float64) for _ in self.parts]
         if self._rows is not None:
             self._pass(ranges=ranges)
+            # each in memory of its own: what a product rounds may depend on how it is aligned
+            sums = [torch.zeros(self.size, dtype=torch.float64) for _ in self.parts]
             for rows, weights, into in zip(self._rows, w, sums, strict=True):
                 for r in ranges:
                     torch.mv(rows[r], weights, out=into[r])
         else:
             self._charge(self.objective.loss.charges.transpose())
+            sums = [torch.zeros_like(self.theta) for _ in self.parts]
             for part, weights, into in zip(self.parts, w, sums, strict=True):
-                whole = torch.zeros_like(self.theta)
-                part.jacobian_transpose_product(self.theta, weights.to(self.theta), whole)
-                into.copy_(whole)
+                part.jacobian_transpose_product(self.theta, weights.to(self.theta), into)
         self.objective.parts.sum_vectors(sums, vec)
 
     def _charge(self, units: float) -> None:
@@ -230,7 +233,3 @@ class Linearisation:
 
 
 _COLUMNS = 64
-
-
-def _double(values: Tensor) -> Tensor:
-    return values.to(dtype=torch.float64, device="cpu")

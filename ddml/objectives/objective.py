@@ -16,7 +16,9 @@ from torch import Tensor
 from ddml.layout import Operator, ParameterLayout
 from ddml.linalg.compact import Compact
 from ddml.losses.loss import Loss
+from ddml.losses.recorded import Recorder
 from ddml.losses.work import DOUBLE, FRESH, PASSED, WorkCounter
+from ddml.numbers import Number
 from ddml.parallel import StopRequest
 
 from .linear import GatheredTerm, LinearTerm, tilted
@@ -59,6 +61,8 @@ class Objective:
         See :class:`ddml.objectives.parts.Parts`.
     parts
         This rank's blocks of the loss, if it has been cut already.
+    record
+        See :class:`ddml.objectives.parts.Parts`; objectives that are made of this one record nothing.
 
     Attributes
     ----------
@@ -81,6 +85,7 @@ class Objective:
         stop: StopRequest | None = None,
         blocks: int = 0,
         parts: Sequence[Loss] | None = None,
+        record: Recorder | None = None,
     ) -> None:
         self.loss = loss
         self.layout = layout
@@ -91,7 +96,7 @@ class Objective:
         self.version = 0
         self.replacement = Replacement()
         self.linear: tuple[LinearTerm, ...] = ()
-        self.parts = Parts(loss, layout, blocks, parts)
+        self.parts = Parts(loss, layout, blocks, parts, record)
         self._followers: WeakSet[Objective] = WeakSet()
         self._events = {name: PETSc.Log.Event(f"ddml {name}") for name in ("loss", "gradient", "product")}
 
@@ -253,7 +258,7 @@ class Objective:
         with x as array:
             array[:] = self.loss.initial()[begin:end].to(torch.float64).cpu().numpy()
 
-    def sum_parts(self, values: Sequence[float]) -> float:
+    def sum_parts(self, values: Sequence[Number]) -> float:
         """The sum of one number for each part over all ranks; also where a request to stop is noticed."""
         return self.parts.sum(values, self.stop is not None and self.stop.due)
 
@@ -272,13 +277,13 @@ class Objective:
         hessian.destroy()  # TAO keeps it
 
 
-def _evaluated(objective: Objective, theta: Tensor) -> tuple[list[float], list[Tensor]]:
+def _evaluated(objective: Objective, theta: Tensor) -> tuple[list[Number], list[Tensor]]:
     """The values of this rank's parts at theta, and the :meth:`ddml.objectives.parts.Parts.rows` of their gradients."""
     objective.work.add(objective.fraction * objective.loss.charges.evaluation(), gradients=1)
-    values = [0.0] * len(objective.parts)
+    values: list[Number] = [0.0] * len(objective.parts)
 
     def evaluate(number: int, row: Tensor) -> None:
-        values[number] = objective.parts[number].value_gradient(theta, row)
+        values[number] = objective.parts.value_gradient(number, theta, row)
 
     return values, objective.parts.rows(evaluate)
 

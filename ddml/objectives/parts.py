@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from ddml.layout import ParameterLayout
 from ddml.losses.loss import Loss
+from ddml.losses.recorded import Recorded, Recorder
+from ddml.numbers import Number, host, read
 from ddml.parallel import Interrupted, split
 from ddml.summation import Tree, leaves
 
@@ -35,10 +38,20 @@ class Parts(Sequence[Loss]):
         up the entries that it owns, and is sent little more than one vector by all of the others.
     given
         This rank's parts, if the loss has been cut already.
+    record
+        What records the evaluation of a part that is evaluated again (:mod:`ddml.losses.recorded`); None: nothing does.
     """
 
-    def __init__(self, loss: Loss, layout: ParameterLayout, blocks: int, given: Sequence[Loss] | None = None) -> None:
-        self.loss, self.layout, self.comm, self.blocks = loss, layout, layout.comm, blocks
+    def __init__(
+        self,
+        loss: Loss,
+        layout: ParameterLayout,
+        blocks: int,
+        given: Sequence[Loss] | None = None,
+        record: Recorder | None = None,
+    ) -> None:
+        self.loss, self.layout, self.comm, self.blocks, self.record = loss, layout, layout.comm, blocks, record
+        self._recorded: WeakKeyDictionary[Loss, Recorded | None] = WeakKeyDictionary()  # None: evaluated once
         self.own = list(self.split_over(self.comm) if given is None else given)
         self._spare: list[Tensor] = []
 
@@ -47,9 +60,6 @@ class Parts(Sequence[Loss]):
 
     def __getitem__(self, number: Any) -> Any:
         return self.own[number]
-
-    def __iter__(self) -> Iterator[Loss]:
-        return iter(self.own)
 
     def of(self, loss: Loss, given: Sequence[Loss] | None = None) -> Parts:
         """The parts of another loss, in as many blocks."""
@@ -82,14 +92,27 @@ class Parts(Sequence[Loss]):
         """Over the blocks, or over the ranks where these sum for themselves."""
         return _tree(self.blocks or self.comm.size, self.comm.size)
 
-    def sum(self, values: Sequence[float], stopped: bool = False) -> float:
-        """The sum of one number for each part over all ranks.
+    def value_gradient(self, number: int, theta: Tensor, gradient: Tensor) -> Number:
+        """See :meth:`ddml.losses.loss.Loss.value_gradient`, of one of this rank's parts; replayed where it can be."""
+        part = self.own[number]
+        if self.record is None:
+            return part.value_gradient(theta, gradient)
+        if part not in self._recorded:
+            self._recorded[part] = None
+            return part.value_gradient(theta, gradient)
+        replay = self._recorded[part] or Recorded(part, theta, self.record)
+        self._recorded[part] = replay
+        return replay(theta, gradient)
+
+    def sum(self, values: Sequence[Number], stopped: bool = False) -> float:
+        """The sum of one number for each part over all ranks; of those on a device all are read together.
 
         Raises
         ------
         Interrupted
             On all ranks, if any of them says that it is to be ``stopped``.
         """
+        values = read(values)
         if self.comm.size == 1:
             if stopped:
                 raise Interrupted
@@ -138,7 +161,7 @@ class Parts(Sequence[Loss]):
 
         ``rows`` is empty behind it.
         """
-        given = [row.cpu().numpy() for row in rows]
+        given = [row.numpy() for row in host(rows)]
         rows.clear()
         if not self.blocks:
             return self.layout.summed(given[0])
@@ -146,8 +169,7 @@ class Parts(Sequence[Loss]):
 
     def sum_vectors(self, rows: Sequence[Tensor], g: PETSc.Vec, layout: ParameterLayout | None = None) -> None:
         """Sum vectors (n,), one for each part of this rank, over all ranks into g, of any layout; in place."""
-        rows = [row.to(dtype=torch.float64, device="cpu") for row in rows]
-        self._write(self._nodes(rows), g, layout or self.layout, np.float64)
+        self._write(self._nodes(host(rows, torch.float64)), g, layout or self.layout, np.float64)
 
     def sum_matrices(self, product: Callable[[int], NDArray[np.float64]], width: int) -> NDArray[np.float64]:
         """Sum the matrices (n, width) that ``product`` gives for each part of this rank, over all ranks: its rows."""
@@ -167,11 +189,12 @@ class Parts(Sequence[Loss]):
 
     def _write(self, sums: list[Tensor], g: PETSc.Vec, layout: ParameterLayout, dtype: Any) -> None:
         """Write the sum over all ranks' nodes, of this type of numbers, to g."""
+        sums = host(sums)
         if not self.blocks:
-            layout.reduce(sums[0].cpu(), g)
+            layout.reduce(sums[0], g)
             return
         with g as array:
-            array[:] = layout.sum_nodes([s.cpu().numpy() for s in sums], self.tree, dtype)
+            array[:] = layout.sum_nodes([s.numpy() for s in sums], self.tree, dtype)
 
 
 def _numbers(loss: Loss) -> Any:

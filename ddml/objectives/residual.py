@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ddml.errors import InputError
 from ddml.losses.residual import ResidualLoss
+from ddml.numbers import host
 
 from .objective import Objective
 
@@ -98,11 +99,14 @@ class ResidualObjective(Objective):
         count = len(columns)
         self.work.add(self.fraction * count * self.loss.charges.jacobian(), products=count)
         self.work.add(self.fraction * self.loss.charges.evaluation(gradient=False), losses=1)
-        products = np.zeros((len(self.parts), count + 1, count + 1))
+        found = []
         for i in range(len(self.parts)):
             part = self.part(i)
             W = torch.stack([*(part.jacobian_product(theta, d) for d in columns), part.residual(theta)])
-            products[i] = (W @ W.T).to(dtype=torch.float64, device="cpu").numpy()
+            found.append(W @ W.T)
+        products = np.zeros((len(found), count + 1, count + 1))
+        for product, square in zip(products, host(found, torch.float64), strict=True):
+            product[:] = square.numpy()
         return self.parts.sum_everywhere(products)
 
     @staticmethod

@@ -16,6 +16,7 @@ from ddml.layout import ParameterLayout
 from ddml.losses.loss import Loss
 from ddml.losses.residual import RestrictedResidualLoss, restricted_loss
 from ddml.losses.restricted import RestrictedLoss
+from ddml.numbers import host
 from ddml.parallel import StopRequest
 
 from .linear import GatheredTerm, LinearTerm
@@ -94,7 +95,7 @@ class RestrictedObjective(Objective):
                 f"{len(terms)}: pass its linear_terms()"
             )
         self.loss.freeze(theta)
-        point = theta.detach().double().cpu().numpy()
+        point = theta.detach().double().cpu().numpy() if terms else np.empty(0)
         for term, whole in zip(self._carried, terms, strict=True):
             term.restrict(whole, point, self.loss.ranges)
         self._whole_terms = terms
@@ -141,10 +142,10 @@ class RestrictedObjective(Objective):
         here = self._last is not None and self._last[0] == number and np.array_equal(self._last[1], x.array_r)
         if not self.comm.allreduce(here, MPI.LAND) or self._last is None:
             return None
+        taken = [part.take(part.beside, ranges) for part in self._frozen() if part.beside is not None]
         rows = np.zeros((len(self.parts), sum(r.stop - r.start for r in ranges)))
-        for row, part in zip(rows, self._frozen(), strict=True):
-            assert part.beside is not None
-            row[:] = part.take(part.beside, ranges).cpu().numpy()
+        for row, found in zip(rows, host(taken), strict=True):
+            row[:] = found.numpy()
         gradient = self.parts.sum_everywhere(rows)
         for slope in self._slopes():
             gradient += np.concatenate([slope[r] for r in ranges])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ddml.losses import kronecker
 from ddml.losses.costs import forward_numbers, suitable_batch
 from ddml.losses.module import ModuleLoss
 from ddml.losses.modules import evaluated, trained
+from ddml.numbers import Number, as_number, read
 from ddml.parallel import own, summed
 
 
@@ -82,7 +84,7 @@ class ClassificationLoss(ModuleLoss, kronecker.KroneckerLoss):
     def kronecker_charge(self) -> float:
         """See :meth:`.KroneckerLoss.kronecker_charge`: a gradient, and a a^T and gamma gamma^T of every row."""
         numbers = forward_numbers(self.module, self.samples.part(0, 1).inputs)
-        known = self.kronecker_layers()
+        known = kronecker.layers(self.module, self.parameters)
         rows = [numbers.get(layer.name, (0, 0))[1] / layer.sizes[1] for layer in known]
         products = sum(r * sum(size**2 for size in layer.sizes) for r, layer in zip(rows, known, strict=True))
         return 1.0 + products / self.charges.operations
@@ -117,16 +119,18 @@ class TestSet:
 
         A sample with an output that is not finite counts as wrong; of equal outputs the first decides.
         """
-        totals = summed(self.comm, [self.found(part, theta) for part in self.parts])
+        found = iter(read([value for part in self.parts for value in self.found(part, theta)]))
+        totals = summed(self.comm, list(zip(found, found, strict=True)))
         return {"accuracy": float(totals[1]) / self.count, "test_loss": float(totals[0])}
 
-    def found(self, part: Any, theta: Tensor) -> list[float]:
+    def found(self, part: Any, theta: Tensor) -> Sequence[Number]:
         """What a part of the samples has of the loss, and how many of them are classified right."""
-        loss, right = 0.0, 0
+        loss: Number = 0.0
+        right: Number = 0.0
         for outputs, targets in part.outputs(theta.to(device=part.device, dtype=part.dtype)):
-            loss += float(part.criterion(outputs, targets).sum() * part.weight)
+            loss += as_number(part.criterion(outputs, targets).sum() * part.weight)
             hits = (outputs.argmax(dim=1) == targets) & outputs.isfinite().all(dim=1)
-            right += int(hits.sum())
+            right += as_number(hits.sum())
         return [loss, right]
 
 

@@ -123,7 +123,7 @@ class Batches:
 
     def _take(self, rows: NDArray[np.int64], shared: NDArray[np.int64], fresh: NDArray[np.int64]) -> None:
         self.rows, self.shared, self._fresh = rows, shared, fresh
-        loss = self.loss.sampled(torch.as_tensor(rows, device=self.loss.device))
+        loss = self.loss.sampled(torch.as_tensor(rows))
         self.objective.replace(loss, len(rows) / self.total, np.searchsorted(rows, shared), self.judge)
 
     def judge(self, agreement: float) -> None:

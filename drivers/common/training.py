@@ -17,16 +17,20 @@ from ddml.decomposition.subdomains import Subdomains
 from ddml.linalg.compact import trim_at_once
 from ddml.errors import CollectiveError, InputError
 from ddml.losses.loss import Loss
+from ddml.losses.recorded import Recorder, cuda_graph
+from ddml.numbers import read
 from ddml.options import EACH_START, NEVER, Option, for_runs
+from ddml.parallel import agreed, split
 from ddml.runs.checkpoints import Moving
 from ddml.runs.limits import SIGNAL
 from ddml.runs.progress import say
 from ddml.sampling.batches import Batches
 from ddml.summation import efficiency, fixes_order
 from solvers import PETSC_TYPES, SOLVERS, TO_ROUNDING, Minimisation, solver_class
+from .device import short_of_memory
 from .start import Start, started
 
-__all__ = ["HELP", "OPTIONS", "Start", "Training", "check_device", "help_text", "started"]
+__all__ = ["HELP", "OPTIONS", "Start", "Training", "help_text", "started"]
 
 PREFIXES = {
     **dict.fromkeys(
@@ -42,7 +46,9 @@ OPTIONS = (
     Option("seed", 0, "Of the initial parameters, of points and of batches.", minimum=0, changes=NEVER),
     Option("dtype", "float64", "Precision of the network; parameters are kept in float64.",
            choices=("float64", "float32"), changes=NEVER),
-    Option("device", "cpu", "Where torch computes, as in cpu or cuda; parameters are kept on the host."),
+    Option("device", "cpu", "Where torch computes: cpu; cuda, a card for each rank of a node in turn; or cuda:K. "
+           "Parameters are kept on the host."),
+    Option("capture", False, "On a GPU, replay the launches of a loss and gradient as a CUDA graph (not run yet)."),
     Option("chunk", 0, "Points that go through the network at a time; 0: what suits the evaluator.", minimum=0),
     Option("summation_blocks", None, "Blocks of points whose sums are added in a fixed order, so that a run is the "
            "same to the last bit on any number of ranks; no more ranks than blocks are busy; 0 sums by ranks (default: "
@@ -74,16 +80,6 @@ def refuse_residuals_only(solver: str) -> None:
     """Raise an InputError for a solver of sums of squares, where the loss is none."""
     if solver in RESIDUALS_ONLY:
         raise InputError(f"solver '{solver}' is for losses that are sums of squares, as those of drivers/pinn.py")
-
-
-def check_device(name: str) -> torch.device:
-    """The torch device of that name, if this rank can compute there."""
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"option -device: cannot compute on '{name}': {str(error).splitlines()[0]}") from error
-    return device
 
 
 class Training:
@@ -124,17 +120,41 @@ class Training:
     ) -> None:
         self.comm, self.settings, self.start, self.loss = comm, settings, start, loss
         start.stop.check(comm)  # the data have been read
+        self._try(samples or loss.count)
         if loss.large:
             trim_at_once()
         with plugins.blamed(settings.solver, dict.fromkeys((*SOLVERS, *PETSC_TYPES)), "solver"):
             made = Minimisation(
                 loss, settings.solver, comm, subdomains=chosen, blocks=settings.summation_blocks, samples=samples,
-                limit=settings.summation_limit, stop=start.stop, fmin=fmin,
+                limit=settings.summation_limit, stop=start.stop, record=self._recorder(), fmin=fmin,
             )  # fmt: skip
         self.layout, self.objective, self.x, self.tao = made.layout, made.objective, made.x, made.tao
         self.blocks, self.context = made.objective.parts.blocks, made.context
         if self.context is not None and self.context.spares_memory:
             loss.drop_initial()
+
+    def _recorder(self) -> Recorder | None:
+        """What records evaluations, where the settings ask for it."""
+        if "capture" not in vars(self.settings) or not self.settings.capture:
+            return None
+        if self.loss.device.type != "cuda":
+            raise InputError("option -capture is for -device cuda: it replays what a GPU is told to do")
+        return cuda_graph
+
+    def _try(self, count: int) -> None:
+        """Evaluate a rank's share of so many samples once, unless on a CPU, to see that there is the memory.
+
+        Raises
+        ------
+        InputError
+            On all ranks, if a card's memory is short.
+        """
+        if self.loss.device.type == "cpu":
+            return
+        part = self.loss.part(*split(count, self.comm.size)[self.comm.rank :][:2])
+        with agreed(self.comm), short_of_memory():
+            theta = self.loss.initial()
+            read([part.value_gradient(theta, torch.zeros_like(theta))])
 
     def _to_rounding(self) -> str:
         """What sums by ranks in spite of fixed orders, in words; nothing if nothing does. Collective."""
@@ -149,9 +169,10 @@ class Training:
         ranks = self.comm.size
         words = f"on {ranks} rank{'s' * (ranks > 1)}, "
         if not self.blocks:
-            above = self.settings.summation_blocks is None
-            limit = self.settings.summation_limit
-            return f"{words}sums by ranks{f' (more than {limit} parameters)' * above}"
+            limit, why = self.settings.summation_limit, ""
+            if self.settings.summation_blocks is None:
+                why = f" (more than {limit} parameters)" if self.loss.size > limit else " (one pass over all samples)"
+            return f"{words}sums by ranks{why}"
         words += f"sums in fixed order over {self.blocks} blocks of samples"
         if not fixes_order():
             words += ", dot products by ranks (kernels/sums.c was not built)"
@@ -223,7 +244,8 @@ class Training:
                 f"  -{k} {v or ''} ({origin or 'the run file'})" for k, (v, origin) in given.items() if for_runs(k)
             )
         self.start.stop.check(self.comm)
-        finished = run.execute()
+        with short_of_memory():
+            finished = run.execute()
         self._say([run.summary(), *(closing(run) if self.comm.rank == 0 else ())])
         if run.failure:
             raise CollectiveError(run.failure)

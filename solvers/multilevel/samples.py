@@ -82,7 +82,7 @@ class SampleHierarchy(Hierarchy):
     def replace(self, objective: Objective, rows: Any) -> None:
         """Give a level other samples."""
         whole = self.objective
-        loss = whole.loss.sampled(torch.as_tensor(rows, device=whole.loss.device))
+        loss = whole.loss.sampled(torch.as_tensor(rows))
         objective.replace(loss, whole.fraction * len(rows) / whole.loss.count)
 
 

@@ -29,6 +29,22 @@ class RaisesOnOneRank(Simple):
         return super().residual(u, x)
 
 
+class RunsOutOfMemory(Simple):
+    """As on a card that others use, too."""
+
+    compiled = False
+
+    def residual(self, u, x):
+        global CALLS
+        CALLS += 1
+        if CALLS > 90:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which "
+                "10.21 GiB is free. Including non-PyTorch memory, this process has 68.88 GiB memory in use."
+            )
+        return super().residual(u, x)
+
+
 class NotEverywhereDefined(Simple):
     """Not a number where the solution would go: only trials that stay away from there can be accepted."""
 

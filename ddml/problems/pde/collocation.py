@@ -10,6 +10,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from ddml.data.sequences import sobol
+from ddml.numbers import read
 from ddml.objectives.objective import Objective
 from ddml.options import WITH_SOLVER, Option
 from ddml.parallel import own, split, summed
@@ -148,5 +149,5 @@ class FreshLoss:
 
     def __call__(self, theta: Tensor) -> dict[str, float]:
         """The column ``test_loss``. Collective."""
-        found = [[part.value(theta.to(device=part.device, dtype=part.dtype))] for part in self.parts]
-        return {"test_loss": float(summed(self.comm, found)[0])}
+        found = read([part.value(theta.to(device=part.device, dtype=part.dtype)) for part in self.parts])
+        return {"test_loss": float(summed(self.comm, [[value] for value in found])[0])}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ddml.jets.compiled import CompiledJets
 from ddml.jets.fused import ORDER
 from ddml.jets.taylor import TaylorJets
+from ddml.numbers import Number, as_number, read
 
 from .charges import PDECharges
 from .pde import PDE
@@ -122,7 +123,7 @@ class PDELoss(PDEResiduals):
         for programs in ({}, {points.term: program}):
             loss, gradient = self.with_sets([points]), torch.zeros(self.size, dtype=self.dtype)
             loss.programs = programs
-            found.append((loss.value_gradient(theta, gradient), gradient))
+            found.append((read([loss.value_gradient(theta, gradient)])[0], gradient))
         tolerance = 1e3 * torch.finfo(self.dtype).eps
         (expected, expected_gradient), (value, gradient) = found
         difference = float((gradient - expected_gradient).abs().max())
@@ -151,9 +152,10 @@ class PDELoss(PDEResiduals):
         return value
 
     @torch.no_grad()
-    def value(self, theta: Tensor, kept: Any = None) -> float:
-        """The loss at theta."""
-        total, coefficients = 0.0, list(theta[self.tail].clone())
+    def value(self, theta: Tensor, kept: Any = None) -> Number:
+        """See :meth:`ddml.losses.loss.Loss.value`."""
+        total: Number = 0.0
+        coefficients = list(theta[self.tail].clone())
         first, entering = kept or (0, self.inputs)
         self.evaluator.bind(theta)
         for number, (chunk, inputs) in enumerate(zip(self.chunks, entering, strict=True)):
@@ -162,14 +164,15 @@ class PDELoss(PDEResiduals):
                 total += value
                 continue
             pieces = self.chunk_residual(chunk, self.evaluator.forward(inputs, first), coefficients)
-            total += chunk.scale * sum(float((r * r).sum()) for r in pieces)
+            total += chunk.scale * sum(as_number((r * r).sum()) for r in pieces)
         return total
 
     def value_gradient(
         self, theta: Tensor, gradient: Tensor, kept: Any = None, active: frozenset[int] | None = None
-    ) -> float:
+    ) -> Number:
         """See :meth:`ddml.losses.loss.Loss.value_gradient`: only the residuals go through autograd."""
-        total, coefficients = 0.0, self.leaves(theta)
+        total: Number = 0.0
+        coefficients = self.leaves(theta)
         first, entering = kept or (0, self.inputs)
         stages = None if active is None or not self.layer_stages else [s for i in active for s in self.layer_stages[i]]
         self.evaluator.bind(theta, gradient, stages)
@@ -181,7 +184,7 @@ class PDELoss(PDEResiduals):
             graph = self.graph(chunk, self.evaluator.forward(inputs, first), coefficients)
             squares = (r.square().sum() for r in graph.pieces[1:])
             loss = chunk.scale * sum(squares, graph.pieces[0].square().sum())
-            total += float(loss.detach())
+            total += as_number(loss)
             if not loss.requires_grad:
                 continue
             gradients = torch.autograd.grad(loss, graph.inputs, allow_unused=True)

@@ -1,0 +1,199 @@
+"""Which device each rank computes on, and what is said of it."""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from mpi4py import MPI
+from petsc4py import PETSc
+
+from ddml.errors import CollectiveError, InputError
+from ddml.parallel import agreed, cause
+
+LISTED = 8  # ranks that the header names one by one (our choice)
+
+
+@dataclass(frozen=True)
+class Card:
+    """A rank's GPU.
+
+    Attributes
+    ----------
+    host, identity : str
+        Of the node, and of the card: ranks with the same ones share it.
+    number, visible : int
+        Which one it is of those that this rank sees, and how many these are.
+    name : str
+    memory : int
+        Bytes.
+    """
+
+    host: str
+    identity: str
+    number: int
+    visible: int
+    name: str
+    memory: int
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where this rank computes, and on rank 0 the cards of all ranks."""
+
+    torch: torch.device
+    cards: tuple[Card, ...] = ()
+    named: bool = False
+
+    def words(self) -> str:
+        """Lines for the header: device, binding, and what is on the host; nothing of a CPU. Of rank 0."""
+        return described(self.cards, self.named, PETSc.Sys.hasExternalPackage("cuda")) if self.cards else ""
+
+
+def number_of(asked: int | None, place: int, visible: int) -> int:
+    """The number of a rank's card.
+
+    Parameters
+    ----------
+    asked
+        The K of ``cuda:K``, if one was given.
+    place
+        The rank's number on its node.
+    visible
+        How many cards it sees. A single one is taken as it is: a scheduler has bound the rank.
+
+    Raises
+    ------
+    InputError
+        If there is none, or not that one.
+    """
+    if visible < 1:
+        raise InputError("option -device: no CUDA device is visible; nvidia-smi lists all, CUDA_VISIBLE_DEVICES some")
+    if asked is None:
+        return place % visible
+    if not 0 <= asked < visible:
+        there = "cuda:0" if visible == 1 else f"cuda:0 to cuda:{visible - 1}"
+        raise InputError(f"option -device: there is no cuda:{asked}, visible is {there}")
+    return asked
+
+
+def described(cards: Sequence[Card], named: bool, petsc_has_cuda: bool) -> str:
+    """The header's lines on the cards of all ranks, in their order."""
+    kinds = Counter((card.name, card.memory) for card in cards)
+    what = ", ".join(f"{name} ({memory} bytes)" for name, memory in kinds)
+    if named:
+        how = "as -device says"
+    elif all(card.visible == 1 for card in cards):
+        how = "the only one that each rank sees"
+    else:
+        how = "rank within the node modulo visible devices"
+    several = len({card.host for card in cards}) > 1
+    ranks = [f"rank {r} cuda:{c.number}{f' of {c.host}' * several}" for r, c in enumerate(cards[:LISTED])]
+    more = f", and {len(cards) - LISTED} more" if len(cards) > LISTED else ""
+    most = max(Counter((card.host, card.identity) for card in cards).values())
+    shared = f"; up to {most} ranks share a card" if most > 1 else ""
+    without = "PETSc does not use CUDA here" if petsc_has_cuda else "PETSc without CUDA"
+    return (
+        f"device {what}: {', '.join(ranks)}{more} ({how}){shared}\n"
+        f"on the host: vectors ({without}; parameters and gradients are copied once an evaluation), sums over ranks, "
+        "K-FAC factors, dense matrices (inverse Hessians, Jacobian rows, small polar factors)"
+    )
+
+
+def bind(comm: MPI.Comm, name: str) -> Device:
+    """The device of that name (``cpu``, ``cuda``, ``cuda:K``) for this rank, which torch uses from now on. Collective.
+
+    Raises
+    ------
+    InputError
+        On all ranks: another name, a torch without CUDA, a card that there is not or that does not answer; vectors
+        that PETSc is to keep elsewhere.
+    """
+    with agreed(comm):
+        device = _parsed(name)
+        _refuse_vectors()
+    if device.type == "cpu":
+        return Device(torch.device("cpu"))
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    place = node.rank
+    node.Free()
+    with agreed(comm):
+        card = _card(device.index, place)
+    cards = comm.gather(card)
+    return Device(torch.device("cuda", card.number), tuple(cards or ()), device.index is not None)
+
+
+def _parsed(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"option -device must be cpu, cuda or cuda:K, got '{name}'") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"option -device must be cpu, cuda or cuda:K, got '{name}'")
+    if device.type == "cuda" and not torch.backends.cuda.is_built():
+        raise InputError(
+            f"option -device: torch {torch.__version__} was built without CUDA: cannot compute on '{name}'; install a "
+            "torch with CUDA, or leave -device out"
+        )
+    return device
+
+
+def _refuse_vectors() -> None:
+    """Raise an InputError where PETSc is asked to keep vectors somewhere else than on the host."""
+    database = PETSc.Options()
+    for name in ("vec_type", "dm_vec_type"):
+        kind = database.getString(name, "")
+        if kind not in ("", "mpi", "seq", "standard"):
+            has = "" if PETSc.Sys.hasExternalPackage("cuda") else " (and this PETSc was built without CUDA)"
+            raise InputError(f"option -{name}: vectors of parameters are on the host{has}; got '{kind}': leave it out")
+
+
+def _card(asked: int | None, place: int) -> Card:
+    number = number_of(asked, place, torch.cuda.device_count())
+    with short_of_memory():
+        try:
+            torch.cuda.set_device(number)
+            torch.zeros(1, device=torch.device("cuda", number))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            line = str(error).splitlines()[0]
+            raise InputError(f"option -device: cannot compute on 'cuda:{number}': {line}") from error
+    torch.backends.cudnn.allow_tf32 = False  # float32 has 24 bits here: line searches and trust regions count on them
+    about = torch.cuda.get_device_properties(number)
+    return Card(
+        socket.gethostname(), str(about.uuid), number, torch.cuda.device_count(), about.name, about.total_memory
+    )
+
+
+@contextmanager
+def short_of_memory() -> Iterator[None]:
+    """A block in which a card may turn out to be too small: one line then, with the bytes.
+
+    Raises
+    ------
+    InputError
+        In place of torch's OutOfMemoryError, also where PETSc has wrapped it. It is of this rank: others may not have
+        it.
+    """
+    try:
+        yield
+    except Exception as error:
+        found = cause(error, torch.OutOfMemoryError)
+        if found is None:
+            raise
+        raise CollectiveError(memory_line(str(found))) from error
+
+
+def memory_line(said: str) -> str:
+    """What to say where torch says this: how much was asked for, and how much there is."""
+    sentences = [s.strip() for line in said.splitlines() for s in line.split(". ")]
+    bytes_named = [s.rstrip(".") for s in sentences if any(u in s for u in ("iB", "bytes", "MB", "GB"))][:2]
+    return (
+        f"option -device: a card's memory is short: {'. '.join(bytes_named) or said.splitlines()[0]}; take fewer "
+        "samples at a time (-chunk), fewer points or samples, or fewer ranks a card"
+    )

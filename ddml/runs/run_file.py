@@ -10,17 +10,19 @@ A run file has these groups:
 - the attributes of the root: those of the caller, the versions in force and the number of ranks that wrote it.
 
 Vectors are never gathered: each rank writes and reads its own range, at the place where rank 0, which alone calls
-HDF5, has laid out the dataset. `ddml.runs.sealed` makes the file safe against kills, full disks and damage.
+HDF5, has laid out the dataset. `ddml.runs.sealed` makes the file safe against kills, full disks and damage, and
+`ddml.hdf5` reads one that somebody has made to harm.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import IO, Any, Protocol, cast
 
 import h5py
 import numpy as np
@@ -29,15 +31,18 @@ from numpy.typing import NDArray
 from petsc4py import PETSc
 
 from ddml.errors import RunFileError
+from ddml.hdf5 import Group, Stored, outline
 from ddml.parallel import agreed_file
-from ddml.states import check_text, decode, encode, reserve, vectors_in, with_vectors
+from ddml.regular import check_target, opened
+from ddml.states import Place, check_text, decode, encode, place, reserve, vectors_in, with_vectors
 
-from .history import COLUMNS, UNITS, History
+from .history import COLUMNS, UNITS, WORK_OF_LEVELS, History
 from .sealed import FORMAT_VERSION, SEAL_SIZE, Image, beside, store, verify
 
 __all__ = ["Header", "Parameter", "ParameterEntry", "RunFileError", "check_writable", "inspect", "read", "write"]
 
 FORMAT = "ddml run"
+LARGEST = 2**53  # iteration: a further one is no whole number in double precision
 
 
 class Parameter(Protocol):
@@ -227,8 +232,7 @@ def check_writable(path: str, comm: MPI.Comm) -> None:
     try:
         with agreed_file(comm, *problem):
             if comm.rank == 0:
-                if os.path.isdir(path):
-                    raise RunFileError(f"cannot write {path}: it is a folder; {problem[1]}")
+                check_target(path)
                 open(new, "xb").close()
         with agreed_file(comm, *problem):
             open(new, "r+b").close()
@@ -239,35 +243,74 @@ def check_writable(path: str, comm: MPI.Comm) -> None:
         comm.barrier()  # when a rank goes on, the new file is gone
 
 
-def _header(file: h5py.File) -> Header:
-    group = file["parameters"]
-    entries = zip(group["names"].asstr()[()], group["shapes"][()].tolist(), group["offsets"][()].tolist(), strict=True)
+def _header(root: Group, file: IO[bytes]) -> Header:
+    group = root.group("parameters")
+    theta, names = place(group.stored("theta")), group.stored("names")
+    shapes, offsets = (group.stored(name).values(file) for name in ("shapes", "offsets"))
+    if not (isinstance(names.texts, list) and shapes.dtype == offsets.dtype == np.int64 and shapes.ndim == 2):
+        raise ValueError("its parameters have no names, shapes and offsets")
+    entries = zip(names.texts, shapes.tolist(), offsets.tolist(), strict=True)
     parameters = tuple(
         ParameterEntry(name, tuple(extent for extent in shape if extent >= 0), offset)
         for name, shape, offset in entries
     )
-    attributes = {name: value if isinstance(value, str) else value.item() for name, value in file.attrs.items()}
-    return Header(attributes, parameters, group["theta"].size, file["history"]["iteration"].size)
+    ends = np.cumsum([0, *(math.prod(p.shape) for p in parameters)], dtype=object).tolist()
+    if parameters and [*(p.offset for p in parameters), theta.size] != ends:
+        raise ValueError(f"its parameters are not the {theta.size} numbers of theta")
+    attributes = dict(root.attributes)
+    if attributes.get("format") != FORMAT or not isinstance(attributes.get("ranks"), int) or attributes["ranks"] < 1:
+        raise ValueError("its attributes do not say what it is")
+    if any(isinstance(value, list) for value in attributes.values()):
+        raise ValueError("its attributes are not single numbers and texts")
+    return Header(attributes, parameters, theta.size, root.group("history").stored("iteration").count)
 
 
-def _read_root(
-    path: str, comm: MPI.Comm, whole: bool
-) -> tuple[bytes, Header, int, Any, dict[str, NDArray[np.float64]]]:
-    """Verify a file; its seal, its header, theta's place, and if `whole` the state and the history's columns."""
+def _columns(root: Group, file: IO[bytes]) -> History:
+    """The history, whose counters and amounts can be some."""
+    found = {name: _column(name, node, file) for name, node in root.group("history").members.items()}
+    history = History.from_columns(found)
+    iterations = history["iteration"]
+    counts = np.isfinite(iterations) & (iterations >= 0) & (iterations <= LARGEST) & (iterations == iterations.round())
+    if not counts.all() or (np.diff(iterations) <= 0).any():
+        raise ValueError("the iterations of its history do not count up")
+    for name in ("time", "work", "work_critical", *WORK_OF_LEVELS):
+        if np.isinf(history[name]).any() or (history[name] < 0).any():
+            raise ValueError(f"the {name} of its history is negative or infinite")
+    return history
+
+
+def _column(name: str, node: Group | Stored, file: IO[bytes]) -> NDArray[np.float64]:
+    if not isinstance(node, Stored) or node.dtype != np.float64:
+        raise ValueError(f"the {name} of its history is no column of float64")
+    return node.values(file)
+
+
+def _read_root(path: str, comm: MPI.Comm, whole: bool) -> tuple[bytes, Header, Place, Any, History]:
+    """Verify a file; its seal, its header, theta's place, and if `whole` the state and the history."""
     seal = verify(path, comm)
-    content: tuple[Header, int, Any, dict[str, NDArray[np.float64]]] | None = None
+    content: tuple[Header, Place, Any, History] | None = None
     with agreed_file(comm, f"cannot read {path}", "restart from a copy"):
         if comm.rank == 0:
             try:
-                with h5py.File(path, "r", locking=False) as file:
-                    place = file["parameters/theta"].id.get_offset() or 0
-                    content = (_header(file), place, None, {})
-                    if whole:
-                        columns = {name: column[()] for name, column in file["history"].items()}
-                        content = (content[0], place, decode(file["solver"]), columns)
-            except (KeyError, ValueError, RuntimeError) as error:
+                root = outline(path, ("parameters", "solver", "history"))
+                with opened(path) as file:
+                    _check_same(path, file, seal)
+                    history = _columns(root, file) if whole else History()
+                    state = decode(root.group("solver"), file) if whole else None
+                    content = _header(root, file), place(root.group("parameters").stored("theta")), state, history
+            except RunFileError:
+                raise
+            except (KeyError, ValueError) as error:
+                with opened(path) as file:
+                    _check_same(path, file, seal)
                 raise RunFileError(f"{path} is whole but not laid out as a run file: {error}") from error
-    return seal, *cast("tuple[Header, int, Any, dict[str, NDArray[np.float64]]]", comm.bcast(content))
+    return seal, *cast("tuple[Header, Place, Any, History]", comm.bcast(content))
+
+
+def _check_same(path: str, file: IO[bytes], seal: bytes) -> None:
+    """Refuse a file that has taken the place of the one with this seal."""
+    if file.read(SEAL_SIZE) != seal:
+        raise RunFileError(f"{path} was replaced while it was read: another run writes it; begin again")
 
 
 def inspect(path: str, comm: MPI.Comm) -> Header:
@@ -312,7 +355,7 @@ def read(path: str, theta: PETSc.Vec, with_state: bool = True) -> tuple[dict[str
         nothing is left to destroy.
     """
     comm = theta.comm.tompi4py()
-    seal, header, place, state, columns = _read_root(path, comm, whole=True)
+    seal, header, at, state, history = _read_root(path, comm, whole=True)
     if header.size != theta.getSize():
         raise RunFileError(
             f"{path} holds {header.size} parameters, {theta.getSize()} were expected; "
@@ -321,10 +364,9 @@ def read(path: str, theta: PETSc.Vec, with_state: bool = True) -> tuple[dict[str
     made: list[tuple[int, PETSc.Vec]] = []
     state = with_vectors(state, theta, made) if with_state else {}
     try:
-        with agreed_file(comm, f"cannot read {path}", "check that every rank sees the file"), open(path, "rb") as file:
-            if file.read(SEAL_SIZE) != seal:
-                raise RunFileError(f"{path} was replaced while it was read: another run writes it; begin again")
-            for offset, vector in [*made, (place, theta)]:
+        with agreed_file(comm, f"cannot read {path}", "check that every rank sees the file"), opened(path) as file:
+            _check_same(path, file, seal)
+            for offset, vector in [*made, (at.offset, theta)]:
                 first, last = vector.getOwnershipRange()
                 file.seek(offset + 8 * first)
                 data = file.read(8 * (last - first))
@@ -335,4 +377,14 @@ def read(path: str, theta: PETSc.Vec, with_state: bool = True) -> tuple[dict[str
         for _, vector in made:
             vector.destroy()
         raise
-    return state, History.from_columns(columns)
+    return state, history
+
+
+def check_values(path: str, theta: PETSc.Vec, history: History) -> None:
+    """Raise a RunFileError on all ranks where nothing can go on from parameters or a history that were read. Collective."""
+    comm = theta.comm.tompi4py()
+    with agreed_file(comm, f"cannot read {path}", "restart from a copy"):
+        if not np.isfinite(theta.array_r).all():
+            raise RunFileError(f"{path} holds parameters that are NaN or infinite")
+        if not len(history) or math.isnan(history.last("time")):
+            raise RunFileError(f"{path} has no history to go on from")

@@ -1,9 +1,8 @@
 """Files that are whole or refused: a checksum over all bytes, an atomic replacement, errors agreed over the ranks.
 
-HDF5 is kept away from the disk when a file is written. A full disk makes the library (1.10.8, with and without MPI)
-end the process with a segmentation fault when it closes the file, and damaged bytes can do the same when it opens
-one. So HDF5 builds its structures in memory (`Image`), ordinary writes bring them to the disk, and a file is opened
-with HDF5 only after `verify` has found every byte as it was written.
+HDF5 is kept away from the disk when a file is written: a full disk makes the library (1.10.8, with and without MPI)
+end the process with a segmentation fault when it closes the file. So HDF5 builds its structures in memory (`Image`),
+and ordinary writes bring them to the disk.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from uuid import uuid4
 
-import h5py
 import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
 from ddml.errors import RunFileError
 from ddml.parallel import agreed_file
+from ddml.regular import check_target, opened
 
 Bytes = NDArray[np.uint8]
 
@@ -29,6 +28,7 @@ FORMAT_VERSION = 1
 # The seal occupies HDF5's user block, the part of a file before its HDF5 content; 512 bytes is the smallest.
 SEAL_SIZE = 512
 _SEAL_START = b"ddml run file, format "
+_HDF5 = b"\x89HDF\r\n\x1a\n"
 _SEAL = re.compile(rb"ddml run file, format (\d+), (\d+) bytes, checksum ([0-9a-f]{16})\n")
 
 _PIECE = 8192  # words per step of the checksum: 64 KiB stay in the cache
@@ -195,6 +195,8 @@ def store(
     """
     problem = (f"cannot write {path}", "the file that was there is unchanged; check the folder and its free space")
     path, new = beside(path, comm, problem)
+    with agreed_file(comm, *problem):
+        check_target(path)
     try:
         part = 0
         with agreed_file(comm, *problem):
@@ -241,11 +243,11 @@ def _read_seal(path: str) -> tuple[int, int]:
         raise RunFileError(f"{path} is a folder, not a run file; {advice}")
     if not os.path.exists(path):
         raise RunFileError(f"there is no run file {path}; {advice}")
-    with open(path, "rb") as file:
+    with opened(path) as file:
         seal = file.read(SEAL_SIZE)
         found = os.fstat(file.fileno()).st_size
     if not seal.startswith(_SEAL_START):
-        if found and h5py.is_hdf5(path):
+        if seal.startswith(_HDF5):
             raise RunFileError(f"{path} is an HDF5 file but not a run file of ddml; {advice}")
         what = f"its {found} bytes do not start as those of a run file do" if found else "it is empty"
         raise RunFileError(f"{path} is not a run file of ddml: {what}; {advice}")
@@ -284,7 +286,7 @@ def verify(path: str, comm: MPI.Comm) -> bytes:
     words = -(-(size - SEAL_SIZE) // 8)
     start, stop = (SEAL_SIZE + 8 * (words * rank // comm.size) for rank in (comm.rank, comm.rank + 1))
     part = 0
-    with agreed_file(comm, *problem), open(path, "rb") as file:
+    with agreed_file(comm, *problem), opened(path) as file:
         file.seek(start)
         while start < stop and (data := file.read(min(1 << 20, stop - start))):
             part += checksum(np.frombuffer(data, np.uint8), start)

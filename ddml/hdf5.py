@@ -3,7 +3,7 @@
 HDF5 crashes, hangs and takes all memory where bytes are damaged, follows links into other files, and reads values from
 other files or by programs that a filter names; it has no switch against any of it (HDFGroup/hdf5, issue 6618). So no
 rank calls it for reading. A process of its own (`ddml.hdf5_child`), with limits of time and memory, says what is in a
-file; numbers are then read from their place in it as from any other file. Refused are links but hard ones, objects
+file that is open; numbers are then read from their place in it as from any other file. Refused are links but hard ones, objects
 that are there twice, external and virtual storage, filters other than gzip, lzf, shuffle and fletcher32, references
 and other types that are neither numbers nor texts, and what declares more bytes than are stored, alone or in sum.
 """
@@ -20,7 +20,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
-from .regular import FREE, RATIO, opened
+from .regular import FREE, RATIO
 
 # Our choices: what the process may take, for any file and further for each of its bytes.
 SECONDS, BYTES_A_SECOND = 4, 20 << 20
@@ -113,38 +112,30 @@ class Group:
         return found
 
 
-def outline(path: str, names: Sequence[str]) -> Group:
-    """What the root of a file has under these names, and its attributes. On one process, which starts another.
+def outline(file: IO[bytes], names: Sequence[str]) -> Group:
+    """What the root of an open file has under these names, and its attributes. On one process, which starts another.
 
     Raises
     ------
     InputError
-        A file that is none of HDF5, is damaged, or holds what this module refuses.
-    OSError
-        There is none, or it cannot be read.
+        A file that is none of HDF5, is damaged, or holds what this module refuses; it does not name the file.
     """
-    with opened(path) as file:  # which says what is wrong with the path
-        return _outlined(os.path.realpath(path), tuple(names), _identity(file))
-
-
-def _identity(file: IO[bytes]) -> tuple[int, int, int, int]:
-    """What tells a file from another one that has taken its place."""
     found = os.fstat(file.fileno())
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    identity = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, tuple(names)
+    if identity not in _outlines:
+        with _asked(file, names, "", found.st_size) as (answer, refusal):
+            content = answer.read()
+            if not content:
+                raise InputError(refusal())
+        while len(_outlines) >= KEPT:
+            del _outlines[next(iter(_outlines))]
+        _outlines[identity] = json.loads(content)
+    group = _found(_outlines[identity])
+    assert isinstance(group, Group)
+    return group
 
 
-@lru_cache(KEPT)
-def _outlined(path: str, names: tuple[str, ...], identity: tuple[int, int, int, int]) -> Group:
-    with _asked(path, names, "", identity[2]) as (answer, refusal):
-        content = answer.read()
-        if not content:
-            raise InputError(refusal())
-    with opened(path) as file:
-        if _identity(file) != identity:
-            raise InputError("another program has replaced it; begin again")
-    found = _found(json.loads(content))
-    assert isinstance(found, Group)
-    return found
+_outlines: dict[tuple[Any, ...], Any] = {}  # of files that were looked at, the oldest first
 
 
 def _found(answer: dict[str, Any]) -> Group | Stored:
@@ -156,7 +147,7 @@ def _found(answer: dict[str, Any]) -> Group | Stored:
     return Stored(shape, dtype, **kept)
 
 
-def unpack(path: str, name: str, stored: Stored, into: NDArray[Any]) -> None:
+def unpack(file: IO[bytes], name: str, stored: Stored, into: NDArray[Any]) -> None:
     """Fill an array with the first rows of a packed dataset of the root. On one process, which starts another.
 
     Raises
@@ -164,7 +155,7 @@ def unpack(path: str, name: str, stored: Stored, into: NDArray[Any]) -> None:
     InputError
         Values that are damaged.
     """
-    with _asked(path, (name,), name, stored.count * stored.dtype.itemsize) as (answer, refusal):
+    with _asked(file, (name,), name, stored.count * stored.dtype.itemsize) as (answer, refusal):
         flat = into.reshape(-1)
         for begin in range(0, flat.size, PIECE):
             piece = np.empty(min(PIECE, flat.size - begin), stored.dtype)
@@ -174,15 +165,17 @@ def unpack(path: str, name: str, stored: Stored, into: NDArray[Any]) -> None:
 
 
 @contextmanager
-def _asked(path: str, names: Sequence[str], values: str, size: int) -> Iterator[tuple[IO[bytes], Callable[[], str]]]:
+def _asked(
+    file: IO[bytes], names: Sequence[str], values: str, size: int
+) -> Iterator[tuple[IO[bytes], Callable[[], str]]]:
     """The answer about a file, and what says why there is none or no more of it. Behind the block nothing runs."""
     seconds, room = SECONDS + size // BYTES_A_SECOND, ROOM + ROOM_A_BYTE * size
-    asked = {"path": path, "names": names, "values": values, "seconds": seconds, "room": room}
+    asked = {"descriptor": file.fileno(), "names": names, "values": values, "seconds": seconds, "room": room}
     # what is found here is found there, without what a site adds at its start; no filter comes from elsewhere
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "HDF5_PLUGIN_PRELOAD": "::"}
     process = subprocess.Popen(
         [sys.executable, "-S", "-P", _CHILD, json.dumps({**asked, "free": FREE, "ratio": RATIO})], env=environment,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=[file.fileno()],
     )  # fmt: skip
     assert process.stdout is not None and process.stderr is not None
     watch = threading.Timer(WAITING * seconds, process.kill)

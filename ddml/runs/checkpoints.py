@@ -192,6 +192,7 @@ class Checkpoints:
         header = run_file.inspect(self.source, self.objective.comm)
         self._check(header)
         state, history = run_file.read(self.source, x)
+        run_file.check_values(self.source, x, history)
         self.objective.work.restore(state["work"])
         if self.moving is not None and "samples" in state and same_samples:
             self.moving.restore(state["samples"])

@@ -33,11 +33,11 @@ from petsc4py import PETSc
 from ddml.errors import RunFileError
 from ddml.hdf5 import Group, Stored, outline
 from ddml.parallel import agreed_file
-from ddml.regular import check_target, opened
+from ddml.regular import check_target
 from ddml.states import Place, check_text, decode, encode, place, reserve, vectors_in, with_vectors
 
 from .history import COLUMNS, UNITS, WORK_OF_LEVELS, History
-from .sealed import FORMAT_VERSION, SEAL_SIZE, Image, beside, store, verify
+from .sealed import FORMAT_VERSION, SEAL_SIZE, Image, beside, store, verified
 
 __all__ = ["Header", "Parameter", "ParameterEntry", "RunFileError", "check_writable", "inspect", "read", "write"]
 
@@ -265,52 +265,29 @@ def _header(root: Group, file: IO[bytes]) -> Header:
     return Header(attributes, parameters, theta.size, root.group("history").stored("iteration").count)
 
 
-def _columns(root: Group, file: IO[bytes]) -> History:
-    """The history, whose counters and amounts can be some."""
-    found = {name: _column(name, node, file) for name, node in root.group("history").members.items()}
-    history = History.from_columns(found)
-    iterations = history["iteration"]
-    counts = np.isfinite(iterations) & (iterations >= 0) & (iterations <= LARGEST) & (iterations == iterations.round())
-    if not counts.all() or (np.diff(iterations) <= 0).any():
-        raise ValueError("the iterations of its history do not count up")
-    for name in ("time", "work", "work_critical", *WORK_OF_LEVELS):
-        if np.isinf(history[name]).any() or (history[name] < 0).any():
-            raise ValueError(f"the {name} of its history is negative or infinite")
-    return history
-
-
 def _column(name: str, node: Group | Stored, file: IO[bytes]) -> NDArray[np.float64]:
     if not isinstance(node, Stored) or node.dtype != np.float64:
         raise ValueError(f"the {name} of its history is no column of float64")
     return node.values(file)
 
 
-def _read_root(path: str, comm: MPI.Comm, whole: bool) -> tuple[bytes, Header, Place, Any, History]:
-    """Verify a file; its seal, its header, theta's place, and if `whole` the state and the history."""
-    seal = verify(path, comm)
+def _read_root(path: str, file: IO[bytes], comm: MPI.Comm, whole: bool) -> tuple[Header, Place, Any, History]:
+    """The header of a verified file, theta's place, and if `whole` the state and the history."""
     content: tuple[Header, Place, Any, History] | None = None
     with agreed_file(comm, f"cannot read {path}", "restart from a copy"):
         if comm.rank == 0:
+            state, history = None, History()
             try:
-                root = outline(path, ("parameters", "solver", "history"))
-                with opened(path) as file:
-                    _check_same(path, file, seal)
-                    history = _columns(root, file) if whole else History()
-                    state = decode(root.group("solver"), file) if whole else None
-                    content = _header(root, file), place(root.group("parameters").stored("theta")), state, history
-            except RunFileError:
-                raise
+                root = outline(file, ("parameters", "solver", "history"))
+                header, theta = _header(root, file), place(root.group("parameters").stored("theta"))
+                if whole:
+                    columns = root.group("history").members.items()
+                    history = History.from_columns({name: _column(name, node, file) for name, node in columns})
+                    state = decode(root.group("solver"), file)
             except (KeyError, ValueError) as error:
-                with opened(path) as file:
-                    _check_same(path, file, seal)
                 raise RunFileError(f"{path} is whole but not laid out as a run file: {error}") from error
-    return seal, *cast("tuple[Header, Place, Any, History]", comm.bcast(content))
-
-
-def _check_same(path: str, file: IO[bytes], seal: bytes) -> None:
-    """Refuse a file that has taken the place of the one with this seal."""
-    if file.read(SEAL_SIZE) != seal:
-        raise RunFileError(f"{path} was replaced while it was read: another run writes it; begin again")
+            content = header, theta, state, history
+    return cast("tuple[Header, Place, Any, History]", comm.bcast(content))
 
 
 def inspect(path: str, comm: MPI.Comm) -> Header:
@@ -323,7 +300,8 @@ def inspect(path: str, comm: MPI.Comm) -> Header:
     RunFileError
         On all ranks, when the file is missing, foreign, of a newer format or damaged.
     """
-    return _read_root(path, comm, whole=False)[1]
+    with verified(path, comm) as file:
+        return _read_root(path, file, comm, whole=False)[0]
 
 
 def read(path: str, theta: PETSc.Vec, with_state: bool = True) -> tuple[dict[str, Any], History]:
@@ -355,36 +333,47 @@ def read(path: str, theta: PETSc.Vec, with_state: bool = True) -> tuple[dict[str
         nothing is left to destroy.
     """
     comm = theta.comm.tompi4py()
-    seal, header, at, state, history = _read_root(path, comm, whole=True)
-    if header.size != theta.getSize():
-        raise RunFileError(
-            f"{path} holds {header.size} parameters, {theta.getSize()} were expected; "
-            "restart with the network that the file was written with"
-        )
-    made: list[tuple[int, PETSc.Vec]] = []
-    state = with_vectors(state, theta, made) if with_state else {}
-    try:
-        with agreed_file(comm, f"cannot read {path}", "check that every rank sees the file"), opened(path) as file:
-            _check_same(path, file, seal)
-            for offset, vector in [*made, (at.offset, theta)]:
-                first, last = vector.getOwnershipRange()
-                file.seek(offset + 8 * first)
-                data = file.read(8 * (last - first))
-                if len(data) != 8 * (last - first):
-                    raise RunFileError(f"{path} became shorter while it was read; restart from a copy")
-                vector.setArray(np.frombuffer(data, "<f8"))  # type: ignore[arg-type]
-    except RunFileError:
-        for _, vector in made:
-            vector.destroy()
-        raise
+    with verified(path, comm) as file:
+        header, at, state, history = _read_root(path, file, comm, whole=True)
+        if header.size != theta.getSize():
+            raise RunFileError(
+                f"{path} holds {header.size} parameters, {theta.getSize()} were expected; "
+                "restart with the network that the file was written with"
+            )
+        made: list[tuple[int, PETSc.Vec]] = []
+        state = with_vectors(state, theta, made) if with_state else {}
+        try:
+            with agreed_file(comm, f"cannot read {path}", "check that every rank sees the file"):
+                for offset, vector in [*made, (at.offset, theta)]:
+                    first, last = vector.getOwnershipRange()
+                    file.seek(offset + 8 * first)
+                    data = file.read(8 * (last - first))
+                    if len(data) != 8 * (last - first):
+                        raise RunFileError(f"{path} became shorter while it was read; restart from a copy")
+                    vector.setArray(np.frombuffer(data, "<f8"))  # type: ignore[arg-type]
+        except RunFileError:
+            for _, vector in made:
+                vector.destroy()
+            raise
     return state, history
 
 
 def check_values(path: str, theta: PETSc.Vec, history: History) -> None:
-    """Raise a RunFileError on all ranks where nothing can go on from parameters or a history that were read. Collective."""
-    comm = theta.comm.tompi4py()
-    with agreed_file(comm, f"cannot read {path}", "restart from a copy"):
+    """Refuse parameters and a history that nothing can go on from. Collective on the communicator of `theta`.
+
+    Raises
+    ------
+    RunFileError
+        On all ranks: parameters that are NaN or infinite; iterations that do not count up; times and amounts of work
+        that are negative or infinite.
+    """
+    with agreed_file(theta.comm.tompi4py(), f"cannot read {path}", "restart from a copy"):
         if not np.isfinite(theta.array_r).all():
             raise RunFileError(f"{path} holds parameters that are NaN or infinite")
-        if not len(history) or math.isnan(history.last("time")):
-            raise RunFileError(f"{path} has no history to go on from")
+        iterations = history["iteration"]
+        counts = (iterations >= 0) & (iterations <= LARGEST) & (iterations == iterations.round())
+        if not len(history) or not counts.all() or (np.diff(iterations) <= 0).any() or math.isnan(history.last("time")):
+            raise RunFileError(f"{path} has a history whose iterations do not count up, or whose time is not known")
+        for name in ("time", "work", "work_critical", *WORK_OF_LEVELS):
+            if np.isinf(history[name]).any() or (history[name] < 0).any():
+                raise RunFileError(f"{path} has a history whose {name} is negative or infinite")

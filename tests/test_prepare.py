@@ -276,7 +276,7 @@ def test_numbers_out_of_range(
     assert expected in refused(capsys, tmp_path / "a.h5", "arrays", tmp_path / "a.npz", *words)
     assert "one of the files to read" in refused(capsys, tmp_path / "a.npz", "arrays", tmp_path / "a.npz")
     (tmp_path / "folder.h5").mkdir()
-    with pytest.raises(SystemExit, match=r"error: cannot write .*folder.h5: Is a directory"):
+    with pytest.raises(SystemExit, match=r"error: cannot write .*folder.h5: what is there is no regular file"):
         prepare.main(["arrays", str(tmp_path / "a.npz"), "-o", str(tmp_path / "folder.h5")])
 
 

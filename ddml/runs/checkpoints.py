@@ -27,6 +27,8 @@ OPTIONS = (
     Option("overwrite", False, "Whether an existing run file may be replaced.", changes=EACH_START),
     Option("restart", None, "Run file to go on from, with its options; those beside it come in their place.",
            changes=EACH_START),
+    Option("trust", False, "Whether Python files, PETSc's types in Python, viewers and folders of TensorBoard that the "
+           "run file names are used where they are not given anew.", changes=EACH_START),
 )  # fmt: skip
 
 

@@ -3,9 +3,10 @@
 HDF5 crashes, hangs and takes all memory where bytes are damaged, follows links into other files, and reads values from
 other files or by programs that a filter names; it has no switch against any of it (HDFGroup/hdf5, issue 6618). So no
 rank calls it for reading. A process of its own (`ddml.hdf5_child`), with limits of time and memory, says what is in a
-file that is open; numbers are then read from their place in it as from any other file. Refused are links but hard ones, objects
-that are there twice, external and virtual storage, filters other than gzip, lzf, shuffle and fletcher32, references
-and other types that are neither numbers nor texts, and what declares more bytes than are stored, alone or in sum.
+file that is open; numbers are then read from their place in it as from any other file. Refused are links but hard
+ones, objects that are there twice, external and virtual storage, filters other than gzip, lzf, shuffle and fletcher32,
+references and other types that are neither numbers nor texts, and what declares more bytes than are stored, alone or in
+sum.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Group:
-    """A group: its members by name, in the order in which they were made where the file knows it, and its attributes."""
+    """A group: its members by name, in the order in which they were made where the file knows it; its attributes."""
 
     members: Mapping[str, Group | Stored]
     attributes: Mapping[str, Any]

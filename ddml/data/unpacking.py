@@ -111,7 +111,7 @@ class Unpacked(io.RawIOBase):
 def check_unpacked(unpacked: int, size: int) -> None:
     """Refuse a file of that size which is to unpack, or has unpacked, to so many bytes."""
     if unpacked > regular.justified(size):
-        raise InputError(f"its {size} bytes unpack to {unpacked} or more: store it with less compression, or not packed")
+        raise InputError(f"its {size} bytes unpack to {unpacked} or more: store them less packed")
 
 
 @contextmanager

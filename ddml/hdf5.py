@@ -31,7 +31,7 @@ from .errors import InputError
 from .regular import FREE, RATIO
 
 # Our choices: what the process may take, for any file and further for each of its bytes.
-SECONDS, BYTES_A_SECOND = 4, 20 << 20
+SECONDS, BYTES_A_SECOND = 2, 2 << 20
 ROOM, ROOM_A_BYTE = 512 << 20, 4
 WAITING = 10  # seconds for each of the processor's, on a machine that is busy
 KEPT = 8  # outlines
@@ -102,14 +102,14 @@ class Group:
         """A dataset of it; a KeyError where it is none, or not there."""
         found = self.members.get(name)
         if not isinstance(found, Stored):
-            raise KeyError(f"{name} is no dataset")
+            raise KeyError(f"dataset {name}")
         return found
 
     def group(self, name: str) -> Group:
         """A group in it; a KeyError where it is none, or not there."""
         found = self.members.get(name)
         if not isinstance(found, Group):
-            raise KeyError(f"{name} is no group")
+            raise KeyError(f"group {name}")
         return found
 
 

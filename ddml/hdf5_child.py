@@ -37,7 +37,7 @@ def limit(seconds: int, room: int) -> None:
     """Let this process have so many seconds of a processor, so many further bytes, and no core dump."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the program that waits for this one decides
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))  # SIGXCPU, not SIGKILL
     if os.path.exists("/proc/self/statm"):  # Linux
         with open("/proc/self/statm") as file:
             room += int(file.read().split()[0]) * resource.getpagesize()

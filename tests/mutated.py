@@ -22,7 +22,7 @@ from mpi4py import MPI
 
 import ddml
 from ddml.data import arrays, files, images, libsvm, tables
-from ddml.errors import InputError
+from ddml.errors import InputError, printable
 
 _spec = importlib.util.spec_from_file_location("prepare", ROOT / "data" / "prepare.py")
 assert _spec is not None and _spec.loader is not None
@@ -107,12 +107,13 @@ def main() -> None:
             READERS[reader](path)
             said = "read"
         except InputError as error:
-            said = f"refused: {error}"
+            said = f"refused: {printable(error)}"  # as programs print it
         except SystemExit as end:  # of prepare.py
             said = f"refused: {end}" if str(end).startswith("error: ") else f"exit {end}"
         except BaseException:
             said = traceback.format_exc()
-        opened = [p for p in seen if not p.startswith((*own, str(path.parents[1])))]
+        around = (*own, str(path.parents[1]))
+        opened = [p for p in seen if not p.startswith(around) and not p.endswith("petscrc")]
         answer = {"said": said, "seconds": spent() - before, "opened": opened, "peak": peak()}
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -38,8 +38,8 @@ QUICK = ("-points", 40, "-width", 4, "-depth", 1, "-test_points", 0, "-error_poi
 
 # kind of file: its reader, its name, and how many of a thousand
 KINDS = {
-    "run": ("run", "a.h5", 200), "run sealed anew": ("run", "a.h5", 35), "network sealed anew": ("network", "a.h5", 10),
-    "restart sealed anew": ("restart", "a.h5", 10), "data": ("data", "a.h5", 25), "packed data": ("data", "a.h5", 20),
+    "run": ("run", "a.h5", 230), "run sealed anew": ("run", "a.h5", 25), "network sealed anew": ("network", "a.h5", 5),
+    "restart sealed anew": ("restart", "a.h5", 5), "data": ("data", "a.h5", 20), "packed data": ("data", "a.h5", 15),
     "idx": ("idx", "train-images-idx3-ubyte", 100), "idx.gz": ("idx", "train-images-idx3-ubyte", 70),
     "cifar": ("cifar", "test_batch.bin", 50), "npz": ("numpy", "a.npz", 100), "packed npz": ("numpy", "a.npz", 100),
     "npy": ("numpy", "a.npy", 100), "png": ("image", "a.png", 30), "jpg": ("image", "a.jpg", 20),

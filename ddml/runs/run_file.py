@@ -285,7 +285,8 @@ def _read_root(path: str, file: IO[bytes], comm: MPI.Comm, whole: bool) -> tuple
                     history = History.from_columns({name: _column(name, node, file) for name, node in columns})
                     state = decode(root.group("solver"), file)
             except (KeyError, ValueError) as error:
-                raise RunFileError(f"{path} is whole but not laid out as a run file: {error}") from error
+                said = f"there is no {error}" if isinstance(error, KeyError) else error
+                raise RunFileError(f"{path} is whole but not laid out as a run file: {said}") from error
             content = header, theta, state, history
     return cast("tuple[Header, Place, Any, History]", comm.bcast(content))
 

@@ -63,9 +63,9 @@ class Reader:
     def group(self, group: Any, names: list[str], where: str, depth: int = 0) -> dict[str, Any]:
         """The members of these names of a group, all of them where there are none, and its attributes."""
         if depth > DEPTH:
-            raise Refused(f"{where} is inside more than {DEPTH} groups")
+            raise Refused(f"{where} stands inside more than {DEPTH} groups")
         members = {}
-        self.once(group.id, where or "its root")
+        self.once(group.id, where.rstrip("/") or "its root")
         for name in names or list(group):
             here, key = f"{where}{name}", name.encode(errors="surrogateescape")
             if not group.id.links.exists(key):

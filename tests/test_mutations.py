@@ -106,7 +106,14 @@ def mutated(content: bytes, rng: np.random.Generator) -> bytes:
         elif how == 1:
             found[place] = int(rng.integers(256))
         elif how == 2:
-            extreme = [b"\xff" * 8, b"\0" * 8, b"\xff" * 7 + b"\x7f", b"\xff" * 4, b"\0\0\0\x80", b"\0\0\0\0\0\0\xf8\x7f"]
+            extreme = [
+                b"\xff" * 8,
+                b"\0" * 8,
+                b"\xff" * 7 + b"\x7f",
+                b"\xff" * 4,
+                b"\0\0\0\x80",
+                b"\0\0\0\0\0\0\xf8\x7f",
+            ]
             found[place : place + 8] = extreme[rng.integers(len(extreme))]
         elif how == 3:
             found[place : place + size] = found[place : place + size] * 2

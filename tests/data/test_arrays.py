@@ -58,11 +58,13 @@ def test_files_are_known_by_their_bytes(tmp_path: Path, name: str, pack: Callabl
 def bomb() -> bytes:
     """An .npz file of zeros that are packed well."""
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        with archive.open("inputs.npy", "w") as member:
-            member.write(declaring((50331648,))[:-16])
-            for _ in range(6):
-                member.write(bytes(64 << 20))
+    with (
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive,
+        archive.open("inputs.npy", "w") as member,
+    ):
+        member.write(declaring((50331648,))[:-16])
+        for _ in range(6):
+            member.write(bytes(64 << 20))
     return file.getvalue()
 
 

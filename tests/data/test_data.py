@@ -185,7 +185,7 @@ def test_damage_by_chance_is_noticed_or_is_one_of_numbers(tmp_path: Path) -> Non
     path, (x, y, test_x, test_y) = tmp_path / "data.h5", arrays(np.uint8, (1,)).values()
     files.write(path, Source.of(x, y), Source.of(test_x, test_y), list("abcd"), "somewhere")
     good, refused = path.read_bytes(), 0
-    for i in range(40):  # tests/test_mutations.py has more
+    for i in range(40):  # tests/drivers/test_mutations.py has more
         content = bytearray(good)
         for place in rng.integers(len(content), size=rng.integers(1, 4)):
             content[place] = rng.integers(256)

@@ -1,4 +1,4 @@
-"""Files that somebody else has made, given to the programs: nothing of them runs, waits, or replaces what is no file."""
+"""Files of somebody else, given to the programs: nothing of them runs, nothing waits, no device is replaced."""
 
 import os
 import shutil
@@ -8,13 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import h5py
-import numpy as np
 import pytest
 from calling import call, refusal, tree
 from mpi4py import MPI
 from own_data import USER
-
-from ddml.runs import sealed
+from sealing import seal_anew
 
 HERE = Path(__file__).parent
 SHORT = ("-points", 40, "-error_points", 16, "-test_points", 0, "-progress", "none", "-max_it", 1)
@@ -50,12 +48,7 @@ def renamed(path: Path, **attributes: str) -> None:
     """Give a run file other attributes, and a seal that fits."""
     with h5py.File(path, "r+") as file:
         file.attrs.update({name.replace("option_", "option "): text for name, text in attributes.items()})
-    content = path.read_bytes()
-    rest = content[sealed.SEAL_SIZE :]
-    total = sealed.checksum(np.frombuffer(rest, np.uint8), sealed.SEAL_SIZE)
-    line = b"ddml run file, format 1, %d bytes, checksum %016x\n" % (len(content), total)
-    line += b"HDF5 content follows; h5py and h5dump read this file as it is.\n"
-    path.write_bytes(line.ljust(sealed.SEAL_SIZE, b"\0") + rest)
+    seal_anew(path)
 
 
 def test_a_problem_that_a_run_file_names_runs_where_it_is_given_or_trusted(tmp_path: Path, trace: Path) -> None:

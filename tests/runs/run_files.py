@@ -10,7 +10,6 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 from ddml.errors import RunFileError
-from ddml.runs import sealed
 from ddml.runs.history import History
 from ddml.runs.run_file import ParameterEntry, inspect, read, write
 
@@ -105,16 +104,6 @@ def small(path: Path, version: float = 1.0) -> None:
     save(path, theta, {"version": version, "m": momentum})
     theta.destroy()
     momentum.destroy()
-
-
-def sealed_anew(content: bytes) -> bytes:
-    """A run file of these bytes, and a seal in front that fits them, as ``ddml.runs.sealed`` describes it."""
-    rest = content[sealed.SEAL_SIZE :]
-    total = sealed.checksum(np.frombuffer(rest, np.uint8), sealed.SEAL_SIZE)
-    size = sealed.SEAL_SIZE + len(rest)
-    line = b"ddml run file, format %d, %d bytes, checksum %016x\n" % (sealed.FORMAT_VERSION, size, total)
-    line += b"HDF5 content follows; h5py and h5dump read this file as it is.\n"
-    return line.ljust(sealed.SEAL_SIZE, b"\0") + rest
 
 
 def refused(path: Path, message: str) -> None:

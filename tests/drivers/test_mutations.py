@@ -10,7 +10,6 @@ import os
 import select
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,9 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-import torch
-
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests" / "runs"), str(ROOT / "tests" / "drivers")]
-
 from calling import call
 from mpi4py import MPI
-from run_files import sealed_anew
+from sealing import sealed_anew
 
 import ddml
 from ddml.data import files
@@ -131,8 +125,8 @@ class Reader:
     def __init__(self) -> None:
         alone = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "PMI_"))}
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "mutated.py")], env=alone, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE if os.environ.get("QUIET") else subprocess.DEVNULL,
+            [sys.executable, str(Path(__file__).with_name("mutated.py"))], env=alone, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
     def ask(self, reader: str, path: Path) -> dict[str, Any]:

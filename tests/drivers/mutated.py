@@ -14,10 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "drivers")]
-
 from calling import call
+from launch import ROOT
 from mpi4py import MPI
 
 import ddml

@@ -159,6 +159,8 @@ def names_code(name: str, text: str) -> bool:
     These are ``path/to/file.py:Class``; of PETSc its types in Python, those of ``solvers`` apart, and what looks at
     something or keeps it: viewers and monitors write to files of any name, as ``-tensorboard`` does.
     """
+    if text == "None":
+        return False
     if ".py" in text and ":" in text:
         return True
     if name.endswith("python_type"):

@@ -17,7 +17,7 @@ from ddml.decomposition.subdomains import Subdomains
 from ddml.linalg.compact import trim_at_once
 from ddml.errors import CollectiveError, InputError
 from ddml.losses.loss import Loss
-from ddml.options import EACH_START, NEVER, Option, for_runs
+from ddml.options import EACH_START, NEVER, Option, for_runs, names_code
 from ddml.runs.checkpoints import Moving
 from ddml.runs.limits import SIGNAL
 from ddml.runs.progress import say
@@ -228,7 +228,8 @@ class Training:
         if run.failure:
             raise CollectiveError(run.failure)
         if run.output and len(run.history) and run.exact:
-            more = "" if run.reason == SIGNAL else " and a larger limit"
+            trust = any(names_code(name, str(value)) for name, value in in_force.items())
+            more = " -trust" * trust + " and a larger limit" * (run.reason != SIGNAL)
             self._say([f"to go on: the same driver with -restart {run.output}{more}"])
         return 0 if finished else 1
 

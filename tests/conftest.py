@@ -40,7 +40,14 @@ SERIAL = (
     *("losses/test_kronecker.py", "losses/test_loss.py", "losses/test_module_factors.py"),
     *("losses/test_module_refusals.py", "losses/test_pde_modules.py", "losses/test_restrictions.py"),
     *("problems/test_references.py", "problems/test_program.py", "runs/test_figures.py", "runs/test_history.py"),
-    *("test_options.py", "test_origins.py", "test_plugins.py", "test_prepare.py", "test_house.py"),
+    *(
+        "test_options.py",
+        "test_origins.py",
+        "test_plugins.py",
+        "test_prepare.py",
+        "test_house.py",
+        "test_prepare_harm.py",
+    ),
     *("data/test_arrays.py", "data/test_images.py", "data/test_inputs.py", "data/test_tables.py"),
     "runs/test_run_file_damage.py::test_a_kill_at_any_moment_leaves_a_whole_file",  # a writer on one rank
     "runs/test_run_file_damage.py::test_what_another_run_writes_meanwhile_is_read_whole_or_refused",

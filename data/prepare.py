@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from ddml.data import arrays as numpy_files
 from ddml.data import images
 from ddml.data.files import Source, write
-from ddml.data.unpacking import SUFFIXES, opened
-from ddml.errors import InputError
+from ddml.data.unpacking import SUFFIXES, Unpacked, check_unpacked, opened
+from ddml.errors import InputError, printable
+from ddml.regular import check_target
 
 Array = NDArray[Any]
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -47,13 +48,17 @@ def idx(folder: Path, name: str, dimensions: int) -> Array:
     if not found:
         raise InputError(f"there is no file {folder / name}-idx{dimensions}-ubyte, compressed or not")
     with opened(found[0]) as file:
-        content = file.read()
-    if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) < 4 + 4 * dimensions:
-        raise InputError(f"{found[0]} is no idx file of bytes in {dimensions} dimensions")
-    shape = tuple(int(n) for n in np.frombuffer(content, ">u4", dimensions, 4))
-    values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
+        head = file.read(4 + 4 * dimensions)
+        if head[:4] != bytes((0, 0, 8, dimensions)) or len(head) < 4 + 4 * dimensions:
+            raise InputError(f"{found[0]} is no idx file of bytes in {dimensions} dimensions")
+        shape = tuple(int(n) for n in np.frombuffer(head, ">u4", dimensions, 4))
+        packed = isinstance(file.raw, Unpacked)
+        check_unpacked(math.prod(shape) if packed else 0, found[0].stat().st_size)
+        content = file.read(math.prod(shape) + 1) if packed else file.read()
+    values = np.frombuffer(content, np.uint8)
     if values.size != math.prod(shape) or not values.size:
-        raise InputError(f"{found[0]} is not whole, or empty: it is to hold {shape}, and has {values.size} bytes")
+        more = " or more" * (values.size > math.prod(shape))
+        raise InputError(f"{found[0]} is not whole, or empty: it is to hold {shape}, and has {values.size} bytes{more}")
     return values.reshape(shape)
 
 
@@ -211,16 +216,18 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         if not arguments.output.resolve().parent.is_dir():
             raise InputError(f"cannot write {arguments.output}: there is no such folder")
+        check_target(arguments.output)
         content = {"mnist": mnist, "cifar10": cifar10, "folder": folder, "arrays": arrays}[arguments.kind](arguments)
         notes = content.pop("notes", ())
         write(arguments.output, **content)
     except InputError as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+        sys.exit("error: " + printable(" ".join(str(error).split())))
     except KeyboardInterrupt:
         sys.exit("error: interrupted")
     for note in notes:
-        print(f"note: {note}".encode(errors="replace").decode())
-    print(f"wrote {arguments.output}: {content['train'].count} samples, {content['test'].count} to test with")
+        print(f"note: {printable(note)}")
+    counts = f"{content['train'].count} samples, {content['test'].count} to test with"
+    print(f"wrote {printable(arguments.output)}: {counts}")
 
 
 if __name__ == "__main__":

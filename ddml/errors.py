@@ -15,3 +15,11 @@ class CollectiveError(InputError):
 
 class RunFileError(InputError):
     """A run file cannot be read or written; the message is one line: what was expected, found and can be done."""
+
+
+def printable(text: object) -> str:
+    """A text as a terminal may get it: line ends stay, all else that does not print is shown as its number.
+
+    What files of others hold could move the cursor, set the title or write right to left.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))

@@ -29,6 +29,9 @@ _PETSC_OWN = re.compile(
 
 _AT_THE_END = re.compile(r"^(\w+_)?tao_view(_\w+)?$")  # what PETSc reads behind a solve
 
+# what opens files: of PETSc, and ours
+_LOOKS = re.compile(r"(^|_)(view|monitor|draw|plot|history|save|load|file|library|tensorboard)(_|$)")
+
 _REFUSALS = {62, 63, 86}  # PETSC_ERR_ARG_WRONG, _ARG_OUTOFRANGE, _UNKNOWN_TYPE
 _TRUE, _FALSE = {"", "1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
@@ -148,6 +151,21 @@ def same_reference(one: str, other: str) -> bool:
     if one.endswith(".h5") and other.endswith(".h5"):
         return Path(one).name == Path(other).name
     return one == other or ("/" in one + other and Path(one).name == Path(other).name)
+
+
+def names_code(name: str, text: str) -> bool:
+    """Whether an option of that name and text makes somebody's program run, or opens a file of any name.
+
+    These are ``path/to/file.py:Class``; of PETSc its types in Python, those of ``solvers`` apart, and what looks at
+    something or keeps it: viewers and monitors write to files of any name, as ``-tensorboard`` does.
+    """
+    if text == "None":
+        return False
+    if ".py" in text and ":" in text:
+        return True
+    if name.endswith("python_type"):
+        return not text.startswith("solvers.")
+    return _LOOKS.search(name) is not None and text.lower() not in _TRUE | _FALSE
 
 
 def unused() -> list[str]:

@@ -7,7 +7,7 @@ in the file and no values yet: every rank writes and reads its own range there, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import h5py
 import numpy as np
@@ -15,6 +15,7 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 from .errors import RunFileError
+from .hdf5 import Group, Stored
 from .parallel import redistributed
 
 
@@ -98,24 +99,39 @@ def encode(group: h5py.Group, name: str, value: Any) -> None:
     node.attrs["kind"] = kind
 
 
-def decode(node: h5py.Dataset | h5py.Group) -> Any:
-    """Return what `encode` wrote, with a `Place` for each vector."""
-    kind = node.attrs["kind"]
-    if kind == "dict":
-        return {name: decode(child) for name, child in node.items()}
-    if kind == "list":
-        return [decode(child) for child in node.values()]
+def decode(node: Group | Stored, file: IO[bytes]) -> Any:
+    """Return what `encode` wrote into a file that is open, with a `Place` for each vector.
+
+    Raises
+    ------
+    KeyError, ValueError
+        What it has not written.
+    """
+    kind = node.attributes["kind"]
+    if isinstance(node, Group):
+        members = {name: decode(child, file) for name, child in node.members.items()}
+        return {"dict": members, "list": list(members.values())}[kind]
     if kind == "vector":
-        return Place(node.id.get_offset() or 0, node.size)
-    if kind == "array":
-        return np.asarray(node[()])
-    if kind == "floats":
-        return node[()].tolist()
+        return place(node)
     if kind == "none":
         return None
-    if kind == "str":
-        return node[()].decode()
-    return {"int": int, "float": float, "bool": bool}[kind](node[()])
+    if kind in ("str", "int") and isinstance(node.texts, str):
+        return node.texts if kind == "str" else int(node.texts)
+    found = node.values(file)
+    if kind == "array":
+        return found
+    if kind == "floats" and found.dtype == np.float64 and found.ndim == 1:
+        return found.tolist()
+    if found.shape or found.dtype.kind != {"int": "i", "float": "f", "bool": "b"}[kind]:
+        raise ValueError(f"{found.dtype} {found.shape} is no {kind}")
+    return found.item()
+
+
+def place(node: Stored) -> Place:
+    """Where a vector of float64 is; a ValueError where a dataset holds none."""
+    if node.dtype != np.dtype("<f8") or node.shape is None or len(node.shape) != 1 or node.packed:
+        raise ValueError(f"{node.dtype} {node.shape} is no vector of float64, as it is")
+    return Place(node.offset or 0, node.count)
 
 
 def with_vectors(value: Any, theta: PETSc.Vec, made: list[tuple[int, PETSc.Vec]]) -> Any:

@@ -16,6 +16,7 @@ from ddml.errors import InputError
 from ddml.options import Option
 from ddml.runs import exported
 from ddml.runs.opened import open_run
+from ddml.runs.progress import say
 
 OPTIONS = (
     Option("o", None, "File to write, in the place of one that is there: .pt, tensors by name with what builds the "
@@ -39,7 +40,7 @@ def main(comm: MPI.Comm) -> int:
     )  # fmt: skip
     exported.save(settings.o, run, module)
     count = sum(p.numel() for p in module.parameters())
-    print(f"wrote {settings.o}: {type(module).__name__} of {count} parameters, of {path}")
+    say(f"wrote {settings.o}: {type(module).__name__} of {count} parameters, of {path}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Draw run files: python drivers/plot.py run.h5 [more.h5 ...] -o figure.png [-no_maps].
+"""Draw run files: python drivers/plot.py run.h5 [more.h5 ...] -o figure.png [-no_maps|-problem file.py:Class|-trust].
 
 Convergence of all runs against work, critical work and time; for a PINN's first run file, unless
 -no_maps is given, also the solution, the reference and the error; of a first run file with levels what these took.
@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mpi4py import MPI
 from common.program import run_program
 
-from common.arguments import Parser
+from common.arguments import ANEW, Parser
 from ddml.data.sequences import grid
+from ddml.data.tables import written
 from ddml.errors import InputError
-from ddml.parallel import agreed
+from ddml.problems import PDELoss
 from ddml.problems.pde.accuracy import reference
 from ddml.runs import figures
 from ddml.runs.opened import OpenedRun, open_run
+from ddml.runs.progress import say
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def main(comm: MPI.Comm) -> int:
@@ -29,6 +35,9 @@ def main(comm: MPI.Comm) -> int:
     parser.add_argument("-o", "--output", default="figure.png", help="figure to write; a .maps file goes beside it")
     parser.add_argument("-labels", nargs="*", default=None, help="names of the runs in the legend")
     parser.add_argument("-no_maps", action="store_true", help="leave out the maps of the solution")
+    for option in ANEW[:2]:
+        parser.add_argument(f"-{option.name}", help=option.help)
+    parser.add_argument("-trust", action="store_true", help=ANEW[-1].help)
     arguments = parser.parse_args()
     if comm.size > 1:
         raise InputError("plot.py runs on one rank")
@@ -36,34 +45,32 @@ def main(comm: MPI.Comm) -> int:
     if len(labels) != len(arguments.runs):
         raise InputError(f"{len(arguments.runs)} run files need as many labels, got {len(labels)}")
     output = Path(arguments.output)
+    output = output if output.suffix else output.with_name(f"{output.name}.png")
     opened = [open_run(path) for path in arguments.runs]
     runs = [
         (f"{name} ({run.attributes.get('solver', '')})", run.history) for name, run in zip(labels, opened, strict=True)
     ]
-    figure = figures.new_figure()
-    figures.convergence(figure, runs)
-    with agreed(comm):
-        try:
-            figure.savefig(output)
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot write {output}: {error}") from error
-    print(f"wrote {output}")
+    drawn = {output: figures.new_figure()}
+    figures.convergence(drawn[output], runs)
     if runs[0][1].used()[-1].startswith("work_level"):
         target = output.with_name(f"{output.stem}.levels{output.suffix}")
-        figure = figures.new_figure()
-        figures.levels(figure, runs[0][1])
-        figure.savefig(target)
-        print(f"wrote {target}")
+        drawn[target] = figures.new_figure()
+        figures.levels(drawn[target], runs[0][1])
     if not arguments.no_maps and opened[0].attributes.get("driver") == "pinn":
-        target = output.with_name(f"{output.stem}.maps{output.suffix}")
-        draw_maps(opened[0], target)
-        print(f"wrote {target}")
+        loss = opened[0].loss(trust=arguments.trust, problem=arguments.problem, network=arguments.network)
+        drawn[output.with_name(f"{output.stem}.maps{output.suffix}")] = maps(opened[0], loss)
+    for target, figure in drawn.items():
+        with written(target) as disk:
+            try:
+                figure.savefig(disk, format=target.suffix[1:])
+            except ValueError as error:
+                raise InputError(f"cannot write {target}: {error}") from error
+        say(f"wrote {target}")
     return 0
 
 
-def draw_maps(run: OpenedRun, target: Path) -> None:
-    """Solution, reference and error of a PINN's run file."""
-    loss = run.loss(trust=True)
+def maps(run: OpenedRun, loss: PDELoss) -> Figure:
+    """Solution, reference and error of a PINN's run file, whose loss is this one."""
     if len(loss.problem.domain) > 2:
         raise InputError("maps are drawn for one or two coordinates; use -no_maps")
     axes = grid(20_000, loss.problem.bounds)
@@ -76,7 +83,7 @@ def draw_maps(run: OpenedRun, target: Path) -> None:
     ]
     figure = figures.new_figure()
     figures.maps(figure, axes[0], axes[1] if len(axes) == 2 else None, list(loss.problem.domain), panels)
-    figure.savefig(target)
+    return figure
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from ddml.problems import PDELoss
 from ddml.problems.classification import Classifier
 from ddml.problems.pde.solution import tabulated, within
 from ddml.runs.opened import OpenedRun, open_run
+from ddml.runs.progress import say
 
 COPIES = 4  # of the whole table that there must be memory for (our choice)
 BATCH = 1024  # samples that go through a classifier at a time (our choice)
@@ -63,7 +64,7 @@ def main(comm: MPI.Comm) -> int:
         table = evaluated(run, loss, settings, comm)
     tables.write(settings.o, table)
     count = len(next(iter(table.columns.values())))
-    print(f"wrote {settings.o}: {', '.join([*table.coordinates, *table.columns])} at {count} points")
+    say(f"wrote {settings.o}: {', '.join([*table.coordinates, *table.columns])} at {count} points")
     return 0
 
 
@@ -81,18 +82,18 @@ def evaluated(run: OpenedRun, loss: PDELoss, settings: Any, comm: MPI.Comm) -> T
         points = tables.points(settings.at, letters)
         outside = int(np.sum(~within(loss.problem, points)))
         if outside:
-            print(f"note: {outside} of {len(points)} points are outside of the domain, where nothing was trained")
+            say(f"note: {outside} of {len(points)} points are outside of the domain, where nothing was trained")
     columns = tabulated(loss, run.theta, points)
     for name, values in columns.items():
         if not (name.endswith((" exact", " error")) or np.isfinite(values).all()):
-            print(f"note: {name} is not finite at {np.sum(~np.isfinite(values))} of {len(points)} points")
+            say(f"note: {name} is not finite at {np.sum(~np.isfinite(values))} of {len(points)} points")
     for name in loss.problem.fields:
         if f"{name} error" in columns:
             known = np.isfinite(columns[f"{name} exact"])
             error, exact = (np.linalg.norm(columns[f"{name} {what}"][known]) for what in ("error", "exact"))
-            print(f"relative error of {name} {error / exact:.4e}" if exact else f"error of {name} {error:.4e}")
+            say(f"relative error of {name} {error / exact:.4e}" if exact else f"error of {name} {error:.4e}")
     for name, value in zip(loss.coefficients, run.theta[loss.tail].tolist(), strict=True):
-        print(f"{name} = {value:.8g}")
+        say(f"{name} = {value:.8g}")
     return Table({letter: points[:, i] for i, letter in enumerate(letters)}, columns, axes)
 
 
@@ -136,7 +137,7 @@ def classified(run: OpenedRun, settings: Any, suffix: str) -> Table:
     columns = {"class": names[chances.argmax(axis=1)]}
     if labels is not None:
         columns["label"] = names[labels]
-        print(f"accuracy {(columns['class'] == columns['label']).mean():.4f}")
+        say(f"accuracy {(columns['class'] == columns['label']).mean():.4f}")
     columns |= {f"probability {name}": chances[:, i] for i, name in enumerate(module.classes)}
     return Table({}, columns)
 

@@ -276,6 +276,8 @@ class Solver(Owner, ABC):
             raise InputError(
                 "the solver's state in the run file is of an older ddml: another -solver begins afresh there"
             )
+        if complete and not (isinstance(state["iteration"], int) and state["iteration"] >= 0):
+            raise InputError(f"the solver's state in the run file is of iteration {state['iteration']}")
         for name, vec in state["vectors"].items():
             vec.copy(self.vectors[name])
         self.take_state(state)

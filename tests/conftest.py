@@ -41,13 +41,26 @@ SERIAL = (
     *("losses/test_module_refusals.py", "losses/test_pde_modules.py", "losses/test_restrictions.py"),
     *("losses/test_recorded.py", "objectives/test_waiting.py", "drivers/test_gpu.py"),
     *("problems/test_references.py", "problems/test_program.py", "runs/test_figures.py", "runs/test_history.py"),
-    *("test_options.py", "test_origins.py", "test_plugins.py", "test_prepare.py", "test_house.py"),
+    *(
+        "test_options.py",
+        "test_origins.py",
+        "test_plugins.py",
+        "test_prepare.py",
+        "test_house.py",
+        "test_prepare_harm.py",
+    ),
     *("data/test_arrays.py", "data/test_images.py", "data/test_inputs.py", "data/test_tables.py"),
     "runs/test_run_file_damage.py::test_a_kill_at_any_moment_leaves_a_whole_file",  # a writer on one rank
     "runs/test_run_file_damage.py::test_what_another_run_writes_meanwhile_is_read_whole_or_refused",
     *(f"drivers/test_{name}.py" for name in ("all_solvers", "bad_problems", "bench", "classify", "faults", "header")),
     *(f"drivers/test_{name}.py" for name in ("kill", "plot_driver", "readme", "restart", "rivals", "same_bits")),
-    *("drivers/test_slips.py", "drivers/test_predict.py", "drivers/test_export.py", "problems/test_calling.py"),
+    *(
+        "drivers/test_mutations.py",
+        "drivers/test_slips.py",
+        "drivers/test_predict.py",
+        "drivers/test_export.py",
+        "problems/test_calling.py",
+    ),
     # what others claim on several ranks
     "solvers/test_frugal.py::test_runs_are_those_of_a_small_network",
     "solvers/test_spqn.py::test_a_subdomain_whose_gradient_is_at_rounding_stays_where_it_is",
@@ -61,7 +74,8 @@ BY_NAME = (
     *(f"solvers/test_{name}.py" for name in ("adagrad", "astrom", "levels", "mlvr", "multilevel_adagrad", "newton")),
     *("solvers/test_torch_optimizer.py", "solvers/test_torch_refusals.py"),
     *("drivers/test_given_options.py", "drivers/test_logistic_driver.py", "drivers/test_pinn_levels.py"),
-    "drivers/test_opened.py",
+    *("drivers/test_opened.py", "drivers/test_foreign_files.py"),
+    *("runs/test_run_file_harm.py", "data/test_data_harm.py"),
 )
 
 # make check: a solver of each family on three ranks, and through a restart

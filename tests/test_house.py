@@ -20,8 +20,9 @@ DRIVERS = ROOT / "drivers"  # whose modules import each other without that name
 
 # A module may import modules of its own room and of the levels above its own line, none beside it.
 LEVELS = (
-    ("ddml.errors", "ddml.parameters", "ddml.kernels", "ddml.lazy", "ddml.numbers", "ddml.version"),
-    ("ddml.plugins", "ddml.parallel", "ddml.origins"),
+    ("ddml.errors", "ddml.parameters", "ddml.kernels", "ddml.lazy", "ddml.numbers", "ddml.version", "ddml.hdf5_child"),
+    ("ddml.plugins", "ddml.parallel", "ddml.origins", "ddml.regular"),
+    ("ddml.hdf5",),
     ("ddml.options", "ddml.states", "ddml.summation"),
     ("ddml.layout",),
     ("ddml.data", "ddml.linalg"),

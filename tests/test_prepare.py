@@ -92,6 +92,7 @@ def test_letters_in_the_form_of_mnist_count_from_1(tmp_path: Path, capsys: pytes
     assert "note: labels 5, 6, 7" in capsys.readouterr().out
 
 
+ZEROS = gzip.compress(bytes(64 << 20))  # members that stand behind each other are one content
 GOOD = idx(RNG.integers(0, 256, (8, 28, 28), np.uint8))
 BAD_IDX: dict[str, tuple[bytes, str]] = {
     "bad block": (gzip.compress(GOOD)[:10] + b"\xff" + gzip.compress(GOOD)[11:], "cut off or damaged"),
@@ -106,6 +107,14 @@ BAD_IDX: dict[str, tuple[bytes, str]] = {
     "labels": (idx(np.zeros(8, np.uint8)), "in 3 dimensions"),
     "floats": (b"\0\0\x0d\3" + GOOD[4:], "no idx file of bytes"),
     "absurd shape": (GOOD[:4] + b"\xff" * 12 + GOOD[16:], "is not whole"),
+    "sizes whose product is 2^64": (GOOD[:4] + b"\x80\0\0\0" * 2 + b"\0\0\0\x04" + GOOD[16:], "is not whole"),
+    "255 dimensions": (GOOD[:3] + b"\xff" + GOOD[4:] * 2, "in 3 dimensions"),
+    "cut in its head": (GOOD[:12], "no idx file"),
+    "cut in its head, in gzip": (gzip.compress(GOOD[:12]), "no idx file"),
+    "gzip without its end": (gzip.compress(GOOD)[:-4], "cut off or damaged"),
+    "a head that asks for 3 GB": (gzip.compress(GOOD[:4] + b"\0\0\x08\0" * 3), "unpack to 8589934592 or more"),
+    "a head that asks for little": (gzip.compress(GOOD) + 6 * ZEROS, "has 6273 bytes or more"),
+    "zeros without an end": (6 * ZEROS, "no idx file"),
     "a web page": (b"<!DOCTYPE html>", "no idx file"),
     "fewer images than labels": (idx(np.zeros((7, 28, 28), np.uint8)), "7 images, but 8 labels for t10k"),
 }
@@ -276,7 +285,7 @@ def test_numbers_out_of_range(
     assert expected in refused(capsys, tmp_path / "a.h5", "arrays", tmp_path / "a.npz", *words)
     assert "one of the files to read" in refused(capsys, tmp_path / "a.npz", "arrays", tmp_path / "a.npz")
     (tmp_path / "folder.h5").mkdir()
-    with pytest.raises(SystemExit, match=r"error: cannot write .*folder.h5: Is a directory"):
+    with pytest.raises(SystemExit, match=r"error: cannot write .*folder.h5: what is there is no regular file"):
         prepare.main(["arrays", str(tmp_path / "a.npz"), "-o", str(tmp_path / "folder.h5")])
 
 

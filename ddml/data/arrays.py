@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +17,7 @@ from ddml.errors import InputError
 
 from .data_set import Array, row_pieces
 from .files import Source
-from .unpacking import opened, readable
+from .unpacking import Unpacked, check_unpacked, opened, readable
 
 MAGIC = (b"\x93NUMPY", b"PK\x03\x04", b"PK\x05\x06")  # first bytes of .npy and .npz, with arrays and without
 SHOWN = 8  # labels that are listed (our choice)
@@ -33,25 +35,50 @@ def load(path: Path, names: Sequence[str]) -> dict[str, Array]:
         A file that is none of the two, is damaged, or holds Python objects.
     """
     with opened(path) as file:
-        if not file.read(6).startswith(MAGIC):
-            raise InputError(f"cannot read {path}: it is no .npz or .npy file of numpy")
+        head = file.read(6)
         file.seek(0)
-        plain = isinstance(file, io.BufferedReader)
+        if not head.startswith(MAGIC):
+            raise InputError(f"cannot read {path}: it is no .npz or .npy file of numpy")
+        if not head.startswith(MAGIC[0]):
+            return _members(path, file, names)
+        plain = not isinstance(file.raw, Unpacked)  # type: ignore[attr-defined]
         source: Any = path if plain else io.BytesIO(file.read())
-        found: Any = _unpickled(path, partial(np.load, source, "r" if plain else None))
-    if isinstance(found, np.ndarray):
-        return {"": found}
-    arrays = {}
-    with found:
-        for name in (n for n in names if n in found):
-            with readable(path, f"{name} of "):
-                arrays[name] = _unpickled(f"{name} of {path}", partial(found.get, name))
-            if not isinstance(arrays[name], np.ndarray):  # but bytes
-                raise InputError(f"cannot read {name} of {path}: it is no array of numpy")
-        if not arrays:
-            listed = ", ".join(found.files[:SHOWN]) + ", ..." * (len(found.files) > SHOWN)
+        return {"": _unpickled(path, partial(np.load, source, "r" if plain else None))}
+
+
+def _members(path: Path, file: IO[bytes], names: Sequence[str]) -> dict[str, Array]:
+    """The arrays of an .npz file, each no larger than what it has stored, and all than what the file justifies."""
+    size = file.seek(0, io.SEEK_END)
+    found = {}
+    with zipfile.ZipFile(file) as archive:
+        held = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        chosen = {name: held[name] for name in names if name in held}
+        if not chosen:
+            listed = ", ".join(list(held)[:SHOWN]) + ", ..." * (len(held) > SHOWN)
             raise InputError(f"{path} must hold arrays of the names {', '.join(names)}; it has {listed or 'none'}")
-    return arrays
+        check_unpacked(sum(info.file_size for info in chosen.values()), size)
+        for name, info in chosen.items():
+            with readable(path, f"{name} of "):
+                with archive.open(info) as member:
+                    _check_declared(member, info.file_size)
+                with archive.open(info) as member:
+                    read = partial(np.lib.format.read_array, member, allow_pickle=False)
+                    found[name] = _unpickled(f"{name} of {path}", read)
+    return found
+
+
+def _check_declared(member: IO[bytes], size: int) -> None:
+    """Refuse an array whose shape asks for other bytes than its member of an archive has, objects apart."""
+    form: Any = np.lib.format
+    if member.read(6) != MAGIC[0]:
+        raise InputError("it is no array of numpy")
+    version = tuple(member.read(2))
+    if version not in ((1, 0), (2, 0), (3, 0)):
+        raise InputError(f"it is an array of version {version}")
+    # version 3 differs from 2 in the coding of names
+    shape, _, dtype = form.read_array_header_1_0(member) if version == (1, 0) else form.read_array_header_2_0(member)
+    if not dtype.hasobject and math.prod(shape) * dtype.itemsize != size - member.tell():
+        raise InputError(f"it is to hold {dtype} {shape}, and has {size - member.tell()} bytes")
 
 
 def _unpickled(what: str | Path, read: Callable[[], Any]) -> Any:

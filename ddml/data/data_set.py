@@ -31,6 +31,7 @@ from ddml.errors import InputError
 from ddml.parallel import agreed, split
 
 DTYPES = (np.uint8, np.float32, np.float64)
+MOST_CLASSES = 1_000_000  # that are named by their numbers (our choice)
 PIECE = 64 << 20  # bytes that are read or looked at in one go
 
 Array = NDArray[Any]
@@ -78,12 +79,16 @@ class DataSet:
         self.labels = self.labels.astype(np.int64, copy=False)
         self.test_labels = self.test_labels.astype(np.int64, copy=False)
         # the values of shared arrays come later, but then the classes are known
-        self.classes = tuple(map(str, classes)) or tuple(
-            str(i) for i in range(max(self.labels.max(), self.test_labels.max()) + 1)
-        )
+        self.classes = tuple(map(str, classes)) or self._numbered()
         self.origin = str(origin)
         self.maximum = maximum_of(maximum, self.inputs.dtype)
         self._windows = list(windows)
+
+    def _numbered(self) -> tuple[str, ...]:
+        largest = max(self.labels.max(), self.test_labels.max())
+        if largest >= MOST_CLASSES:
+            raise InputError(f"a label is {largest}: of more than {MOST_CLASSES} classes give the names")
+        return tuple(str(i) for i in range(largest + 1))
 
     def __repr__(self) -> str:
         shape, classes = "x".join(map(str, self.shape)), len(self.classes)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import h5py
 import numpy as np
@@ -15,13 +15,16 @@ from mpi4py import MPI
 
 from ddml import plugins
 from ddml.errors import InputError
-from ddml.parallel import agreed, agreed_file, check_memory, split
+from ddml.hdf5 import Stored, outline, unpack
+from ddml.parallel import agreed, check_memory, split
+from ddml.regular import opened
 
 from .data_set import Array, DataSet, allocated, check_rows, check_shapes, maximum_of, row_pieces
 from .replacing import replacing
 from .unpacking import readable
 
 FORMAT = "ddml data"
+NAMES = ("inputs", "labels", "test_inputs", "test_labels")
 
 
 # Files --------------------------------------------------------------------------------------------------------------
@@ -105,7 +108,7 @@ def _text(given: str | Sequence[str]) -> Array:
 
 
 def read(path: str, comm: MPI.Comm, samples: int | None = None) -> DataSet:
-    """Read a data file, each rank of a node its share of the rows; through MPI where HDF5 is built for it.
+    """Read a data file, each rank of a node its share of the rows.
 
     Collective on ``comm``. ``samples`` leaves out training samples behind the first so many.
 
@@ -116,51 +119,54 @@ def read(path: str, comm: MPI.Comm, samples: int | None = None) -> DataSet:
         inputs that are not finite, no samples, more samples asked for than there are.
     """
     found: Any = None
-    with agreed(comm):
-        if not Path(path).is_file() or not os.access(path, os.R_OK):
-            raise InputError(
-                f"cannot read data file {path}: there is no such file, or rank {comm.rank} may not read it"
-            )
-    with agreed(comm):
-        if comm.rank == 0:
-            found = _described(path, samples)
-    shapes, classes, origin, maximum = comm.bcast(found)
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    needed = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
-    check_memory(comm, needed if node.rank == 0 else 0, f"data file {path}", "is it whole?")
-    dataset = allocated(shapes, node, classes, origin, maximum)
-    parallel = {"driver": "mpio", "comm": comm} if h5py.get_config().mpi and comm.size > 1 else {"locking": False}
-    try:
-        problem = (f"cannot read data file {path}", "make it anew with data/prepare.py")
-        with agreed_file(comm, *problem), h5py.File(path, "r", **parallel) as file:
-            for name, array in dataset.arrays().items():
-                edges = split(len(array), node.size)
-                for first, last in row_pieces(array, edges[node.rank], edges[node.rank + 1]):
-                    file[name].read_direct(array, np.s_[first:last], np.s_[first:last])
-        dataset.fence()
-        dataset.check(comm)
-    except InputError as error:
-        dataset.free()
-        raise InputError(f"data file {path}: {error}" if path not in str(error) else f"{error}") from error
-    finally:
-        node.Free()
+    with ExitStack() as stack:
+        with agreed(comm):
+            with readable(path, "data file "):
+                file = stack.enter_context(opened(path))
+            if comm.rank == 0:
+                found = _described(path, file, samples)
+        stored, shapes, classes, origin, maximum = comm.bcast(found)
+        node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        needed = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
+        check_memory(comm, needed if node.rank == 0 else 0, f"data file {path}", "is it whole?")
+        dataset = allocated(shapes, node, classes, origin, maximum)
+        try:
+            with agreed(comm), readable(path, "data file "):
+                for name, array in dataset.arrays().items():
+                    _fill(array, file, name, stored[name], node)
+            dataset.fence()
+            dataset.check(comm)
+        except InputError as error:
+            dataset.free()
+            raise InputError(f"data file {path}: {error}" if path not in str(error) else f"{error}") from error
+        finally:
+            node.Free()
     return dataset
 
 
-def _described(path: str, samples: int | None) -> tuple[dict[str, tuple[tuple[int, ...], Any]], list[str], str, float]:
-    """Shapes and types of the arrays, class names, origin and maximum of a data file."""
-    shapes: dict[str, tuple[tuple[int, ...], Any]]
+def _fill(array: Array, file: IO[bytes], name: str, stored: Stored, node: MPI.Comm) -> None:
+    """Read this rank's share of the rows of its node; what is packed rank 0 of the node reads alone."""
+    if stored.packed and node.rank == 0:
+        unpack(file, name, stored, array)
+    elif not stored.packed:
+        edges = split(len(array), node.size)
+        for first, last in row_pieces(array, edges[node.rank], edges[node.rank + 1]):
+            array[first:last] = stored.values(file, first, last)
+
+
+def _described(
+    path: str, file: IO[bytes], samples: int | None
+) -> tuple[dict[str, Stored], dict[str, tuple[tuple[int, ...], Any]], list[str], str, float]:
+    """Arrays in the file, shapes and types as they are to be read, class names, origin and maximum of a data file."""
     try:
-        with readable(path), h5py.File(path, "r", locking=False) as file:
-            shapes = {
-                name: (file[name].shape or (), file[name].dtype.newbyteorder("="))
-                for name in ("inputs", "labels", "test_inputs", "test_labels")
-            }
-            origin, *classes = (
-                text.decode() if isinstance(text, bytes) else str(text)
-                for text in (file.attrs.get("origin", ""), *file.attrs["classes"])
-            )
-            maximum = file.attrs.get("maximum")
+        with readable(path):
+            root = outline(file, NAMES)
+            stored = {name: root.stored(name) for name in NAMES}
+            shapes = {name: (found.shape or (), found.dtype.newbyteorder("=")) for name, found in stored.items()}
+            origin, classes = root.attributes.get("origin", ""), root.attributes["classes"]
+            maximum = root.attributes.get("maximum")
+            if not isinstance(classes, list) or not classes or not all(isinstance(c, str) for c in classes):
+                raise ValueError("its classes are no names")
     except InputError as error:
         said = str(error).removeprefix(f"cannot read {path}: ")
         raise InputError(f"{path} is no data file, as data/prepare.py writes them: {said}") from error
@@ -171,7 +177,7 @@ def _described(path: str, samples: int | None) -> tuple[dict[str, tuple[tuple[in
             for name in ("inputs", "labels"):
                 shapes[name] = (min(samples, shapes[name][0][0]), *shapes[name][0][1:]), shapes[name][1]
         check_shapes(shapes)
-        return shapes, classes, origin, maximum_of(maximum, shapes["inputs"][1])
+        return stored, shapes, classes, str(origin), maximum_of(maximum, shapes["inputs"][1])
     except InputError as error:
         raise InputError(f"data file {path}: {error}") from error
 

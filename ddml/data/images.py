@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ddml import regular
 from ddml.errors import InputError
 
-from .unpacking import readable
+from .unpacking import check_unpacked, readable
 
 # endings of files that must be images; files of other names are images if their first bytes say so
 SUFFIXES = frozenset(
@@ -21,6 +24,9 @@ SUFFIXES = frozenset(
     )
 )
 FORMATS = ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP")  # that are known by their first bytes
+# that are read at all: Pillow knows others which programs are started for (EPS), or which lead to other files
+READ = (*FORMATS, "JPEG2000", "DIB", "AVIF", "PPM", "TGA", "PCX")
+BYTES = 8  # that a pixel may take while it is worked on
 # what systems leave in folders, besides names that begin with a dot
 LEFT = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found"))
 DEEP = 65535  # white in 16 bits
@@ -84,10 +90,16 @@ def _is_image(path: Path) -> bool:
     Image.init()
     with readable(path):
         try:
-            with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]):
+            with regular.opened(path) as file, Image.open(file, formats=_known(FORMATS)):
                 return True
         except Image.UnidentifiedImageError:
             return False
+
+
+def _known(formats: Sequence[str]) -> list[str]:
+    """Those of some formats that Pillow was built with."""
+    Image, _ = _pillow()
+    return [name for name in formats if name in Image.OPEN]
 
 
 def pixels(path: Path, size: int, grey: bool) -> NDArray[np.uint8]:
@@ -102,7 +114,9 @@ def pixels(path: Path, size: int, grey: bool) -> NDArray[np.uint8]:
         An image that cannot be decoded, or whose numbers have no white: floats, integers of 32 bits or with a sign.
     """
     Image, ImageOps = _pillow()
-    with readable(path, "image "), Image.open(path) as image:
+    Image.init()
+    with readable(path, "image "), regular.opened(path) as file, Image.open(file, formats=_known(READ)) as image:
+        check_unpacked(BYTES * image.width * image.height, os.fstat(file.fileno()).st_size)
         shown = _shown(image, path).convert("L" if grey else "RGB")
         found = np.asarray(ImageOps.fit(shown, (size, size)))
     return found.reshape(size, size, -1).transpose(2, 0, 1)

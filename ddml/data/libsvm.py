@@ -20,6 +20,7 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from ddml import regular
 from ddml.errors import InputError
 from ddml.parallel import agreed, split
 
@@ -119,7 +120,7 @@ class _Text:
         """Bytes ``begin`` to ``end``."""
         if self.packed:
             return self.unpacked[begin:end].tobytes()
-        with readable(self.path, KIND), open(self.path, "rb") as file:
+        with readable(self.path, KIND), regular.opened(self.path) as file:
             file.seek(begin)
             found = file.read(end - begin)
         if len(found) < min(end, self.size) - begin:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ddml.regular import check_target
+
 
 class Disk(io.FileIO):
     """A file that HDF5 writes, to which nothing seems to go wrong.
@@ -64,7 +66,10 @@ def replacing(path: str | Path) -> Iterator[Disk]:
     ------
     OSError
         If the file cannot be written.
+    InputError
+        If what is there is no regular file.
     """
+    check_target(path)
     path = os.path.realpath(path)
     new = f"{path}.{uuid.uuid4().hex[:8]}.new"  # which no other program has
     with _held_back() as signals:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ddml import regular
 from ddml.errors import InputError
 
 from . import arrays, vtk
@@ -137,8 +138,7 @@ def check_target(path: str | Path, suffixes: Sequence[str], sources: Sequence[st
         raise InputError(f"option -o must be a file {', '.join(suffixes)}; got '{path}'")
     if not target.resolve().parent.is_dir():
         raise InputError(f"cannot write {path}: there is no folder {target.parent}")
-    if target.exists() and not target.is_file():
-        raise InputError(f"cannot write {path}: what is there is no regular file")
+    regular.check_target(target)
     if target.exists() and any(Path(s).exists() and target.samefile(s) for s in sources):
         raise InputError(f"cannot write {path}: it is read")
     return target.suffix

@@ -190,7 +190,9 @@ class WorkCounter:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def restore(self, state: dict[str, float]) -> None:
-        """Take the counters from :meth:`state`."""
+        """Take the counters from :meth:`state`; a ValueError where one is no amount."""
         for f in fields(self):
+            if not 0 <= state[f.name] < float("inf"):
+                raise ValueError(f"{f.name} is {state[f.name]}")
             setattr(self, f.name, state[f.name])
         self.settle()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 from petsc4py import PETSc
 from torch import Tensor
 
-from ddml.errors import InputError
+from ddml.errors import InputError, RunFileError
 from ddml.objectives.objective import Objective
 from ddml.options import EACH_START, Option, same_reference
 from ddml.states import vectors_in
@@ -27,6 +28,8 @@ OPTIONS = (
     Option("overwrite", False, "Whether an existing run file may be replaced.", changes=EACH_START),
     Option("restart", None, "Run file to go on from, with its options; those beside it come in their place.",
            changes=EACH_START),
+    Option("trust", False, "Whether Python files, PETSc's types in Python, viewers and folders of TensorBoard that the "
+           "run file names are used where they are not given anew.", changes=EACH_START),
 )  # fmt: skip
 
 
@@ -120,6 +123,18 @@ class Beginning:
     notes: list[str] = field(default_factory=list)
 
 
+@contextmanager
+def _understood(path: str) -> Iterator[None]:
+    """Make whatever a state of an unknown form raises in this block a RunFileError of the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, PETSc.Error) as error:
+        said = " ".join(str(error).split())
+        raise RunFileError(f"{path} has a state that nothing can go on from: {type(error).__name__}: {said}") from error
+
+
 class Checkpoints:
     """The run file of a run: checked before it begins, read where it goes on, written when it is due.
 
@@ -192,6 +207,17 @@ class Checkpoints:
         header = run_file.inspect(self.source, self.objective.comm)
         self._check(header)
         state, history = run_file.read(self.source, x)
+        run_file.check_values(self.source, x, history)
+        with _understood(self.source):
+            return self._taken_over(x, header, state, history, same_samples)
+
+    def _taken_over(
+        self, x: PETSc.Vec, header: run_file.Header, state: dict[str, Any], history: History, same_samples: bool
+    ) -> Beginning:
+        """Give work, samples and the solver what was read."""
+        for name, vec in vectors_in(state, "state", x).items():
+            if not math.isfinite(vec.norm(PETSc.NormType.NORM_INFINITY)):
+                raise InputError(f"{self.source} has a {name} that is not finite")
         self.objective.work.restore(state["work"])
         if self.moving is not None and "samples" in state and same_samples:
             self.moving.restore(state["samples"])

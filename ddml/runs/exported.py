@@ -8,9 +8,10 @@ import logging
 import math
 import pickle
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -74,6 +75,7 @@ def open_network(
         A file that is none of those; see :meth:`ddml.runs.opened.OpenedRun.network`.
     """
     with opened(path) as file:
+        _check_archive(path, file)
         try:
             found: Any = torch.load(file, weights_only=True)
         except pickle.UnpicklingError as error:
@@ -82,10 +84,23 @@ def open_network(
             raise InputError(f"{path} is no network that drivers/export.py has written as .pt")
         parameters = tuple(ParameterEntry(name, tuple(shape), offset) for name, shape, offset in found["parameters"])
         header = Header(dict(found["attributes"]), parameters, sum(math.prod(p.shape) for p in parameters), 0)
+        stored = sum(t.untyped_storage().nbytes() // t.element_size() for t in found["state_dict"].values())
+        if header.size > stored or any(size < 0 for p in parameters for size in p.shape):
+            raise InputError(f"cannot read {path}: it is to hold {header.size} parameters, and has {stored}")
     module = rebuilt.network(str(path), header, torch.zeros(header.size), rebuilt.Anew(trust, problem, network))
     with readable(path):
         module.load_state_dict(found["state_dict"])  # frozen parameters and buffers, too
     return module
+
+
+def _check_archive(path: str | Path, file: IO[bytes]) -> None:
+    """Refuse what torch.save does not write: other than archives, and members that are compressed."""
+    if not zipfile.is_zipfile(file):
+        raise InputError(f"cannot read {path}: it is no torch file of tensors, numbers and words alone")
+    with zipfile.ZipFile(file) as archive:
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            raise InputError(f"cannot read {path}: it is compressed")
+    file.seek(0)
 
 
 def _torch(run: OpenedRun, module: Solution | Classifier) -> bytes:

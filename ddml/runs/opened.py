@@ -142,13 +142,14 @@ def open_run(path: str | PathLike[str]) -> OpenedRun:
     Raises
     ------
     RunFileError
-        When the file is missing, foreign, of a newer format or damaged.
+        When the file is missing, foreign, of a newer format or damaged, or holds values that no run has.
     """
     path, comm = fspath(path), MPI.COMM_SELF
     header = run_file.inspect(path, comm)
     x = ParameterLayout(parameter_table([(p.name, p.shape) for p in header.parameters]), comm).vector()
     try:
         _, history = run_file.read(path, x, with_state=False)
+        run_file.check_values(path, x, history)
         return OpenedRun(path, header, history, owned(x).clone())
     finally:
         x.destroy()

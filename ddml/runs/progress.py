@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ddml.errors import printable
 from ddml.options import Option
 
 from .history import History
@@ -96,9 +97,12 @@ class Progress:
 
 
 def say(text: str) -> None:
-    """Print a line; a full disk behind the output, or a reader who has left, is no reason to end a run."""
+    """Print a line, as :func:`ddml.errors.printable` has it.
+
+    A full disk behind the output, or a reader who has left, is no reason to end a run.
+    """
     with suppress(OSError):
-        print(text, flush=True)
+        print(printable(text), flush=True)
 
 
 def summary(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from types import SimpleNamespace
 
 import torch
@@ -74,6 +75,9 @@ def pde_loss(path: str, header: Header, anew: Anew) -> PDELoss:
     settings = _settings(path, header, "pinn", build.OPTIONS)
     settings.problem = _chosen(path, "problem", str(header.attributes.get("problem")), anew.problem, anew)
     settings.network = _chosen(path, "network", settings.network, anew.network, anew)
+    if ":" not in settings.network:
+        width, depth = settings.width or 1, settings.depth or 1
+        _check_size(path, header, (depth - 1) * width**2 + width)
     scales = options(header.attributes).get("scales", "none")
     with plugins.blamed(settings.problem, PROBLEMS, "problem"):
         problem, network, _ = build_problem(settings)
@@ -94,6 +98,11 @@ def classifier(path: str, header: Header, theta: Tensor, anew: Anew) -> Classifi
     settings = _settings(path, header, "classify", classifiers.OPTIONS)
     settings.network = _chosen(path, "network", settings.network, anew.network, anew)
     inputs = _inputs(path, header, anew)
+    if settings.network == "mlp":
+        neurons = [math.prod(inputs.shape), *(int(n) for n in settings.widths.split(",") if n.isdecimal())]
+        _check_size(path, header, sum(a * b for a, b in pairwise(neurons)))
+    elif settings.network.startswith("euler"):
+        _check_size(path, header, settings.blocks * (settings.width or 0) ** 2)
     with plugins.blamed(settings.network, classifiers.KNOWN, "network"):
         network, _ = classifiers.build_classifier(settings, inputs.shape, len(inputs.classes))
     _assign(path, header, network, theta)
@@ -176,6 +185,12 @@ def _check_text(path: str, option: str, text: str) -> None:
     """Refuse a text of a run file that a terminal would not show as it is."""
     if not text.isprintable():
         raise RunFileError(f"{path} was not written with -{option} {text!r}, or is damaged")
+
+
+def _check_size(path: str, header: Header, least: int) -> None:
+    """Refuse options that ask for more parameters than the file holds, before there is memory for them."""
+    if least > header.size:
+        raise InputError(f"{path} holds {header.size} parameters, its options ask for {least} or more")
 
 
 def _check(path: str, header: Header, table: tuple[Parameter, ...]) -> None:

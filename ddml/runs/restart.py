@@ -10,7 +10,18 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 from ddml.errors import InputError
-from ddml.options import EACH_START, FREELY, NEVER, WITH_SOLVER, Option, for_runs, given, same_reference, unused
+from ddml.options import (
+    EACH_START,
+    FREELY,
+    NEVER,
+    WITH_SOLVER,
+    Option,
+    for_runs,
+    given,
+    names_code,
+    same_reference,
+    unused,
+)
 from ddml.parallel import agreed
 
 from . import run, run_file
@@ -66,6 +77,7 @@ def take_over(
     table: Sequence[Option],
     options_of: Callable[[str], Iterable[Option]],
     weak: Mapping[str, str] = {},
+    trust: bool = False,
 ) -> Restart:
     """Put the options of a run file into PETSc's database, where they are not given beside ``-restart``.
 
@@ -84,6 +96,8 @@ def take_over(
         From the name of a solver to its options.
     weak : mapping of str to str
         Options in the database that give way to the run file, with where they come from.
+    trust : bool
+        Whether programs that the run file names may run.
 
     Returns
     -------
@@ -94,12 +108,15 @@ def take_over(
     ------
     InputError
         A run file that is missing, damaged, or of another driver; an option beside it that cannot change, as
-        :class:`ddml.options.Option` says; a class of the run whose file is not there any more.
+        :class:`ddml.options.Option` says; a class of the run whose file is not there any more, or which is named by the
+        run file only and not trusted.
     """
     header = run_file.inspect(path, comm)
     attributes = {name: str(value) for name, value in header.attributes.items()}
     if attributes.get("driver") != driver:
         raise InputError(f"{path} was written for driver '{attributes.get('driver')}', not '{driver}'")
+    if "solver" not in attributes:
+        raise InputError(f"{path} does not say which solver it is of")
     own = {o.name: o for o in table}
     then = _texts(attributes, own)
     found = Restart()
@@ -126,6 +143,11 @@ def take_over(
     if left:
         found.notes.append(f"without {', '.join(_shown(name, then[name]) for name in left)}, options of {old_solver}")
     then = {name: text for name, text in then.items() if name not in left}
+    named = [(name, text) for name, text in then.items() if name not in now]
+    with agreed(comm):
+        _check_files(path, named)
+        if not trust:
+            _check_programs(path, [*named, *([("solver", old_solver)] if solver is None else [])])
     known = own if other else {**{o.name: o for o in options_of(solver or old_solver)}, **own}
     for name, text in now.items():
         option = known.get(name)
@@ -143,9 +165,17 @@ def take_over(
             PETSc.Options().setValue(name, text)
             found.options[name] = text
             found.origins[name] = attributes.get(f"{_ORIGIN}{name}", "")
-    with agreed(comm):
-        _check_files(path, found.options)
     return found
+
+
+def _check_programs(path: str, named: Sequence[tuple[str, str]]) -> None:
+    """Raise an InputError for a program that a run file names, or a file of any name that it would open."""
+    for name, text in named:
+        if names_code(name, text):
+            raise InputError(
+                f"{path} names a program or a file to open, {_shown(name, repr(text))}: give it anew with -{name}, or "
+                "-trust to use what it names"
+            )
 
 
 def _texts(attributes: dict[str, str], own: dict[str, Option]) -> dict[str, str]:
@@ -196,9 +226,9 @@ def _changes(path: str, name: str, option: Option | None, then: dict[str, str], 
     return True
 
 
-def _check_files(path: str, options: dict[str, str]) -> None:
+def _check_files(path: str, named: Sequence[tuple[str, str]]) -> None:
     """Raise an InputError if a class or a data file that a run file names has gone."""
-    for name, text in options.items():
+    for name, text in named:
         file = text.rpartition(":")[0] if text.rpartition(":")[0].endswith(".py") else text
         if file.endswith((".py", ".h5")) and not Path(file).is_file():
             raise InputError(

@@ -10,17 +10,19 @@ A run file has these groups:
 - the attributes of the root: those of the caller, the versions in force and the number of ranks that wrote it.
 
 Vectors are never gathered: each rank writes and reads its own range, at the place where rank 0, which alone calls
-HDF5, has laid out the dataset. `ddml.runs.sealed` makes the file safe against kills, full disks and damage.
+HDF5, has laid out the dataset. `ddml.runs.sealed` makes the file safe against kills, full disks and damage, and
+`ddml.hdf5` reads one that somebody has made to harm.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import IO, Any, Protocol, cast
 
 import h5py
 import numpy as np
@@ -29,16 +31,19 @@ from numpy.typing import NDArray
 from petsc4py import PETSc
 
 from ddml.errors import RunFileError
+from ddml.hdf5 import Group, Stored, outline
 from ddml.parallel import agreed_file
-from ddml.states import check_text, decode, encode, reserve, vectors_in, with_vectors
+from ddml.regular import check_target
+from ddml.states import Place, check_text, decode, encode, place, reserve, vectors_in, with_vectors
 from ddml.version import __version__
 
-from .history import COLUMNS, UNITS, History
-from .sealed import FORMAT_VERSION, SEAL_SIZE, Image, beside, store, verify
+from .history import COLUMNS, UNITS, WORK_OF_LEVELS, History
+from .sealed import FORMAT_VERSION, SEAL_SIZE, Image, beside, store, verified
 
 __all__ = ["Header", "Parameter", "ParameterEntry", "RunFileError", "check_writable", "inspect", "read", "write"]
 
 FORMAT = "ddml run"
+LARGEST = 2**53  # iteration: a further one is no whole number in double precision
 
 
 class Parameter(Protocol):
@@ -229,8 +234,7 @@ def check_writable(path: str, comm: MPI.Comm) -> None:
     try:
         with agreed_file(comm, *problem):
             if comm.rank == 0:
-                if os.path.isdir(path):
-                    raise RunFileError(f"cannot write {path}: it is a folder; {problem[1]}")
+                check_target(path)
                 open(new, "xb").close()
         with agreed_file(comm, *problem):
             open(new, "r+b").close()
@@ -241,35 +245,52 @@ def check_writable(path: str, comm: MPI.Comm) -> None:
         comm.barrier()  # when a rank goes on, the new file is gone
 
 
-def _header(file: h5py.File) -> Header:
-    group = file["parameters"]
-    entries = zip(group["names"].asstr()[()], group["shapes"][()].tolist(), group["offsets"][()].tolist(), strict=True)
+def _header(root: Group, file: IO[bytes]) -> Header:
+    group = root.group("parameters")
+    theta, names = place(group.stored("theta")), group.stored("names")
+    shapes, offsets = (group.stored(name).values(file) for name in ("shapes", "offsets"))
+    if not (isinstance(names.texts, list) and shapes.dtype == offsets.dtype == np.int64 and shapes.ndim == 2):
+        raise ValueError("its parameters have no names, shapes and offsets")
+    entries = zip(names.texts, shapes.tolist(), offsets.tolist(), strict=True)
     parameters = tuple(
         ParameterEntry(name, tuple(extent for extent in shape if extent >= 0), offset)
         for name, shape, offset in entries
     )
-    attributes = {name: value if isinstance(value, str) else value.item() for name, value in file.attrs.items()}
-    return Header(attributes, parameters, group["theta"].size, file["history"]["iteration"].size)
+    ends = np.cumsum([0, *(math.prod(p.shape) for p in parameters)], dtype=object).tolist()
+    if parameters and [*(p.offset for p in parameters), theta.size] != ends:
+        raise ValueError(f"its parameters are not the {theta.size} numbers of theta")
+    attributes = dict(root.attributes)
+    if attributes.get("format") != FORMAT or not isinstance(attributes.get("ranks"), int) or attributes["ranks"] < 1:
+        raise ValueError("its attributes do not say what it is")
+    if any(isinstance(value, list) for value in attributes.values()):
+        raise ValueError("its attributes are not single numbers and texts")
+    return Header(attributes, parameters, theta.size, root.group("history").stored("iteration").count)
 
 
-def _read_root(
-    path: str, comm: MPI.Comm, whole: bool
-) -> tuple[bytes, Header, int, Any, dict[str, NDArray[np.float64]]]:
-    """Verify a file; its seal, its header, theta's place, and if `whole` the state and the history's columns."""
-    seal = verify(path, comm)
-    content: tuple[Header, int, Any, dict[str, NDArray[np.float64]]] | None = None
+def _column(name: str, node: Group | Stored, file: IO[bytes]) -> NDArray[np.float64]:
+    if not isinstance(node, Stored) or node.dtype != np.float64:
+        raise ValueError(f"the {name} of its history is no column of float64")
+    return node.values(file)
+
+
+def _read_root(path: str, file: IO[bytes], comm: MPI.Comm, whole: bool) -> tuple[Header, Place, Any, History]:
+    """The header of a verified file, theta's place, and if `whole` the state and the history."""
+    content: tuple[Header, Place, Any, History] | None = None
     with agreed_file(comm, f"cannot read {path}", "restart from a copy"):
         if comm.rank == 0:
+            state, history = None, History()
             try:
-                with h5py.File(path, "r", locking=False) as file:
-                    place = file["parameters/theta"].id.get_offset() or 0
-                    content = (_header(file), place, None, {})
-                    if whole:
-                        columns = {name: column[()] for name, column in file["history"].items()}
-                        content = (content[0], place, decode(file["solver"]), columns)
-            except (KeyError, ValueError, RuntimeError) as error:
-                raise RunFileError(f"{path} is whole but not laid out as a run file: {error}") from error
-    return seal, *cast("tuple[Header, int, Any, dict[str, NDArray[np.float64]]]", comm.bcast(content))
+                root = outline(file, ("parameters", "solver", "history"))
+                header, theta = _header(root, file), place(root.group("parameters").stored("theta"))
+                if whole:
+                    columns = root.group("history").members.items()
+                    history = History.from_columns({name: _column(name, node, file) for name, node in columns})
+                    state = decode(root.group("solver"), file)
+            except (KeyError, ValueError) as error:
+                said = f"there is no {error}" if isinstance(error, KeyError) else error
+                raise RunFileError(f"{path} is whole but not laid out as a run file: {said}") from error
+            content = header, theta, state, history
+    return cast("tuple[Header, Place, Any, History]", comm.bcast(content))
 
 
 def inspect(path: str, comm: MPI.Comm) -> Header:
@@ -282,7 +303,8 @@ def inspect(path: str, comm: MPI.Comm) -> Header:
     RunFileError
         On all ranks, when the file is missing, foreign, of a newer format or damaged.
     """
-    return _read_root(path, comm, whole=False)[1]
+    with verified(path, comm) as file:
+        return _read_root(path, file, comm, whole=False)[0]
 
 
 def read(path: str, theta: PETSc.Vec, with_state: bool = True) -> tuple[dict[str, Any], History]:
@@ -314,27 +336,47 @@ def read(path: str, theta: PETSc.Vec, with_state: bool = True) -> tuple[dict[str
         nothing is left to destroy.
     """
     comm = theta.comm.tompi4py()
-    seal, header, place, state, columns = _read_root(path, comm, whole=True)
-    if header.size != theta.getSize():
-        raise RunFileError(
-            f"{path} holds {header.size} parameters, {theta.getSize()} were expected; "
-            "restart with the network that the file was written with"
-        )
-    made: list[tuple[int, PETSc.Vec]] = []
-    state = with_vectors(state, theta, made) if with_state else {}
-    try:
-        with agreed_file(comm, f"cannot read {path}", "check that every rank sees the file"), open(path, "rb") as file:
-            if file.read(SEAL_SIZE) != seal:
-                raise RunFileError(f"{path} was replaced while it was read: another run writes it; begin again")
-            for offset, vector in [*made, (place, theta)]:
-                first, last = vector.getOwnershipRange()
-                file.seek(offset + 8 * first)
-                data = file.read(8 * (last - first))
-                if len(data) != 8 * (last - first):
-                    raise RunFileError(f"{path} became shorter while it was read; restart from a copy")
-                vector.setArray(np.frombuffer(data, "<f8"))  # type: ignore[arg-type]
-    except RunFileError:
-        for _, vector in made:
-            vector.destroy()
-        raise
-    return state, History.from_columns(columns)
+    with verified(path, comm) as file:
+        header, at, state, history = _read_root(path, file, comm, whole=True)
+        if header.size != theta.getSize():
+            raise RunFileError(
+                f"{path} holds {header.size} parameters, {theta.getSize()} were expected; "
+                "restart with the network that the file was written with"
+            )
+        made: list[tuple[int, PETSc.Vec]] = []
+        state = with_vectors(state, theta, made) if with_state else {}
+        try:
+            with agreed_file(comm, f"cannot read {path}", "check that every rank sees the file"):
+                for offset, vector in [*made, (at.offset, theta)]:
+                    first, last = vector.getOwnershipRange()
+                    file.seek(offset + 8 * first)
+                    data = file.read(8 * (last - first))
+                    if len(data) != 8 * (last - first):
+                        raise RunFileError(f"{path} became shorter while it was read; restart from a copy")
+                    vector.setArray(np.frombuffer(data, "<f8"))  # type: ignore[arg-type]
+        except RunFileError:
+            for _, vector in made:
+                vector.destroy()
+            raise
+    return state, history
+
+
+def check_values(path: str, theta: PETSc.Vec, history: History) -> None:
+    """Refuse parameters and a history that nothing can go on from. Collective on the communicator of `theta`.
+
+    Raises
+    ------
+    RunFileError
+        On all ranks: parameters that are NaN or infinite; iterations that do not count up; times and amounts of work
+        that are negative or infinite.
+    """
+    with agreed_file(theta.comm.tompi4py(), f"cannot read {path}", "restart from a copy"):
+        if not np.isfinite(theta.array_r).all():
+            raise RunFileError(f"{path} holds parameters that are NaN or infinite")
+        iterations = history["iteration"]
+        counts = (iterations >= 0) & (iterations <= LARGEST) & (iterations == iterations.round())
+        if not len(history) or not counts.all() or (np.diff(iterations) <= 0).any() or math.isnan(history.last("time")):
+            raise RunFileError(f"{path} has a history whose iterations do not count up, or whose time is not known")
+        for name in ("time", "work", "work_critical", *WORK_OF_LEVELS):
+            if np.isinf(history[name]).any() or (history[name] < 0).any():
+                raise RunFileError(f"{path} has a history whose {name} is negative or infinite")

@@ -1,9 +1,8 @@
 """Files that are whole or refused: a checksum over all bytes, an atomic replacement, errors agreed over the ranks.
 
-HDF5 is kept away from the disk when a file is written. A full disk makes the library (1.10.8, with and without MPI)
-end the process with a segmentation fault when it closes the file, and damaged bytes can do the same when it opens
-one. So HDF5 builds its structures in memory (`Image`), ordinary writes bring them to the disk, and a file is opened
-with HDF5 only after `verify` has found every byte as it was written.
+HDF5 is kept away from the disk when a file is written: a full disk makes the library (1.10.8, with and without MPI)
+end the process with a segmentation fault when it closes the file. So HDF5 builds its structures in memory (`Image`),
+and ordinary writes bring them to the disk.
 """
 
 from __future__ import annotations
@@ -11,17 +10,18 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import IO
 from uuid import uuid4
 
-import h5py
 import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
 from ddml.errors import RunFileError
 from ddml.parallel import agreed_file
+from ddml.regular import check_target, opened
 
 Bytes = NDArray[np.uint8]
 
@@ -29,6 +29,7 @@ FORMAT_VERSION = 1
 # The seal occupies HDF5's user block, the part of a file before its HDF5 content; 512 bytes is the smallest.
 SEAL_SIZE = 512
 _SEAL_START = b"ddml run file, format "
+_HDF5 = b"\x89HDF\r\n\x1a\n"
 _SEAL = re.compile(rb"ddml run file, format (\d+), (\d+) bytes, checksum ([0-9a-f]{16})\n")
 
 _PIECE = 8192  # words per step of the checksum: 64 KiB stay in the cache
@@ -195,6 +196,8 @@ def store(
     """
     problem = (f"cannot write {path}", "the file that was there is unchanged; check the folder and its free space")
     path, new = beside(path, comm, problem)
+    with agreed_file(comm, *problem):
+        check_target(path)
     try:
         part = 0
         with agreed_file(comm, *problem):
@@ -234,18 +237,13 @@ def store(
         raise
 
 
-def _read_seal(path: str) -> tuple[int, int]:
+def _read_seal(path: str, file: IO[bytes]) -> tuple[int, int]:
     """Return size and checksum that the seal promises; say what else the file is when it has none."""
     advice = "give a file that ddml wrote with -output"
-    if os.path.isdir(path):
-        raise RunFileError(f"{path} is a folder, not a run file; {advice}")
-    if not os.path.exists(path):
-        raise RunFileError(f"there is no run file {path}; {advice}")
-    with open(path, "rb") as file:
-        seal = file.read(SEAL_SIZE)
-        found = os.fstat(file.fileno()).st_size
+    seal = file.read(SEAL_SIZE)
+    found = os.fstat(file.fileno()).st_size
     if not seal.startswith(_SEAL_START):
-        if found and h5py.is_hdf5(path):
+        if seal.startswith(_HDF5):
             raise RunFileError(f"{path} is an HDF5 file but not a run file of ddml; {advice}")
         what = f"its {found} bytes do not start as those of a run file do" if found else "it is empty"
         raise RunFileError(f"{path} is not a run file of ddml: {what}; {advice}")
@@ -263,12 +261,22 @@ def _read_seal(path: str) -> tuple[int, int]:
     return size, total
 
 
-def verify(path: str, comm: MPI.Comm) -> bytes:
-    """Check that a file is a run file and that every byte is as it was written; its first :data:`SEAL_SIZE` bytes.
+def _opened(path: str) -> IO[bytes]:
+    advice = "give a file that ddml wrote with -output"
+    if os.path.isdir(path):
+        raise RunFileError(f"{path} is a folder, not a run file; {advice}")
+    try:
+        return opened(path)
+    except FileNotFoundError:
+        raise RunFileError(f"there is no run file {path}; {advice}") from None
 
-    Another file, which may take its place at any time, begins with others.
 
-    Collective on `comm`; each rank reads its share of the file.
+@contextmanager
+def verified(path: str, comm: MPI.Comm) -> Iterator[IO[bytes]]:
+    """A run file, open on every rank for the block, of which every byte is found to be as it was written.
+
+    Collective on `comm`; each rank reads its share of the file. Another file may take its place meanwhile: the one that
+    is open stays what it is.
 
     Raises
     ------
@@ -276,19 +284,24 @@ def verify(path: str, comm: MPI.Comm) -> bytes:
         On all ranks, when the file is missing, foreign, of a newer format or damaged.
     """
     problem = (f"cannot read {path}", "check the path and that every rank sees the file")
-    promise = (0, 0)
-    with agreed_file(comm, *problem):
-        if comm.rank == 0:
-            promise = _read_seal(path)
-    size, expected = comm.bcast(promise)
-    words = -(-(size - SEAL_SIZE) // 8)
-    start, stop = (SEAL_SIZE + 8 * (words * rank // comm.size) for rank in (comm.rank, comm.rank + 1))
-    part = 0
-    with agreed_file(comm, *problem), open(path, "rb") as file:
-        file.seek(start)
-        while start < stop and (data := file.read(min(1 << 20, stop - start))):
-            part += checksum(np.frombuffer(data, np.uint8), start)
-            start += len(data)
-    if _sum(comm, part) != expected:
-        raise RunFileError(f"{path} is damaged: its bytes do not match their checksum; restart from a copy")
-    return _seal(size, expected)
+    promise: tuple[int, int] = (0, 0)
+    with ExitStack() as stack:
+        with agreed_file(comm, *problem):
+            file = stack.enter_context(_opened(path))
+            if comm.rank == 0:
+                promise = _read_seal(path, file)
+        size, expected = comm.bcast(promise)
+        words = -(-(size - SEAL_SIZE) // 8)
+        start, stop = (SEAL_SIZE + 8 * (words * rank // comm.size) for rank in (comm.rank, comm.rank + 1))
+        part = 0
+        with agreed_file(comm, *problem):
+            file.seek(0)
+            if file.read(SEAL_SIZE) != _seal(size, expected):
+                raise RunFileError(f"{path} was replaced while it was read: another run writes it; begin again")
+            file.seek(start)
+            while start < stop and (data := file.read(min(1 << 20, stop - start))):
+                part += checksum(np.frombuffer(data, np.uint8), start)
+                start += len(data)
+        if _sum(comm, part) != expected:
+            raise RunFileError(f"{path} is damaged: its bytes do not match their checksum; restart from a copy")
+        yield file

@@ -40,7 +40,7 @@ del sys.path[0]  # in a wheel all of site-packages, which comes behind Python's 
 from mpi4py import MPI
 import petsc4py
 
-from ddml.errors import InputError
+from ddml.errors import InputError, printable
 from ddml.origins import origins
 from ddml.version import refuse_old
 
@@ -57,7 +57,7 @@ def _start_petsc() -> None:
     text = MPI.COMM_WORLD.bcast(text)
     if text:
         if MPI.COMM_WORLD.rank == 0:
-            print("error:", text, file=sys.stderr, flush=True)
+            print("error:", printable(text), file=sys.stderr, flush=True)
         MPI.Finalize()
         os._exit(1)
     petsc4py.init([a for a in sys.argv if a not in _ASKED])
@@ -86,7 +86,7 @@ def run_program(main: Callable[[MPI.Comm], int]) -> None:
     except InputError as error:
         together = ranks_that_meet(world)
         if world.rank == together[0]:
-            print("error:", *str(error).splitlines(), file=sys.stderr, flush=True)
+            print("error:", *printable(error).splitlines(), file=sys.stderr, flush=True)
         if len(together) < world.size:
             time.sleep(0.0 if world.rank == together[0] else 1.0)  # who prints comes first
             world.Abort(1)

@@ -115,8 +115,9 @@ def started(
                 if files.restart is not None:
                     weak = {} if found.of.get("restart") in found.ambient else found.around()
                     restart = ddml.runs.restart.take_over(
-                        files.restart, comm, driver, (*table, *limits), lambda name: solver_class(name).options, weak
-                    )
+                        files.restart, comm, driver, (*table, *limits), lambda name: solver_class(name).options, weak,
+                        files.trust,
+                    )  # fmt: skip
                 settings = options.read(table)
                 settings.solver = chosen_solver(settings.solver)
                 torch.set_num_threads(settings.threads)

@@ -19,7 +19,7 @@ from ddml.errors import CollectiveError, InputError
 from ddml.losses.loss import Loss
 from ddml.losses.recorded import Recorder, cuda_graph
 from ddml.numbers import read
-from ddml.options import EACH_START, NEVER, Option, for_runs
+from ddml.options import EACH_START, NEVER, Option, for_runs, names_code
 from ddml.parallel import agreed, split
 from ddml.runs.checkpoints import Moving
 from ddml.runs.limits import SIGNAL
@@ -250,7 +250,8 @@ class Training:
         if run.failure:
             raise CollectiveError(run.failure)
         if run.output and len(run.history) and run.exact:
-            more = "" if run.reason == SIGNAL else " and a larger limit"
+            trust = any(names_code(name, str(value)) for name, value in in_force.items())
+            more = " -trust" * trust + " and a larger limit" * (run.reason != SIGNAL)
             self._say([f"to go on: the same driver with -restart {run.output}{more}"])
         return 0 if finished else 1
 

@@ -55,6 +55,20 @@ def test_files_are_known_by_their_bytes(tmp_path: Path, name: str, pack: Callabl
     assert np.array_equal(found["inputs"], X)
 
 
+def bomb() -> bytes:
+    """An .npz file of zeros that are packed well."""
+    file = io.BytesIO()
+    with (
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive,
+        archive.open("inputs.npy", "w") as member,
+    ):
+        member.write(declaring((50331648,))[:-16])
+        for _ in range(6):
+            member.write(bytes(64 << 20))
+    return file.getvalue()
+
+
+PACKED = bomb()
 OBJECTS = np.array([1, 2, None], object)
 GOOD = stored(inputs=X, labels=X[:, 0])
 REFUSED: dict[str, tuple[bytes, str]] = {
@@ -76,9 +90,22 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "an archive of other names": (stored(x_train=X, y_train=X), "it has x_train, y_train"),
     "an archive of text": (zipped(inputs=b"text", labels=b"text"), "inputs of .* is no array of numpy"),
     "an absurd shape": (declaring((10**15, 3)), "cannot read"),
-    "an absurd shape in an archive": (zipped(inputs=declaring((10**15, 3))), "inputs of .* more memory than there is"),
+    "an absurd shape in an archive": (
+        zipped(inputs=declaring((10**15, 3))),
+        "inputs of .* is to hold .* and has 16 bytes",
+    ),
     "a shape beyond 64 bits": (declaring((10**30,)), "cannot read"),
     "a negative shape": (zipped(inputs=declaring((-3,))), "inputs of "),
+    "10^12 numbers": (declaring((10**12,)), "cannot read"),
+    "10^12 numbers, packed": (gzip.compress(declaring((10**12,))), "cannot read"),
+    "10^12 numbers in an archive": (zipped(inputs=declaring((10**12,))), "is to hold float64 .* and has 16 bytes"),
+    "fewer numbers than there are in an archive": (zipped(inputs=declaring((1,))), "is to hold .* and has 16 bytes"),
+    "384 MB of zeros in an archive": (PACKED, "bytes unpack to 402653"),
+    "384 MB of zeros": (6 * gzip.compress(bytes(64 << 20)), "no .npz or .npy file"),
+    "384 MB behind an array": (gzip.compress(stored(X)) + 6 * gzip.compress(bytes(64 << 20)), "bytes unpack to"),
+    "an array of the tenth version": (zipped(inputs=b"\x93NUMPY\n\0" + bytes(99)), "an array of version"),
+    "an archive of an array cut in its head": (zipped(inputs=stored(X)[:9]), "inputs of "),
+    "an archive without a directory": (GOOD[:100], "cut off or damaged"),
     "gzip that is cut off": (gzip.compress(GOOD)[:-20], "cut off or damaged"),
     "gzip with a bad block": (gzip.compress(GOOD)[:10] + b"\xff" + gzip.compress(GOOD)[11:], "cut off or damaged"),
     "xz that is cut off": (lzma.compress(GOOD)[:-20], "cut off or damaged"),

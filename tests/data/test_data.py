@@ -144,7 +144,7 @@ FOREIGN: dict[str, tuple[Any, str]] = {
             (f.pop(f"{t}inputs"), f.create_dataset(f"{t}inputs", (n, 10**6, 10**6), np.float64, chunks=(1, 1, 10**4)))
             for t, n in (("", 37), ("test_", 11))
         ],
-        "times the memory of a node: is it whole?",
+        "parts, which are not all stored",
     ),
 }  # fmt: skip
 
@@ -185,7 +185,7 @@ def test_damage_by_chance_is_noticed_or_is_one_of_numbers(tmp_path: Path) -> Non
     path, (x, y, test_x, test_y) = tmp_path / "data.h5", arrays(np.uint8, (1,)).values()
     files.write(path, Source.of(x, y), Source.of(test_x, test_y), list("abcd"), "somewhere")
     good, refused = path.read_bytes(), 0
-    for i in range(200):
+    for i in range(40):  # tests/drivers/test_mutations.py has more
         content = bytearray(good)
         for place in rng.integers(len(content), size=rng.integers(1, 4)):
             content[place] = rng.integers(256)
@@ -199,7 +199,7 @@ def test_damage_by_chance_is_noticed_or_is_one_of_numbers(tmp_path: Path) -> Non
         else:
             assert (found.classes, found.origin, found.maximum) == (tuple("abcd"), "somewhere", 255)
             assert found.inputs.shape == x.shape
-    assert 100 < refused < 200
+    assert 20 < refused < 40
 
 
 def test_digits_are_those_of_scikit_learn(comm: MPI.Comm) -> None:

@@ -157,6 +157,11 @@ def content(data: bytes) -> Callable[[Path], Any]:
 
 
 GOOD = png(DEEP, 0)
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) (w) file closefile showpage\n"
+BMP = (
+    b"BM" + struct.pack("<IHHI", 70, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 10000, 10000, 1, 24, 0, 0, 0, 0, 0, 0)
+)
+BMP += bytes(16)
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "half.png": (cut("a.png", 0.5), "truncated"),
     "half.jpg": (cut("a.jpg", 0.5), "truncated"),
@@ -173,6 +178,12 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "bomb.png": (
         content(png(DEEP, 0).replace(struct.pack(">II", 8, 8), struct.pack(">II", 100_000, 100_000))), "cannot read",
     ),
+    "a program of PostScript.png": (content(EPS), "cannot identify"),
+    "a program of PostScript.eps.jpg": (content(EPS), "cannot identify"),
+    "pixels that nothing stores.png": (
+        content(GOOD.replace(struct.pack(">II", 8, 8), struct.pack(">II", 9000, 9000))), "cannot read",
+    ),
+    "pixels that nothing stores.bmp": (content(BMP), "its 70 bytes unpack to 800000000"),
     "integers of 32 bits.tif": (saved(Image.fromarray(DEEP.astype(np.int32))), "integers whose white is not known"),
     "floats.tif": (saved(Image.fromarray(GREY / np.float32(255))), "floats whose white is not known"),
 }  # fmt: skip

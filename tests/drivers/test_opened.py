@@ -25,6 +25,7 @@ SCALED, FIELDS = f"{HERE}/scaled_problems.py", f"{HERE}/field_problems.py"
 QUICK = ("-max_it", 1, "-points", 60, "-error_points", 50, "-test_points", 0, "-summation_blocks", 2,
          "-resample", "never", "-error_interval", 1, "-progress", "none")  # fmt: skip
 SELF = MPI.COMM_SELF
+WIDE = '{"shape":[1000000000],"classes":["a","b"],"scaling":"none","shift":[0.0],"scale":[1.0]}'
 
 CASES = {
     "burgers": ("burgers",),
@@ -212,6 +213,10 @@ def test_what_differs_is_refused(good: Path, tmp_path: Path) -> None:
         ddml.open_run(tmp_path / "none.h5")
     for change, expected in (
         ({"option width": "9"}, "parameters of another network"),
+        ({"option width": "100000"}, "its options ask for 10000100000 or more"),
+        ({"option depth": "1000000000000"}, "its options ask for"),
+        ({"driver": "classify", "inputs": WIDE, "option network": "mlp"}, "its options ask for 3200"),
+        ({"driver": "classify", "inputs": WIDE, "option network": "euler", "option width": "99999"}, "options ask for"),
         ({"option depth": "none"}, "-depth must be an integer"),
         ({"dtype": "float8"}, "dtype 'float8'"),
         ({"seed": "x"}, "seed 'x'"),

@@ -141,7 +141,7 @@ BAD = {
     "missing columns": (("-at", "missing.csv"), "missing.csv has no columns t; it has x, y"),
     "NaN": (("-at", "nan.csv"), "t is nan at point 1"),
     "no file": (("-at", "none.csv"), "none.csv"),
-    "a folder": (("-at", "."), "no such file"),
+    "a folder": (("-at", "."), "no regular file"),
     "a grid above memory": (("-grid", "1000000x1000000"), "times the memory of a node"),
     "a grid beyond numbers": (("-grid", "9" * 30), "-grid must be numbers of 2 or more"),
     "a grid of words": (("-grid", "axb"), "-grid must be numbers"),

@@ -82,7 +82,7 @@ def test_a_restart_takes_the_scales_from_the_run_file(comm: MPI.Comm, shared_tmp
     options = words(f"{SCALED}:RodOfTerms", "-resample_interval", 4)
     assert call("pinn", *options, "-max_it", 12, "-output", whole) == 0
     assert call("pinn", *options, "-max_it", 6, "-output", parts) == 0
-    assert call("pinn", "-restart", parts, "-max_it", 12) == 0
+    assert call("pinn", "-restart", parts, "-trust", "-max_it", 12) == 0
     if comm.rank == 0:
         assert_same(whole, parts)
         with h5py.File(parts, "r") as file:
@@ -96,7 +96,7 @@ def test_run_files_without_scales_go_on_without(comm: MPI.Comm, shared_tmp: Path
     options = words(f"{SCALED}:Rod", "-solver", "lbfgs", "-output", old)
     assert call("pinn", *options, "-scales", "none", "-max_it", 3) == 0
     with_scales = shared_tmp / "new.h5"
-    assert call("pinn", "-restart", old, "-output", with_scales, "-max_it", 5) == 0
+    assert call("pinn", "-restart", old, "-trust", "-output", with_scales, "-max_it", 5) == 0
     if comm.rank == 0:
         with h5py.File(with_scales, "r") as file:
             assert file.attrs["option scales"] == "none"

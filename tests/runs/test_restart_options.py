@@ -260,7 +260,9 @@ def test_a_users_class_may_move_and_no_other_takes_its_place(drive: Drive, comm:
     result = drive("pinn", "-restart", path, f"-max_it 4 -problem {new}:Heat")
     assert f"-problem {new}:Heat in the place of {old}:Heat" in notes(result)
     assert "the solver begins afresh" not in result.out
-    assert "4 iterations" in drive("pinn", "-restart", path).out
+    with pytest.raises(InputError, match=r"names a program.*heat\.py:Heat': give it anew with -problem, or -trust"):
+        drive("pinn", "-restart", path)
+    assert "4 iterations" in drive("pinn", "-restart", path, "-trust").out
 
 
 def test_a_file_of_an_older_ddml_goes_on(drive: Drive, comm: MPI.Comm, shared_tmp: Path) -> None:

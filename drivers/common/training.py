@@ -24,7 +24,7 @@ from ddml.runs.progress import say
 from ddml.sampling.batches import Batches
 from ddml.summation import efficiency, fixes_order
 from solvers import PETSC_TYPES, SOLVERS, TO_ROUNDING, Minimisation, solver_class
-from .start import Start, started
+from .start import INTERRUPTED_CODE, Start, started
 
 __all__ = ["HELP", "OPTIONS", "Start", "Training", "check_device", "help_text", "started"]
 
@@ -50,6 +50,7 @@ OPTIONS = (
     Option("summation_limit", 1_000_000, "Parameters above which sums go by ranks.", minimum=0, changes=NEVER),
     Option("threads", 1, "Threads of torch on each rank.", minimum=1),
     Option("view", False, "Print the solver and the split of the parameters.", changes=EACH_START),
+    INTERRUPTED_CODE,
 )  # fmt: skip
 
 
@@ -223,6 +224,7 @@ class Training:
                 f"  -{k} {v or ''} ({origin or 'the run file'})" for k, (v, origin) in given.items() if for_runs(k)
             )
         self.start.stop.check(self.comm)
+        begin = run.first_iteration
         finished = run.execute()
         self._say([run.summary(), *(closing(run) if self.comm.rank == 0 else ())])
         if run.failure:
@@ -230,6 +232,8 @@ class Training:
         if run.output and len(run.history) and run.exact:
             more = "" if run.reason == SIGNAL else " and a larger limit"
             self._say([f"to go on: the same driver with -restart {run.output}{more}"])
+        if run.reason == SIGNAL:
+            return self.start.interrupted(len(run.history) > 0 and run.history.last("iteration") > begin)
         return 0 if finished else 1
 
     def _say(self, lines: Iterable[str]) -> None:

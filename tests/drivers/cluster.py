@@ -1,8 +1,8 @@
-"""A private Slurm cluster of two virtual nodes on 127.0.0.1: python tests/slurm/cluster.py FOLDER.
+"""A private Slurm cluster of two virtual nodes on 127.0.0.1: python tests/drivers/cluster.py FOLDER.
 
 It has a munge, ports and files of its own, touches no service of the system, and lives until its standard input ends,
 which happens however the program that holds the other end ends. Then everything that it started, jobs included, is
-ended: that is what has ``SLURM_CONF`` of this cluster in its environment. Partition ``low`` is the default, ``high``
+ended: that is what has ``DDML_CLUSTER=FOLDER`` in its environment. Partition ``low`` is the default, ``high``
 preempts it. :class:`Cluster` is for who uses it.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import random
 import shutil
 import signal
 import socket
@@ -23,8 +24,8 @@ from pathlib import Path
 PACKAGES = ("munge", "slurm-client", "slurmctld", "slurmd")
 SBIN = "/usr/sbin:/sbin"
 NODES = ("n1", "n2")
-CPUS = 2  # of a node
-PATIENCE = 120.0  # seconds that an event may take on a busy machine
+CPUS = 4  # of a node, whatever there is
+PATIENCE = 300.0  # seconds that an event may take on a busy machine
 
 CONFIGURATION = """
 ClusterName=ddml
@@ -102,14 +103,14 @@ def install() -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens to."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    """Ports of 127.0.0.1 that nobody listens to, below those that the system gives to whoever connects."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(20000, 30000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found += [port] if port not in found else []
+    return found
 
 
 def wait_for(what: str, test: Callable[[], object], patience: float = PATIENCE) -> None:
@@ -138,15 +139,16 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.mark = f"SLURM_CONF={folder}/slurm.conf"  # in the environment of everything that belongs to it
+        self.mark = f"DDML_CLUSTER={folder}"  # in the environment of everything that belongs to it
 
     @property
     def environment(self) -> dict[str, str]:
         """Of who talks to it: nothing of another MPI or Slurm, ours instead."""
         foreign = ("OMPI_", "PMIX_", "ORTE_", "SLURM", "SBATCH", "PETSC_OPTIONS")
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
         name, _, value = self.mark.partition("=")
         path = f"{os.environ['PATH']}:{SBIN}"
-        return {k: v for k, v in os.environ.items() if not k.startswith(foreign)} | {name: value, "PATH": path}
+        return clean | {"SLURM_CONF": f"{self.folder}/slurm.conf", "PATH": path, name: value}
 
     def processes(self, node: str | None = None) -> list[int]:
         """Ids of all that belongs to it, or to one node of it."""
@@ -166,23 +168,26 @@ class Cluster:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
 
-    def call(self, *words: str) -> str:
-        """What a command of Slurm prints.
+    def call(self, *words: object, folder: Path | None = None) -> str:
+        """What a command prints, in a folder or here.
 
         Raises
         ------
-        CalledProcessError
-            If it fails.
+        AssertionError
+            If it fails; the text is what it says.
         """
-        return subprocess.run(
-            words, env=self.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=PATIENCE
-        ).stdout  # fmt: skip
+        done = subprocess.run(
+            [*map(str, words)], env=self.environment, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, check=False, timeout=PATIENCE,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        return done.stdout
 
     def start_node(self, name: str) -> None:
         """Start the daemon of a node, and wait until the node takes jobs."""
         # its steps and ranks have that name in their environment, too
         subprocess.run(["slurmd", "-N", name], env=self.environment | {"SLURMD_NODENAME": name}, check=True)
-        wait_for(f"node {name}", lambda: self.call("sinfo", "-h", "-n", name, "-o", "%T").split()[:1] in (["idle"], ["mixed"]))
+        wait_for(f"node {name}", lambda: self.call("sinfo", "-h", "-n", name, "-o", "%T").split()[0] in ("idle", "mixed"))
 
     def start(self) -> None:
         """Start it; returns when all nodes are idle."""
@@ -203,7 +208,7 @@ class Cluster:
 
     def end(self) -> None:
         """End all of it."""
-        with suppress(subprocess.SubprocessError, OSError):
+        with suppress(subprocess.SubprocessError, OSError, AssertionError):
             self.call("scancel", "--quiet", "--user", getpass.getuser())
         self.kill()
 

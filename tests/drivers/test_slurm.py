@@ -1,0 +1,248 @@
+"""drivers/job.sbatch and drivers/sweep.sbatch on a real Slurm, which these tests start and end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, wait_for
+from launch import HERE, assert_same, content
+from slurm_jobs import FIRST, PACED, Job, workplace
+
+Scenario = Callable[[Cluster, Path], None]
+SCENARIOS: dict[str, Scenario] = {}
+_second_node = threading.Lock()
+WHOLE = "whole"
+
+
+def scenario(function: Scenario) -> Scenario:
+    """One of those that run side by side, each in a folder named after it."""
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+def check(job: Job) -> None:
+    """Its run is that of the job that nobody disturbed, to the last bit."""
+    wait_for("the undisturbed run", (job.folder.parent / "whole.done").exists)
+    assert_same(job.folder.parent / WHOLE / f"{WHOLE}.h5", job.file)
+
+
+@scenario
+def whole(cluster: Cluster, folder: Path) -> None:
+    """On both nodes."""
+    (folder / "slow").unlink()
+    job = Job.submit(cluster, folder, ("--ntasks=2", "--nodes=2"), PACED)
+    assert job.wait_for_end() == ("COMPLETED", "0:0"), job.log
+    assert job["Restarts"] == "0"
+    (folder.parent / "whole.done").touch()
+
+
+@scenario
+def three_time_limits_in_a_row(cluster: Cluster, folder: Path) -> None:
+    job = Job.submit(cluster, folder, ("--ntasks=2", *FIRST), PACED)
+    for number in range(3):
+        job.wait_until_going(number)
+        hours, minutes, _ = map(int, job["RunTime"].rpartition("-")[2].split(":"))
+        job.update(TimeLimit=60 * hours + minutes + 1)
+        job.wait_until_requeued(number + 1)
+        job.update(TimeLimit=60)
+        if number < 2:
+            job.go_on()
+    job.finish()
+    check(job)
+    assert job.log.count("stopped: a signal asked to stop") == 3  # the log is appended
+
+
+@scenario
+def a_time_limit_before_the_run_has_stopped(cluster: Cluster, folder: Path) -> None:
+    """Nothing comes before the limit but a signal that means nothing; what the limit sends is enough."""
+    job = Job.submit(cluster, folder, ("--ntasks=1", "--time=1", "--signal=CONT@1", *FIRST), PACED)
+    job.wait_until_requeued()
+    cluster.call("scancel", job.number)
+
+
+@scenario
+def a_limit_shorter_than_one_iteration(cluster: Cluster, folder: Path) -> None:
+    slow = (*PACED, "-solver", "aspqn", "-local_steps", 10000)
+    job = Job.submit(cluster, folder, ("--ntasks=1", "--time=1", "--signal=TERM@20", *FIRST), slow)
+    job.wait_until_requeued()
+    assert job.file.with_suffix(".h5.tries").exists()
+    job.go_on()
+    assert job.wait_for_end() == ("FAILED", "76:0")
+    assert "no iteration was gained twice in a row" in job.log
+    assert job["Restarts"] == "1"
+    assert not job.file.with_suffix(".h5.tries").exists()
+
+
+@scenario
+def signals(cluster: Cluster, folder: Path) -> None:
+    job = Job.submit(cluster, folder, ("--ntasks=2", *FIRST), PACED)
+    for number, name in enumerate(("USR1", "TERM")):
+        job.wait_until_going(number)
+        job.signal(name)
+        job.wait_until_requeued(number + 1)
+        if not number:
+            job.go_on()
+    job.finish()
+    check(job)
+
+
+@scenario
+def sigterm_in_the_first_second(cluster: Cluster, folder: Path) -> None:
+    job = Job.submit(cluster, folder, ("--ntasks=2", *FIRST), PACED)
+    wait_for("a step", lambda: f"{job.number}.0 " in cluster.call("squeue", "-h", "-s", "-j", job.number, "-o", "%i "))
+    job.signal("TERM")
+    job.wait_until_requeued()
+    assert not job.file.exists()
+    job.go_on()
+    job.wait_until_going(1)
+    job.signal("USR1")  # an iteration has been gained between two interruptions
+    job.wait_until_requeued(2)
+    job.finish()
+    check(job)
+
+
+@scenario
+def preemption(cluster: Cluster, folder: Path) -> None:
+    with _second_node:
+        job = Job.submit(cluster, folder, ("--ntasks=2", "--nodelist=n2"), PACED)
+        job.wait_until_going()
+        cluster.call("sbatch", "--partition=high", "--nodelist=n2", "--ntasks=4", "--output=/dev/null", "--wrap=true")
+        job.wait_until_requeued()
+        job.finish()
+    check(job)
+
+
+@scenario
+def a_node_that_dies(cluster: Cluster, folder: Path) -> None:
+    words = (*PACED, "-checkpoint_interval", 1)
+    with _second_node:
+        cluster.call("scontrol", "update", "NodeName=n1", "State=DRAIN", "Reason=test")
+        job = Job.submit(cluster, folder, ("--ntasks=2",), words)
+        wait_for("a start on n2", lambda: job["NodeList"] == "n2")
+        cluster.call("scontrol", "update", "NodeName=n1", "State=RESUME")
+        job.wait_until_going()
+        cluster.kill("n2")
+        job.wait_until_requeued()
+        reached = content(job.file).history["iteration"][-1]
+        job.finish()
+        assert job["NodeList"] == "n1"
+        cluster.start_node("n2")
+    assert 0 < reached < 300
+    check(job)
+    assert "was written on" not in job.log  # the same number of ranks
+
+
+@scenario
+def other_ranks(cluster: Cluster, folder: Path) -> None:
+    job = Job.submit(cluster, folder, ("--ntasks=1", *FIRST), PACED)
+    job.wait_until_going()
+    job.signal("USR1")
+    job.wait_until_requeued()
+    job.update(NumTasks=3, NumCPUs=3)
+    job.finish()
+    check(job)
+    assert "was written on 1 rank" in job.log
+
+
+@scenario
+def an_array_of_four(cluster: Cluster, folder: Path) -> None:
+    array = Job.submit(cluster, folder, ("--ntasks=1", "--array=1-4", *FIRST), PACED)
+    tasks = [array.task(index) for index in range(1, 5)]
+    for task in tasks[1:3]:
+        task.wait_until_going()
+        task.signal("TERM")
+        task.wait_until_requeued()
+    (folder / "slow").unlink()
+    for task in tasks[1:3]:
+        task.go_on()
+    for task in tasks:
+        assert task.wait_for_end() == ("COMPLETED", "0:0"), task.log
+        check(task)
+    assert [task["Restarts"] for task in tasks] == ["0", "1", "1", "0"]
+
+
+@scenario
+def two_jobs_on_one_file(cluster: Cluster, folder: Path) -> None:
+    job = Job.submit(cluster, folder, ("--ntasks=1", *FIRST), PACED)
+    job.wait_until_going()
+    other = Job.submit(cluster, folder, ("--ntasks=1", "--output=other.log", *FIRST), PACED)
+    assert other.wait_for_end() == ("FAILED", "1:0")
+    assert f"{job.name}.h5 is in use by process" in (folder / "other.log").read_text()
+    assert other["Restarts"] == "0"
+    job.finish()
+    check(job)
+
+
+@scenario
+def what_ends_for_good(cluster: Cluster, folder: Path) -> None:
+    """A broken run, and one that is cancelled."""
+    broken = Job.submit(cluster, folder, ("--ntasks=1", *FIRST), (*PACED, "-widht", 9))
+    assert broken.wait_for_end() == ("FAILED", "1:0")
+    assert "unknown option -widht" in broken.log
+    job = Job.submit(cluster, folder, ("--ntasks=1", *FIRST), PACED)
+    job.wait_until_going()
+    cluster.call("scancel", job.number)
+    assert job.wait_for_end()[0] == "CANCELLED"
+    wait_for("the end of the script", lambda: f"going.{job.number}" and not _alive(cluster, job))
+    assert (broken["Restarts"], job["Restarts"], job["JobState"]) == ("0", "0", "CANCELLED")
+    assert job.file.exists()
+
+
+def _alive(cluster: Cluster, job: Job) -> bool:
+    return bool(cluster.call("squeue", "-h", "-j", job.number, "-t", "all", "-o", "%t").split()[0] == "CG")
+
+
+@scenario
+def another_driver_another_file(cluster: Cluster, folder: Path) -> None:
+    words = ("classify", "-data", "digits", "-samples", 90, "-widths", "6,5", "-max_it", 2, "-output", "other.h5")
+    job = Job.submit(cluster, folder, ("--ntasks=1", *FIRST), words)
+    assert job.wait_for_end() == ("COMPLETED", "0:0"), job.log
+    assert content(folder / "other.h5").attributes["driver"] == "classify"
+    assert not job.file.exists()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with running(tmp_path_factory.mktemp("slurm")) as (_, found):
+        yield found
+
+
+class running:  # noqa: N801
+    """A cluster within a block, and the process that keeps it; skips the test where there can be none."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> tuple[subprocess.Popen[str], Cluster]:
+        command = [sys.executable, str(HERE / "cluster.py"), str(self.folder)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        assert self.process.stdout
+        line = self.process.stdout.readline().strip()
+        if line != "ready":
+            self.process.wait()
+            pytest.skip(line) if line else pytest.fail("the cluster does not start")
+        return self.process, Cluster(self.folder)
+
+    def __exit__(self, *_: object) -> None:
+        self.process.communicate()  # closes its input, which is what it waits for
+
+
+@pytest.fixture(scope="module")
+def going(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[None]]]:
+    """All scenarios, side by side."""
+    place = tmp_path_factory.mktemp("jobs")
+    with ThreadPoolExecutor(len(SCENARIOS)) as pool:
+        yield {name: pool.submit(run, cluster, workplace(place / name)) for name, run in SCENARIOS.items()}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_jobs_keep_their_word(name: str, going: dict[str, Future[None]]) -> None:
+    going[name].result()

@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,7 +25,7 @@ from pathlib import Path
 PACKAGES = ("munge", "slurm-client", "slurmctld", "slurmd")
 SBIN = "/usr/sbin:/sbin"
 NODES = ("n1", "n2")
-CPUS = 4  # of a node, whatever there is
+CPUS = 8  # of a node, whatever there is
 PATIENCE = 300.0  # seconds that an event may take on a busy machine
 
 CONFIGURATION = """
@@ -139,6 +140,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._asking, self._asked, self._jobs = threading.Lock(), 0.0, list[dict[str, str]]()
         self.mark = f"DDML_CLUSTER={folder}"  # in the environment of everything that belongs to it
 
     @property
@@ -182,6 +184,15 @@ class Cluster:
         )  # fmt: skip
         assert done.returncode == 0, done.stdout
         return done.stdout
+
+    def jobs(self) -> list[dict[str, str]]:
+        """What ``scontrol show job`` says of each, as it was at most half a second ago: many may ask."""
+        with self._asking:
+            if time.monotonic() > self._asked + 0.5:
+                lines = self.call("scontrol", "show", "job", "-o").splitlines()
+                self._jobs = [dict(word.partition("=")[::2] for word in line.split()) for line in lines]
+                self._asked = time.monotonic()
+            return self._jobs
 
     def start_node(self, name: str) -> None:
         """Start the daemon of a node, and wait until the node takes jobs."""

@@ -10,7 +10,10 @@ from ddml.problems import PDE
 
 
 class Paced(PDE):
-    """Slow while there is a file ``slow`` here; makes a file once some iterations of a start of a job are done."""
+    """Slow while there is a file ``slow`` here, and makes a file once some iterations of a start of a job are done.
+
+    Where there is a file ``stuck``, the first iteration of each start waits until it has gone.
+    """
 
     domain = {"x": (0.0, 1.0)}
     compiled = False
@@ -22,9 +25,11 @@ class Paced(PDE):
 
     def residual(self, u, x):
         self.calls += 1
+        while self.calls >= 15 and Path("stuck").exists():  # 13 for what comes before it, 16 for its line search
+            time.sleep(0.05)
         if Path("slow").exists():
             time.sleep(0.05)
         if self.calls == 40:  # some for each evaluation, a few before the run
-            job, number = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
-            Path(f"going.{job}.{number}").touch()
+            task, number = os.environ.get("SLURM_ARRAY_TASK_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
+            Path(f"going{task}.{number}").touch()
         return u.xx + torch.sin(9 * x)

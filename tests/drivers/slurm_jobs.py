@@ -60,12 +60,15 @@ class Job:
     @property
     def log(self) -> str:
         """What it has printed."""
-        return (self.folder / f"{self.name}.log").read_text()
+        path = self.folder / f"{self.name}.log"
+        return path.read_text() if path.exists() else ""
 
     def __getitem__(self, key: str) -> str:
         """What ``scontrol show job`` says, as in JobState."""
-        text = self.cluster.call("scontrol", "show", "job", "-o", self.number)
-        return dict(word.partition("=")[::2] for word in text.split())[key]
+        job, under, task = self.number.partition("_")
+        same = {"ArrayJobId": job, "ArrayTaskId": task} if under else {"JobId": job}
+        found = [each for each in self.cluster.jobs() if same.items() <= each.items()]
+        return found[0][key] if found else ""  # a task that has not begun is not listed on its own
 
     def update(self, **fields: object) -> None:
         """Change it."""
@@ -77,8 +80,8 @@ class Job:
 
     def wait_until_going(self, restarts: int = 0) -> None:
         """Wait until some iterations of its start with that number are done."""
-        number = self["JobId"]
-        wait_for(f"{self.name} {restarts}", (self.folder / f"going.{number}.{restarts}").exists)
+        task = self.number.partition("_")[2]
+        wait_for(f"iterations of {self.name}", (self.folder / f"going{task}.{restarts}").exists)
 
     def wait_until_requeued(self, restarts: int = 1) -> None:
         """Wait until it stands in the queue again, for that time."""

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, wait_for
+from cluster import CPUS, Cluster, wait_for
 from launch import HERE, assert_same, content
 from slurm_jobs import FIRST, PACED, Job, workplace
 
@@ -68,11 +68,16 @@ def a_time_limit_before_the_run_has_stopped(cluster: Cluster, folder: Path) -> N
 
 @scenario
 def a_limit_shorter_than_one_iteration(cluster: Cluster, folder: Path) -> None:
-    slow = (*PACED, "-solver", "aspqn", "-local_steps", 10000)
-    job = Job.submit(cluster, folder, ("--ntasks=1", "--time=1", "--signal=TERM@20", *FIRST), slow)
-    job.wait_until_requeued()
-    assert job.file.with_suffix(".h5.tries").exists()
-    job.go_on()
+    job = Job.submit(cluster, folder, ("--ntasks=1", "--time=1", "--signal=TERM@20", *FIRST), PACED)
+    for number in (1, 2):
+        (folder / "stuck").touch()
+        if number == 2:
+            job.go_on()
+        wait_for("the signal", lambda number=number: job.log.count("CANCELLED AT") == number)
+        (folder / "stuck").unlink()
+        if number == 1:
+            job.wait_until_requeued()
+            assert job.file.with_suffix(".h5.tries").exists()
     assert job.wait_for_end() == ("FAILED", "76:0")
     assert "no iteration was gained twice in a row" in job.log
     assert job["Restarts"] == "1"
@@ -112,7 +117,8 @@ def preemption(cluster: Cluster, folder: Path) -> None:
     with _second_node:
         job = Job.submit(cluster, folder, ("--ntasks=2", "--nodelist=n2"), PACED)
         job.wait_until_going()
-        cluster.call("sbatch", "--partition=high", "--nodelist=n2", "--ntasks=4", "--output=/dev/null", "--wrap=true")
+        all_of_it = ("--nodelist=n2", "--nodes=1", f"--ntasks={CPUS}")
+        cluster.call("sbatch", "--partition=high", *all_of_it, "--output=/dev/null", "--wrap=true")
         job.wait_until_requeued()
         job.finish()
     check(job)
@@ -189,13 +195,13 @@ def what_ends_for_good(cluster: Cluster, folder: Path) -> None:
     job.wait_until_going()
     cluster.call("scancel", job.number)
     assert job.wait_for_end()[0] == "CANCELLED"
-    wait_for("the end of the script", lambda: f"going.{job.number}" and not _alive(cluster, job))
+    wait_for("the end of the script", lambda: "Exited with exit code 75" in job.log and not _ending(cluster, job))
     assert (broken["Restarts"], job["Restarts"], job["JobState"]) == ("0", "0", "CANCELLED")
     assert job.file.exists()
 
 
-def _alive(cluster: Cluster, job: Job) -> bool:
-    return bool(cluster.call("squeue", "-h", "-j", job.number, "-t", "all", "-o", "%t").split()[0] == "CG")
+def _ending(cluster: Cluster, job: Job) -> bool:
+    return cluster.call("squeue", "-h", "-j", job.number, "-t", "all", "-o", "%t").split() == ["CG"]
 
 
 @scenario
@@ -236,11 +242,14 @@ class running:  # noqa: N801
 
 
 @pytest.fixture(scope="module")
-def going(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[None]]]:
-    """All scenarios, side by side."""
-    place = tmp_path_factory.mktemp("jobs")
-    with ThreadPoolExecutor(len(SCENARIOS)) as pool:
-        yield {name: pool.submit(run, cluster, workplace(place / name)) for name, run in SCENARIOS.items()}
+def going(
+    cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[dict[str, Future[None]]]:
+    """All scenarios that were asked for, side by side, and the one that they are compared to."""
+    place, asked = tmp_path_factory.mktemp("jobs"), [item.name for item in request.session.items]
+    chosen = [name for name in SCENARIOS if name == WHOLE or any(f"[{name}]" in test for test in asked)]
+    with ThreadPoolExecutor(len(chosen)) as pool:
+        yield {name: pool.submit(SCENARIOS[name], cluster, workplace(place / name)) for name in chosen}
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

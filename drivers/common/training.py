@@ -50,6 +50,8 @@ OPTIONS = (
     Option("summation_limit", 1_000_000, "Parameters above which sums go by ranks.", minimum=0, changes=NEVER),
     Option("threads", 1, "Threads of torch on each rank.", minimum=1),
     Option("view", False, "Print the solver and the split of the parameters.", changes=EACH_START),
+    Option("check", False, "Only say what the run would be, or what is wrong with it: end before the first evaluation.",
+           changes=EACH_START),
     INTERRUPTED_CODE,
 )  # fmt: skip
 
@@ -223,6 +225,8 @@ class Training:
             self._say(
                 f"  -{k} {v or ''} ({origin or 'the run file'})" for k, (v, origin) in given.items() if for_runs(k)
             )
+        if settings.check:
+            return 0
         self.start.stop.check(self.comm)
         begin = run.first_iteration
         finished = run.execute()

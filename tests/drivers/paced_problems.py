@@ -10,7 +10,7 @@ from ddml.problems import PDE
 
 
 class Paced(PDE):
-    """Slow while there is a file ``slow`` here, and makes a file once some iterations of a start of a job are done.
+    """After some iterations of a start of a job it makes a file, and is slow while there is a file ``slow`` here.
 
     Where there is a file ``stuck``, the first iteration of each start waits until it has gone.
     """
@@ -27,9 +27,9 @@ class Paced(PDE):
         self.calls += 1
         while self.calls >= 15 and Path("stuck").exists():  # 13 for what comes before it, 16 for its line search
             time.sleep(0.05)
-        if Path("slow").exists():
-            time.sleep(0.05)
-        if self.calls == 40:  # some for each evaluation, a few before the run
+        if self.calls >= 40 and Path("slow").exists():
+            time.sleep(0.25)
+        if self.calls == 40:  # four for each evaluation on one rank, a few before the run
             task, number = os.environ.get("SLURM_ARRAY_TASK_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
             Path(f"going{task}.{number}").touch()
         return u.xx + torch.sin(9 * x)

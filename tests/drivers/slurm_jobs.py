@@ -11,7 +11,7 @@ PACED = (
     *("-problem", f"{HERE / 'paced_problems.py'}:Paced", "-solver", "lbfgs", "-points", 200, "-test_points", 50),
     *("-error_points", 100, "-summation_blocks", 4, "-max_it", 300, "-progress", "none"),
 )  # fmt: skip
-FIRST = ("--nodelist=n1",)  # node n2 is for those who preempt and kill
+FIRST = ("--nodelist=n1", "--nodes=1")  # node n2 is for those who preempt and kill
 
 
 def workplace(folder: Path) -> Path:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,23 +31,20 @@ def scenario(function: Scenario) -> Scenario:
 
 def check(job: Job) -> None:
     """Its run is that of the job that nobody disturbed, to the last bit."""
-    wait_for("the undisturbed run", (job.folder.parent / "whole.done").exists)
     assert_same(job.folder.parent / WHOLE / f"{WHOLE}.h5", job.file)
 
 
-@scenario
-def whole(cluster: Cluster, folder: Path) -> None:
-    """On both nodes."""
+def undisturbed(cluster: Cluster, folder: Path) -> None:
+    """What the others are compared to, on both nodes."""
     (folder / "slow").unlink()
     job = Job.submit(cluster, folder, ("--ntasks=2", "--nodes=2"), PACED)
     assert job.wait_for_end() == ("COMPLETED", "0:0"), job.log
     assert job["Restarts"] == "0"
-    (folder.parent / "whole.done").touch()
 
 
 @scenario
 def three_time_limits_in_a_row(cluster: Cluster, folder: Path) -> None:
-    job = Job.submit(cluster, folder, ("--ntasks=2", *FIRST), PACED)
+    job = Job.submit(cluster, folder, ("--ntasks=1", *FIRST), PACED)
     for number in range(3):
         job.wait_until_going(number)
         hours, minutes, _ = map(int, job["RunTime"].rpartition("-")[2].split(":"))
@@ -73,7 +73,7 @@ def a_limit_shorter_than_one_iteration(cluster: Cluster, folder: Path) -> None:
         (folder / "stuck").touch()
         if number == 2:
             job.go_on()
-        wait_for("the signal", lambda number=number: job.log.count("CANCELLED AT") == number)
+        wait_for("the signal", lambda number=number: job.log.count("*** STEP") == number)
         (folder / "stuck").unlink()
         if number == 1:
             job.wait_until_requeued()
@@ -86,7 +86,7 @@ def a_limit_shorter_than_one_iteration(cluster: Cluster, folder: Path) -> None:
 
 @scenario
 def signals(cluster: Cluster, folder: Path) -> None:
-    job = Job.submit(cluster, folder, ("--ntasks=2", *FIRST), PACED)
+    job = Job.submit(cluster, folder, ("--ntasks=1", *FIRST), PACED)
     for number, name in enumerate(("USR1", "TERM")):
         job.wait_until_going(number)
         job.signal(name)
@@ -213,45 +213,99 @@ def another_driver_another_file(cluster: Cluster, folder: Path) -> None:
     assert not job.file.exists()
 
 
+@scenario
+def a_sweep(cluster: Cluster, folder: Path) -> None:
+    words = " ".join(map(str, PACED))
+    (folder / "widths.txt").write_text(f"# two widths\n{words}\n\npinn {words} -width 6\n")
+    options = ("--ntasks=1", "--output=%x.log", *FIRST)
+    said = cluster.call("bash", "drivers/sweep.sbatch", "widths.txt", *options, folder=folder)
+    number = re.findall(r"array (\d+) of 2 runs", said)[0]
+    tasks = [Job(cluster, folder, "widths", f"{number}_{index}") for index in (1, 2)]
+    tasks[0].wait_until_going()
+    tasks[0].signal("USR1")
+    tasks[0].wait_until_requeued()
+    (folder / "slow").unlink()
+    assert tasks[1].wait_for_end() == ("COMPLETED", "0:0"), tasks[1].log
+    assert not (folder / "widths.table").exists()  # it waits for who has gone back into the queue
+    tasks[0].go_on()
+    table = folder / "widths.table"
+    wait_for("the table", lambda: table.exists() and table.read_text().count("\n") == 3)
+    _, first, second = table.read_text().splitlines()
+    assert (first.split()[:2], second.split()[:2]) == (["1", "300"], ["2", "300"])
+    assert second.endswith("-width 6")
+    check(tasks[0])
+
+
+@scenario
+def what_is_refused_before_it_is_submitted(cluster: Cluster, folder: Path) -> None:
+    (folder / "wrong.txt").write_text("-width 6\n-width 6 -widht 6\n")
+    with pytest.raises(AssertionError, match=r"run 2 of wrong\.txt: unknown option -widht"):
+        cluster.call("bash", "drivers/sweep.sbatch", "wrong.txt", *FIRST, folder=folder)
+    for wish in ("--ntasks=99", "--nodes=3", "--partition=none"):
+        with pytest.raises(AssertionError, match=r"can never start here") as caught:
+            cluster.call("bash", "drivers/submit.sh", wish, "--job-name=wrong", "drivers/job.sbatch", folder=folder)
+        assert f"partition low*: 2 nodes of {CPUS} cores" in str(caught.value)
+    assert "wrong" not in cluster.call("squeue", "-h", "-t", "all", "-o", "%j")
+    assert {path.name for path in folder.iterdir()} == {"drivers", ".venv", "slow", "wrong.txt"}
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[tuple[subprocess.Popen[str], Cluster]]:
+    """A cluster within a block, and the process that keeps it; skips the test where there can be none."""
+    command = [sys.executable, str(HERE / "cluster.py"), str(folder)]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )  # fmt: skip
+    try:
+        assert process.stdout
+        line = process.stdout.readline().strip()
+        if line != "ready":
+            pytest.skip(line) if line else pytest.fail("the cluster does not start")
+        yield process, Cluster(folder)
+    finally:
+        process.communicate()  # closes its input, which is what it waits for
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with running(tmp_path_factory.mktemp("slurm")) as (_, found):
         yield found
 
 
-class running:  # noqa: N801
-    """A cluster within a block, and the process that keeps it; skips the test where there can be none."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> tuple[subprocess.Popen[str], Cluster]:
-        command = [sys.executable, str(HERE / "cluster.py"), str(self.folder)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-        )
-        assert self.process.stdout
-        line = self.process.stdout.readline().strip()
-        if line != "ready":
-            self.process.wait()
-            pytest.skip(line) if line else pytest.fail("the cluster does not start")
-        return self.process, Cluster(self.folder)
-
-    def __exit__(self, *_: object) -> None:
-        self.process.communicate()  # closes its input, which is what it waits for
-
-
 @pytest.fixture(scope="module")
 def going(
     cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[dict[str, Future[None]]]:
-    """All scenarios that were asked for, side by side, and the one that they are compared to."""
+    """All scenarios that were asked for, side by side, behind the run that they are compared to."""
     place, asked = tmp_path_factory.mktemp("jobs"), [item.name for item in request.session.items]
-    chosen = [name for name in SCENARIOS if name == WHOLE or any(f"[{name}]" in test for test in asked)]
+    undisturbed(cluster, workplace(place / WHOLE))
+
+    def run(name: str) -> None:
+        try:
+            SCENARIOS[name](cluster, workplace(place / name))
+        except BaseException:
+            cluster.call("scancel", "--name", name)  # it would take the others' time
+            raise
+
+    chosen = [name for name in SCENARIOS if any(f"[{name}]" in test for test in asked)]
     with ThreadPoolExecutor(len(chosen)) as pool:
-        yield {name: pool.submit(SCENARIOS[name], cluster, workplace(place / name)) for name in chosen}
+        yield {name: pool.submit(run, name) for name in chosen}
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_jobs_keep_their_word(name: str, going: dict[str, Future[None]]) -> None:
     going[name].result()
+
+
+@pytest.mark.parametrize("how", ["its input ends", "SIGTERM"])
+def test_everything_that_was_started_is_ended(how: str, tmp_path: Path) -> None:
+    """Its input ends however the tests end; a job is running then."""
+    with running(tmp_path) as (process, cluster):
+        words = ("--ntasks=1", "--output=/dev/null", "--wrap=touch here; exec sleep 1000")
+        cluster.call("sbatch", *words, folder=tmp_path)
+        wait_for("the job", (tmp_path / "here").exists)
+        assert len(cluster.processes()) >= 5  # munged, slurmctld, two slurmd, the job
+        if how == "SIGTERM":
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+    assert cluster.processes() == []

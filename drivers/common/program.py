@@ -71,8 +71,8 @@ if not PETSc.Options().hasName("options_left"):  # drivers refuse unknown option
 def run_program(main: Callable[[MPI.Comm], int]) -> None:
     """Run a driver and end the process with its exit code.
 
-    An InputError is printed once; its exit code is 1, unless it has another. It should be the same on every rank: where others do not have it within
-    some seconds, it ends the whole job. So does any other exception, whatever the other ranks are doing.
+    An InputError is printed once; the exit code is its own. It should be the same on every rank: where others do not
+    have it within some seconds, it ends the whole job. So does any other exception, whatever the other ranks are doing.
     """
     world = MPI.COMM_WORLD
     try:

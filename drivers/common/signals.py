@@ -1,4 +1,4 @@
-"""Signals that come while modules are imported: remembered until the run can stop; first of all imports, itself small."""
+"""Signals that come while modules are imported are remembered until the run can stop."""
 
 from __future__ import annotations
 

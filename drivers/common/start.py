@@ -30,8 +30,8 @@ ELSEWHERE = "PETSc's options"  # of YAML, or set by who calls a driver
 
 
 INTERRUPTED_CODE = Option(
-    "interrupted_code", 0, "Exit code of a run that a signal has stopped; unless it is 0, one more where no iteration was "
-    "gained since the start (see docs/cluster.md).", minimum=0, changes=EACH_START,
+    "interrupted_code", 0, "Exit code of a run that a signal has stopped; unless it is 0, one more where no iteration "
+    "was gained since the start (see docs/cluster.md).", minimum=0, changes=EACH_START,
 )  # fmt: skip
 
 

@@ -25,8 +25,10 @@ from pathlib import Path
 PACKAGES = ("munge", "slurm-client", "slurmctld", "slurmd")
 SBIN = "/usr/sbin:/sbin"
 NODES = ("n1", "n2")
-CPUS = 8  # of a node, whatever there is
+CPUS = 16  # of a node, whatever there is: most jobs of tests sleep
 PATIENCE = 300.0  # seconds that an event may take on a busy machine
+
+given_up = threading.Event()  # nobody waits for anything any more
 
 CONFIGURATION = """
 ClusterName=ddml
@@ -81,7 +83,9 @@ def install() -> None:
     UnavailableError
         Where that cannot be.
     """
-    if all(shutil.which(name, path=f"{os.environ['PATH']}:{SBIN}") for name in ("munged", "slurmctld", "slurmd", "srun")):
+    if all(
+        shutil.which(name, path=f"{os.environ['PATH']}:{SBIN}") for name in ("munged", "slurmctld", "slurmd", "srun")
+    ):
         return
     if os.getuid() or not shutil.which("apt-get"):
         raise UnavailableError(f"no Slurm here, and only root of a Debian system installs it: {' '.join(PACKAGES)}")
@@ -120,11 +124,11 @@ def wait_for(what: str, test: Callable[[], object], patience: float = PATIENCE) 
     Raises
     ------
     TimeoutError
-        When that has not happened in so many seconds.
+        When that has not happened in so many seconds, or waiting was given up.
     """
     end = time.monotonic() + patience
     while not test():
-        if time.monotonic() > end:
+        if time.monotonic() > end or given_up.is_set():
             raise TimeoutError(f"waited {patience:.0f} s for {what}")
         time.sleep(0.1)
 
@@ -198,7 +202,9 @@ class Cluster:
         """Start the daemon of a node, and wait until the node takes jobs."""
         # its steps and ranks have that name in their environment, too
         subprocess.run(["slurmd", "-N", name], env=self.environment | {"SLURMD_NODENAME": name}, check=True)
-        wait_for(f"node {name}", lambda: self.call("sinfo", "-h", "-n", name, "-o", "%T").split()[0] in ("idle", "mixed"))
+        wait_for(
+            f"node {name}", lambda: self.call("sinfo", "-h", "-n", name, "-o", "%T").split()[0] in ("idle", "mixed")
+        )
 
     def start(self) -> None:
         """Start it; returns when all nodes are idle."""

@@ -22,7 +22,9 @@ DRIVERS = {
 }
 
 
-@pytest.mark.parametrize(("words", "code"), [((), 0), (("-interrupted_code", 75), 75), (("-interrupted_code", 254), 254)])
+@pytest.mark.parametrize(
+    ("words", "code"), [((), 0), (("-interrupted_code", 75), 75), (("-interrupted_code", 254), 254)]
+)
 def test_a_run_that_a_signal_stops_ends_with_the_code(tmp_path: Path, words: tuple[object, ...], code: int) -> None:
     problem = ("-problem", f"{PROBLEMS}:Interrupted")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from cluster import CPUS, Cluster, wait_for
+from cluster import CPUS, Cluster, given_up, wait_for
 from launch import HERE, assert_same, content
 from slurm_jobs import FIRST, PACED, Job, workplace
 
@@ -290,6 +290,7 @@ def going(
     chosen = [name for name in SCENARIOS if any(f"[{name}]" in test for test in asked)]
     with ThreadPoolExecutor(len(chosen)) as pool:
         yield {name: pool.submit(run, name) for name in chosen}
+        given_up.set()  # by Ctrl-C, or a test that failed
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

@@ -25,10 +25,10 @@ class Paced(PDE):
 
     def residual(self, u, x):
         self.calls += 1
-        while self.calls >= 15 and Path("stuck").exists():  # 13 for what comes before it, 16 for its line search
+        while self.calls >= 11 and Path("stuck").exists():  # its line search takes 16, what is before it up to 13
             time.sleep(0.05)
         if self.calls >= 40 and Path("slow").exists():
-            time.sleep(0.25)
+            time.sleep(0.5)
         if self.calls == 40:  # four for each evaluation on one rank, a few before the run
             task, number = os.environ.get("SLURM_ARRAY_TASK_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
             Path(f"going{task}.{number}").touch()

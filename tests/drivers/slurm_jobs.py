@@ -7,9 +7,10 @@ from pathlib import Path
 from cluster import Cluster, wait_for
 from launch import HERE, ROOT
 
+ITERATIONS = 100
 PACED = (
     *("-problem", f"{HERE / 'paced_problems.py'}:Paced", "-solver", "lbfgs", "-points", 200, "-test_points", 50),
-    *("-error_points", 100, "-summation_blocks", 4, "-max_it", 300, "-progress", "none"),
+    *("-error_points", 100, "-summation_blocks", 4, "-max_it", ITERATIONS, "-progress", "none"),
 )  # fmt: skip
 FIRST = ("--nodelist=n1", "--nodes=1")  # node n2 is for those who preempt and kill
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from cluster import CPUS, Cluster, given_up, wait_for
 from launch import HERE, assert_same, content
-from slurm_jobs import FIRST, PACED, Job, workplace
+from slurm_jobs import FIRST, ITERATIONS, PACED, Job, workplace
 
 Scenario = Callable[[Cluster, Path], None]
 SCENARIOS: dict[str, Scenario] = {}
@@ -139,7 +139,7 @@ def a_node_that_dies(cluster: Cluster, folder: Path) -> None:
         job.finish()
         assert job["NodeList"] == "n1"
         cluster.start_node("n2")
-    assert 0 < reached < 300
+    assert 0 < reached < ITERATIONS
     check(job)
     assert "was written on" not in job.log  # the same number of ranks
 
@@ -150,7 +150,7 @@ def other_ranks(cluster: Cluster, folder: Path) -> None:
     job.wait_until_going()
     job.signal("USR1")
     job.wait_until_requeued()
-    job.update(NumTasks=3, NumCPUs=3)
+    job.update(NumTasks=2, NumCPUs=2)
     job.finish()
     check(job)
     assert "was written on 1 rank" in job.log
@@ -231,7 +231,7 @@ def a_sweep(cluster: Cluster, folder: Path) -> None:
     table = folder / "widths.table"
     wait_for("the table", lambda: table.exists() and table.read_text().count("\n") == 3)
     _, first, second = table.read_text().splitlines()
-    assert (first.split()[:2], second.split()[:2]) == (["1", "300"], ["2", "300"])
+    assert (first.split()[:2], second.split()[:2]) == (["1", str(ITERATIONS)], ["2", str(ITERATIONS)])
     assert second.endswith("-width 6")
     check(tasks[0])
 

@@ -80,9 +80,9 @@ def test_batch_script_starts_and_goes_on(folder: Path) -> None:
     srun.chmod(0o755)
     variables = environment() | {"PATH": f"{srun.parent}:{os.environ['PATH']}", "SLURM_JOB_NAME": "batch"}
     for iterations in ("1", "2"):
+        command = ["bash", "drivers/job.sbatch", "-problem", "heat.py:Heat", "-max_it", iterations]
         done = subprocess.run(
-            ["bash", "drivers/job.sbatch", "-problem", "heat.py:Heat", "-max_it", iterations], cwd=folder, env=variables,
-            capture_output=True, text=True, timeout=300, check=False,
+            command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"{iterations} iterations" in done.stdout

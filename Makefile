@@ -51,7 +51,7 @@ test-long: env
 	$(MAKE) -j2 test-one test-ranks
 
 test-one:
-	$(PYTHON_ENV) -m pytest tests
+	$(PYTHON_ENV) -m pytest tests -rs
 
 test-ranks:
 	$(MPIEXEC) -n 3 $(PYTHON_ENV) -m pytest tests

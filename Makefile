@@ -1,5 +1,6 @@
 # make demo    train a physics-informed network on two ranks with three solvers, 45 s in all, draw the figures
 # make check   a part of the test suite, before a commit
+# make slurm-test  the batch scripts on a Slurm of two virtual nodes of its own (installs Debian's packages, 3 minutes)
 # make test    the test suite, on 1, 2 and 3 ranks (18 minutes); make test-long all of it on all ranks, 1,000 kills
 # make bench   the tables of the README, measured side by side (about 25 minutes)
 # make gpu     try a GPU: numbers, copies, two ranks on one card, times (GPU= has options of drivers/gpu.py)
@@ -20,7 +21,7 @@ export OPENBLAS_NUM_THREADS = 1
 # more ranks than cores take turns
 export OMPI_MCA_mpi_yield_when_idle = 1
 
-.PHONY: env demo check check-one check-three test test-long test-one test-ranks bench gpu lint docs clean
+.PHONY: env demo check check-one check-three test test-long test-one test-ranks slurm-test bench gpu lint docs clean
 
 env:
 	@./environment.sh
@@ -54,11 +55,14 @@ test-long: env
 	$(MAKE) -j2 test-one test-ranks
 
 test-one:
-	$(PYTHON_ENV) -m pytest tests
+	$(PYTHON_ENV) -m pytest tests -rs
 
 test-ranks:
 	$(MPIEXEC) -n 3 $(PYTHON_ENV) -m pytest tests
 	$(MPIEXEC) -n 2 $(PYTHON_ENV) -m pytest tests
+
+slurm-test: env
+	$(PYTHON_ENV) -m pytest tests/drivers/test_slurm.py -rs
 
 bench: env
 	$(PYTHON_ENV) drivers/bench.py $(BENCH)

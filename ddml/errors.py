@@ -2,7 +2,15 @@
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used: what was expected, what was received, what to do."""
+    """Something the user gave cannot be used: what was expected, what was received, what to do.
+
+    Attributes
+    ----------
+    exit_code : int
+        Of a program that ends with it.
+    """
+
+    exit_code = 1
 
 
 class NonFiniteError(ArithmeticError):
@@ -11,6 +19,14 @@ class NonFiniteError(ArithmeticError):
 
 class CollectiveError(InputError):
     """An InputError that all ranks raise together, also in the middle of a run."""
+
+
+class StoppedError(CollectiveError):
+    """A signal asked to stop before there was a run; the exit code is what the user has chosen for that."""
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 class RunFileError(InputError):

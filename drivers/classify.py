@@ -8,7 +8,12 @@ where there are batches; accuracy and test_loss are those of the test samples.
 
 from __future__ import annotations
 
-from common.program import run_program  # first: it initialises PETSc
+from common import signals
+
+if __name__ == "__main__":
+    signals.remember()  # what comes during the imports, which take seconds
+
+from common.program import run_program  # it initialises PETSc
 
 import math
 from typing import Any

@@ -9,10 +9,14 @@ from pathlib import Path
 
 from mpi4py.run import set_abort_status
 
+TRAINING = ("pinn", "classify", "logistic")  # what signals stop with a run file written
+
 
 def start(name: str) -> None:
     """Run a program as ``python -m mpi4py name.py`` does: what ends one rank, while it imports too, ends all."""
     sys.path.insert(0, str(Path(__file__).parent))  # as of a script
+    if name in TRAINING:
+        import_module("common.signals").remember()
     try:
         program = import_module(name)
         program.run_program(program.main)

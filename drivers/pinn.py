@@ -7,7 +7,12 @@ One problem, one network, one solver; -help explains every option.
 
 from __future__ import annotations
 
-from common.program import run_program  # first: it initialises PETSc
+from common import signals
+
+if __name__ == "__main__":
+    signals.remember()  # what comes during the imports, which take seconds
+
+from common.program import run_program  # it initialises PETSc
 
 from collections.abc import Sequence
 from typing import Any

@@ -77,8 +77,8 @@ if not PETSc.Options().hasName("options_left"):  # drivers refuse unknown option
 def run_program(main: Callable[[MPI.Comm], int]) -> None:
     """Run a driver and end the process with its exit code.
 
-    An InputError is printed once; exit code 1. It should be the same on every rank: where others do not have it within
-    some seconds, it ends the whole job. So does any other exception, whatever the other ranks are doing.
+    An InputError is printed once; the exit code is its own. It should be the same on every rank: where others do not
+    have it within some seconds, it ends the whole job. So does any other exception, whatever the other ranks are doing.
     """
     world = MPI.COMM_WORLD
     try:
@@ -90,7 +90,7 @@ def run_program(main: Callable[[MPI.Comm], int]) -> None:
         if len(together) < world.size:
             time.sleep(0.0 if world.rank == together[0] else 1.0)  # who prints comes first
             world.Abort(1)
-        code = 1
+        code = error.exit_code
     except SystemExit as end:  # of argparse after its help
         code = int(bool(end.code))
     except KeyboardInterrupt:

@@ -16,15 +16,23 @@ from petsc4py import PETSc
 
 import ddml.runs.restart
 from ddml import options
-from ddml.errors import CollectiveError, InputError
-from ddml.options import Option
+from ddml.errors import InputError, StoppedError
+from ddml.options import EACH_START, Option
 from ddml.origins import COMMAND_LINE, Origins, origins, refuse_words
 from ddml.parallel import Interrupted, StopRequest, agreed
 from ddml.runs.lock import locked
 from ddml.runs.restart import Restart
 from solvers import PETSC_TYPES, solver_class
+from . import signals
 
+LARGEST_CODE = 254  # the one above it is the last exit code that there is
 ELSEWHERE = "PETSc's options"  # of YAML, or set by who calls a driver
+
+
+INTERRUPTED_CODE = Option(
+    "interrupted_code", 0, "Exit code of a run that a signal has stopped; unless it is 0, one more where no iteration "
+    "was gained since the start (see docs/cluster.md).", minimum=0, changes=EACH_START,
+)  # fmt: skip
 
 
 @dataclass
@@ -39,6 +47,8 @@ class Start:
         Knows of signals, from here on.
     origins : Origins
         Of the options that are given.
+    interrupted_code : int
+        The value of :data:`INTERRUPTED_CODE`.
     notes : list of str
         What a user should know.
     """
@@ -46,7 +56,12 @@ class Start:
     restart: Restart
     stop: StopRequest
     origins: Origins
+    interrupted_code: int = 0
     notes: list[str] = field(default_factory=list)
+
+    def interrupted(self, gained: bool) -> int:
+        """The exit code of a run that a signal has stopped, which has gained iterations or none."""
+        return self.interrupted_code + (self.interrupted_code > 0 and not gained)
 
     def unread(self) -> list[str]:
         """Notes on options that nothing has read and that nobody has given to this program in particular.
@@ -106,10 +121,13 @@ def started(
             found = origins(sys.argv[1:], os.environ)
             refuse_words(sys.argv[1:], os.environ)
     found = comm.bcast(found)
-    stop = StopRequest()
+    stop, code = StopRequest(), 0
     with stop.listening(), _naming(found.of):
         try:
+            stop.requested |= signals.came()
             files = options.read(limits)
+            code = interrupted_code()
+            stop.check(comm)
             with locked(files.output or files.restart, comm) as notes:
                 restart = Restart()
                 if files.restart is not None:
@@ -121,9 +139,24 @@ def started(
                 settings = options.read(table)
                 settings.solver = chosen_solver(settings.solver)
                 torch.set_num_threads(settings.threads)
-                yield settings, options.read(limits), Start(restart, stop, found, notes)
+                yield settings, options.read(limits), Start(restart, stop, found, code, notes)
         except Interrupted:
-            raise CollectiveError("a signal asked to stop before the run began; nothing was written") from None
+            text = "a signal asked to stop before the run began; nothing was written"
+            raise StoppedError(text, code + 1) from None  # 1 where that is no success either
+
+
+def interrupted_code() -> int:
+    """The value of :data:`INTERRUPTED_CODE`.
+
+    Raises
+    ------
+    InputError
+        If it, or the one above it, is no exit code.
+    """
+    code: int = options.read([INTERRUPTED_CODE]).interrupted_code
+    if code > LARGEST_CODE:
+        raise InputError(f"option -interrupted_code must be {LARGEST_CODE} or less, got {code}")
+    return code
 
 
 def chosen_solver(name: str) -> str:

@@ -28,7 +28,7 @@ from ddml.sampling.batches import Batches
 from ddml.summation import efficiency, fixes_order
 from solvers import PETSC_TYPES, SOLVERS, TO_ROUNDING, Minimisation, solver_class
 from .device import short_of_memory
-from .start import Start, started
+from .start import INTERRUPTED_CODE, Start, started
 
 __all__ = ["HELP", "OPTIONS", "Start", "Training", "help_text", "started"]
 
@@ -56,6 +56,9 @@ OPTIONS = (
     Option("summation_limit", 1_000_000, "Parameters above which sums go by ranks.", minimum=0, changes=NEVER),
     Option("threads", 1, "Threads of torch on each rank.", minimum=1),
     Option("view", False, "Print the solver and the split of the parameters.", changes=EACH_START),
+    Option("check", False, "Only say what the run would be, or what is wrong with it: end before the first evaluation.",
+           changes=EACH_START),
+    INTERRUPTED_CODE,
 )  # fmt: skip
 
 
@@ -243,7 +246,10 @@ class Training:
             self._say(
                 f"  -{k} {v or ''} ({origin or 'the run file'})" for k, (v, origin) in given.items() if for_runs(k)
             )
+        if settings.check:
+            return 0
         self.start.stop.check(self.comm)
+        begin = run.first_iteration
         with short_of_memory():
             finished = run.execute()
         self._say([run.summary(), *(closing(run) if self.comm.rank == 0 else ())])
@@ -253,6 +259,8 @@ class Training:
             trust = any(names_code(name, str(value)) for name, value in in_force.items())
             more = " -trust" * trust + " and a larger limit" * (run.reason != SIGNAL)
             self._say([f"to go on: the same driver with -restart {run.output}{more}"])
+        if run.reason == SIGNAL:
+            return self.start.interrupted(len(run.history) > 0 and run.history.last("iteration") > begin)
         return 0 if finished else 1
 
     def _say(self, lines: Iterable[str]) -> None:

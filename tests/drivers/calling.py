@@ -19,9 +19,11 @@ import logistic
 import pinn
 import plot
 import predict
+import sweep
 
 MAIN = {"pinn": pinn.main, "classify": classify.main, "logistic": logistic.main}
-OF_RUN_FILES = {"plot": plot.main, "predict": predict.main, "export": export.main}  # without options of PETSc
+# without options of PETSc
+OF_RUN_FILES = {"plot": plot.main, "predict": predict.main, "export": export.main, "sweep": sweep.main}
 
 
 @contextmanager

@@ -78,15 +78,11 @@ def test_batch_script_starts_and_goes_on(folder: Path) -> None:
     srun.parent.mkdir()
     srun.write_text('#!/bin/sh\nexec mpiexec -n 2 "$@"\n')
     srun.chmod(0o755)
-    variables = environment() | {
-        "PATH": f"{srun.parent}:{os.environ['PATH']}",
-        "PROBLEM": "heat.py:Heat",
-        "RUN": "batch.h5",
-    }
+    variables = environment() | {"PATH": f"{srun.parent}:{os.environ['PATH']}", "SLURM_JOB_NAME": "batch"}
     for iterations in ("1", "2"):
+        command = ["bash", "drivers/job.sbatch", "-problem", "heat.py:Heat", "-max_it", iterations]
         done = subprocess.run(
-            ["bash", "drivers/job.sbatch"], cwd=folder, env=variables | {"ITERATIONS": iterations},
-            capture_output=True, text=True, timeout=300, check=False,
+            command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"{iterations} iterations" in done.stdout

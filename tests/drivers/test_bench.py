@@ -1,24 +1,16 @@
 """The bench's map of solvers, on a small network."""
 
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
-
-BENCH = Path(__file__).parents[2] / "drivers" / "bench.py"
+from launch import launch
 
 
 def bench(*given: str) -> list[list[str]]:
     """The cells of the rows that the bench prints, without the rules below headings."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "ORTE_"))}
-    done = subprocess.run(
-        [sys.executable, str(BENCH), *given], capture_output=True, text=True, timeout=300, check=False, env=clean
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("|") and not line.startswith("|-")]
+    done = launch(0, *given, driver="bench.py", timeout=300)
+    assert done.rc == 0, done.out + done.err
+    lines = [line for line in done.out.splitlines() if line.startswith("|") and not line.startswith("|-")]
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
@@ -97,12 +89,8 @@ def test_levels_have_a_row_for_every_method_that_is_asked_for() -> None:
 
 
 def test_a_case_of_levels_that_is_none_is_refused() -> None:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "ORTE_"))}
-    done = subprocess.run(
-        [sys.executable, str(BENCH), "-only", "levels", "-levels_cases", "digits:euler:0:nothing=3"],
-        capture_output=True, text=True, timeout=60, check=False, env=clean,
-    )  # fmt: skip
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "a case has the option 'nothing'" in done.stderr
+    done = launch(0, "-only", "levels", "-levels_cases", "digits:euler:0:nothing=3", driver="bench.py", fresh=True)
+    assert done.rc == 1 and done.err.count("\n") == 1 and "a case has the option 'nothing'" in done.err
 
 
 @pytest.mark.long

@@ -316,7 +316,7 @@ def test_references_in_docstrings_lead_somewhere(importable: None) -> None:
 
 def test_the_lists_of_what_runs_where_name_what_there_is(pytestconfig: pytest.Config) -> None:
     lists = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
-    for entry in (*lists.SERIAL, *lists.SAMPLE, *lists.STARTS):
+    for entry in (*lists.SERIAL, *lists.BY_NAME, *lists.ENDS, *lists.SAMPLE, *lists.STARTS, *lists.LENGTHY):
         path, _, test = entry.partition("::")
         assert (ROOT / "tests" / path).exists(), entry
-        assert not test or f"def {test.partition('[')[0]}(" in (ROOT / "tests" / path).read_text(), entry
+        assert not test or f"def {test.partition('[')[0]}" in (ROOT / "tests" / path).read_text(), entry

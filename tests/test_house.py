@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -102,6 +103,16 @@ class Source:
                 yield from walk(child, in_function or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
 
         return walk(self.tree, False)
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """What each imported name is, absolute."""
+        return {
+            alias.asname or alias.name: f"{self.absolute(node)}.{alias.name}"
+            for node in ast.walk(self.tree)
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
 
     def at(self, line: int) -> str:
         """The file and a line, for messages."""
@@ -279,12 +290,7 @@ def referred(source: Source, module: ModuleType, classes: list[str], name: str) 
         If there is no such thing.
     """
     parts = name.split(".")
-    for_types = {
-        alias.asname or alias.name: f"{source.absolute(node)}.{alias.name}"
-        for node in ast.walk(source.tree)
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
+    for_types = source.names
     starts = [(attribute, (module, [*classes[:end], *parts])) for end in range(len(classes), -1, -1)]
     starts += [(imported, (".".join([for_types[parts[0]], *parts[1:]]),))] if parts[0] in for_types else []
     for look, arguments in [*starts, (imported, (name,))]:

@@ -39,7 +39,7 @@ def test_the_map_of_classifiers() -> None:
 
 def test_classifiers_have_a_row_for_every_method_that_is_asked_for() -> None:
     methods = "napts modular,napts 2-norm,6 parts modular, 0.01"
-    rows = bench("-only", "classifiers", "-classifiers", "digits:mlp:500", "-marks", "1,30", "-methods", methods)[1:]
+    rows = bench("-only", "classifiers", "-classifiers", "digits:mlp:500", "-marks", "1,20", "-methods", methods)[1:]
     names = [row[0] for row in rows]
     assert names[:3] == ["apts_data 6 parts modular norm", "napts modular norm", "napts 2-norm"]
     assert names[3:] == [f"torch {name} 0.01" for name in ("adam", "sgd", "muon")]

@@ -94,8 +94,9 @@ SAMPLE = (
     *(f"{_RUNS}[{name}-digits]" for name in ("apts_data", "napts", "tr, K-FAC norm, L-BFGS")),
     "solvers/test_gauss_newton.py::test_with_blocks_a_run_has_the_same_bits_on_any_number_of_ranks",
     "runs/test_run_file.py",
-    "drivers/test_bad_input.py::test_bad_input_is_named_in_one_line_on_all_ranks",
-)
+    *(f"drivers/test_bad_input.py::test_bad_input_is_named_in_one_line_on_all_ranks[{name}"
+      for name in ("unknown", "residual", "restart", "output")),
+)  # fmt: skip
 
 # make check: six starts of drivers
 STARTS = (

@@ -85,6 +85,7 @@ ENDS = (
       for name in ("an_iteration_takes_the_documented", "exact_local_solves_make")),
     "objectives/test_composed.py::test_residuals_are_those_of_the_composition",
     "losses/test_modules.py::test_training_moves_what_is_trained_only",
+    "solvers/test_minimisation.py::test_a_module_is_trained",
 )  # fmt: skip
 
 # make check: a solver of each family on three ranks, and through a restart

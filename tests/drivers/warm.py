@@ -61,6 +61,8 @@ def serve(address: str) -> None:
     print("ready", flush=True)
     while True:
         for key, _ in sorted(waiting.select(), key=lambda event: event[0].data is None):  # kills before starts
+            if waiting.get_map().get(key.fd) is not key:  # a client that went when its child did
+                continue
             if key.fileobj is sys.stdin:
                 return
             if key.fileobj is listener:

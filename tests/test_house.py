@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -103,6 +104,16 @@ class Source:
                 yield from walk(child, in_function or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
 
         return walk(self.tree, False)
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """What each imported name is, absolute."""
+        return {
+            alias.asname or alias.name: f"{self.absolute(node)}.{alias.name}"
+            for node in ast.walk(self.tree)
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
 
     def at(self, line: int) -> str:
         """The file and a line, for messages."""
@@ -280,12 +291,7 @@ def referred(source: Source, module: ModuleType, classes: list[str], name: str) 
         If there is no such thing.
     """
     parts = name.split(".")
-    for_types = {
-        alias.asname or alias.name: f"{source.absolute(node)}.{alias.name}"
-        for node in ast.walk(source.tree)
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
+    for_types = source.names
     starts = [(attribute, (module, [*classes[:end], *parts])) for end in range(len(classes), -1, -1)]
     starts += [(imported, (".".join([for_types[parts[0]], *parts[1:]]),))] if parts[0] in for_types else []
     for look, arguments in [*starts, (imported, (name,))]:
@@ -317,7 +323,7 @@ def test_references_in_docstrings_lead_somewhere(importable: None) -> None:
 
 def test_the_lists_of_what_runs_where_name_what_there_is(pytestconfig: pytest.Config) -> None:
     lists = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
-    for entry in (*lists.SERIAL, *lists.SAMPLE, *lists.STARTS):
+    for entry in (*lists.SERIAL, *lists.BY_NAME, *lists.ENDS, *lists.SAMPLE, *lists.STARTS, *lists.LENGTHY):
         path, _, test = entry.partition("::")
         assert (ROOT / "tests" / path).exists(), entry
-        assert not test or f"def {test.partition('[')[0]}(" in (ROOT / "tests" / path).read_text(), entry
+        assert not test or f"def {test.partition('[')[0]}" in (ROOT / "tests" / path).read_text(), entry

@@ -1,10 +1,13 @@
 """Start drivers as a user does, with mpiexec, and look at what they leave."""
 
+import atexit
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,35 +20,61 @@ from mpi4py import MPI
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 _FOREIGN = ("OMPI_", "PMIX_", "ORTE_", "PETSC_OPTIONS")
+LONG = bool(os.environ.get("DDML_LONG"))
 # what starts drivers does so from one rank
 started = pytest.mark.skipif(MPI.COMM_WORLD.size > 1, reason="starts drivers")
 SMALL = ("-network", "residual", "-width", "8", "-depth", "2", "-points", "200", "-test_points", "50",
          "-error_points", "100", "-summation_blocks", "4")  # fmt: skip
 
 
+def surroundings() -> dict[str, str]:
+    """The environment of what is started; a test that itself runs under MPI must not pass that on."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(_FOREIGN)}
+    environment["OMP_NUM_THREADS"] = environment["OPENBLAS_NUM_THREADS"] = "1"
+    environment["OMPI_MCA_mpi_yield_when_idle"] = "1"  # tests run on busy machines
+    return environment
+
+
+@cache
+def warm() -> list[str]:
+    """What stands for ``python -m mpi4py`` in a command and has its imports done: see :mod:`warm`."""
+    folder = tempfile.TemporaryDirectory()
+    address = f"{folder.name}/socket"
+    command = [sys.executable, str(HERE / "warm.py"), "serve", address]
+    server = subprocess.Popen(
+        command, env=surroundings(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert server.stdin and server.stdout and server.stdout.readline() == "ready\n"
+
+    def end() -> None:
+        server.communicate()  # it ends with its input
+        folder.cleanup()
+
+    atexit.register(end)
+    return [sys.executable, "-I", "-S", str(HERE / "warm.py"), address]
+
+
 def start(
     ranks: int,
     *options: object,
     driver: str = "pinn.py",
-    warm: Path | None = None,
+    fresh: bool = LONG,
     folder: Path = ROOT,
     **variables: str,
 ) -> subprocess.Popen[str]:
-    """A driver in a session of its own; a test that itself runs under MPI must not pass that on.
+    """A driver in a session of its own.
 
-    ``ranks`` 0 is one rank without mpiexec, ``warm`` the address of an interpreter that forks its ranks (:mod:`warm`),
-    ``folder`` where it runs; ``variables`` come on top of those of the environment.
+    ``ranks`` 0 is one rank without mpiexec, ``fresh`` an interpreter of its own for each rank, as users have them,
+    instead of the one of :func:`warm`; where signals reach a rank, or the start is what is tested, it must be. What is
+    done is the same: ``make test-long`` starts all afresh. ``folder`` is where it runs; ``variables`` come on top of
+    those of the environment.
     """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(_FOREIGN)}
-    environment["OMP_NUM_THREADS"] = environment["OPENBLAS_NUM_THREADS"] = "1"
-    environment["OMPI_MCA_mpi_yield_when_idle"] = "1"  # tests run on busy machines
-    environment |= variables
     command = ["mpiexec", "--oversubscribe", "-n", str(ranks)] if ranks else []
     command += ["--allow-run-as-root"] if ranks and os.getuid() == 0 else []
-    python = ["-m", "mpi4py"] if warm is None else ["-I", "-S", str(HERE / "warm.py"), str(warm)]
-    command += [sys.executable, *python, str(ROOT / "drivers" / driver), *map(str, options)]
+    command += [sys.executable, "-m", "mpi4py"] if fresh else warm()
+    command += [str(ROOT / "drivers" / driver), *map(str, options)]
     return subprocess.Popen(
-        command, env=environment, cwd=folder, text=True, start_new_session=True,
+        command, env=surroundings() | variables, cwd=folder, text=True, start_new_session=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -67,7 +96,7 @@ def launch(ranks: int, *options: object, timeout: float = 200.0, **settings: Any
 
 
 def processes(session: int) -> dict[int, int]:
-    """Rank by process id of everything that runs in a session, -1 for what is no rank of a driver."""
+    """Rank by process id of everything that runs in a session, -1 for what is no rank of a driver (a fresh one)."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from calling import call
-from launch import ROOT, assert_same, content, finish, kill, launch, processes, start
+from launch import LONG, ROOT, assert_same, content, finish, kill, launch, processes, start
 from own_data import BATCHES, USER
 
 OFFICIAL = Path(os.environ.get("DDML_DATA", ROOT.parent / "shared" / "data"))
@@ -23,10 +23,10 @@ def classify(ranks: int, *options: object, **settings: Any) -> SimpleNamespace:
     return launch(ranks, *options, driver="classify.py", **settings)
 
 
-def train(path: Path, ranks: int, iterations: int, *options: object) -> str:
+def train(path: Path, ranks: int, iterations: int, *options: object, fresh: bool = LONG) -> str:
     """Run to so many iterations, from the run file and with its options if it is there; what was printed."""
     where = "-restart" if path.exists() else "-output"
-    result = classify(ranks, where, path, *options, "-max_it", iterations)
+    result = classify(ranks, where, path, *options, "-max_it", iterations, fresh=fresh)
     assert result.rc == 0, result.out + result.err
     return result.out
 
@@ -35,7 +35,7 @@ def train(path: Path, ranks: int, iterations: int, *options: object) -> str:
 def learnt(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A run with default options on all digits."""
     path = tmp_path_factory.mktemp("learnt") / "run.h5"
-    return SimpleNamespace(path=path, out=train(path, 2, 60))
+    return SimpleNamespace(path=path, out=train(path, 2, 60, fresh=True))
 
 
 def test_digits_are_learnt(learnt: SimpleNamespace) -> None:
@@ -55,8 +55,7 @@ def test_digits_are_learnt(learnt: SimpleNamespace) -> None:
 
 
 def test_loss_and_accuracy_are_drawn(learnt: SimpleNamespace, tmp_path: Path) -> None:
-    result = launch(1, learnt.path, "-o", tmp_path / "figure.png", driver="plot.py")
-    assert result.rc == 0, result.err
+    assert call("plot", learnt.path, "-o", tmp_path / "figure.png") == 0
     assert [p.name for p in tmp_path.iterdir()] == ["figure.png"]
     image = plt.imread(tmp_path / "figure.png")
     assert image.shape[0] > 900  # two rows of panels
@@ -98,7 +97,7 @@ def test_a_killed_run_goes_on_with_other_ranks(tmp_path: Path) -> None:
 def test_a_signal_stops_a_run_that_can_go_on(tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole.h5", tmp_path / "stopped.h5"
     endless = ("-max_it", 10**6, "-max_time", 100)  # only the signal ends it, however busy the machine
-    process = start(2, *BATCHES, *endless, "-output", stopped, driver="classify.py")
+    process = start(2, *BATCHES, *endless, "-output", stopped, driver="classify.py", fresh=True)
     assert any(line.startswith("     2 ") for line in process.stdout)
     ranks = {rank: pid for pid, rank in processes(process.pid).items() if rank >= 0}
     os.kill(ranks[1], signal.SIGTERM)

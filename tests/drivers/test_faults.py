@@ -15,7 +15,8 @@ LOCAL = HERE / "faulty_solvers.py"
 
 
 def test_exception_on_one_rank_ends_all() -> None:
-    result = launch(2, "-problem", f"{FAULTY}:RaisesOnOneRank", *SMALL, "-solver", "lbfgs", "-max_it", 1000, timeout=40)
+    options = ("-problem", f"{FAULTY}:RaisesOnOneRank", *SMALL, "-solver", "lbfgs", "-max_it", 1000)
+    result = launch(2, *options, timeout=40, fresh=True)
     assert result.rc != 0
     assert "the second rank had enough" in result.err
 

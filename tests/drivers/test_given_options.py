@@ -159,7 +159,7 @@ def test_files_of_other_programs_and_foreign_packages_are_no_obstacle(tmp_path: 
         (tmp_path / "foreign" / name).mkdir(parents=True)
         (tmp_path / "foreign" / name / "__init__.py").write_text("raise RuntimeError('foreign')\n")
     words = ("-problem", "torch.py:Burgers", "-solver", "lbfgs", *SMALL, "-max_it", 3, "-output", "run.h5")
-    result = launch(2, *words, folder=tmp_path, PYTHONPATH=f"{tmp_path / 'foreign'}:{ROOT}")
+    result = launch(2, *words, folder=tmp_path, fresh=True, PYTHONPATH=f"{tmp_path / 'foreign'}:{ROOT}")
     assert result.rc == 0, result.out + result.err
     assert result.err == ""
     assert "note: -snes_monitor of .petscrc is read by nothing here\n" in result.out

@@ -164,7 +164,7 @@ def test_two_starts_on_one_file_exclude_each_other(
 def test_ctrl_c_before_the_first_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "run.h5"
     words = ("-solver", "lbfgs", *SMALL, "-max_it", 10**6, "-max_time", 100, "-checkpoint_interval", 0)
-    process = start(0, *words, "-output", path)
+    process = start(0, *words, "-output", path, fresh=True)
     assert process.stdout and any(line.startswith("     2 ") for line in process.stdout)
     process.send_signal(signal.SIGINT)
     result = finish(process)
@@ -177,7 +177,8 @@ def test_ctrl_c_before_the_first_checkpoint(tmp_path: Path) -> None:
 @started
 def test_a_reader_who_leaves_ends_no_run(tmp_path: Path) -> None:
     path = tmp_path / "run.h5"
-    process = start(0, "-solver", "lbfgs", *SMALL, "-max_it", 30, "-progress", "lines", "-output", path)
+    words = ("-solver", "lbfgs", *SMALL, "-max_it", 30, "-progress", "lines", "-output", path)
+    process = start(0, *words, fresh=True)
     assert process.stdout and process.stdout.readline()
     process.stdout.close()
     assert process.wait(60) == 0
@@ -188,7 +189,8 @@ def test_a_reader_who_leaves_ends_no_run(tmp_path: Path) -> None:
 
 @started
 def test_a_second_one_ends_at_once(tmp_path: Path) -> None:
-    process = start(0, "-problem", f"{PROBLEMS}:SleepsInItsConstructor", *RUN, "-output", tmp_path / "run.h5")
+    words = ("-problem", f"{PROBLEMS}:SleepsInItsConstructor", *RUN, "-output", tmp_path / "run.h5")
+    process = start(0, *words, fresh=True)
     assert process.stdout and process.stdout.readline() == "asleep\n"
     before = time.monotonic()
     for _ in range(2):
@@ -203,7 +205,7 @@ def test_a_second_one_ends_at_once(tmp_path: Path) -> None:
 
 @started
 def test_while_modules_are_imported_it_is_one_line() -> None:
-    process = start(0, *RUN)
+    process = start(0, *RUN, fresh=True)
     maps, end = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 20
     while "libpetsc" not in maps.read_text() and time.monotonic() < end:
         time.sleep(0.01)  # torch comes behind it, and takes a second

@@ -5,30 +5,16 @@ from __future__ import annotations
 import os
 import random
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launch import HERE, SMALL, assert_same, finish, kill, launch, start
+from launch import SMALL, assert_same, finish, kill, launch, start, warm
 
 KILLS = int(os.environ.get("DDML_KILLS", "4"))
 EACH = min(KILLS, 25)  # kills of one run
 OPTIONS = (*SMALL, "-solver", "aspqn", "-local_steps", "3", "-checkpoint_interval", "1")
 LENGTH = 12 * EACH
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The address of an interpreter that forks ranks."""
-    address = tmp_path_factory.mktemp("warm") / "socket"
-    command = [sys.executable, str(HERE / "warm.py"), "serve", str(address)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdin and server.stdout and server.stdout.readline() == "ready\n"
-        yield address
-        server.stdin.close()
-    assert server.returncode == 0
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +25,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("number", range(-(-KILLS // EACH)))
-def test_every_restart_after_a_kill_succeeds(warm: Path, whole: Path, tmp_path: Path, number: int) -> None:
+def test_every_restart_after_a_kill_succeeds(whole: Path, tmp_path: Path, number: int) -> None:
     killed, moments = tmp_path / "killed.h5", random.Random(number)
 
     def go_on() -> subprocess.Popen[str]:
         where = ("-restart", killed) if killed.exists() else ("-output", killed)
-        return start(2, *OPTIONS, "-max_it", LENGTH, *where, warm=warm)
+        return start(2, *OPTIONS, "-max_it", LENGTH, *where, fresh=False)
 
+    warm()
     before = time.monotonic()
-    assert finish(start(2, *OPTIONS, "-max_it", 0, warm=warm)).rc == 0
+    assert finish(start(2, *OPTIONS, "-max_it", 0, fresh=False)).rc == 0
     pace = time.monotonic() - before
     for _ in range(EACH):
         process = go_on()

@@ -9,13 +9,26 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from launch import LONG, ROOT, warm
 
-ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [block for page in PAGES for block in re.findall(r"```(\w+)\n(.*?)```", page.read_text(), flags=re.S)]
 COMMANDS = [line.split("    #")[0].strip() for kind, body in BLOCKS if kind == "sh" for line in body.splitlines()]
 PROGRAMS = [body for kind, body in BLOCKS if kind == "python" and not re.search(r"^class ", body, flags=re.M)]
 RUN_BY_CI = ("make demo", "make test")
+STARTED = [command for command in COMMANDS if command.startswith(("mpiexec", ".venv"))]
+PYTHON = re.compile(r"\.venv/bin/python( -m mpi4py)?(?= )")
+
+
+def form(command: str) -> tuple[str | None, ...]:
+    """With or without mpiexec, the driver, and whether with a file of the reader's."""
+    found = re.search(r"(mpiexec)?.* drivers/(\w+)\.py(.* (\w+\.py:\w+))?", command)
+    assert found, command
+    return found[1], found[2], found[4]
+
+
+# the first command of each form is started as it stands, the others in interpreters whose imports are done
+AS_IT_STANDS = STARTED if LONG else list({form(command): command for command in reversed(STARTED)}.values())
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +58,18 @@ def test_every_command_is_known() -> None:
     assert all(command in ci for command in RUN_BY_CI)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("mpiexec", ".venv"))])
+def test_drivers_are_started_as_the_pages_say() -> None:
+    launchers = {
+        driver: {form(c)[0] for c in AS_IT_STANDS if form(c)[1] == driver} for _, driver, _ in map(form, STARTED)
+    }
+    assert all(launchers[driver] == {"mpiexec", None} for driver in ("pinn", "classify", "logistic"))
+
+
+@pytest.mark.parametrize("command", STARTED)
 def test_command_runs(command: str, folder: Path) -> None:
+    line = command if command in AS_IT_STANDS else PYTHON.sub(shlex.join(warm()), command)
     done = subprocess.run(
-        shlex.split(command), cwd=folder, env=environment(), capture_output=True, text=True, timeout=300, check=False
+        shlex.split(line), cwd=folder, env=environment(), capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "error" not in done.stderr.lower()
@@ -63,7 +84,8 @@ def test_program_runs(number: int, ranks: int, folder: Path) -> None:
     file = folder / f"program{number}.py"
     file.write_text(PROGRAMS[number])
     # to a file each: mpiexec prints what comes from ranks into each other's lines
-    command = f".venv/bin/python -m mpi4py {file.name} > {file.name}.${{OMPI_COMM_WORLD_RANK:-$PMI_RANK}}"
+    python = ".venv/bin/python -m mpi4py" if LONG or ranks == 1 else shlex.join(warm())
+    command = f"{python} {file.name} > {file.name}.${{OMPI_COMM_WORLD_RANK:-$PMI_RANK}}"
     done = subprocess.run(
         ["mpiexec", "-n", str(ranks), "sh", "-c", command], cwd=folder, env=environment() | {"PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=300, check=False,
@@ -76,7 +98,9 @@ def test_program_runs(number: int, ranks: int, folder: Path) -> None:
 def test_batch_script_starts_and_goes_on(folder: Path) -> None:
     srun = folder / "bin" / "srun"
     srun.parent.mkdir()
-    srun.write_text('#!/bin/sh\nexec mpiexec -n 2 "$@"\n')
+    check = '[ "$1 $2 $3" = ".venv/bin/python -m mpi4py" ] || exit 9'
+    quick = "" if LONG else f'shift 3; set -- {shlex.join(warm())} "$@"'
+    srun.write_text(f'#!/bin/sh\n{check}\n{quick}\nexec mpiexec -n 2 "$@"\n')
     srun.chmod(0o755)
     variables = environment() | {"PATH": f"{srun.parent}:{os.environ['PATH']}", "SLURM_JOB_NAME": "batch"}
     for iterations in ("1", "2"):

@@ -7,28 +7,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launch import SMALL, assert_same, content, finish, launch, processes, start
+from launch import LONG, SMALL, assert_same, content, finish, launch, processes, start
 
 SCHWARZ = ("-solver", "aspqn", "-local_steps", "5")
 ENDLESS = ("-max_it", 10**6, "-max_time", 100)  # a run that only a signal ends, however busy the machine
 FURTHER = 10  # iterations after a run that a signal stopped
 
 
-def train(path: Path, ranks: int, iterations: int, *options: object) -> str:
+def train(path: Path, ranks: int, iterations: int, *options: object, fresh: bool = LONG) -> str:
     """Run to so many iterations, from the run file and with its options if it is there; what was printed."""
     where = ("-restart", path) if path.exists() else ("-output", path, *SMALL)
-    result = launch(ranks, *where, *options, "-max_it", iterations)
+    result = launch(ranks, *where, *options, "-max_it", iterations, fresh=fresh)
     assert result.rc == 0, result.out + result.err
     return result.out
 
 
 def test_other_numbers_of_ranks_go_on_to_the_last_bit(tmp_path: Path) -> None:
-    """Every start anew; see test_ranks.py for the other solvers."""
+    """Every number of ranks in processes of its own; see test_ranks.py for the other solvers."""
     whole, parts = tmp_path / "whole.h5", tmp_path / "parts.h5"
     train(whole, 2, 10, *SCHWARZ)
     train(parts, 1, 4, *SCHWARZ)
-    for ranks, iterations in ((2, 7), (3, 10)):
-        train(parts, ranks, iterations)
+    train(parts, 2, 7)
+    train(parts, 3, 10, fresh=True)
     assert_same(whole, parts, errors=1e-13)  # which are summed by ranks
     assert list(content(whole).history["iteration"]) == list(range(11))
     assert np.all(np.diff(content(parts).history["time"]) > 0)
@@ -56,7 +56,7 @@ def test_signal_stops_a_run_that_can_go_on(
     tmp_path: Path,
 ) -> None:
     whole, path = tmp_path / "whole.h5", tmp_path / "run.h5"
-    process = start(2, *SMALL, *SCHWARZ, *ENDLESS, "-output", path, "-checkpoint_interval", 0)
+    process = start(2, *SMALL, *SCHWARZ, *ENDLESS, "-output", path, "-checkpoint_interval", 0, fresh=True)
     assert any(line.startswith("     2 ") for line in process.stdout)
     ranks = {rank: pid for pid, rank in processes(process.pid).items() if rank >= 0}
     os.kill(receiver(process.pid, ranks), number)

@@ -1,9 +1,9 @@
 """Quick starts of drivers: ranks forked from one interpreter whose imports are done.
 
 MPI forbids to fork a process that has initialised it, so the interpreter (:func:`serve`) imports mpi4py and petsc4py
-without that. What mpiexec starts (this file as a program) imports next to nothing: it hands its environment, arguments
-and outputs to the interpreter, whose child is the rank, and waits for the exit code. A child whose client is killed is
-killed at once.
+without that, and torch, ddml and solvers, which takes as long as a short run. What mpiexec starts (this file as a
+program) imports next to nothing: it hands its environment, arguments and outputs to the interpreter, whose child is the
+rank, and waits for the exit code. A child whose client is killed is killed at once; other signals do not reach it.
 """
 
 import array
@@ -14,6 +14,9 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, object], list[int]]:
@@ -29,16 +32,20 @@ def receive(connection: socket.socket) -> tuple[dict[str, object], list[int]]:
 
 def become(request: dict[str, object], fds: list[int]) -> None:
     """Be the rank, to the end of this process."""
-    for target, fd in zip((1, 2), fds, strict=True):
+    for target, fd in enumerate((os.open(os.devnull, os.O_RDONLY), *fds)):
         os.dup2(fd, target)
     os.environ.clear()
     os.environ.update(request["environment"])  # type: ignore[call-overload]
     os.chdir(str(request["folder"]))
     sys.argv = list(request["arguments"])  # type: ignore[call-overload]
-    sys.path.insert(0, os.path.dirname(sys.argv[0]))
+    program = Path(sys.argv[0]).resolve()
+    sys.path.insert(0, str(program.parent))
     MPI.Init()
+    if program.parent.name != "drivers":  # which initialise PETSc themselves
+        petsc4py.init()
     runpy.run_path(sys.argv[0], run_name="__main__")
     sys.stdout.flush()
+    PETSc._finalize()
     MPI.Finalize()
 
 
@@ -54,6 +61,8 @@ def serve(address: str) -> None:
     print("ready", flush=True)
     while True:
         for key, _ in sorted(waiting.select(), key=lambda event: event[0].data is None):  # kills before starts
+            if waiting.get_map().get(key.fd) is not key:  # a client that went when its child did
+                continue
             if key.fileobj is sys.stdin:
                 return
             if key.fileobj is listener:
@@ -100,17 +109,25 @@ def ask(address: str, arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
+        import importlib
+        import pkgutil
         import runpy
 
+        import matplotlib.backends.backend_agg
+        import matplotlib.figure  # noqa: F401
         import mpi4py
         import petsc4py.lib
+        import torch._dynamo  # noqa: F401  # which optimizers and exports load late
 
         mpi4py.rc.initialize = False
-        petsc4py.lib.ImportPETSc()  # and does not initialise it
+        PETSc = petsc4py.lib.ImportPETSc()  # and does not initialise it
         from mpi4py import MPI
 
-        import solvers  # noqa: F401
-
+        sys.path[0] = str(ROOT)  # in the place of this folder
+        for package in map(importlib.import_module, ("ddml", "solvers")):
+            for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+                if not module.name.startswith("ddml.kernels."):  # libraries, which are no modules of Python
+                    importlib.import_module(module.name)
         assert not MPI.Is_initialized()
         serve(sys.argv[2])
     else:

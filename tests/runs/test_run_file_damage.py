@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -124,12 +126,23 @@ def test_checksum_does_not_depend_on_the_pieces_and_finds_what_a_plain_sum_misse
     assert sealed.checksum(swapped, 0) != sealed.checksum(np.roll(swapped, 16_384), 0)
 
 
+# for each version that it is told, a process that writes the next ones until it is killed; torch is loaded once
 CHILD = """
-import sys, numpy as np
+import os, sys
+import h5py, numpy as np, torch
+path = sys.argv[1]
+for line in sys.stdin:
+    version, pid = int(line), os.fork()
+    if not pid:
+        break
+    os.waitpid(pid, 0)
+    print("ended", flush=True)
+else:
+    sys.exit()
+print(os.getpid(), flush=True)
 from petsc4py import PETSc
 from ddml.runs.run_file import write
 from ddml.runs.history import History
-path, version = sys.argv[1], int(sys.argv[2])
 theta, m = (PETSc.Vec().createSeq(20000) for _ in range(2))
 while True:
     version += 1
@@ -141,19 +154,28 @@ while True:
 """
 
 
-def killed_writer(path: Path, version: int, pause: float) -> int:
-    """Start a writer behind `version`, kill it `pause` seconds after its first file; its last finished version."""
+@contextmanager
+def writers(path: Path) -> Iterator[Callable[[int], tuple[int, Iterator[str]]]]:
+    """What starts a writer behind a version and gives its process id, and the lines that it prints."""
     alone = {name: text for name, text in os.environ.items() if not name.startswith(("OMPI_", "PMIX_", "PMI_"))}
-    command = [sys.executable, "-c", CHILD, str(path), str(version)]
-    with subprocess.Popen(command, env=alone, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        assert child.stdout and child.stderr
-        first = child.stdout.readline()
-        assert first, child.stderr.read()
-        time.sleep(pause)
-        child.send_signal(signal.SIGKILL)
-        lines = [first, *child.stdout.readlines()]
-    # The kill may cut the last line short.
-    return int([line for line in lines if line.endswith("\n")][-1])
+    command = [sys.executable, "-c", CHILD, str(path)]
+    with subprocess.Popen(command, env=alone, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdin and parent.stdout
+
+        def start(version: int) -> tuple[int, Iterator[str]]:
+            print(version, file=parent.stdin, flush=True)
+            return int(parent.stdout.readline()), iter(parent.stdout.readline, "ended\n")
+
+        yield start
+
+
+def killed(writer: tuple[int, Iterator[str]], pause: float) -> int:
+    """Kill a writer `pause` seconds after its first file; its last finished version."""
+    pid, versions = writer
+    first = next(versions)
+    time.sleep(pause)
+    os.kill(pid, signal.SIGKILL)
+    return int([first, *versions][-1])
 
 
 def test_a_kill_at_any_moment_leaves_a_whole_file(shared_tmp: Path) -> None:
@@ -162,16 +184,17 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(shared_tmp: Path) -> None:
     if comm.rank == 0:
         try:
             theta, version = PETSc.Vec().createSeq(20_000), 0
-            for pause in np.random.default_rng().uniform(0, 0.05, 15):
-                done = killed_writer(path, version, pause)
-                state, history = read(str(path), theta)
-                version = state["version"]
-                assert version in (done, done + 1)
-                np.testing.assert_array_equal(theta.getArray(), float(version))
-                np.testing.assert_array_equal(state["m"].getArray(), -float(version))
-                np.testing.assert_array_equal(history["loss"], np.full(version % 50, float(version)))
-                assert inspect(str(path), MPI.COMM_SELF).attributes["v"] == version
-                state["m"].destroy()
+            with writers(path) as start:
+                for pause in np.random.default_rng().uniform(0, 0.05, 15):
+                    done = killed(start(version), pause)
+                    state, history = read(str(path), theta)
+                    version = state["version"]
+                    assert version in (done, done + 1)
+                    np.testing.assert_array_equal(theta.getArray(), float(version))
+                    np.testing.assert_array_equal(state["m"].getArray(), -float(version))
+                    np.testing.assert_array_equal(history["loss"], np.full(version % 50, float(version)))
+                    assert inspect(str(path), MPI.COMM_SELF).attributes["v"] == version
+                    state["m"].destroy()
             theta.destroy()
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"
@@ -180,10 +203,10 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(shared_tmp: Path) -> None:
 
 def test_what_another_run_writes_meanwhile_is_read_whole_or_refused(shared_tmp: Path) -> None:
     path = shared_tmp / "run.h5"
-    alone = {name: text for name, text in os.environ.items() if not name.startswith(("OMPI_", "PMIX_", "PMI_"))}
     theta = PETSc.Vec().createSeq(20000)
-    with subprocess.Popen([sys.executable, "-c", CHILD, str(path), "0"], env=alone, stdout=subprocess.PIPE) as child:
-        assert child.stdout and child.stdout.readline()
+    with writers(path) as start:
+        pid, lines = start(0)
+        assert next(lines)
         end, versions = time.monotonic() + 1.5, set()
         while time.monotonic() < end:
             try:
@@ -195,6 +218,7 @@ def test_what_another_run_writes_meanwhile_is_read_whole_or_refused(shared_tmp: 
             assert np.all(state["m"].array_r == -state["version"])
             versions.add(state["version"])
             state["m"].destroy()
-        child.kill()
+        os.kill(pid, signal.SIGKILL)
+        assert list(lines)
     theta.destroy()
     assert len(versions) > 2

@@ -41,27 +41,15 @@ SERIAL = (
     *("losses/test_module_refusals.py", "losses/test_pde_modules.py", "losses/test_restrictions.py"),
     *("losses/test_recorded.py", "objectives/test_waiting.py", "drivers/test_gpu.py"),
     *("problems/test_references.py", "problems/test_program.py", "runs/test_figures.py", "runs/test_history.py"),
-    *(
-        "test_options.py",
-        "test_origins.py",
-        "test_plugins.py",
-        "test_prepare.py",
-        "test_house.py",
-        "test_prepare_harm.py",
-    ),
+    *(f"test_{name}.py" for name in ("environment", "house", "options", "origins", "package", "plugins", "prepare")),
+    "test_prepare_harm.py",
     *("data/test_arrays.py", "data/test_images.py", "data/test_inputs.py", "data/test_tables.py"),
     "runs/test_run_file_damage.py::test_a_kill_at_any_moment_leaves_a_whole_file",  # a writer on one rank
     "runs/test_run_file_damage.py::test_what_another_run_writes_meanwhile_is_read_whole_or_refused",
     *(f"drivers/test_{name}.py" for name in ("all_solvers", "bad_problems", "bench", "classify", "faults", "header")),
-    *("drivers/test_slurm.py", "drivers/test_interrupted_code.py"),
     *(f"drivers/test_{name}.py" for name in ("kill", "plot_driver", "readme", "restart", "rivals", "same_bits")),
-    *(
-        "drivers/test_mutations.py",
-        "drivers/test_slips.py",
-        "drivers/test_predict.py",
-        "drivers/test_export.py",
-        "problems/test_calling.py",
-    ),
+    *(f"drivers/test_{name}.py" for name in ("export", "interrupted_code", "mutations", "predict", "slips", "slurm")),
+    "problems/test_calling.py",
     # what others claim on several ranks
     "solvers/test_frugal.py::test_runs_are_those_of_a_small_network",
     "solvers/test_spqn.py::test_a_subdomain_whose_gradient_is_at_rounding_stays_where_it_is",
@@ -126,7 +114,10 @@ STARTS = (
 )
 
 # long enough to be left out of make check
-LENGTHY = ("objectives/test_composed.py::test_compositions_are_what_they_say", "problems/test_references.py")
+LENGTHY = (
+    *("objectives/test_composed.py::test_compositions_are_what_they_say", "problems/test_references.py"),
+    "test_environment.py::test_what_the_interpreter_brings_stays",
+)
 
 HERE = Path(__file__).parent
 

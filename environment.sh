@@ -115,7 +115,7 @@ if [ -z "$given" ] && [ -n "${PETSC_DIR:-}" ]; then
     fail "PETSC_DIR is set but $python does not import petsc4py: load its module, or add \$PETSC_DIR/\$PETSC_ARCH/lib to PYTHONPATH, or unset PETSC_DIR to build PETSc"
 fi
 
-cuda_options="--with-cxx=0 --with-cuda=0 --with-cudac=0"
+cuda_options=
 if [ "${DDML_CUDA:-0}" = 1 ] && [ -z "$given" ]; then
     toolkit=${CUDA_HOME:-$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")}
     [ -x "$toolkit/bin/nvcc" ] || fail "DDML_CUDA=1 needs the CUDA toolkit: CUDA_HOME, or its nvcc in PATH"
@@ -150,8 +150,12 @@ fi
 # any the compiler takes two minutes less, and products with sparse matrices three times as long.) Memory is aligned
 # because BLAS's rounding may depend on it. h5py and petsc4py pass arguments: they are not optimised.
 hdf5=/usr/lib/$(gcc -print-multiarch 2>/dev/null)/hdf5/openmpi
-petsc_options="--with-fc=0 $cuda_options --with-x=0 --with-ssl=0 --with-debugging=0 --with-hip=0
+petsc_options="--with-fc=0 --with-cxx=0 --with-x=0 --with-ssl=0 --with-debugging=0 --with-cuda=0 --with-cudac=0 --with-hip=0
  --with-memalign=64 --with-hdf5=1 --with-hdf5-dir=$hdf5 --with-blaslapack-lib=-lopenblas COPTFLAGS=-O1"
+if [ -n "$cuda_options" ]; then
+    petsc_options=${petsc_options/--with-cxx=0 /}
+    petsc_options=${petsc_options/--with-cuda=0 --with-cudac=0/$cuda_options}
+fi
 cores=$(env -u OMP_NUM_THREADS nproc) # which would count as the cores otherwise
 wheels=${DDML_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ddml}/wheels-$({ sed -n '/^# compiled:/,$p' versions.txt
     grep -E '^(numpy|mpi4py)==' versions.txt; echo "$petsc_options"; "$python" -VV; uname -m; mpicc -show

@@ -1,5 +1,6 @@
 """Call drivers in this process, on all of its ranks, with PETSc's options and sys.argv as a command line sets them."""
 
+import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,8 +29,9 @@ OF_RUN_FILES = {"plot": plot.main, "predict": predict.main, "export": export.mai
 
 @contextmanager
 def command_line(name: str, words: list[str]) -> Iterator[None]:
-    """Options and arguments within this block."""
+    """Options and arguments within this block, and what limits it changes."""
     database, before, arguments = PETSc.Options(), PETSc.Options().getAll(), sys.argv
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     sys.argv = [name, *words]
     if name not in OF_RUN_FILES:
         database.insertString(" ".join(words))
@@ -39,6 +41,7 @@ def command_line(name: str, words: list[str]) -> Iterator[None]:
         for key in database.getAll().keys() - before.keys():
             database.delValue(key)
         sys.argv = arguments
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)  # which a hindering problem has changed
 
 
 def call(name: str, *options: object, comm: MPI.Comm = MPI.COMM_WORLD) -> int:

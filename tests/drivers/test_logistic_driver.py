@@ -192,7 +192,7 @@ WRONG = {
     "no data": ("-max_it 2", "option -data is missing"),
     "no such data": ("-data imagenet", "no LIBSVM file imagenet; -data is one, or wide, digits"),
     "missing file": ("-data {folder}/nothing", "nothing: there is no such file"),
-    "a folder": ("-data {folder}", "there is no such file"),
+    "a folder": ("-data {folder}", "it is no regular file"),
     "indices out of order": ("-data {folder}/order", "order, line 71: index 3 stands behind index 5"),
     "an index twice": ("-data {folder}/twice", "twice, line 71: index 3 stands there twice"),
     "index 0": ("-data {folder}/zero -index_base 1", "zero, line 71: '0:1' has index 0"),

@@ -47,7 +47,7 @@ def test_on_the_cpu_the_program_tries_itself() -> None:
     done = launch(1, *SMALL, driver="gpu.py")
     assert done.rc == 0, done.out + done.err
     sections = re.findall("^## (.*)$", done.out, re.MULTILINE)
-    assert len(sections) == 6
+    assert len(sections) == 7
     assert "FAILS" not in done.out and "all right in" in done.out
     for said in ("| klein_gordon | float32 |", "| burgers | gauss_newton | 1 |", "| mlp | apts_data | 1 |"):
         assert said in done.out

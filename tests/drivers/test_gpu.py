@@ -57,6 +57,26 @@ def test_on_the_cpu_the_program_tries_itself() -> None:
     assert together.count("at most 1e-11") == 4
 
 
+@pytest.mark.skipif(NO_CUDA, reason="no GPU")
+@started
+def test_on_a_card_all_is_right() -> None:
+    done = launch(1, "-device", "cuda", *SMALL[2:], driver="gpu.py")
+    assert done.rc == 0 and "all right in" in done.out, done.out + done.err
+
+
+def test_copies_are_read_from_a_trace_whoever_makes_them() -> None:
+    def event(name: str, size: int) -> dict[str, object]:
+        return {"ph": "X", "cat": "gpu_memcpy", "name": name, "args": {"device": 0, "bytes": size}}
+
+    events = [
+        event("Memcpy HtoD (Pageable -> Device)", 800), event("Memcpy DtoH (Device -> Pinned)", 8),
+        event("Memcpy HtoD (Pinned -> Device)", 24), event("Memcpy DtoD (Device -> Device)", 9),
+        {"ph": "X", "name": "aten::copy_", "args": {}}, {"ph": "M", "args": {"labels": "CPU"}},
+    ]  # fmt: skip
+    assert gpu.copied(events, "HtoD") == [800, 24] and gpu.copied(events, "DtoH") == [8]
+    assert gpu.copied(events[4:], "HtoD") == []
+
+
 def test_a_comparison_that_fails_is_shown_and_remembered() -> None:
     trial = gpu.Trial(None, torch.device("cpu"))
     assert trial.judge(1e-13, 1e-12) == "1.0e-13 (at most 1e-12)" and trial.right

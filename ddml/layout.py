@@ -16,7 +16,6 @@ from petsc4py import PETSc
 from torch import Tensor
 
 from .errors import InputError
-from .numbers import host
 from .options import preset
 from .parallel import split
 from .parameters import Parameter
@@ -121,7 +120,7 @@ class ParameterLayout:
         if self.comm.size == 1:
             write(g, contributions)
             return
-        given = host([contributions])[0].numpy()
+        given = contributions.cpu().numpy()
         with g as array:
             mine = self.summed(given, array if given.dtype == array.dtype else None)
             if mine is not array:

@@ -16,7 +16,6 @@ from petsc4py import PETSc
 from torch import Tensor
 
 from .errors import InputError
-from .numbers import host
 from .origins import GPU_AWARE_MPI
 
 CPU = torch.device("cpu")
@@ -94,5 +93,4 @@ def owned(x: PETSc.Vec) -> Tensor:
 
 def write(x: PETSc.Vec, given: Tensor) -> None:
     """Overwrite the entries of x that this rank owns, from any device and in any precision."""
-    into = torch.utils.dlpack.from_dlpack(x.toDLPack("w"))
-    into.copy_(host([given])[0] if into.device == CPU else given)
+    torch.utils.dlpack.from_dlpack(x.toDLPack("w")).copy_(given)

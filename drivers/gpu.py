@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -213,8 +214,9 @@ def address(vec: PETSc.Vec, where: torch.device) -> int:
 def homes(trial: Trial) -> Iterator[str]:
     """Runs with vectors where they are by default against such with vectors on the host: the losses."""
     yield "| case | solver | iterations | largest difference |\n|---|---|---|---|"
+    most_solvers = None if trial.vectors.type == "cuda" else 1  # else both are the same
     for name, solvers in FAMILIES.items():
-        for words, given in solvers.items():
+        for words, given in islice(solvers.items(), most_solvers):
             found, known = (
                 run(trial.loss(name, trial.device, torch.float64), words.split()[0], given, trial, where)
                 for where in (trial.vectors, CPU)

@@ -286,6 +286,7 @@ def ranks(trial: Trial) -> Iterator[str]:
     """Two ranks on one card."""
     name = trial.device.type if trial.device.index is None else f"{trial.device.type}:{trial.device.index}"
     own = [f"-{o.name}={getattr(trial.settings, o.name)}" for o in OPTIONS if o.name not in ("device", "ranks_worker")]
+    own.append(f"-vec_type={'cuda' if trial.vectors.type == 'cuda' else 'standard'}")
     words = [word for option in own for word in option.split("=", 1)]
     done = subprocess.run(
         [*LAUNCH, "-n", "2", sys.executable, "-m", "mpi4py", __file__, *words, "-device", name, "-ranks_worker"],

@@ -20,6 +20,7 @@ from .options import preset
 from .parallel import split
 from .parameters import Parameter
 from .summation import Tree, fix_order, pieces, snapped
+from .vectors import CPU, entries, vector, write
 
 # PETSc computes several dot products as one matrix product if the vectors happen to lie evenly spaced in memory: then
 # the last bits of a run would depend on the allocator. Vectors take this over when they are made.
@@ -46,6 +47,8 @@ class ParameterLayout:
     ranges
         P + 1 boundaries, each of which is moved to the next edge of a piece; default: equal shares. Pass
         :meth:`ddml.decomposition.subdomains.Subdomains.ownership` to make subdomains local to their ranks.
+    device
+        Where the vectors are (:mod:`ddml.vectors`). On a card PETSc sums as it does by itself.
 
     Attributes
     ----------
@@ -55,9 +58,16 @@ class ParameterLayout:
         The P + 1 boundaries.
     """
 
-    def __init__(self, parameters: Sequence[Parameter], comm: MPI.Comm, ranges: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        comm: MPI.Comm,
+        ranges: Sequence[int] | None = None,
+        device: torch.device = CPU,
+    ) -> None:
         self.parameters = tuple(parameters)
         self.comm = comm
+        self.device = device
         self.size = self.parameters[-1].range.stop
         wanted = tuple(split(self.size, comm.size) if ranges is None else ranges)
         if len(wanted) != comm.size + 1 or wanted[0] != 0 or wanted[-1] != self.size:
@@ -81,29 +91,36 @@ class ParameterLayout:
         """A new zero vector in this layout; the caller destroys it. Collective."""
         local = int(self.counts[self.comm.rank])
         with preset(**ONE_BY_ONE):
-            vec = PETSc.Vec().createMPI((local, self.size), comm=self.comm)
-        fix_order(vec, self.edges)
+            vec = vector(self.comm, local, self.size, self.device)
+        if self.device.type == "cpu":
+            fix_order(vec, self.edges)
         vec.set(0.0)
         return vec
 
-    def gather(self, x: PETSc.Vec, dtype: torch.dtype = torch.float64) -> Tensor:
-        """All n entries of x on every rank, in float64 or float32. Collective.
+    def gather(self, x: PETSc.Vec, dtype: torch.dtype = torch.float64, device: torch.device = CPU) -> Tensor:
+        """All n entries of x on every rank, in float64 or float32, on a device. Collective.
 
-        In float64 this is x's own memory on one rank, on several a buffer that the next call uses again:
-        read it, and do not keep it.
+        In float64 this is x's own memory on one rank, if x is on that device; on several ranks all goes over the host,
+        and it is a buffer that the next call uses again: read it, and do not keep it.
         """
-        local = owned(x).to(dtype)
+        local = entries(x).to(dtype)
         if self.comm.size == 1:
-            return local
+            return local.to(device)
         double = dtype == torch.float64
         full = self._buffer(dtype) if double else torch.empty(self.size, dtype=dtype)
         kind = MPI.DOUBLE if double else MPI.FLOAT
-        self.comm.Allgatherv(local.numpy(), [full.numpy(), self.counts, self.ranges[:-1], kind])
-        return full
+        self.comm.Allgatherv(local.cpu().numpy(), [full.numpy(), self.counts, self.ranges[:-1], kind])
+        return full.to(device)
 
     def reduce(self, contributions: Tensor, g: PETSc.Vec) -> None:
-        """Sum the ranks' vectors (n,) into the distributed vector g. Collective."""
-        given = contributions.numpy()
+        """Sum the ranks' vectors (n,) into the distributed vector g. Collective.
+
+        On one rank they stay on their device if g is there, too; on several all goes over the host.
+        """
+        if self.comm.size == 1:
+            write(g, contributions)
+            return
+        given = contributions.cpu().numpy()
         with g as array:
             mine = self.summed(given, array if given.dtype == array.dtype else None)
             if mine is not array:
@@ -187,8 +204,3 @@ class Operator:
         mat.setOption(PETSc.Mat.Option.SYMMETRIC, True)
         mat.setUp()
         return mat
-
-
-def owned(x: PETSc.Vec) -> Tensor:
-    """The entries of x that this rank owns, in x's memory; to be read only."""
-    return torch.utils.dlpack.from_dlpack(x.toDLPack("r"))

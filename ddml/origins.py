@@ -11,6 +11,7 @@ from pathlib import Path
 from .errors import InputError
 
 COMMAND_LINE, VARIABLE = "the command line", "PETSC_OPTIONS"
+GPU_AWARE_MPI = "use_gpu_aware_mpi", "sf_use_gpu_aware_mpi"  # two names of one option
 _RC = ".petscrc", "petscrc"
 
 

@@ -77,7 +77,7 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> 
     with agreed(comm), plugins.blamed(settings.network, classifiers.KNOWN, "network"), short_of_memory():
         loss, network, test = build(settings, dataset, scaling, device.torch)
         chosen = solver_class(settings.solver).decompose(loss)
-    made = training.Training(comm, settings, start, loss, chosen, 0.0, settings.batch_size)
+    made = training.Training(comm, settings, start, loss, chosen, 0.0, settings.batch_size, device.vectors)
     moving = made.batches()
     interval = moving.interval if moving is not None else 1
     if not limits.error_interval:

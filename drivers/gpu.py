@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from common.program import run_program  # first: it initialises PETSc
 
+import json
 import subprocess
 import sys
+import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,13 +31,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from ddml import options
 from ddml.data.sample_sets import TensorSamples
-from ddml.layout import owned
 from ddml.losses.loss import Loss
 from ddml.losses.recorded import cuda_graph
 from ddml.numbers import read
 from ddml.options import Option
 from ddml.problems import PROBLEMS, PDELoss
 from ddml.problems.classification import ClassificationLoss
+from ddml.vectors import CPU, entries
 from solvers import Minimisation, minimise
 
 OPTIONS = (
@@ -50,6 +53,7 @@ OPTIONS = (
 # rounding errors grow; of sums over two ranks (our choices)
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
 FIRST, TOGETHER = 1e-6, 1e-11
+ALIKE = 1e-10  # of the losses of runs whose vectors are on the card and on the host
 FEW = {"local_steps": 5}
 # one or more of each family of solvers
 FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
@@ -67,8 +71,13 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
 class Trial:
     """The comparisons of one device, and whether they have all been right so far."""
 
-    def __init__(self, settings: Any, device: torch.device) -> None:
-        self.settings, self.device, self.right = settings, device, True
+    def __init__(self, settings: Any, device: torch.device, vectors: torch.device = CPU) -> None:
+        self.settings, self.device, self.vectors, self.right = settings, device, vectors, True
+
+    def made(self, name: str, comm: MPI.Comm = MPI.COMM_SELF) -> Minimisation:
+        """A case's loss for lbfgs, on what is tried; the caller destroys it."""
+        loss = self.loss(name, self.device, torch.float64)
+        return Minimisation(loss, "lbfgs", comm, blocks=0, vectors=self.vectors)
 
     def loss(self, name: str, device: torch.device, dtype: torch.dtype, share: int = 50) -> Loss:
         """A case's loss; on what is tried, if that is the CPU, without kernels."""
@@ -119,12 +128,12 @@ def main(comm: MPI.Comm) -> int:
             print(f"no CUDA device, or torch {torch.__version__} was built without CUDA: nothing was tried")
         return 0
     device = bind(comm, settings.device)
-    trial = Trial(settings, device.torch)
+    trial = Trial(settings, device.torch, device.vectors)
     if settings.ranks_worker:
         return ranks_worker(trial, comm)
     start = time.perf_counter()
     print(device.words() or "device cpu: the program tries itself, torch's code against the compiled kernels")
-    for section in (numbers, families, pointers, copies, ranks, ratios):
+    for section in (numbers, families, pointers, homes, copies, ranks, ratios):
         print(f"\n## {(section.__doc__ or '').splitlines()[0].rstrip('.')}\n")
         for line in section(trial):
             print(line, flush=True)
@@ -174,39 +183,110 @@ def families(trial: Trial) -> Iterator[str]:
 
 
 def pointers(trial: Trial) -> Iterator[str]:
-    """Where vectors live."""
-    made = Minimisation(trial.loss("mlp", trial.device, torch.float64), "lbfgs", MPI.COMM_SELF, blocks=0)
-    kind, seen = made.x.getType(), owned(made.x)
-    same = seen.device.type == "cuda" or seen.data_ptr() == made.x.array_r.ctypes.data
-    trial.right &= same
-    has = "has" if PETSc.Sys.hasExternalPackage("cuda") else "has no"
-    yield f"PETSc {has} CUDA; vectors are {kind}, torch sees them on {seen.device}, {'' if same else 'NOT '}in place"
+    """Where vectors live: torch sees each where PETSc has it."""
+    made = trial.made("mlp")
+    g = made.x.duplicate()
+    made.objective.value_gradient(made.x, g)
+    for name, vec, seen, where in (
+        ("parameters", made.x, entries(made.x), trial.vectors),
+        ("gradient", g, entries(g), trial.vectors),
+        ("parameters of an evaluation", made.x, made.objective.parameters(made.x), trial.device),
+    ):
+        shared = seen.data_ptr() == address(vec, trial.vectors)
+        right = seen.device.type == where.type and (shared or where.type != trial.vectors.type)
+        trial.right &= right
+        how = "in place" if shared else "as a copy"
+        yield f"{name}: {vec.getType()}, torch sees them on {seen.device} {how}{'' if right else ' **FAILS**'}"
+    g.destroy()
     made.destroy()
+    yield f"PETSc {'has' if PETSc.Sys.hasExternalPackage('cuda') else 'has no'} CUDA"
+
+
+def address(vec: PETSc.Vec, where: torch.device) -> int:
+    """Where PETSc says that it has the entries of a vector."""
+    if where.type == "cpu":
+        return int(vec.array_r.ctypes.data)
+    handle = vec.getCUDAHandle("r")
+    vec.restoreCUDAHandle(handle, "r")
+    return int(handle)
+
+
+def homes(trial: Trial) -> Iterator[str]:
+    """Runs with vectors where they are by default against such with vectors on the host: the losses."""
+    yield "| case | solver | iterations | largest difference |\n|---|---|---|---|"
+    most_solvers = None if trial.vectors.type == "cuda" else 1  # else both are the same
+    for name, solvers in FAMILIES.items():
+        for words, given in islice(solvers.items(), most_solvers):
+            found, known = (
+                run(trial.loss(name, trial.device, torch.float64), words.split()[0], given, trial, where)
+                for where in (trial.vectors, CPU)
+            )
+            alike = len(found) == len(known)
+            most = max((abs(a / b - 1) for a, b in zip(found, known, strict=False)), default=0.0)
+            cell = trial.judge(most if alike else float("inf"), ALIKE)
+            yield f"| {name} | {words} | {len(found) - 1} | {cell} |"
+
+
+def run(loss: Loss, solver: str, given: dict[str, Any], trial: Trial, where: torch.device) -> list[float]:
+    """The losses of some iterations of a solver, with vectors on some device."""
+    return list(
+        minimise(
+            loss, solver, MPI.COMM_SELF, given, blocks=0, iterations=trial.settings.iterations, vectors=where
+        ).losses
+    )
 
 
 def copies(trial: Trial) -> Iterator[str]:
-    """Copies in an evaluation of loss and gradient: at most one to the device and two from it."""
-    yield "| case | to the device | from it | operations of torch |\n|---|---|---|---|"
+    """Copies in an evaluation of loss and gradient, and in an iteration of lbfgs; those as large as the parameters."""
+    at_most = "none" if trial.vectors.type == "cuda" else "one to the device and one from it an evaluation"
+    yield f"As large as the parameters: {at_most}.\n"
+    yield "| case | what | to the device, large | from it, large | operations of torch |\n|---|---|---|---|---|"
     for name in ("burgers", "mlp"):
-        made = Minimisation(trial.loss(name, trial.device, torch.float64), "lbfgs", MPI.COMM_SELF, blocks=0)
+        made = trial.made(name)
         g = made.x.duplicate()
-        call = trial.waited(partial(made.objective.value_gradient, made.x, g))
-        call()
-        cuda = [ProfilerActivity.CUDA] if trial.device.type == "cuda" else []
-        with profile(activities=[ProfilerActivity.CPU, *cuda]) as seen:
-            call()
-        kinds = Counter(" ".join(e.name.split()[:2]) for e in seen.events() or ())
-        there, back = kinds["Memcpy HtoD"], kinds["Memcpy DtoH"]
-        trial.right &= there <= 1 and back <= 2
-        yield f"| {name} | {there} | {back} | {sum(n for kind, n in kinds.items() if kind.startswith('aten::'))} |"
+        made.tao.setMaximumIterations(2)
+        calls = {"evaluation": partial(made.objective.value_gradient, made.x, g), "2 iterations": made.tao.solve}
+        for what, call in calls.items():
+            before = made.objective.work.gradients
+            sizes, operations = profiled(trial, call)
+            evaluations = made.objective.work.gradients - before
+            large = [len([s for s in found if s >= made.layout.size * 4]) for found in sizes]
+            allowed = 0 if trial.vectors.type == "cuda" else evaluations
+            trial.right &= max(large) <= allowed
+            if what == "evaluation":
+                trial.right &= len(sizes[0]) <= 1 and len(sizes[1]) <= 2
+            cells = [f"{len(found)}, {count}" for found, count in zip(sizes, large, strict=True)]
+            yield f"| {name} | {what} | {' | '.join(cells)} | {operations} |"
         g.destroy()
         made.destroy()
+
+
+def profiled(trial: Trial, call: Callable[[], object]) -> tuple[tuple[list[int], list[int]], int]:
+    """Bytes of each copy to the device and from it, and torch's operations, in what has been done once before."""
+    complete = trial.waited(call)
+    complete()
+    cuda = [ProfilerActivity.CUDA] if trial.device.type == "cuda" else []
+    with profile(activities=[ProfilerActivity.CPU, *cuda]) as seen:
+        complete()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        seen.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    operations = sum(e.name.startswith("aten::") for e in seen.events() or ())
+    return (copied(events, "HtoD"), copied(events, "DtoH")), operations
+
+
+def copied(events: Sequence[Mapping[str, Any]], way: str) -> list[int]:
+    """Bytes of each copy one way, whoever made it, in the events of a trace of torch's profiler."""
+    names = f"Memcpy {way}"
+    return [int(e["args"]["bytes"]) for e in events if str(e.get("name", "")).startswith(names)]
 
 
 def ranks(trial: Trial) -> Iterator[str]:
     """Two ranks on one card."""
     name = trial.device.type if trial.device.index is None else f"{trial.device.type}:{trial.device.index}"
     own = [f"-{o.name}={getattr(trial.settings, o.name)}" for o in OPTIONS if o.name not in ("device", "ranks_worker")]
+    own.append(f"-vec_type={'cuda' if trial.vectors.type == 'cuda' else 'standard'}")
     words = [word for option in own for word in option.split("=", 1)]
     done = subprocess.run(
         [*LAUNCH, "-n", "2", sys.executable, "-m", "mpi4py", __file__, *words, "-device", name, "-ranks_worker"],
@@ -227,7 +307,7 @@ def ranks(trial: Trial) -> Iterator[str]:
 def both(trial: Trial, comm: MPI.Comm) -> Iterator[tuple[str, float, float]]:
     """Case, loss and norm of the gradient, as the ranks of ``comm`` compute them together."""
     for name in ("burgers", "mlp"):
-        made = Minimisation(trial.loss(name, trial.device, torch.float64), "lbfgs", comm, blocks=0)
+        made = trial.made(name, comm)
         g = made.x.duplicate()
         value = made.objective.value_gradient(made.x, g)
         yield name, value, float(g.norm())
@@ -270,7 +350,7 @@ def compared(trial: Trial, words: str, loss: Loss, plain: Callable[[], object], 
     record = cuda_graph if trial.device.type == "cuda" else None
     calls = [trial.waited(plain)]
     for each in (None, record):
-        made = Minimisation(loss, "lbfgs", MPI.COMM_SELF, blocks=0, record=each)
+        made = Minimisation(loss, "lbfgs", MPI.COMM_SELF, blocks=0, record=each, vectors=trial.vectors)
         calls.append(trial.waited(partial(made.objective.value_gradient, made.x, made.x.duplicate())))
     calls[-1]()  # with capture what has been evaluated once is recorded
     theirs, ours, replayed = medians(trial.settings.repeats, *calls)

@@ -92,7 +92,7 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> 
         chosen = solver_class(settings.solver).decompose(loss)
     limits.error_interval = limits.error_interval or solver_class(settings.solver).measures_error
     fmin = 1e-9 if settings.solver in ("lbfgs", "aspqn", "mspqn") else 0.0  # the paper's
-    made = training.Training(comm, settings, start, loss, chosen, fmin)
+    made = training.Training(comm, settings, start, loss, chosen, fmin, vectors=device.vectors)
     with agreed(comm), plugins.blamed(settings.problem, PROBLEMS, "problem"):
         error = SolutionError(loss, comm, settings.error_points, made.blocks)
         fresh = None

@@ -41,6 +41,7 @@ from ddml.parallel import StopRequest, cause
 from ddml.sampling.batches import OPTIONS as BATCHES
 from ddml.sampling.batches import Batches
 from ddml.summation import leaves
+from ddml.vectors import home, write
 
 from .base import REASONS, Solver
 from .owner import Owner
@@ -107,6 +108,8 @@ class Minimisation(Owner):
         Parameters above which sums go by ranks by default.
     stop, record
         See :class:`ddml.objectives.objective.Objective`.
+    vectors
+        Where vectors are (default: :func:`ddml.vectors.home`); of an objective they are where its layout says.
     defaults
         Of PETSc's options of the TAO object (``fmin``, say), where they are not in the database.
 
@@ -140,6 +143,7 @@ class Minimisation(Owner):
         limit: int = LIMIT,
         stop: StopRequest | None = None,
         record: Recorder | None = None,
+        vectors: torch.device | None = None,
         **defaults: Any,
     ) -> None:
         if isinstance(loss, Objective):
@@ -150,7 +154,8 @@ class Minimisation(Owner):
                 blocks = 0 if by_ranks else leaves(samples or loss.count, loss.enough)
             owner = solver_class(solver) if isinstance(solver, str) else type(solver)
             chosen = owner.decompose(loss, prefix) if subdomains is None else subdomains
-            layout = ParameterLayout(loss.parameters, comm, chosen.ownership(comm.size))
+            where = home(loss.device) if vectors is None else vectors
+            layout = ParameterLayout(loss.parameters, comm, chosen.ownership(comm.size), where)
             kind = ResidualObjective if isinstance(loss, ResidualLoss) else Objective
             self.objective = kind(loss, layout, stop, blocks, record=record)
         self.layout = self.objective.layout
@@ -190,12 +195,13 @@ def minimise(
     seed: int = 0,
     tolerance: float = 0.0,
     monitor: Callable[[int, float, float], Any] | None = None,
+    vectors: torch.device | None = None,
 ) -> Result:
     """Minimise a loss. Collective on ``comm``.
 
     Parameters
     ----------
-    loss, solver, comm, blocks, subdomains
+    loss, solver, comm, blocks, subdomains, vectors
         As for :class:`Minimisation`.
     options
         Those of the solver, of PETSc (``tao_gatol``, say) and of batches (:data:`ddml.sampling.batches.OPTIONS`), by
@@ -225,8 +231,9 @@ def minimise(
         if batched.batch_size == loss.count:
             batched.batch_size = 0  # all of them, all the time
         made = Minimisation(
-            loss, solver, comm, prefix, subdomains=subdomains, blocks=blocks, samples=batched.batch_size
-        )
+            loss, solver, comm, prefix, subdomains=subdomains, blocks=blocks, samples=batched.batch_size,
+            vectors=vectors,
+        )  # fmt: skip
         try:
             refuse_unused(prefix, solver)
             if batched.batch_size and made.context is None:
@@ -285,8 +292,7 @@ def _solved(
 def _write(x: PETSc.Vec, theta: Tensor) -> None:
     if theta.numel() != x.getSize():
         raise InputError(f"the start must have {x.getSize()} parameters, got {theta.numel()}")
-    begin, end = x.getOwnershipRange()
-    x.setArray(theta[begin:end].cpu().numpy())
+    write(x, theta[slice(*x.getOwnershipRange())])
 
 
 def refuse_unused(prefix: str, solver: str | Solver) -> None:

@@ -24,7 +24,7 @@ LEVELS = (
     ("ddml.errors", "ddml.parameters", "ddml.kernels", "ddml.lazy", "ddml.numbers", "ddml.version", "ddml.hdf5_child"),
     ("ddml.plugins", "ddml.parallel", "ddml.origins", "ddml.regular"),
     ("ddml.hdf5",),
-    ("ddml.options", "ddml.states", "ddml.summation"),
+    ("ddml.options", "ddml.states", "ddml.summation", "ddml.vectors"),
     ("ddml.layout",),
     ("ddml.data", "ddml.linalg"),
     ("ddml.networks", "ddml.losses"),

@@ -16,8 +16,9 @@ from petsc4py import PETSc
 from torch import Tensor
 
 from ddml.errors import InputError
-from ddml.layout import ParameterLayout, owned
+from ddml.layout import ParameterLayout
 from ddml.objectives.objective import Objective
+from ddml.vectors import owned
 
 from .modular import ModularNorm
 

@@ -18,6 +18,7 @@ from ddml.decomposition.subdomains import length
 from ddml.losses.residual import ResidualLoss
 from ddml.numbers import host
 from ddml.parallel import check_memory
+from ddml.vectors import CPU
 
 from .residual import ResidualObjective
 
@@ -49,6 +50,8 @@ class Linearisation:
         r.
     count : int
         m, the number of residuals.
+    device : torch.device
+        Where products take vectors from: where the rows are stored the host.
 
     Raises
     ------
@@ -66,6 +69,7 @@ class Linearisation:
         self.count = int(self.comm.allreduce(sum(map(len, self.residual))))
         self.value = self.total([float(r @ r) for r in self.residual])
         self._rows: list[Tensor] | None = None
+        self.device = CPU if assembled else self.theta.device
         if assembled:
             check_memory(
                 self.comm, 8 * self.size * sum(map(len, self.residual)),

@@ -20,6 +20,7 @@ from ddml.losses.recorded import Recorder
 from ddml.losses.work import DOUBLE, FRESH, PASSED, WorkCounter
 from ddml.numbers import Number
 from ddml.parallel import StopRequest
+from ddml.vectors import write
 
 from .linear import GatheredTerm, LinearTerm, tilted
 from .parts import Parts
@@ -171,8 +172,8 @@ class Objective:
     def parameters(self, x: PETSc.Vec) -> Tensor:
         """All parameters at x in the loss's precision, on its device; x's own memory where that is possible."""
         single = self.loss.dtype == torch.float32
-        full = self.layout.gather(x, torch.float32 if single else torch.float64)
-        return full.to(device=self.loss.device, dtype=self.loss.dtype)
+        full = self.layout.gather(x, torch.float32 if single else torch.float64, self.loss.device)
+        return full.to(self.loss.dtype)
 
     def value(self, x: PETSc.Vec) -> float:
         """The loss at x."""
@@ -255,8 +256,7 @@ class Objective:
     def initial(self, x: PETSc.Vec) -> None:
         """Write the initial parameters to x."""
         begin, end = self.layout.ranges[self.comm.rank], self.layout.ranges[self.comm.rank + 1]
-        with x as array:
-            array[:] = self.loss.initial()[begin:end].to(torch.float64).cpu().numpy()
+        write(x, self.loss.initial()[begin:end])
 
     def sum_parts(self, values: Sequence[Number]) -> float:
         """The sum of one number for each part over all ranks; also where a request to stop is noticed."""

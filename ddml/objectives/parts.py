@@ -188,11 +188,11 @@ class Parts(Sequence[Loss]):
         return [self.tree.add(node, lambda i: rows[i - first]) for node in self.tree.nodes[self.comm.rank]]
 
     def _write(self, sums: list[Tensor], g: PETSc.Vec, layout: ParameterLayout, dtype: Any) -> None:
-        """Write the sum over all ranks' nodes, of this type of numbers, to g."""
-        sums = host(sums)
-        if not self.blocks:
+        """Write the sum over all ranks' nodes, of this type of numbers, to g; see :meth:`ParameterLayout.reduce`."""
+        if not self.blocks or self.comm.size == 1:
             layout.reduce(sums[0], g)
             return
+        sums = host(sums)
         with g as array:
             array[:] = layout.sum_nodes([s.numpy() for s in sums], self.tree, dtype)
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 from mpi4py import MPI
 from torch import Tensor
 
-from ddml.layout import ParameterLayout, owned
+from ddml.layout import ParameterLayout
 from ddml.parameters import parameter_table
 from ddml.problems.classification import Classifier
 from ddml.problems.pde.loss import PDELoss
 from ddml.problems.pde.solution import Solution
+from ddml.vectors import owned
 
 from . import rebuilt, run_file
 from .extras import extra

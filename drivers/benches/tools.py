@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ddml.runs import run_file
 from ddml.runs.history import History
-from ddml.layout import owned
 from ddml.losses.restricted import RestrictedLoss
 from ddml.networks.tanh import TanhNetwork
 from ddml.objectives.objective import Objective
@@ -28,6 +27,7 @@ from ddml.problems import PROBLEMS, PDELoss
 from ddml.problems.pde.accuracy import SolutionError
 from ddml.states import vectors_in
 from ddml.decomposition.subdomains import Subdomains
+from ddml.vectors import owned
 from solvers import Minimisation
 
 CASES = (("burgers", 20, 8), ("klein_gordon", 50, 6))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,8 +14,11 @@ from petsc4py import PETSc
 
 from ddml.errors import CollectiveError, InputError
 from ddml.parallel import agreed, cause
+from ddml.vectors import CPU, share
 
 LISTED = 8  # ranks that the header names one by one (our choice)
+VEC_TYPES = ("vec_type", "dm_vec_type")
+HOST_TYPES = ("standard", "mpi", "seq")
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,18 @@ class Card:
 
 @dataclass(frozen=True)
 class Device:
-    """Where this rank computes, and on rank 0 the cards of all ranks."""
+    """Where this rank computes, where its vectors are, and on rank 0 the cards of all ranks."""
 
     torch: torch.device
     cards: tuple[Card, ...] = ()
     named: bool = False
+    vectors: torch.device = CPU
 
     def words(self) -> str:
         """Lines for the header: device, binding, and what is on the host; nothing of a CPU. Of rank 0."""
-        return described(self.cards, self.named, PETSc.Sys.hasExternalPackage("cuda")) if self.cards else ""
+        if not self.cards:
+            return ""
+        return described(self.cards, self.named, PETSc.Sys.hasExternalPackage("cuda"), self.vectors.type == "cuda")
 
 
 def number_of(asked: int | None, place: int, visible: int) -> int:
@@ -81,7 +87,38 @@ def number_of(asked: int | None, place: int, visible: int) -> int:
     return asked
 
 
-def described(cards: Sequence[Card], named: bool, petsc_has_cuda: bool) -> str:
+def on_card(asked: Mapping[str, str], computes: str, petsc_has_cuda: bool) -> bool:
+    """Whether vectors are on a card: what -vec_type says, else where torch computes if PETSc can keep them there.
+
+    Parameters
+    ----------
+    asked
+        Values of PETSc's options :data:`VEC_TYPES`, those that are given.
+    computes
+        Where torch does: cpu or cuda.
+
+    Raises
+    ------
+    InputError
+        Where they cannot be as it is asked.
+    """
+    if asked.get("dm_vec_type", "standard") not in HOST_TYPES:
+        raise InputError("option -dm_vec_type: vectors of parameters have no grid; say where they are by -vec_type")
+    kind = asked.get("vec_type")
+    if kind is None:
+        return computes == "cuda" and petsc_has_cuda
+    if kind in HOST_TYPES:
+        return False
+    if kind != "cuda":
+        raise InputError(f"option -vec_type must be standard (on the host) or cuda, got '{kind}'")
+    if computes != "cuda":
+        raise InputError("option -vec_type cuda: vectors are on a card with -device cuda only, where torch uses them")
+    if not petsc_has_cuda:
+        raise InputError("option -vec_type cuda: this PETSc was built without CUDA (docs/gpu.md); leave it out")
+    return True
+
+
+def described(cards: Sequence[Card], named: bool, petsc_has_cuda: bool, vectors_there: bool = False) -> str:
     """The header's lines on the cards of all ranks, in their order."""
     kinds = Counter((card.name, card.memory) for card in cards)
     what = ", ".join(f"{name} ({memory} bytes)" for name, memory in kinds)
@@ -96,11 +133,16 @@ def described(cards: Sequence[Card], named: bool, petsc_has_cuda: bool) -> str:
     more = f", and {len(cards) - LISTED} more" if len(cards) > LISTED else ""
     most = max(Counter((card.host, card.identity) for card in cards).values())
     shared = f"; up to {most} ranks share a card" if most > 1 else ""
-    without = "PETSc does not use CUDA here" if petsc_has_cuda else "PETSc without CUDA"
+    if vectors_there:
+        vectors, subdomains = "on the card: vectors (VECCUDA; PETSc's own sums, in no fixed order)\n", ", subdomains"
+        host = "on the host: "
+    else:
+        without = "as -vec_type says" if petsc_has_cuda else "PETSc without CUDA"
+        vectors, subdomains = "", ""
+        host = f"on the host: vectors ({without}; parameters and gradients are copied once an evaluation), "
     return (
-        f"device {what}: {', '.join(ranks)}{more} ({how}){shared}\n"
-        f"on the host: vectors ({without}; parameters and gradients are copied once an evaluation), sums over ranks, "
-        "K-FAC factors, dense matrices (inverse Hessians, Jacobian rows, small polar factors)"
+        f"device {what}: {', '.join(ranks)}{more} ({how}){shared}\n{vectors}{host}sums over ranks, "
+        f"K-FAC factors, dense matrices (inverse Hessians, Jacobian rows, small polar factors){subdomains}"
     )
 
 
@@ -111,11 +153,13 @@ def bind(comm: MPI.Comm, name: str) -> Device:
     ------
     InputError
         On all ranks: another name, a torch without CUDA, a card that there is not or that does not answer; vectors
-        that PETSc is to keep elsewhere.
+        that cannot be where -vec_type says.
     """
     with agreed(comm):
         device = _parsed(name)
-        _refuse_vectors()
+        database = PETSc.Options()
+        asked = {key: database.getString(key) for key in VEC_TYPES if database.hasName(key)}
+        there = on_card(asked, device.type, PETSc.Sys.hasExternalPackage("cuda"))
     if device.type == "cpu":
         return Device(torch.device("cpu"))
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
@@ -124,7 +168,11 @@ def bind(comm: MPI.Comm, name: str) -> Device:
     with agreed(comm):
         card = _card(device.index, place)
     cards = comm.gather(card)
-    return Device(torch.device("cuda", card.number), tuple(cards or ()), device.index is not None)
+    device, named = torch.device("cuda", card.number), device.index is not None
+    if there:
+        with agreed(comm):
+            share(device)
+    return Device(device, tuple(cards or ()), named, device if there else CPU)
 
 
 def _parsed(name: str) -> torch.device:
@@ -140,16 +188,6 @@ def _parsed(name: str) -> torch.device:
             "torch with CUDA, or leave -device out"
         )
     return device
-
-
-def _refuse_vectors() -> None:
-    """Raise an InputError where PETSc is asked to keep vectors somewhere else than on the host."""
-    database = PETSc.Options()
-    for name in ("vec_type", "dm_vec_type"):
-        kind = database.getString(name, "")
-        if kind not in ("", "mpi", "seq", "standard"):
-            has = "" if PETSc.Sys.hasExternalPackage("cuda") else " (and this PETSc was built without CUDA)"
-            raise InputError(f"option -{name}: vectors of parameters are on the host{has}; got '{kind}': leave it out")
 
 
 def _card(asked: int | None, place: int) -> Card:

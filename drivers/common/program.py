@@ -41,35 +41,43 @@ from mpi4py import MPI
 import petsc4py
 
 from ddml.errors import InputError, printable
-from ddml.origins import origins
+from ddml.origins import GPU_AWARE_MPI, origins
 from ddml.version import refuse_old
 
 
-def _start_petsc() -> None:
-    """Initialise PETSc, unless it is too old or its options cannot be read: it would answer with pages of text."""
-    text = ""
+def _start_petsc() -> bool:
+    """Initialise PETSc, unless it is too old or its options cannot be read: it would answer with pages of text.
+
+    True if somebody has said whether MPI reads from GPUs.
+    """
+    text, known = "", False
     if MPI.COMM_WORLD.rank == 0:
         try:
             refuse_old(petsc4py.__version__)
-            origins(sys.argv[1:], os.environ)
+            known = not origins(sys.argv[1:], os.environ).of.keys().isdisjoint(GPU_AWARE_MPI)
         except (ImportError, InputError) as error:
             text = str(error)
-    text = MPI.COMM_WORLD.bcast(text)
+    text, known = MPI.COMM_WORLD.bcast((text, known))
     if text:
         if MPI.COMM_WORLD.rank == 0:
             print("error:", printable(text), file=sys.stderr, flush=True)
         MPI.Finalize()
         os._exit(1)
-    petsc4py.init([a for a in sys.argv if a not in _ASKED])
+    # by itself PETSc ends the process when the first vector is on a card and MPI does not read from there
+    program, *arguments = (a for a in sys.argv if a not in _ASKED)
+    petsc4py.init([program, *([] if known else [f"-{GPU_AWARE_MPI[0]}", "0"]), *arguments])
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python has it: a reader of the output who leaves ends no run
+    return known
 
 
-_start_petsc()
+_known = _start_petsc()
 
 from petsc4py import PETSc
 
 from ddml.parallel import ranks_that_meet
 
+if not (_known or PETSc.Sys.hasExternalPackage("cuda")):
+    PETSc.Options().delValue(GPU_AWARE_MPI[0])  # says nothing there
 if not PETSc.Options().hasName("options_left"):  # drivers refuse unknown options themselves
     PETSc.Options().setValue("options_left", False)
 

@@ -47,7 +47,7 @@ OPTIONS = (
     Option("dtype", "float64", "Precision of the network; parameters are kept in float64.",
            choices=("float64", "float32"), changes=NEVER),
     Option("device", "cpu", "Where torch computes: cpu; cuda, a card for each rank of a node in turn; or cuda:K. "
-           "Parameters are kept on the host."),
+           "Parameters are there, too, if PETSc has CUDA, else and with -vec_type standard on the host."),
     Option("capture", False, "On a GPU, replay the launches of a loss and gradient as a CUDA graph (not run yet)."),
     Option("chunk", 0, "Points that go through the network at a time; 0: what suits the evaluator.", minimum=0),
     Option("summation_blocks", None, "Blocks of points whose sums are added in a fixed order, so that a run is the "
@@ -104,6 +104,8 @@ class Training:
         Default of ``-tao_fmin``.
     samples
         Of an evaluation, where it is not of all (mini-batches).
+    vectors
+        See :class:`solvers.minimisation.Minimisation`.
 
     Raises
     ------
@@ -120,6 +122,7 @@ class Training:
         chosen: Subdomains,
         fmin: float,
         samples: int = 0,
+        vectors: torch.device | None = None,
     ) -> None:
         self.comm, self.settings, self.start, self.loss = comm, settings, start, loss
         start.stop.check(comm)  # the data have been read
@@ -129,7 +132,7 @@ class Training:
         with plugins.blamed(settings.solver, dict.fromkeys((*SOLVERS, *PETSC_TYPES)), "solver"):
             made = Minimisation(
                 loss, settings.solver, comm, subdomains=chosen, blocks=settings.summation_blocks, samples=samples,
-                limit=settings.summation_limit, stop=start.stop, record=self._recorder(), fmin=fmin,
+                limit=settings.summation_limit, stop=start.stop, record=self._recorder(), vectors=vectors, fmin=fmin,
             )  # fmt: skip
         self.layout, self.objective, self.x, self.tao = made.layout, made.objective, made.x, made.tao
         self.blocks, self.context = made.objective.parts.blocks, made.context

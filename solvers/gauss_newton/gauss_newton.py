@@ -152,7 +152,7 @@ class GaussNewton(Solver):
         for _ in range(TRIES):
             self._damp()
             self._solve(at, at.residual, v)
-            images = at.product(self.objective.layout.gather(v))
+            images = at.product(self.objective.layout.gather(v, device=at.device))
             pairs = zip(at.residual, images, strict=True)
             predicted = -at.total([float(2 * r @ w + w @ w) for r, w in pairs])
             bent = predicted > 0 and self.settings.acceleration and self._accelerate(at, x, images)

@@ -59,7 +59,8 @@ class NormalEquations(Operator):
 
     def mult(self, mat: PETSc.Mat, x: PETSc.Vec, y: PETSc.Vec) -> None:
         """Multiply."""
-        self.at.transpose_product(self.at.product(self.objective.layout.gather(x)), y)
+        v = self.objective.layout.gather(x, device=self.at.device)
+        self.at.transpose_product(self.at.product(v), y)
         y.axpy(self.damping, x)
 
     def getDiagonal(self, mat: PETSc.Mat, diagonal: PETSc.Vec) -> None:

@@ -151,7 +151,8 @@ class SchwarzPC(Preconditioner):
                 self._solve(s)
             self.decomposition.R[s].multTranspose(self.local[s], self.work)
             y.axpy(1.0, self.work)
-            for image, more in zip(images, at.product(layout.gather(self.work), ranges[s]), strict=True):
+            step = layout.gather(self.work, device=at.device)
+            for image, more in zip(images, at.product(step, ranges[s]), strict=True):
                 image += more
 
     def _solve(self, s: int) -> None:

@@ -299,8 +299,9 @@ class Schwarz(Owner):
 
     def _frozen_at(self, x: PETSc.Vec) -> tuple[Tensor, list[GatheredTerm]]:
         """What the subdomains' objectives are frozen at. Collective."""
-        terms = self.objective.linear_terms()
-        return self.objective.layout.gather(x), terms
+        objective = self.objective
+        terms = objective.linear_terms()
+        return objective.layout.gather(x, device=objective.loss.device), terms
 
     def _follow(self) -> None:
         """Restrict what the objective is now."""

@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddml.errors import CollectiveError, InputError
-from ddml.layout import ParameterLayout, owned
+from ddml.layout import ParameterLayout
 from ddml.losses.modules import check_alike, trained
 from ddml.parallel import agreed, cause
+from ddml.vectors import owned
 from solvers.base import REASONS, Solver
 from solvers.minimisation import Minimisation, given, prefixes, refuse_unused
 from solvers.registry import PETSC_TYPES, solver_class

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from calling import check_refusal, refusal  # first: drivers are on the path behind it
-from common.device import Card, bind, described, memory_line, number_of, short_of_memory
+from common.device import Card, bind, described, memory_line, number_of, on_card, short_of_memory
 from launch import HERE, SMALL
 from mpi4py import MPI
 
@@ -90,15 +90,51 @@ def test_a_device_that_cannot_be_is_refused_on_all_ranks(
     check_refusal(name, ["-device", device, "-output", str(shared_tmp / "run.h5")], expected, shared_tmp, capfd)
 
 
-@pytest.mark.parametrize("name", ["pinn", "classify"])
-@pytest.mark.parametrize("words", ["-vec_type cuda", "-vec_type mpicuda -device cpu", "-vec_type kokkos"])
-def test_vectors_elsewhere_are_refused(
-    name: str, words: str, shared_tmp: Path, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("asked", "computes", "petsc_has_cuda", "expected"),
+    [
+        ({}, "cpu", False, False), ({}, "cpu", True, False), ({}, "cuda", False, False), ({}, "cuda", True, True),
+        ({"vec_type": "cuda"}, "cuda", True, True), ({"vec_type": "standard"}, "cuda", True, False),
+        ({"vec_type": "mpi"}, "cuda", True, False), ({"vec_type": "seq"}, "cpu", False, False),
+        ({"dm_vec_type": "standard"}, "cuda", True, True),
+        ({"vec_type": "cuda"}, "cpu", True, "with -device cuda only"),
+        ({"vec_type": "cuda"}, "cpu", False, "with -device cuda only"),
+        ({"vec_type": "cuda"}, "cuda", False, "this PETSc was built without CUDA"),
+        *(({"vec_type": kind}, "cuda", True, f"standard .* or cuda, got '{kind}'")
+          for kind in ("mpicuda", "hip", "kokkos", "CUDA", "")),
+        ({"dm_vec_type": "cuda"}, "cuda", True, "-dm_vec_type"),
+        ({"dm_vec_type": "kokkos"}, "cpu", False, "by -vec_type"),
+    ],
+)  # fmt: skip
+def test_vectors_are_where_they_can_be(
+    asked: dict[str, str], computes: str, petsc_has_cuda: bool, expected: bool | str
 ) -> None:
-    output = ["-output", str(shared_tmp / "run.h5")]
-    check_refusal(
-        name, [*words.split(), *output], "-vec_type: vectors of parameters are on the host", shared_tmp, capfd
-    )
+    if isinstance(expected, bool):
+        assert on_card(asked, computes, petsc_has_cuda) is expected
+        return
+    with pytest.raises(InputError, match=expected):
+        on_card(asked, computes, petsc_has_cuda)
+
+
+def test_the_header_says_what_is_on_the_card() -> None:
+    _, card, host = described([CARD, OTHER], False, True, True).splitlines()
+    assert card == "on the card: vectors (VECCUDA; PETSc's own sums, in no fixed order)"
+    assert "vectors" not in host and "K-FAC factors" in host and "subdomains" in host
+    assert "vectors (as -vec_type says" in described([CARD], False, True)
+
+
+@pytest.mark.parametrize("name", ["pinn", "classify"])
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("-vec_type cuda", "with -device cuda only"), ("-vec_type mpicuda -device cpu", "got 'mpicuda'"),
+        ("-vec_type kokkos", "got 'kokkos'"), ("-dm_vec_type cuda", "-dm_vec_type"),
+    ],
+)  # fmt: skip
+def test_vectors_elsewhere_are_refused(
+    name: str, words: str, expected: str, shared_tmp: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    check_refusal(name, [*words.split(), "-output", str(shared_tmp / "run.h5")], expected, shared_tmp, capfd)
 
 
 def test_a_cpu_is_bound_without_a_word(comm: MPI.Comm) -> None:

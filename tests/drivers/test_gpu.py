@@ -47,7 +47,7 @@ def test_on_the_cpu_the_program_tries_itself() -> None:
     done = launch(1, *SMALL, driver="gpu.py")
     assert done.rc == 0, done.out + done.err
     sections = re.findall("^## (.*)$", done.out, re.MULTILINE)
-    assert len(sections) == 6
+    assert len(sections) == 7
     assert "FAILS" not in done.out and "all right in" in done.out
     for said in ("| klein_gordon | float32 |", "| burgers | gauss_newton | 1 |", "| mlp | apts_data | 1 |"):
         assert said in done.out
@@ -55,6 +55,26 @@ def test_on_the_cpu_the_program_tries_itself() -> None:
     assert row and re.fullmatch(r"( ([\d.]+|-) \|){4} 1.5: (reached|missed) \|", row[1])
     together = done.out.partition("## Two ranks on one card")[2].partition("##")[0]
     assert together.count("at most 1e-11") == 4
+
+
+@pytest.mark.skipif(NO_CUDA, reason="no GPU")
+@started
+def test_on_a_card_all_is_right() -> None:
+    done = launch(1, "-device", "cuda", *SMALL[2:], driver="gpu.py")
+    assert done.rc == 0 and "all right in" in done.out, done.out + done.err
+
+
+def test_copies_are_read_from_a_trace_whoever_makes_them() -> None:
+    def event(name: str, size: int) -> dict[str, object]:
+        return {"ph": "X", "cat": "gpu_memcpy", "name": name, "args": {"device": 0, "bytes": size}}
+
+    events = [
+        event("Memcpy HtoD (Pageable -> Device)", 800), event("Memcpy DtoH (Device -> Pinned)", 8),
+        event("Memcpy HtoD (Pinned -> Device)", 24), event("Memcpy DtoD (Device -> Device)", 9),
+        {"ph": "X", "name": "aten::copy_", "args": {}}, {"ph": "M", "args": {"labels": "CPU"}},
+    ]  # fmt: skip
+    assert gpu.copied(events, "HtoD") == [800, 24] and gpu.copied(events, "DtoH") == [8]
+    assert gpu.copied(events[4:], "HtoD") == []
 
 
 def test_a_comparison_that_fails_is_shown_and_remembered() -> None:

@@ -12,12 +12,13 @@ from objective_cases import LOSSES, blocks, burgers, close, layouts, losses, poi
 from ddml.decomposition.decomposition import Decomposition
 from ddml.decomposition.subdomains import Subdomains
 from ddml.errors import InputError
-from ddml.layout import ParameterLayout, owned
+from ddml.layout import ParameterLayout
 from ddml.objectives.composed import sampled, shifted
 from ddml.objectives.objective import Hessian, Objective
 from ddml.objectives.residual import ResidualObjective
 from ddml.objectives.restricted import restricted
 from ddml.parallel import Interrupted, StopRequest
+from ddml.vectors import owned
 
 
 @losses

@@ -156,12 +156,18 @@ def test_modular_norms_know_the_layers(network: str, shape: tuple[int, ...]) -> 
 
 
 @pytest.mark.parametrize("network", FAMILIES)
-def test_the_kfac_norm_knows_networks_of_images_and_refuses_those_of_volumes(network: str) -> None:
-    assert loss_of(network, IMAGE, width=2, depth=2).kronecker_layers()
-    with pytest.raises(
-        InputError, match=r"Conv2d without groups .* parameter 0.weight is of none: choose another -norm"
-    ):
-        loss_of(network, VOLUME, width=2, depth=2).kronecker_layers()
+@pytest.mark.parametrize("shape", [IMAGE, VOLUME])
+def test_kfac_knows_the_layers(network: str, shape: tuple[int, ...]) -> None:
+    loss = loss_of(network, shape, width=2, depth=2)
+    layers = loss.kronecker_layers()  # it checks that their calls make the gradient
+    assert sorted(int(e) for layer in layers for e in layer.entries.reshape(-1)) == list(range(loss.size))
+    generator = torch.Generator().manual_seed(4)
+    theta = loss.initial() + 0.1 * torch.randn(loss.size, generator=generator, dtype=torch.float64)
+    for layer, (A, G) in zip(layers, loss.kronecker_statistics(theta, torch.rand(5, generator=generator)), strict=True):
+        assert (len(A), len(G)) == layer.sizes
+        assert float(A.trace()) > 0
+        assert float(G.trace()) > 0
+    assert loss.kronecker_charge() > 1
 
 
 REFUSED = [

@@ -31,7 +31,8 @@ class Residual(nn.Module):
         super().__init__()
         self.first = CONVOLUTIONS[axes](channels, channels, kernel, padding=kernel // 2)
         self.second = CONVOLUTIONS[axes](channels, channels, kernel, padding=kernel // 2)
-        nn.init.kaiming_normal_(self.first.weight, nonlinearity="relu")
+        if not self.first.weight.is_meta:  # where torch imports for seconds, to draw nothing
+            nn.init.kaiming_normal_(self.first.weight, nonlinearity="relu")
         with torch.no_grad():
             self.first.weight *= scale
         for tensor in (self.first.bias, self.second.weight, self.second.bias):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from itertools import pairwise
 from typing import Any
 
@@ -142,8 +143,13 @@ def build_classifier(settings: Any, shape: tuple[int, ...], classes: int) -> tup
     chosen = plugins.load(settings.network, KNOWN, "network")
     named = _sizes_given(settings, chosen)
     arguments: list[Any] = [parse_widths(settings.widths)] if settings.network == "mlp" else []
-    if settings.network in FAMILIES:
-        arguments = [*FAMILIES[settings.network].sizes(shape, settings.width, settings.depth)]
+    least = 0  # parameters
+    if settings.network == "mlp":
+        least = sum(a * b for a, b in pairwise([math.prod(shape), *arguments[0], classes]))
+    elif settings.network in FAMILIES:
+        family = FAMILIES[settings.network]
+        arguments = [*family.sizes(shape, settings.width, settings.depth)]
+        least = family.plan(shape, classes, *arguments).parameters
     elif settings.network in WIDTHS:
         if not math.isfinite(settings.horizon):
             raise InputError(f"option -horizon must be a number, got {settings.horizon}")
@@ -152,6 +158,12 @@ def build_classifier(settings: Any, shape: tuple[int, ...], classes: int) -> tup
             arguments.append(settings.image_refinement)
         elif settings.image_refinement > 1:
             raise InputError(f"option -image_refinement is for -network euler, got {settings.network}")
+        least = arguments[0] * arguments[1] ** 2
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if least > memory // 4:  # bytes of one in single precision, in which torch makes them
+        raise InputError(
+            f"network '{settings.network}' has {least} parameters or more: they do not fit into the memory"
+        )
     with torch.random.fork_rng(devices=[]), plugins.blamed(settings.network, KNOWN, "network"):
         torch.manual_seed(settings.seed)
         network = chosen(shape, classes, *arguments, **({} if settings.network in KNOWN else named))

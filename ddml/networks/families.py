@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -31,8 +32,7 @@ class Residual(nn.Module):
         super().__init__()
         self.first = CONVOLUTIONS[axes](channels, channels, kernel, padding=kernel // 2)
         self.second = CONVOLUTIONS[axes](channels, channels, kernel, padding=kernel // 2)
-        if not self.first.weight.is_meta:  # where torch imports for seconds, to draw nothing
-            nn.init.kaiming_normal_(self.first.weight, nonlinearity="relu")
+        nn.init.kaiming_normal_(self.first.weight, nonlinearity="relu")
         with torch.no_grad():
             self.first.weight *= scale
         for tensor in (self.first.bias, self.second.weight, self.second.bias):
@@ -43,7 +43,55 @@ class Residual(nn.Module):
         return x + self.second(torch.relu(self.first(x)))
 
 
-def cnn(shape: tuple[int, ...], classes: int, width: int, depth: int) -> nn.Sequential:
+@dataclass(frozen=True)
+class Plan:
+    """A network before it is made: stages of a convolution, ReLU and a maximum, and linear layers with ReLU between.
+
+    Attributes
+    ----------
+    channels : tuple of int
+        Of the samples, and behind each stage.
+    window, padding : int
+        Pixels of a convolution along each axis, and zeros on each side.
+    pooled : tuple of tuple of int
+        Pixels of each maximum along each axis.
+    neurons : tuple of int
+        Numbers that enter the first linear layer, and behind each.
+    residual : bool
+        Whether a :class:`Residual` block and ReLU stand behind each stage.
+    """
+
+    channels: tuple[int, ...]
+    window: int
+    padding: int
+    pooled: tuple[tuple[int, ...], ...]
+    neurons: tuple[int, ...]
+    residual: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """How many there are."""
+        axes = len(self.pooled[0])
+        found = sum((self.window**axes * a + 1) * b for a, b in pairwise(self.channels))
+        if self.residual:
+            found += sum(2 * (3**axes * c + 1) * c for c in self.channels[1:])
+        return found + sum((a + 1) * b for a, b in pairwise(self.neurons))
+
+    def network(self) -> nn.Sequential:
+        """The network, with numbers drawn by torch."""
+        axes, layers = len(self.pooled[0]), list[nn.Module]()
+        for (inputs, outputs), pooled in zip(pairwise(self.channels), self.pooled, strict=True):
+            layers += [CONVOLUTIONS[axes](inputs, outputs, self.window, padding=self.padding), nn.ReLU()]
+            layers += [MAXIMA[axes](pooled)]
+            if self.residual:  # Fixup's L^(-1 / (2m - 2)) for L branches, one a stage, of m = 2 layers
+                layers += [Residual(outputs, len(self.pooled) ** -0.5, axes=axes), nn.ReLU()]
+        layers += [nn.Flatten()]
+        for inputs, outputs in pairwise(self.neurons):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        return nn.Sequential(*layers[:-1])
+
+
+def cnn(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Plan:
     """LeNet with ReLU and maxima, and its likes of other widths and depths.
 
     Each stage is a convolution of 5 pixels along each axis without padding, pooled by 2; the channels, ``width`` of
@@ -62,22 +110,16 @@ def cnn(shape: tuple[int, ...], classes: int, width: int, depth: int) -> nn.Sequ
         least = 2 * least + 4
     axes, sides = len(shape) - 1, list(shape[1:])
     if min(sides) < least:
-        raise InputError(
-            f"network 'cnn' of {depth} stages needs at least {' x '.join([str(least)] * axes)} pixels; the samples are "
-            f"{shape}"
-        )
-    channels = [shape[0], *((2 * width * 8**i + 3**i) // (2 * 3**i) for i in range(depth))]  # the nearest integers
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(channels):
-        layers += [CONVOLUTIONS[axes](inputs, outputs, 5), nn.ReLU(), MAXIMA[axes](2)]
+        words = " x ".join([str(least)] * axes)
+        raise InputError(f"network 'cnn' of {depth} stages needs at least {words} pixels; the samples are {shape}")
+    for _ in range(depth):
         sides = [(side - 4) // 2 for side in sides]
-    return nn.Sequential(
-        *layers, nn.Flatten(), nn.Linear(channels[-1] * math.prod(sides), 20 * width), nn.ReLU(),
-        nn.Linear(20 * width, 14 * width), nn.ReLU(), nn.Linear(14 * width, classes),
-    )  # fmt: skip
+    grown = [(2 * width * 8**i + 3**i) // (2 * 3**i) for i in range(depth)]  # the nearest integers
+    neurons = grown[-1] * math.prod(sides), 20 * width, 14 * width, classes
+    return Plan((shape[0], *grown), 5, 0, ((2,) * axes,) * depth, neurons)
 
 
-def vgg(shape: tuple[int, ...], classes: int, width: int, depth: int) -> nn.Sequential:
+def vgg(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Plan:
     """Convolutions of 3 pixels along each axis that keep the size, each pooled by 2, as VGG begins, and two layers.
 
     Stage i has ``width`` times 2^i channels, and the layer before the classes 8 times ``width`` neurons. An axis that
@@ -89,31 +131,26 @@ def vgg(shape: tuple[int, ...], classes: int, width: int, depth: int) -> nn.Sequ
     InputError
         As for :func:`cnn`.
     """
-    return _pooled("vgg", shape, classes, width, depth, residual=False)
+    return _halving("vgg", shape, classes, width, depth)
 
 
-def resnet(shape: tuple[int, ...], classes: int, width: int, depth: int) -> nn.Sequential:
+def resnet(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Plan:
     """The network of :func:`vgg` with a :class:`Residual` block and ReLU behind each pooling, our choice."""
-    return _pooled("resnet", shape, classes, width, depth, residual=True)
+    return replace(_halving("resnet", shape, classes, width, depth), residual=True)
 
 
-def _pooled(name: str, shape: tuple[int, ...], classes: int, width: int, depth: int, residual: bool) -> nn.Sequential:
+def _halving(name: str, shape: tuple[int, ...], classes: int, width: int, depth: int) -> Plan:
     _check(shape, name, width, depth)
-    axes, sides, channels = len(shape) - 1, list(shape[1:]), shape[0]
-    layers: list[nn.Module] = []
+    sides, pooled = shape[1:], list[tuple[int, ...]]()
     for stage in range(depth):
-        kernel = tuple(2 if side >= 4 else 1 for side in sides)
-        if max(kernel) == 1:
+        pooled.append(tuple(2 if side >= 4 else 1 for side in sides))
+        if max(pooled[-1]) == 1:
             remedy = f"it has room for -depth {stage}" if stage else "at least one axis of 4 pixels is needed"
             raise InputError(f"network '{name}' of {depth} stages is too deep for samples {shape}: {remedy}")
-        layers += [CONVOLUTIONS[axes](channels, width << stage, 3, padding=1), nn.ReLU(), MAXIMA[axes](kernel)]
-        channels, sides = width << stage, [side // k for side, k in zip(sides, kernel, strict=True)]
-        if residual:  # Fixup's L^(-1 / (2m - 2)) for L = depth branches of m = 2 layers
-            layers += [Residual(channels, depth**-0.5, axes=axes), nn.ReLU()]
-    neurons = 8 * width
-    return nn.Sequential(
-        *layers, nn.Flatten(), nn.Linear(channels * math.prod(sides), neurons), nn.ReLU(), nn.Linear(neurons, classes)
-    )
+        sides = tuple(side // p for side, p in zip(sides, pooled[-1], strict=True))
+    channels = [width << stage for stage in range(depth)]
+    neurons = channels[-1] * math.prod(sides), 8 * width, classes
+    return Plan((shape[0], *channels), 3, 1, tuple(pooled), neurons)
 
 
 def _check(shape: tuple[int, ...], name: str, width: int, depth: int) -> None:
@@ -125,17 +162,17 @@ def _check(shape: tuple[int, ...], name: str, width: int, depth: int) -> None:
 
 
 class Family(NamedTuple):
-    """Networks of one kind: what makes one of a shape, classes, width and depth, and its sizes by default.
+    """Networks of one kind.
 
     Attributes
     ----------
-    make
-        ``make(shape, classes, width, depth)``.
-    width, depth : int
-        Of images, by default; volumes have ``volume_width``.
+    plan
+        ``plan(shape, classes, width, depth)`` is one of them.
+    width, volume_width, depth : int
+        By default, of images and of volumes.
     """
 
-    make: Callable[[tuple[int, ...], int, int, int], nn.Sequential]
+    plan: Callable[[tuple[int, ...], int, int, int], Plan]
     width: int
     volume_width: int
     depth: int
@@ -143,6 +180,10 @@ class Family(NamedTuple):
     def sizes(self, shape: Sequence[int], width: int | None, depth: int | None) -> tuple[int, int]:
         """Width and depth for samples of a shape, those given or those by default."""
         return width or (self.volume_width if len(shape) == 4 else self.width), depth or self.depth
+
+    def make(self, shape: tuple[int, ...], classes: int, width: int, depth: int) -> nn.Sequential:
+        """The network."""
+        return self.plan(shape, classes, width, depth).network()
 
 
 # the first is LeNet's; the others are our choice: what an evaluation may cost

@@ -36,7 +36,7 @@ def build_local(
     Parameters
     ----------
     settings
-        Of the global network, as for :func:`.build_classifier`.
+        Of the global network, as for :func:`ddml.networks.classifiers.build_classifier`.
     shapes
         Of the tiles of a sample.
     classes
@@ -51,7 +51,7 @@ def build_local(
     ------
     InputError
         A network of no width, one that ignores it, or one that does not fit a tile; a width below 1. See
-        :func:`.build_classifier`.
+        :func:`ddml.networks.classifiers.build_classifier`.
     """
     globally = _global_width(settings, shapes[0])
     width = local_width(globally, narrowing) if width is None else width

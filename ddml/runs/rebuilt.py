@@ -105,9 +105,9 @@ def classifier(path: str, header: Header, theta: Tensor, anew: Anew) -> Classifi
     elif settings.network.startswith("euler"):
         _check_size(path, header, settings.blocks * (settings.width or 0) ** 2)
     elif settings.network in FAMILIES:
-        with torch.device("meta"):  # no memory, and sizes only
-            planned, _ = classifiers.build_classifier(settings, inputs.shape, len(inputs.classes))
-        _check_size(path, header, sum(p.numel() for p in planned.parameters()))
+        family = FAMILIES[settings.network]
+        sizes = family.sizes(inputs.shape, settings.width, settings.depth)
+        _check_size(path, header, family.plan(inputs.shape, len(inputs.classes), *sizes).parameters)
     with plugins.blamed(settings.network, classifiers.KNOWN, "network"):
         network, _ = classifiers.build_classifier(settings, inputs.shape, len(inputs.classes))
     _assign(path, header, network, theta)

@@ -84,6 +84,9 @@ def test_parameters_and_multiplications_are_those_counted_by_hand(
     inputs = torch.zeros(2, *shape, dtype=torch.float64)
     assert module(inputs).shape == (2, classes)
     assert (size(module), multiplications(module, inputs)) == (parameters, products)
+    family = FAMILIES[network]
+    sizes = family.sizes(shape, settings.get("width"), settings.get("depth"))
+    assert family.plan(shape, classes, *sizes).parameters == parameters
 
 
 @pytest.mark.parametrize("network", FAMILIES)
@@ -187,6 +190,11 @@ REFUSED = [
     ("residual", (1, 8, 8), {"width": 9}, "'residual' takes no width"),
     ("euler", (1, 8, 8), {"depth": 2}, "'euler' takes no depth"),
     ("residual", (1, 8, 8, 8), {}, "'residual' needs images"),
+    ("vgg", (1, 8, 8), {"depth": 1, "width": 2**63 - 1}, "parameters or more: they do not fit into the memory"),
+    ("resnet", (1, 8, 8, 8), {"depth": 2, "width": 10**8}, "do not fit into the memory"),
+    ("cnn", (1, 16, 16), {"width": 10**8}, "do not fit into the memory"),
+    ("euler", (1, 8, 8), {"width": 10**8}, "do not fit into the memory"),
+    ("mlp", (1, 8, 8), {"widths": "99999999999999999999"}, "do not fit into the memory"),
 ]  # fmt: skip
 
 
@@ -202,7 +210,7 @@ def test_sizes_below_one_are_refused() -> None:
     for family in FAMILIES.values():
         for width, depth, what in ((0, 1, "a width of 1 or more, got 0"), (1, 0, "a depth of 1 or more, got 0")):
             with pytest.raises(InputError, match=what):
-                family.make(FACE, 3, width, depth)
+                family.plan(FACE, 3, width, depth)
 
 
 USER = """

@@ -105,10 +105,9 @@ class Tiles:
             for along, n, delta in zip(cores, sides, overlap_of, strict=True)
         ]
         self.cores, self.ranges = list(itertools.product(*cores)), list(itertools.product(*wide))
-        self._largest = [max(r.stop - r.start for r in along) for along in wide]
+        largest = [max(r.stop - r.start for r in along) for along in wide]
         self.shapes = [
-            (self.shape[0], *(self._largest if padded else [r.stop - r.start for r in ranges]))
-            for ranges in self.ranges
+            (self.shape[0], *(largest if padded else [r.stop - r.start for r in ranges])) for ranges in self.ranges
         ]
 
     def _one_each(self, what: str, given: int | Sequence[int]) -> tuple[int, ...]:

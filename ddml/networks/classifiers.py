@@ -122,6 +122,40 @@ def _sizes_given(settings: Any, chosen: Any) -> dict[str, int]:
     return given
 
 
+def _arguments(settings: Any, shape: tuple[int, ...], classes: int) -> list[Any]:
+    """What a network of ours is called with behind the shape and the classes.
+
+    Raises
+    ------
+    InputError
+        Numbers that do not go together, or ask for more parameters than there is memory for.
+    """
+    arguments: list[Any] = []
+    least = 0  # parameters
+    if settings.network == "mlp":
+        arguments = [parse_widths(settings.widths)]
+        least = sum(a * b for a, b in pairwise([math.prod(shape), *arguments[0], classes]))
+    elif settings.network in FAMILIES:
+        family = FAMILIES[settings.network]
+        arguments = [*family.sizes(shape, settings.width, settings.depth)]
+        least = family.plan(shape, classes, *arguments).parameters
+    elif settings.network in WIDTHS:
+        if not math.isfinite(settings.horizon):
+            raise InputError(f"option -horizon must be a number, got {settings.horizon}")
+        arguments = [settings.blocks, settings.width or WIDTHS[settings.network], settings.horizon]
+        if settings.network == "euler":
+            arguments.append(settings.image_refinement)
+        elif settings.image_refinement > 1:
+            raise InputError(f"option -image_refinement is for -network euler, got {settings.network}")
+        least = arguments[0] * arguments[1] ** 2
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if least > memory // 4:  # bytes of one in single precision, in which torch makes them
+        raise InputError(
+            f"network '{settings.network}' has {least} parameters or more: they do not fit into the memory"
+        )
+    return arguments
+
+
 def build_classifier(settings: Any, shape: tuple[int, ...], classes: int) -> tuple[nn.Module, str]:
     """A network with initial parameters drawn from ``settings.seed``, and its description.
 
@@ -142,28 +176,7 @@ def build_classifier(settings: Any, shape: tuple[int, ...], classes: int) -> tup
     """
     chosen = plugins.load(settings.network, KNOWN, "network")
     named = _sizes_given(settings, chosen)
-    arguments: list[Any] = [parse_widths(settings.widths)] if settings.network == "mlp" else []
-    least = 0  # parameters
-    if settings.network == "mlp":
-        least = sum(a * b for a, b in pairwise([math.prod(shape), *arguments[0], classes]))
-    elif settings.network in FAMILIES:
-        family = FAMILIES[settings.network]
-        arguments = [*family.sizes(shape, settings.width, settings.depth)]
-        least = family.plan(shape, classes, *arguments).parameters
-    elif settings.network in WIDTHS:
-        if not math.isfinite(settings.horizon):
-            raise InputError(f"option -horizon must be a number, got {settings.horizon}")
-        arguments = [settings.blocks, settings.width or WIDTHS[settings.network], settings.horizon]
-        if settings.network == "euler":
-            arguments.append(settings.image_refinement)
-        elif settings.image_refinement > 1:
-            raise InputError(f"option -image_refinement is for -network euler, got {settings.network}")
-        least = arguments[0] * arguments[1] ** 2
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if least > memory // 4:  # bytes of one in single precision, in which torch makes them
-        raise InputError(
-            f"network '{settings.network}' has {least} parameters or more: they do not fit into the memory"
-        )
+    arguments = _arguments(settings, shape, classes)
     with torch.random.fork_rng(devices=[]), plugins.blamed(settings.network, KNOWN, "network"):
         torch.manual_seed(settings.seed)
         network = chosen(shape, classes, *arguments, **({} if settings.network in KNOWN else named))

@@ -85,6 +85,7 @@ def test_a_tile_is_a_slice(name: str, tmp_path: Path) -> None:
             assert np.array_equal(tiles.cut(stored, i), expected)
 
 
+@pytest.mark.ranks
 @cases
 @pytest.mark.parametrize("padded", [False, True])
 def test_restrictions_are_slices_on_any_number_of_ranks(comm: MPI.Comm, name: str, padded: bool) -> None:

@@ -115,6 +115,14 @@ def forward_costs(module: nn.Module, inputs: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
+def multiplications(module: nn.Module, inputs: Tensor) -> int:
+    """How many multiply-adds of matrix products, linear maps and convolutions a sample of ``inputs`` (B, ...) takes."""
+    with _Products() as counter:
+        module(inputs)
+    return counter.total // len(inputs)
+
+
+@torch.no_grad()
 def forward_numbers(module: nn.Module, inputs: Tensor) -> dict[str, tuple[int, int]]:
     """How many numbers of a sample enter and leave each part of ``module`` that is called, by its name.
 

@@ -24,6 +24,8 @@ from ddml.parameters import Parameter
 
 from .loss import Loss
 
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -81,7 +83,8 @@ def layers(module: nn.Module, parameters: Sequence[Parameter]) -> tuple[Layer, .
     Raises
     ------
     InputError
-        If a parameter is not the weight or bias of a Linear or an ungrouped Conv2d layer, or of several layers.
+        If a parameter is not the weight or bias of a Linear or an ungrouped Conv2d or Conv3d layer, or of several
+        layers.
     """
     table, found = {p.name: p for p in parameters}, list[Layer]()
     known, first = set(table), {id(p): name for name, p in module.named_parameters()}
@@ -95,7 +98,7 @@ def layers(module: nn.Module, parameters: Sequence[Parameter]) -> tuple[Layer, .
                 )
         weight, bias = table.get(f"{prefix}weight"), table.get(f"{prefix}bias")
         simple = isinstance(layer, nn.Linear) or (
-            isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"
+            isinstance(layer, CONVOLUTIONS) and layer.groups == 1 and layer.padding_mode == "zeros"
         )
         if not simple or (weight is None and bias is None):
             continue
@@ -110,7 +113,7 @@ def layers(module: nn.Module, parameters: Sequence[Parameter]) -> tuple[Layer, .
         found.append(Layer(name, np.hstack(columns), weight is not None))
     if table:
         raise InputError(
-            f"K-FAC knows layers of kind Linear and Conv2d without groups and padded with zeros; parameter "
+            f"K-FAC knows layers of kind Linear, and Conv2d and Conv3d without groups and padded with zeros; parameter "
             f"{next(iter(table))} is of none: choose another -norm"
         )
     return tuple(found)
@@ -148,7 +151,7 @@ def _calls(
         part, calls = layers_by_name[layer.name], []
         for a, _ in kept[layer.name]:
             rows, gamma = _rows(part, a), next(gradients)
-            gamma = gamma.movedim(1, -1) if isinstance(part, nn.Conv2d) else gamma
+            gamma = gamma.movedim(1, -1) if isinstance(part, CONVOLUTIONS) else gamma
             ones = rows.new_ones(len(rows), layer.entries.shape[1] - layer.weight * rows.shape[1])
             calls.append((torch.cat([rows, ones], dim=1) if layer.weight else ones, gamma.flatten(0, -2)))
         yield calls
@@ -206,7 +209,7 @@ def statistics(
 
 def _rows(layer: nn.Module, inputs: Tensor) -> Tensor:
     """What a layer multiplies its weight by, (rows, i), a row a position."""
-    if not isinstance(layer, nn.Conv2d):
+    if not isinstance(layer, CONVOLUTIONS):
         return inputs.flatten(0, -2)
     padding = layer.padding
     if isinstance(padding, str):
@@ -214,6 +217,11 @@ def _rows(layer: nn.Module, inputs: Tensor) -> Tensor:
             d * (k - 1) if padding == "same" else 0 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)
         ]
         sides = [side for t in reversed(total) for side in (t // 2, t - t // 2)]  # as torch pads
-        inputs, padding = nn.functional.pad(inputs, sides), (0, 0)
-    patches = nn.functional.unfold(inputs, layer.kernel_size, layer.dilation, padding, layer.stride)
-    return patches.movedim(1, 2).flatten(0, 1)
+        inputs, padding = nn.functional.pad(inputs, sides), (0,) * len(total)
+    if isinstance(layer, nn.Conv2d):
+        patches = nn.functional.unfold(inputs, layer.kernel_size, layer.dilation, padding, layer.stride)
+        return patches.movedim(1, 2).flatten(0, 1)
+    windows = nn.functional.pad(inputs, [p for p in reversed(padding) for _ in range(2)])
+    for axis, (k, d, s) in enumerate(zip(layer.kernel_size, layer.dilation, layer.stride, strict=True), start=2):
+        windows = windows.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
+    return windows.movedim(1, 4).flatten(0, 3).flatten(1)  # of (B, C, positions, windows)

@@ -23,6 +23,7 @@ from ddml.data.scaling import SCALINGS, Scaling
 from ddml.errors import InputError, RunFileError
 from ddml.losses.modules import trained
 from ddml.networks import build, classifiers
+from ddml.networks.families import FAMILIES
 from ddml.options import Option, same_reference
 from ddml.parameters import Parameter, parameter_table
 from ddml.problems import PROBLEMS
@@ -103,6 +104,10 @@ def classifier(path: str, header: Header, theta: Tensor, anew: Anew) -> Classifi
         _check_size(path, header, sum(a * b for a, b in pairwise(neurons)))
     elif settings.network.startswith("euler"):
         _check_size(path, header, settings.blocks * (settings.width or 0) ** 2)
+    elif settings.network in FAMILIES:
+        family = FAMILIES[settings.network]
+        sizes = family.sizes(inputs.shape, settings.width, settings.depth)
+        _check_size(path, header, family.plan(inputs.shape, len(inputs.classes), *sizes).parameters)
     with plugins.blamed(settings.network, classifiers.KNOWN, "network"):
         network, _ = classifiers.build_classifier(settings, inputs.shape, len(inputs.classes))
     _assign(path, header, network, theta)

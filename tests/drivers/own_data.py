@@ -23,6 +23,16 @@ def narrow(shape, classes):
     return nn.Linear(3, classes)
 
 
+def solids():  # noisy volumes with a bright half along one of the axes
+    rng = np.random.default_rng(0)
+    y = np.arange(80) % 3
+    x = rng.standard_normal((80, 1, 7, 8, 9)).astype("float32")
+    for i, axis in enumerate(y):
+        x[i, 0][(slice(None),) * axis + (slice(4),)] += 1
+    train, test = {"inputs": x[:60], "labels": y[:60]}, {"test_inputs": x[60:], "test_labels": y[60:]}
+    return {**train, **test, "classes": ["D", "H", "W"]}
+
+
 def wrong_labels():
     return {**rings(), "classes": ["in"]}
 """

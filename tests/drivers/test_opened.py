@@ -25,6 +25,7 @@ SCALED, FIELDS = f"{HERE}/scaled_problems.py", f"{HERE}/field_problems.py"
 QUICK = ("-max_it", 1, "-points", 60, "-error_points", 50, "-test_points", 0, "-summation_blocks", 2,
          "-resample", "never", "-error_interval", 1, "-progress", "none")  # fmt: skip
 SELF = MPI.COMM_SELF
+WIDE_IMAGES = '{"shape":[1,1000000,1000000],"classes":["a","b"],"scaling":"none","shift":[0.0],"scale":[1.0]}'
 WIDE = '{"shape":[1000000000],"classes":["a","b"],"scaling":"none","shift":[0.0],"scale":[1.0]}'
 
 CASES = {
@@ -104,11 +105,13 @@ def test_derivatives_and_residuals_are_those_of_autograd(tmp_path: Path) -> None
     np.testing.assert_allclose(table["residual"], by_t - 1e-6 * by_xx, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("network", ["mlp", "euler_cnn", "own", "older"])
+@pytest.mark.parametrize("network", ["mlp", "euler_cnn", "resnet", "own", "older"])
 def test_the_classifier_is_that_of_the_run(network: str, tmp_path: Path) -> None:
     user = tmp_path / "user.py"
     user.write_text(USER)
     data = ("-data", "digits", "-samples", 60, "-network", "mlp" if network == "older" else network)
+    if network == "resnet":
+        data = (*data, "-depth", 2)
     if network == "own":
         data = ("-data", f"{user}:rings", "-network", f"{user}:net", "-dtype", "float64")
     short = ("-batch_size", 0, "-max_it", 2, "-error_interval", 1, "-solver", "lbfgs", "-progress", "none")
@@ -217,6 +220,16 @@ def test_what_differs_is_refused(good: Path, tmp_path: Path) -> None:
         ({"option depth": "1000000000000"}, "its options ask for"),
         ({"driver": "classify", "inputs": WIDE, "option network": "mlp"}, "its options ask for 3200"),
         ({"driver": "classify", "inputs": WIDE, "option network": "euler", "option width": "99999"}, "options ask for"),
+        ({"driver": "classify", "inputs": WIDE_IMAGES, "option network": "vgg"}, "its options ask for"),
+        ({"driver": "classify", "inputs": WIDE_IMAGES, "option network": "cnn"}, "its options ask for"),
+        (
+            {"driver": "classify", "inputs": WIDE_IMAGES, "option network": "resnet", "option width": "9999999999999"},
+            "its options ask for",
+        ),
+        (
+            {"driver": "classify", "inputs": WIDE_IMAGES, "option network": "vgg", "option depth": "9999999999999"},
+            "too deep for samples .* -depth 18",
+        ),
         ({"option depth": "none"}, "-depth must be an integer"),
         ({"dtype": "float8"}, "dtype 'float8'"),
         ({"seed": "x"}, "seed 'x'"),

@@ -1,6 +1,7 @@
 """Kronecker factors of layers that are called in other ways."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,6 +97,36 @@ def test_factors_of_convolutions_that_pad_by_name(
                         patch[:, :, k, m] = inputs[:, :, row, column]
             patches.append((with_one(patch.flatten(1)), slope[:, :, i, j]))
     assert_factors((A, G), patches, 5)
+
+
+@pytest.mark.parametrize(
+    ("size", "dilation", "stride", "padding"),
+    [
+        ((3, 3, 3), 1, 1, 1), ((3, 3, 3), 1, 1, "same"), ((2, 1, 3), (2, 1, 1), 1, "same"), ((2, 3, 4), 1, 1, "valid"),
+        ((1, 2, 2), (1, 1, 2), (3, 1, 2), 0), ((2, 2, 1), (1, 2, 1), (1, 2, 2), (0, 2, 1)),
+    ],
+)  # fmt: skip
+def test_factors_of_convolutions_of_volumes(size: tuple[int, ...], dilation: Any, stride: Any, padding: Any) -> None:
+    def make() -> nn.Module:
+        convolution = nn.Conv3d(2, 3, size, padding=padding, dilation=dilation, stride=stride)
+        return nn.Sequential(convolution, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(3, 3))
+
+    module = seeded(make)
+    inputs = torch.as_tensor(np.random.default_rng(1).standard_normal((4, 2, 4, 5, 6)))
+    ((A, G), _), labels = statistics(module, inputs)
+    z = module[0](inputs)
+    (slope,) = torch.autograd.grad(cross_entropy(module[1:](z), labels).sum(), z)
+    dilation, stride = np.broadcast_to(dilation, 3), np.broadcast_to(stride, 3)
+    before = {"same": dilation * np.subtract(size, 1) // 2, "valid": 0}.get(padding, padding)
+    calls = []
+    for position in np.ndindex(*z.shape[2:]):
+        patch = torch.zeros(4, 2, *size, dtype=torch.float64)
+        for offset in np.ndindex(*size):
+            place = np.multiply(stride, position) + np.multiply(dilation, offset) - before
+            if (place >= 0).all() and (place < inputs.shape[2:]).all():
+                patch[(..., *offset)] = inputs[(..., *place)]
+        calls.append((with_one(patch.flatten(1)), slope[(..., *position)]))
+    assert_factors((A, G), calls, 4)
 
 
 def test_factors_of_partly_frozen_layers_are_those_of_what_is_trained() -> None:

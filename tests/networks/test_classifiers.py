@@ -43,7 +43,7 @@ def test_networks_of_the_slides_have_their_sizes() -> None:
     assert built((7,), 3, widths="")[1] == "mlp 7-3"
 
 
-@pytest.mark.parametrize("network", ["mlp", "cnn", "residual", "euler", "euler_cnn"])
+@pytest.mark.parametrize("network", ["mlp", "cnn", "vgg", "resnet", "residual", "euler", "euler_cnn"])
 @pytest.mark.parametrize("shape", [MNIST, CIFAR, (1, 17, 20)])
 def test_outputs_and_seeds(network: str, shape: tuple[int, ...]) -> None:
     first, again, other = (built(shape, 7, network=network, seed=s, dtype="float32")[0] for s in (3, 3, 4))
@@ -119,6 +119,8 @@ def counted(call: Callable[[], object]) -> int:
     [
         ("mlp", MNIST, 1e-3),
         ("cnn", CIFAR, 1e-3),
+        ("vgg", CIFAR, 1e-3),
+        ("vgg", (1, 8, 16, 12), 1e-3),
         ("euler", MNIST, 1e-3),
         ("euler_cnn", MNIST, 1e-3),
         ("residual", CIFAR, 0.05),  # adjoints inside a block are not charged
@@ -192,7 +194,7 @@ def test_a_users_network_and_what_is_refused(tmp_path: Path) -> None:
     for name, match in (
         (f"{file}:fails", "raised OSError: weights are missing"),
         (f"{file}:number", "must give a torch module"),
-        ("transformer", "unknown network 'transformer'; there are mlp, cnn, residual"),
+        ("transformer", "unknown network 'transformer'; there are mlp, cnn, vgg, resnet, residual"),
     ):
         with pytest.raises(InputError, match=match):
             built((3, 2, 2), network=name)

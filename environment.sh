@@ -88,7 +88,7 @@ if h5py is None or not h5py.get_config().mpi:
     kind = "no h5py" if h5py is None else f"a serial h5py ({h5py.__version__})"
     for folder in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
         if h5py is not None and Path(folder).resolve() in Path(h5py.__file__).resolve().parents:
-            refuse(f"PYTHONPATH brings {kind}, from {folder}; run files need one built with MPI: unload its module")
+            refuse(f"PYTHONPATH brings {kind}, from {folder}; ddml is tested with one built with MPI: unload its module")
     tool = shutil.which("h5pcc")
     places = [os.environ.get(name) for name in ("HDF5_DIR", "HDF5_ROOT", "HDF5_HOME", "EBROOTHDF5")]
     places += [Path(folder).parent for folder in re.findall(r"-I(\S+)", settings.get("HDF5_INCLUDE", ""))]
@@ -98,7 +98,7 @@ if h5py is None or not h5py.get_config().mpi:
     parallel = [header.parents[1] for header in headers
                 if header.exists() and re.search(r"^#define H5_HAVE_PARALLEL 1", header.read_text(), re.M)]
     if not parallel or not mpicc:
-        refuse(f"{sys.executable} has {kind}, run files need one built with MPI, and "
+        refuse(f"{sys.executable} has {kind}, ddml is tested with one built with MPI, and "
                + ("no parallel HDF5 was found: load its module or set HDF5_DIR" if mpicc else "there is no mpicc"))
     print(f"hdf5={parallel[0]}")
     h5py = None
@@ -201,8 +201,10 @@ if [ -n "$given" ]; then
     say "used as they are: $(grep == <<<"$given" | tr '\n' ' ')"
     of_given site | sed 's/.*/import site; site.addsitedir("&")/' >"$packages/given.pth"
     grep == <<<"$given" >"$venv/given.txt"
-    printf '[global]\nconstraint = %s\n' "$venv/given.txt" >"$venv/pip.conf" # for every later install, too
-    export PIP_CONSTRAINT=$venv/given.txt MPICC
+    # as an address: pip takes what stands behind a blank for another file
+    PIP_CONSTRAINT=$("$venv/bin/python" -c 'import pathlib, sys; print(pathlib.Path(sys.argv[1]).as_uri())' "$venv/given.txt")
+    printf '[global]\nconstraint = %s\n' "$PIP_CONSTRAINT" >"$venv/pip.conf" # for every later install, too
+    export PIP_CONSTRAINT MPICC
     MPICC=$(of_given mpicc)
     add $(pins 'setuptools|wheel|Cython|pkgconfig')
     kernels

@@ -37,11 +37,18 @@ def limit(seconds: int, room: int) -> None:
     """Let this process have so many seconds of a processor, so many further bytes, and no core dump."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the program that waits for this one decides
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))  # SIGXCPU, not SIGKILL
+    at_most(resource.RLIMIT_CPU, seconds, seconds + 1)  # SIGXCPU, not SIGKILL
     if os.path.exists("/proc/self/statm"):  # Linux
         with open("/proc/self/statm") as file:
             room += int(file.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (room, room))
+        at_most(resource.RLIMIT_AS, room, room)
+
+
+def at_most(kind: int, soft: int, hard: int) -> None:
+    """Set limits where there are none that are lower: those cannot be raised, and serve as well."""
+    pairs = zip(resource.getrlimit(kind), (soft, hard), strict=True)
+    first, second = (new if old == resource.RLIM_INFINITY else min(old, new) for old, new in pairs)
+    resource.setrlimit(kind, (first, second))
 
 
 def shut() -> None:

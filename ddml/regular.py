@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from pathlib import Path
+from contextlib import suppress
 from typing import IO
 
 from .errors import InputError
@@ -37,5 +37,6 @@ def opened(path: str | os.PathLike[str]) -> IO[bytes]:
 
 def check_target(path: str | os.PathLike[str]) -> None:
     """Raise an InputError where something is that must not be replaced: a folder, a device, a pipe."""
-    if Path(path).exists() and not Path(path).is_file():
-        raise InputError(f"cannot write {path}: what is there is no regular file")
+    with suppress(OSError):  # of which whoever writes there will hear
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise InputError(f"cannot write {path}: what is there is no regular file")

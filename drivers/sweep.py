@@ -42,10 +42,11 @@ def lines(path: str) -> list[list[str]]:
         A file that cannot be read, or has no run.
     """
     try:
-        text = Path(path).read_text()
+        # in bytes, which have the blanks and the ends of lines that a shell knows
+        words = [[word.decode() for word in line.split()] for line in Path(path).read_bytes().split(b"\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
-    runs = [line.split() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    runs = [line for line in words if line and not line[0].startswith("#")]
     if not runs:
         raise InputError(f"{path} has no line with options of a run")
     return runs

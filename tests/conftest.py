@@ -47,7 +47,7 @@ SERIAL = (
     "runs/test_run_file_damage.py::test_a_kill_at_any_moment_leaves_a_whole_file",  # a writer on one rank
     "runs/test_run_file_damage.py::test_what_another_run_writes_meanwhile_is_read_whole_or_refused",
     *(f"drivers/test_{name}.py" for name in ("all_solvers", "bad_problems", "bench", "classify", "faults", "header")),
-    *(f"drivers/test_{name}.py" for name in ("kill", "plot_driver", "readme", "restart", "rivals", "same_bits")),
+    *(f"drivers/test_{name}.py" for name in ("job", "kill", "plot_driver", "readme", "restart", "rivals", "same_bits")),
     *(f"drivers/test_{name}.py" for name in ("export", "interrupted_code", "mutations", "predict", "slips", "slurm")),
     "problems/test_calling.py",
     # what others claim on several ranks

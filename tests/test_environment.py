@@ -49,12 +49,14 @@ def set_up(tree: Path, python: Path, **settings: str) -> subprocess.CompletedPro
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of what the set-up reads, without an environment."""
+    """A copy of what the set-up reads, without an environment, under a name with a blank and a letter of its own."""
+    tree = tmp_path / "a träe"
     for name in ("ddml", "solvers", "drivers"):
-        shutil.copytree(ROOT / name, tmp_path / "tree" / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    for name in ("environment.sh", "versions.txt", "setup.py"):
-        shutil.copy(ROOT / name, tmp_path / "tree")
-    return tmp_path / "tree"
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    (tree / "docs").mkdir()
+    for name in ("environment.sh", "versions.txt", "setup.py", "README.md", "docs/requirements.txt"):
+        shutil.copy(ROOT / name, tree / name)
+    return tree
 
 
 def refusal(tree: Path, python: Path, **settings: str) -> str:
@@ -128,7 +130,7 @@ def test_without_a_parallel_hdf5_h5py_is_refused(tree, tmp_path, serial):
     for name in ("bash", "cat", "cut", "dirname", "env", "grep", "sed", "sha256sum", "uname"):
         (tmp_path / "bin" / name).symlink_to(shutil.which(name))
     words = "a serial h5py (3.11.0)" if serial else "no h5py"
-    assert f"has {words}, run files need one built with MPI" in refusal(tree, python, PATH=str(tmp_path / "bin"))
+    assert f"has {words}, ddml is tested with one built with MPI" in refusal(tree, python, PATH=str(tmp_path / "bin"))
 
 
 def test_cuda_is_asked_of_what_has_it(tree, tmp_path):

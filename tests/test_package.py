@@ -49,6 +49,12 @@ def test_the_version_is_the_same_everywhere(setup: SimpleNamespace) -> None:
     assert f"\n## {ddml.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_every_page_stands_in_the_navigation_of_the_site() -> None:
+    docs, navigation = ROOT / "docs", (ROOT / "mkdocs.yml").read_text()
+    pages = [page.relative_to(docs).as_posix() for page in docs.rglob("*.md")]
+    assert [page for page in pages if f"- {page}\n" not in navigation] == []
+
+
 def test_least_versions_are_not_above_those_that_are_tested(setup: SimpleNamespace) -> None:
     pins = dict(re.findall(r"^(\w+)==([\d.]+)", (ROOT / "versions.txt").read_text(), re.MULTILINE))
     page = (ROOT / "docs/installing.md").read_text()

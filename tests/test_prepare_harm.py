@@ -42,6 +42,12 @@ def test_only_regular_files_are_replaced(tmp_path: Path, kind: str) -> None:
     assert (target.stat().st_mode, target.stat().st_ino) == (before.st_mode, before.st_ino)
 
 
+def test_a_name_that_is_too_long_is_one_line(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", inputs=X, labels=Y)
+    with pytest.raises(SystemExit, match=r"error: cannot write .*File name too long"):
+        prepare.main(["arrays", str(tmp_path / "a.npz"), "-o", str(tmp_path / f"{'a' * 300}.h5")])
+
+
 def test_names_are_printed_without_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "a\x1b[31m\u202e"
     folder.mkdir()

@@ -6,7 +6,7 @@ import csv
 import io
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,8 +139,10 @@ def check_target(path: str | Path, suffixes: Sequence[str], sources: Sequence[st
     if not target.resolve().parent.is_dir():
         raise InputError(f"cannot write {path}: there is no folder {target.parent}")
     regular.check_target(target)
-    if target.exists() and any(Path(s).exists() and target.samefile(s) for s in sources):
-        raise InputError(f"cannot write {path}: it is read")
+    for source in sources:
+        with suppress(OSError):  # of which whoever reads or writes there will hear
+            if target.samefile(source):
+                raise InputError(f"cannot write {path}: it is read")
     return target.suffix
 
 

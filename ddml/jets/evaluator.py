@@ -81,6 +81,7 @@ class ByAutograd(ABC):
 
     leaf: Tensor
     gradient: Tensor | None
+    output: Tensor | None = None
     last: tuple[Tensor, int]  # inputs and first stage of the last forward pass
 
     def bind(self, theta: Tensor, gradient: Tensor | None = None, active: Sequence[int] | None = None) -> None:
@@ -91,13 +92,14 @@ class ByAutograd(ABC):
     def forward(self, inputs: Tensor, first: int = 0) -> Tensor:
         """See :class:`Evaluator`."""
         self.last = inputs, first
+        self.output = None  # whose graph would take its memory beside the next one
         with torch.enable_grad():
             self.output = self.jets(self.leaf, inputs, first)
         return self.output.detach()
 
     def backward(self, adjoint: Tensor) -> None:
         """See :class:`Evaluator`."""
-        assert self.gradient is not None
+        assert self.gradient is not None and self.output is not None
         self.gradient += torch.autograd.grad(self.output, self.leaf, adjoint, retain_graph=True)[0]
 
     def rows(self, adjoint: Tensor) -> Tensor:
@@ -117,8 +119,8 @@ class ByAutograd(ABC):
             return torch.autograd.grad(transposed, w, direction)[0]
 
     def finish(self) -> None:
-        """See :class:`Evaluator`: nothing is left to do."""
-        return
+        """See :class:`Evaluator`: only the graph is left."""
+        self.output = None
 
     @abstractmethod
     def jets(self, theta: Tensor, inputs: Tensor, first: int = 0) -> Tensor:

@@ -259,7 +259,7 @@ class Training:
         if run.failure:
             raise CollectiveError(run.failure)
         if run.output and len(run.history) and run.exact:
-            trust = any(names_code(name, str(value)) for name, value in in_force.items())
+            trust = any(names_code(k, str(v)) for k, v in in_force.items() if for_runs(k) and k not in _EACH_START)
             more = " -trust" * trust + " and a larger limit" * (run.reason != SIGNAL)
             self._say([f"to go on: the same driver with -restart {run.output}{more}"])
         if run.reason == SIGNAL:

@@ -172,6 +172,18 @@ def test_what_is_no_regular_file_is_not_replaced(writer: str, kind: str, good: P
     assert (target.stat().st_mode, target.stat().st_ino) == (before.st_mode, before.st_ino)
 
 
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_name_that_is_too_long_is_one_line(writer: str, good: Path, tmp_path: Path) -> None:
+    assert "File name too long" in refusal(*WRITERS[writer](good, tmp_path / ("made" * 70)), comm=SELF)
+
+
+def test_trust_is_advised_where_a_restart_asks_for_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run.h5"  # of PETSc's own options none is in it
+    assert call("pinn", *SHORT, "-log_view", f":{tmp_path}/log.txt", "-output", run, comm=SELF) == 0
+    assert f"-restart {run} and a larger limit" in capfd.readouterr().out
+    assert call("pinn", "-restart", run, "-max_it", 2, comm=SELF) == 0
+
+
 def test_texts_of_a_run_file_are_printed_without_control_characters(
     good: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,3 +25,24 @@ def test_a_forward_pass_serves_several_backward_passes(case: Any, kind: Any) -> 
         made.backward(share * c.weights)
     made.finish()
     assert_close(gradient, c.independent()[1], 1e-11)
+
+
+@pytest.mark.parametrize("kind", [TaylorJets, NestedJets])
+def test_one_graph_at_a_time_is_in_memory(kind: Any) -> None:
+    class Watched(kind):  # type: ignore[misc]
+        """Notes whether there is the graph of another pass where one is made."""
+
+        found: list[bool] = []
+
+        def jets(self, *arguments: Any) -> torch.Tensor:
+            self.found.append(self.output is not None)
+            return super().jets(*arguments)
+
+    c = Case(SMALL[0], points=5)
+    made = Watched(c.network, c.offsets, c.indices)
+    made.bind(c.theta, torch.zeros_like(c.theta))
+    for _ in range(2):
+        made.forward(c.inputs)
+        made.backward(c.weights)
+    made.finish()
+    assert made.found == [False, False] and made.output is None

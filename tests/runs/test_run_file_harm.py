@@ -3,6 +3,8 @@
 import math
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -284,6 +286,18 @@ def test_a_fifo_and_devices_are_not_waited_for(shared_tmp: Path) -> None:
     comm.barrier()
     for name in ("fifo", "link"):
         refused(shared_tmp / name, "is no regular file")
+
+
+def test_limits_of_a_cluster_that_are_lower_stay(tmp_path: Path) -> None:
+    """Only root could raise them."""
+    room = 5 << 30
+    lines = ("import resource", f"resource.setrlimit(resource.RLIMIT_AS, ({room}, {room}))",
+             "resource.setrlimit(resource.RLIMIT_CPU, (50, 60))", "from ddml import hdf5_child",
+             f"hdf5_child.limit(70, {room + 1})",
+             "print(*resource.getrlimit(resource.RLIMIT_AS), *resource.getrlimit(resource.RLIMIT_CPU))")  # fmt: skip
+    command = [sys.executable, "-c", "; ".join(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(room), str(room), "50", "60"]
 
 
 def test_what_is_whole_is_read(shared_tmp: Path) -> None:

@@ -57,10 +57,9 @@ test-long: env
 test-one:
 	$(PYTHON_ENV) -m pytest tests -rs
 
-# beside test-one, which waits for nobody: ranks that wait take turns all the time
 test-ranks:
-	nice -n 5 $(MPIEXEC) -n 3 $(PYTHON_ENV) -m pytest tests
-	nice -n 5 $(MPIEXEC) -n 2 $(PYTHON_ENV) -m pytest tests
+	$(MPIEXEC) -n 3 $(PYTHON_ENV) -m pytest tests
+	$(MPIEXEC) -n 2 $(PYTHON_ENV) -m pytest tests
 
 slurm-test: env
 	$(PYTHON_ENV) -m pytest tests/drivers/test_slurm.py -rs

@@ -36,7 +36,7 @@ demo: env
 	$(PYTHON_ENV) drivers/plot.py out/ssbroyden.h5 out/mspqn.h5 out/lbfgs.h5 -labels SSBroyden MSPQN L-BFGS -o out/demo.png
 	@echo "run files out/*.h5, to be resumed with -restart; figures out/demo.png and out/demo.maps.png"
 
-check: env
+check: env build/yield.so
 	$(MAKE) -j2 check-one check-three
 
 check-one:
@@ -45,13 +45,21 @@ check-one:
 check-three:
 	$(MPIEXEC) -n 3 $(PYTHON_ENV) -m pytest tests --suite=check
 
+# ranks that wait sleep (not where a blank in the path would end a name): three ranks of solvers beside another process
+# took 60 s instead of 131
+test-one test-ranks check-one check-three: export LD_PRELOAD = $(if $(word 2,$(CURDIR)),,$(wildcard $(CURDIR)/build/yield.so))
+
+build/yield.so: tests/yield.c
+	mkdir -p build
+	-$(CC) -O2 -shared -fPIC $< -o $@
+
 # the suites and what they run on each number of ranks: tests/conftest.py
-test: env
+test: env build/yield.so
 	$(MAKE) -j2 test-one test-ranks
 
 test-long: export DDML_LONG = 1
 test-long: export DDML_KILLS = 1000
-test-long: env
+test-long: env build/yield.so
 	$(MAKE) -j2 test-one test-ranks
 
 test-one:

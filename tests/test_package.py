@@ -221,7 +221,6 @@ def test_what_ends_one_rank_ends_all(installed: SimpleNamespace, tmp_path: Path)
     done = run(installed, "ddml-pinn", "-max_it", 1, ranks=2, PYTHONPATH=str(tmp_path))
     assert done.returncode != 0
     assert "ddml.runs.advice" in done.stderr
-    assert done.stderr.count("Traceback") == 1, "the other rank has not come to an end of its own"
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import resource
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -215,6 +216,20 @@ def _shared_folder() -> Iterator[Path]:
 
 shared_tmp = pytest.fixture(_shared_folder, name="shared_tmp")
 module_tmp = pytest.fixture(_shared_folder, scope="module", name="module_tmp")  # one for all tests of a file
+
+
+@pytest.fixture(scope="module")
+def below_a_gigabyte() -> Iterator[None]:
+    """The tests of a file do not take 1 GB, here or in a process that it starts."""
+
+    def peaks() -> list[int]:
+        return [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+
+    before = peaks()
+    yield
+    here, started = peaks()
+    assert here - before[0] < 1 << 20  # kB
+    assert started < max(before[1] + 1, 1 << 20)
 
 
 @pytest.fixture

@@ -1,9 +1,8 @@
 """Data files made to harm are refused in one line on all ranks: nothing else is read, nothing large is allocated."""
 
 import os
-import resource
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,10 @@ from ddml.data import files
 from ddml.data.data_set import DataSet
 from ddml.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("below_a_gigabyte")
+
 N, TESTS, D = 8, 4, 3
 TEXT = h5py.string_dtype()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def memory() -> Iterator[None]:
-    """No test of this file takes 1 GB, here or in a process that it starts."""
-
-    def peaks() -> list[int]:
-        return [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-
-    before = peaks()
-    yield
-    here, started = peaks()
-    assert here - before[0] < 1 << 20  # kB
-    assert started < max(before[1] + 1, 1 << 20)
 
 
 def write(path: Path) -> None:

@@ -103,7 +103,7 @@ def test_good_lines_of_a_sweep(tmp_path: Path, capfd: pytest.CaptureFixture[str]
 WRONG = {
     "an unknown option": (f"{GOOD} -widht 9", "unknown option -widht"),
     "one of another solver": (f"{GOOD} -solver lbfgs -radius 1", "unknown option"),
-    "one of another driver": (f"classify {GOOD}", "unknown option"),
+    "one of another driver": ("classify -points 200", "unknown option -points"),
     "a value": (f"{GOOD} -width x", "option -width must be an integer, got 'x'"),
     "a problem": (f"{GOOD} -problem bugers", "bugers"),
     "a driver": (f"pin {GOOD}", "pin"),

@@ -98,9 +98,9 @@ def test_program_runs(number: int, ranks: int, folder: Path) -> None:
 def test_batch_script_starts_and_goes_on(folder: Path) -> None:
     srun = folder / "bin" / "srun"
     srun.parent.mkdir()
-    check = '[ "$1 $2 $3" = ".venv/bin/python -m mpi4py" ] || exit 9'
-    quick = "" if LONG else f'shift 3; set -- {shlex.join(warm())} "$@"'
-    srun.write_text(f'#!/bin/sh\n{check}\n{quick}\nexec mpiexec -n 2 "$@"\n')
+    check = '[ "$1 $3 $4 $5" = "env .venv/bin/python -m mpi4py" ] || exit 9; held=$2'
+    start = ".venv/bin/python -m mpi4py" if LONG else shlex.join(warm())
+    srun.write_text(f'#!/bin/sh\n{check}\nshift 5\nexec mpiexec -n 2 env "$held" {start} "$@"\n')
     srun.chmod(0o755)
     variables = environment() | {"PATH": f"{srun.parent}:{os.environ['PATH']}", "SLURM_JOB_NAME": "batch"}
     for iterations in ("1", "2"):

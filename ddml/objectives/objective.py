@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import ClassVar
 from weakref import WeakSet
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from ddml.layout import Operator, ParameterLayout
 from ddml.linalg.compact import Compact
 from ddml.losses.loss import Loss
+from ddml.losses.outputs import Outputs
 from ddml.losses.recorded import Recorder
 from ddml.losses.work import DOUBLE, FRESH, PASSED, WorkCounter
 from ddml.numbers import Number
@@ -79,6 +81,8 @@ class Objective:
         What is added to the loss (:func:`ddml.objectives.composed.shifted`), in the value and in the gradient.
     """
 
+    cut: ClassVar[type[Parts]] = Parts
+
     def __init__(
         self,
         loss: Loss,
@@ -97,7 +101,7 @@ class Objective:
         self.version = 0
         self.replacement = Replacement()
         self.linear: tuple[LinearTerm, ...] = ()
-        self.parts = Parts(loss, layout, blocks, parts, record)
+        self.parts = self.cut(loss, layout, blocks, parts, record)
         self._followers: WeakSet[Objective] = WeakSet()
         self._events = {name: PETSc.Log.Event(f"ddml {name}") for name in ("loss", "gradient", "product")}
 
@@ -168,6 +172,10 @@ class Objective:
     def linear_terms(self) -> list[GatheredTerm]:
         """The linear terms with their whole vectors, for objectives of some of the parameters. Collective."""
         return [term.gathered(self.layout) for term in self.linear]
+
+    def outputs_at(self, x: PETSc.Vec, moved: frozenset[int] = frozenset()) -> Outputs | None:
+        """What the networks of the loss give at x, if it has some side by side; ``moved`` layers are charged."""
+        return None
 
     def parameters(self, x: PETSc.Vec) -> Tensor:
         """All parameters at x in the loss's precision, on its device; x's own memory where that is possible."""

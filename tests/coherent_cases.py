@@ -58,6 +58,7 @@ CASES: dict[str, dict[str, Any]] = {
     "coarse net of another kind": {"shape": (1, 7, 6), "parts": (2, 2), "kind": "unlike"},
     "one tile": {"shape": (1, 4, 4), "parts": 1},
     "a frozen net": {"shape": (1, 7, 6), "parts": 2, "frozen": (1,)},
+    "a frozen coarse net": {"shape": (1, 7, 6), "parts": 2, "still": True},
     "frozen nets": {"shape": (1, 7, 6), "parts": 2, "frozen": (0, 1, 2, 3)},
 }
 
@@ -71,6 +72,7 @@ def coherent(
     padded: bool = False,
     residual: bool = False,
     frozen: Collection[int] = (),
+    still: bool = False,
 ) -> Coherent:
     tiles = Tiles(shape, parts, overlap, padded)
     with torch.random.fork_rng():
@@ -81,6 +83,7 @@ def coherent(
             p.data = torch.randn(p.shape, dtype=torch.float64) / p[0].numel() ** 0.5
     for i in frozen:
         nets[i].requires_grad_(False)
+    behind.requires_grad_(not still)
     return Coherent(nets, behind, tiles, link)
 
 

@@ -51,6 +51,14 @@ class Branch:
             leaf.data = theta[parameter.range].view(parameter.shape)
         return self.module
 
+    def called(self, theta: Tensor, x: Tensor) -> Tensor:
+        """What it gives at theta (n,), differentiable by that."""
+        places = {id(leaf): p for leaf, p in zip(self.leaves, self.parameters, strict=True)}
+        named = [(name, places[id(p)]) for name, p in self.module.named_parameters() if id(p) in places]
+        views = {name: theta[p.range].view(p.shape) for name, p in named}
+        found: Tensor = torch.func.functional_call(self.module, views, (x,))
+        return found
+
     def wanted(self, wanted: Collection[int]) -> tuple[list[Tensor], list[slice]]:
         """The leaves of parameters of these numbers, and where they lie in theta."""
         chosen = [i for i, number in enumerate(self.numbers) if number in wanted]

@@ -86,6 +86,8 @@ class BranchedLoss(SampledLoss):
     ----------
     classes : int
         K, the numbers that each of the networks gives for a sample.
+    answers : int
+        Numbers that the coarse net gives for a sample.
     branches : Branches
 
     Raises
@@ -119,12 +121,12 @@ class BranchedLoss(SampledLoss):
             raise InputError(f"the networks of tiles give {sorted(widths)} numbers for a sample: they must be as many")
         self.classes = widths.pop()
         probe = torch.rand(PROBES, len(self.nets) * self.classes, generator=generator).to(named[0][1])
-        outputs = width_of(joined.coarse, probe, "the coarse net")
+        self.answers = width_of(joined.coarse, probe, "the coarse net")
         self.coarse = Branch(joined.coarse, table, self.parameters, probe)
         self._trained = [p for _, p in named]
-        self._structure(outputs)
+        self._structure()
 
-    def _structure(self, outputs: int) -> None:
+    def _structure(self) -> None:
         """Layers, blocks, costs, and the first linear layer of the coarse net."""
         parts = [*self.nets, self.coarse]
         self.layers = tuple(layer for part in parts for layer in part.layers)
@@ -132,7 +134,7 @@ class BranchedLoss(SampledLoss):
         ranges = [range(a, b) for a, b in pairwise(ends)]
         self.blocks = tuple(tuple(r) for r in ranges if r)
         self.costs = tuple(c for part in parts for c in part.costs)
-        self.besides = Besides(tuple(p for part in parts for p in part.pointwise), (), CRITERION * outputs)
+        self.besides = Besides(tuple(p for part in parts for p in part.pointwise), (), CRITERION * self.answers)
         children = dict(self.coarse.module.named_children()) if is_chain(self.coarse.module) else {}
         flat = next((k for k, child in enumerate(children.values()) if not isinstance(child, nn.Flatten)), 0)
         name, first = [*children.items(), ("", None)][flat]
@@ -244,6 +246,11 @@ class BranchedLoss(SampledLoss):
         return layer, layer.weight
 
     @torch.no_grad()
+    def outputs_behind(self, theta: Tensor, logits: Mapping[int, Tensor]) -> Tensor:
+        """The outputs (B, ...) of the coarse net where the networks give these (B, K)."""
+        return self._outputs(self.coarse.at(theta), logits, None)
+
+    @torch.no_grad()
     def value_behind(self, theta: Tensor, logits: Mapping[int, Tensor], kept: Kept | None = None) -> Number:
         """The loss where the networks give these (B, K); those that are not here are kept."""
         return as_number(self._term(self._outputs(self.coarse.at(theta), logits, kept)))
@@ -294,16 +301,12 @@ class BranchedLoss(SampledLoss):
 
     def terms(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
         """See :meth:`.Loss.terms`: one, of all samples and of all networks, whatever is kept."""
+        found = [self._put([net.called(theta, x) for x in self._inputs(i)]) for i, net in enumerate(self.nets)]
+        yield self.term_behind(theta, found)
 
-        def called(part: Branch, x: Tensor) -> Tensor:
-            places = {id(leaf): p for leaf, p in zip(part.leaves, part.parameters, strict=True)}
-            named = [(name, places[id(p)]) for name, p in part.module.named_parameters() if id(p) in places]
-            views = {name: theta[p.range].view(p.shape) for name, p in named}
-            found: Tensor = torch.func.functional_call(part.module, views, (x,))
-            return found
-
-        logits = [self._put([called(net, x) for x in self._inputs(i)]) for i, net in enumerate(self.nets)]
-        yield self._term(called(self.coarse, torch.cat([self.linked(found) for found in logits], dim=1)))
+    def term_behind(self, theta: Tensor, logits: Sequence[Tensor]) -> Tensor:
+        """The loss where all networks give these (B, K), differentiable by them and by theta."""
+        return self._term(self.coarse.called(theta, torch.cat([self.linked(found) for found in logits], dim=1)))
 
 
 class RestrictedBranchedLoss(RestrictedLoss):

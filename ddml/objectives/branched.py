@@ -143,7 +143,8 @@ class BranchedObjective(Objective):
         """See :meth:`.Objective.value`."""
         with self._events["loss"]:
             self._charge(gradient=False)
-            theta, logits = self._gathered(x, lambda i, theta: self._outputs(i, theta))
+            theta, logits = self._gathered(x, self._outputs)
+            self.settle(x, theta, logits)
             values = [part.value_behind(theta, at) for part, at in self._by_parts(logits)]
             return tilted(self.linear, self._agreed(values), x)
 
@@ -176,6 +177,7 @@ class BranchedObjective(Objective):
             return torch.cat([o for o, _ in found])
 
         theta, logits = self._gathered(x, outputs)
+        self.settle(x, theta, logits)
         gradient, values = torch.zeros_like(theta), list[Number]()
         for number, (part, at) in enumerate(self._by_parts(logits)):
             value, adjoints = part.gradient_behind(theta, at, gradient)
@@ -184,6 +186,13 @@ class BranchedObjective(Objective):
                 back[net][number](adjoints[net], gradient)
         owned = slice(*self.layout.ranges[self.comm.rank : self.comm.rank + 2])
         return self._agreed(values), gradient[owned].cpu().numpy()
+
+    def settle(self, x: PETSc.Vec, theta: Tensor, logits: Tensor) -> None:
+        """What is done at x between the networks, which give these (N, S, K), and the coarse net. Collective.
+
+        ``theta`` (n,) has the parameters of this rank's networks and of the coarse net.
+        """
+        return
 
     def _charge(self, gradient: bool) -> None:
         """Charge an evaluation: on the critical path the network that takes longest, and the coarse net."""
@@ -222,7 +231,7 @@ class BranchedObjective(Objective):
         theta[begin:end] = entries(x).to(theta)
         found = [outputs(i, theta) for i in self.mine]
         size, place = loss.count * loss.classes, loss.coarse.place
-        shares = [slice(max(a, place.start), max(min(b, place.stop), place.start)) for a, b in pairwise(ranges)]
+        shares = [slice(a, b) for a, b in pairwise(np.clip(ranges, place.start, place.stop).tolist())]
         stopped = theta.new_tensor([float(self.stop is not None and self.stop.due)])
         given = torch.cat([stopped, *(o.reshape(-1) for o in found), theta[shares[self.comm.rank]]]).cpu().numpy()
         counts = [1 + len(nets) * size + s.stop - s.start for nets, s in zip(self.owned, shares, strict=True)]

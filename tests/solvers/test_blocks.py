@@ -1,6 +1,7 @@
 """Networks of tiles as subdomains: Schwarz methods on coherent nets."""
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,14 @@ from ddml.decomposition.subdomains import Subdomains
 from ddml.decomposition.tiles import Tiles
 from ddml.errors import InputError
 from ddml.losses.branched import BranchedLoss
+from ddml.networks import classifiers
 from ddml.networks.coherent import Coherent
+from ddml.networks.local import build_local
+from ddml.norms.norm import TwoNorm
 from ddml.objectives.branched import BranchedObjective, branched_layout, tiles_of_ranks
 from ddml.problems.classification import cross_entropy
 from solvers import minimise
+from solvers.schwarz.coarse_phase import CoarsePhase
 from solvers.schwarz.schwarz import Schwarz
 
 LOCAL = {"local_steps": 2}
@@ -29,6 +34,7 @@ SCHWARZ: dict[str, tuple[str, dict[str, Any]]] = {
     "napts": ("napts", LOCAL),
     "aspqn": ("aspqn", LOCAL),
     "asadagrad": ("asadagrad", {}),
+    "coarse phase": ("apts_weights", {**LOCAL, "coarse_phase": True}),
 }
 
 
@@ -133,8 +139,53 @@ def test_blocks_are_the_default_and_go_with_no_number() -> None:
     assert layers.losses[-1] < layers.losses[0]
 
 
-def test_a_local_step_costs_one_network_and_a_sliver_of_the_coarse_net() -> None:
-    loss = mine("2x2, dense", MPI.COMM_SELF)
-    domains = Subdomains.by_blocks(loss)
-    assert sum(domains.costs[:4]) < 1.5
-    assert max(domains.costs[:4]) < 0.5
+@pytest.mark.parametrize("shape", ["linear", "dense"])
+def test_a_local_step_costs_one_network_and_a_sliver_of_the_coarse_net(shape: str) -> None:
+    """The networks of 4x4 tiles with overlap of faces; critical are the largest of them and the coarse net."""
+    tiles = Tiles((1, 96, 84), 4, 8)
+    settings = SimpleNamespace(**{o.name: o.default for o in classifiers.OPTIONS})
+    settings.network, settings.seed, settings.dtype = "vgg", 0, "float32"
+    nets = [net for net, _ in build_local(settings, tiles.shapes, 38, tiles.narrowing)]
+    behind = classifiers.mlp((16 * 38,), 38, [] if shape == "linear" else [128])
+    empty = TiledSamples({}, torch.zeros(100, dtype=torch.int64))
+    loss = BranchedLoss(Coherent(nets, behind, tiles), cross_entropy, empty)
+    costs, charges = Subdomains.by_blocks(loss).costs, loss.charges
+    assert 0.99 < sum(costs[:16]) < 1.07  # the criterion of each
+    assert max(costs) == costs[5]
+    assert costs[5] < charges.critical() < costs[5] + costs[16]
+    assert costs[16] < 0.011
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", ["2x2, dense", "1x3, linear", "a frozen net", "a frozen coarse net"])
+def test_the_coarse_phase_never_increases_the_loss_on_any_number_of_ranks(name: str, comm: MPI.Comm) -> None:
+    options = {"local_steps": 3, "coarse_phase": True, "delta0": 2.0}
+    found = minimise(mine(name, comm), "apts_weights", comm, options, iterations=8)
+    assert (found.losses[1:] <= found.losses[:-1]).all()
+    assert found.losses[-1] < found.losses[0]
+
+
+@pytest.mark.ranks
+def test_the_coarse_phase_finds_whole_steps_of_separate_networks_on_any_number_of_ranks(comm: MPI.Comm) -> None:
+    """Half a step promises three quarters of the decrease of a whole one; each network needs a whole one."""
+    loss = separable(comm)
+    objective = BranchedObjective(loss, branched_layout(loss, comm), blocks=4)
+    x = objective.layout.vector()
+    objective.initial(x)
+    best = minimise(separable(comm), "lbfgs", comm, iterations=300)
+    s = x.duplicate()
+    s.array[:] = best.theta.numpy()[slice(*x.getOwnershipRange())] - x.array_r
+    whole = s.copy()
+    f = objective.value(x)
+    promised, size = CoarsePhase(objective, 30, "-coarse_phase").combine(x, f, s, TwoNorm())
+    assert promised == pytest.approx(f - best.loss, rel=1e-9)
+    assert size == pytest.approx(whole.norm(), rel=1e-6)
+    whole.axpy(-1.0, s)
+    assert whole.norm() < 1e-5 * size
+    for vec in (x, s, whole):
+        vec.destroy()
+
+
+def test_a_coarse_phase_is_for_networks_of_tiles() -> None:
+    with pytest.raises(InputError, match=r"coarse_phase is for networks of tiles"):
+        minimise(losses("2x2, dense")[0], "apts_weights", MPI.COMM_SELF, {"coarse_phase": True}, iterations=1)

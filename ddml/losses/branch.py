@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +16,50 @@ from .modules import grouped, is_chain
 
 PROBES = 4  # samples of random numbers that networks are tried on (our choice)
 
+Adding = Callable[[Tensor, Tensor], None]
+"""Adds what comes of the loss's gradient by some outputs (B, K) to its gradient by theta (n,)."""
+
 
 class Branch:
-    """One of the networks; its trained parameters lie in theta.
+    """One of the networks that theta has the trained parameters of.
+
+    Parameters
+    ----------
+    module
+        Maps samples (B, ...) to (B, K).
+    table
+        Numbers of parameters in theta, by the ids of those of the module.
+    parameters
+        What theta is made of.
+    probe
+        Samples to try it on.
+    what
+        It is, for messages.
 
     Attributes
     ----------
+    width : int
+        K.
     layers : tuple of tuples of int
         Numbers, in theta, of the parameters of each layer.
     place : slice
         In theta.
+
+    Raises
+    ------
+    InputError
+        If it fails, is not deterministic, or gives something else.
     """
 
-    def __init__(self, module: nn.Module, table: Mapping[int, int], parameters: Sequence[Parameter], probe: Tensor):
+    def __init__(
+        self,
+        module: nn.Module,
+        table: Mapping[int, int],
+        parameters: Sequence[Parameter],
+        probe: Tensor,
+        what: str,
+    ) -> None:
+        self.width = _width(module, probe, what)
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.numbers = [table[id(p)] for _, p in named]
         self.parameters = [parameters[k] for k in self.numbers]
@@ -59,13 +90,38 @@ class Branch:
         found: Tensor = torch.func.functional_call(self.module, views, (x,))
         return found
 
+    @torch.no_grad()
+    def outputs(self, theta: Tensor, inputs: Iterable[Tensor]) -> Tensor:
+        """What it gives at theta (n,) for batches of samples (B, ...), put together."""
+        module = self.at(theta)
+        return self._joined([module(x) for x in inputs], theta)
+
+    def linearised(self, theta: Tensor, inputs: Iterable[Tensor], wanted: Collection[int]) -> tuple[Tensor, Adding]:
+        """As :meth:`outputs`, and what takes gradients by them to the parameters of these numbers."""
+        module = self.at(theta, wanted)
+        leaves, ranges = self.wanted(wanted)
+        outputs = [module(x) for x in inputs]
+
+        def add(adjoint: Tensor, gradient: Tensor) -> None:
+            pairs = [(o, a) for o, a in zip(outputs, adjoint.split(self.batch), strict=False) if o.requires_grad]
+            if pairs and leaves:
+                found = torch.autograd.grad([o for o, _ in pairs], leaves, [a for _, a in pairs], allow_unused=True)
+                for r, g in zip(ranges, found, strict=True):
+                    if g is not None:
+                        gradient[r] += g.reshape(-1)
+
+        return self._joined([o.detach() for o in outputs], theta), add
+
+    def _joined(self, found: list[Tensor], theta: Tensor) -> Tensor:
+        return torch.cat(found) if found else theta.new_zeros(0, self.width)
+
     def wanted(self, wanted: Collection[int]) -> tuple[list[Tensor], list[slice]]:
         """The leaves of parameters of these numbers, and where they lie in theta."""
         chosen = [i for i, number in enumerate(self.numbers) if number in wanted]
         return [self.leaves[i] for i in chosen], [self.parameters[i].range for i in chosen]
 
 
-def width_of(module: nn.Module, probe: Tensor, what: str) -> int:
+def _width(module: nn.Module, probe: Tensor, what: str) -> int:
     """How many numbers a network gives for a sample."""
     with torch.no_grad():
         try:

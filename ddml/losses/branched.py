@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from itertools import accumulate, pairwise
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,10 @@ from ddml.errors import InputError
 from ddml.numbers import Number, as_number
 from ddml.parameters import parameter_table
 
-from .branch import PROBES, Branch, width_of
+from .branch import PROBES, Adding, Branch
 from .branches import BranchedCharges, Branches, RestrictedBranchedCharges
-from .modules import is_chain, trained
+from .head import Head, Kept
+from .modules import trained
 from .restricted import Frozen, RestrictedLoss
 from .samples import SampledLoss
 from .work import ACTIVATION, CRITERION, Besides
@@ -43,34 +44,12 @@ class Joined(Protocol):
         """What the coarse net is given of logits (..., K)."""
 
 
-class Kept(NamedTuple):
-    """What networks that do not move bring.
-
-    Attributes
-    ----------
-    moving : tuple of int
-        The others.
-    inputs : Tensor
-        To the sum that leaves the first coarse layer (B, h); or to its inputs (B, N K), where that layer moves, too.
-    summed : bool
-        Which of the two.
-    """
-
-    moving: tuple[int, ...]
-    inputs: Tensor
-    summed: bool
-
-
-Adding = Callable[[Tensor, Tensor], None]
-"""Adds what comes of the loss's gradient by some outputs (B, K) to its gradient by theta (n,)."""
-
-
 class BranchedLoss(SampledLoss):
     """Mean of a criterion over samples, of networks of tiles and the coarse net behind them.
 
     A process may have the tiles of some networks only. With those of all, it is the
     :class:`ddml.losses.module.ModuleLoss` of the same module; what it does without is to keep the outputs of the other
-    networks (:meth:`keep`), and to give those of its own (:meth:`outputs_of`, :meth:`linearised`). Second
+    networks (:meth:`.Head.keep`), and to give those of its own (:meth:`outputs_of`, :meth:`linearised`). Second
     derivatives are those of :meth:`terms`, for who has all tiles; solvers are told that there are none.
 
     Parameters
@@ -109,38 +88,34 @@ class BranchedLoss(SampledLoss):
         self.weight = 1 / max(self.count, 1)
         self.parameters = parameter_table([(name, p.shape) for name, p in named])
         self.dtype, self.device = named[0][1].dtype, named[0][1].device
-        self.linked = joined.linked
         table, generator = {id(p): k for k, (_, p) in enumerate(named)}, torch.Generator().manual_seed(0)
-        self.nets: list[Branch] = []
-        widths = set()
-        for tile, (net, shape) in enumerate(zip(joined.nets, joined.shapes, strict=True)):
-            probe = torch.rand(PROBES, *shape, generator=generator).to(named[0][1])
-            widths.add(width_of(net, probe, f"the network of tile {tile}"))
-            self.nets.append(Branch(net, table, self.parameters, probe))
+
+        def probe(*shape: int) -> Tensor:
+            return torch.rand(PROBES, *shape, generator=generator).to(named[0][1])
+
+        self.nets = [
+            Branch(net, table, self.parameters, probe(*shape), f"the network of tile {tile}")
+            for tile, (net, shape) in enumerate(zip(joined.nets, joined.shapes, strict=True))
+        ]
+        widths = sorted({net.width for net in self.nets})
         if len(widths) != 1:
-            raise InputError(f"the networks of tiles give {sorted(widths)} numbers for a sample: they must be as many")
-        self.classes = widths.pop()
-        probe = torch.rand(PROBES, len(self.nets) * self.classes, generator=generator).to(named[0][1])
-        self.answers = width_of(joined.coarse, probe, "the coarse net")
-        self.coarse = Branch(joined.coarse, table, self.parameters, probe)
+            raise InputError(f"the networks of tiles give {widths} numbers for a sample: they must be as many")
+        (self.classes,), count = widths, len(self.nets)
+        rest = joined.coarse, table, self.parameters, probe(count * self.classes), "the coarse net"
+        self.coarse = Head(joined.linked, count, self.classes, *rest)
+        self.answers = self.coarse.width
         self._trained = [p for _, p in named]
         self._structure()
 
     def _structure(self) -> None:
-        """Layers, blocks, costs, and the first linear layer of the coarse net."""
-        parts = [*self.nets, self.coarse]
+        """Layers, blocks and costs."""
+        parts: list[Branch] = [*self.nets, self.coarse]
         self.layers = tuple(layer for part in parts for layer in part.layers)
-        ends = [sum(len(part.layers) for part in parts[:i]) for i in range(len(parts) + 1)]
-        ranges = [range(a, b) for a, b in pairwise(ends)]
-        self.blocks = tuple(tuple(r) for r in ranges if r)
+        *nets, head = (range(a, b) for a, b in pairwise(accumulate((len(p.layers) for p in parts), initial=0)))
+        self.blocks = tuple(tuple(r) for r in (*nets, head) if r)
         self.costs = tuple(c for part in parts for c in part.costs)
         self.besides = Besides(tuple(p for part in parts for p in part.pointwise), (), CRITERION * self.answers)
-        children = dict(self.coarse.module.named_children()) if is_chain(self.coarse.module) else {}
-        flat = next((k for k, child in enumerate(children.values()) if not isinstance(child, nn.Flatten)), 0)
-        name, first = [*children.items(), ("", None)][flat]
-        self.entrance = flat if isinstance(first, nn.Linear) else -1
-        known = self.entrance >= 0 and name in self.coarse.names
-        self.branches = Branches(tuple(ranges[:-1]), ranges[-1], ranges[-1].start if known else None)
+        self.branches = Branches(tuple(nets), head, head.start if self.coarse.entered else None)
 
     @property
     def charges(self) -> BranchedCharges:
@@ -179,32 +154,13 @@ class BranchedLoss(SampledLoss):
         self.check_tiles([net])
         return iter(self.samples.tiles[net].inputs.split(self.nets[net].batch) if self.count else ())
 
-    def _put(self, found: list[Tensor]) -> Tensor:
-        none = torch.zeros(0, self.classes, dtype=self.dtype, device=self.device)
-        return torch.cat(found) if found else none
-
-    @torch.no_grad()
     def outputs_of(self, net: int, theta: Tensor) -> Tensor:
         """What a network gives at theta (n,), of which only its own parameters are read: (B, K)."""
-        module = self.nets[net].at(theta)
-        return self._put([module(x) for x in self._inputs(net)])
+        return self.nets[net].outputs(theta, self._inputs(net))
 
     def linearised(self, net: int, theta: Tensor, active: Collection[int] | None = None) -> tuple[Tensor, Adding]:
         """As :meth:`outputs_of`, and what takes gradients by them to the parameters of active layers (default: all)."""
-        branch, wanted = self.nets[net], self._wanted(active)
-        module = branch.at(theta.detach(), wanted)
-        leaves, ranges = branch.wanted(wanted)
-        outputs = [module(x) for x in self._inputs(net)]
-
-        def add(adjoint: Tensor, gradient: Tensor) -> None:
-            pairs = [(o, a) for o, a in zip(outputs, adjoint.split(branch.batch), strict=False) if o.requires_grad]
-            if pairs and leaves:
-                found = torch.autograd.grad([o for o, _ in pairs], leaves, [a for _, a in pairs], allow_unused=True)
-                for r, g in zip(ranges, found, strict=True):
-                    if g is not None:
-                        gradient[r] += g.reshape(-1)
-
-        return self._put([o.detach() for o in outputs]), add
+        return self.nets[net].linearised(theta.detach(), self._inputs(net), self._wanted(active))
 
     def _wanted(self, active: Collection[int] | None) -> frozenset[int]:
         """Numbers of the parameters of some layers."""
@@ -213,47 +169,14 @@ class BranchedLoss(SampledLoss):
     # What is behind them ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def keep(self, theta: Tensor, logits: Mapping[int, Tensor], active: Collection[int]) -> Kept:
-        """What the networks without active layers bring, whose outputs (B, K) are these."""
-        moving, entrance = self.branches.touched(active), self.branches.entrance
-        features = [
-            torch.zeros_like(logits[i]) if i in moving else self.linked(logits[i]) for i in range(len(self.nets))
-        ]
-        inputs = torch.cat(features, dim=1)
-        summed = self.entrance >= 0 and bool(moving) and (entrance is None or entrance not in active)
-        if summed:
-            inputs = self._first(self.coarse.at(theta))[0](inputs)
-        return Kept(moving, inputs, summed)
-
-    def _outputs(self, coarse: nn.Module, logits: Mapping[int, Tensor], kept: Kept | None) -> Tensor:
-        features = {i: self.linked(found) for i, found in logits.items()}
-        if kept is None or not kept.summed:
-            brought = {} if kept is None else dict(enumerate(kept.inputs.split(self.classes, dim=1)))
-            every = {**brought, **features}
-            outputs: Tensor = coarse(torch.cat([every[i] for i in range(len(self.nets))], dim=1))
-            return outputs
-        (_, weight), found = self._first(coarse), kept.inputs
-        for i, values in features.items():
-            found = found + values @ weight[:, i * self.classes : (i + 1) * self.classes].T
-        for child in list(coarse.children())[self.entrance + 1 :]:
-            found = child(found)
-        return found
-
-    def _first(self, coarse: nn.Module) -> tuple[nn.Module, Tensor]:
-        """The first linear layer of the coarse net, and its weight."""
-        layer = list(coarse.children())[self.entrance]
-        assert isinstance(layer, nn.Linear)
-        return layer, layer.weight
-
-    @torch.no_grad()
     def outputs_behind(self, theta: Tensor, logits: Mapping[int, Tensor]) -> Tensor:
         """The outputs (B, ...) of the coarse net where the networks give these (B, K)."""
-        return self._outputs(self.coarse.at(theta), logits, None)
+        return self.coarse.behind(self.coarse.at(theta), logits)
 
     @torch.no_grad()
     def value_behind(self, theta: Tensor, logits: Mapping[int, Tensor], kept: Kept | None = None) -> Number:
         """The loss where the networks give these (B, K); those that are not here are kept."""
-        return as_number(self._term(self._outputs(self.coarse.at(theta), logits, kept)))
+        return as_number(self._term(self.coarse.behind(self.coarse.at(theta), logits, kept)))
 
     def gradient_behind(
         self,
@@ -271,7 +194,7 @@ class BranchedLoss(SampledLoss):
         coarse = self.coarse.at(theta.detach(), wanted)
         leaves, ranges = self.coarse.wanted(wanted)
         moving = {i: found.detach().requires_grad_() for i, found in logits.items()}
-        term = self._term(self._outputs(coarse, moving, kept))
+        term = self._term(self.coarse.behind(coarse, moving, kept))
         by = [*moving.values(), *leaves]
         found = torch.autograd.grad(term, by, materialize_grads=True) if by else ()
         for r, g in zip(ranges, found[len(moving) :], strict=True):
@@ -284,14 +207,14 @@ class BranchedLoss(SampledLoss):
     # The whole -------------------------------------------------------------------------------------------------------
 
     def value(self, theta: Tensor, kept: Any = None) -> Number:
-        """See :meth:`.Loss.value`; ``kept`` from :meth:`keep`."""
+        """See :meth:`.Loss.value`; ``kept`` from :meth:`.Head.keep`."""
         moving = range(len(self.nets)) if kept is None else kept.moving
         return self.value_behind(theta, {i: self.outputs_of(i, theta) for i in moving}, kept)
 
     def value_gradient(
         self, theta: Tensor, gradient: Tensor, kept: Any = None, active: frozenset[int] | None = None
     ) -> Number:
-        """See :meth:`.Loss.value_gradient`; ``kept`` from :meth:`keep`."""
+        """See :meth:`.Loss.value_gradient`; ``kept`` from :meth:`.Head.keep`."""
         moving = range(len(self.nets)) if kept is None else kept.moving
         found = {i: self.linearised(i, theta, active) for i in moving}
         value, adjoints = self.gradient_behind(theta, {i: o for i, (o, _) in found.items()}, gradient, kept, active)
@@ -301,12 +224,13 @@ class BranchedLoss(SampledLoss):
 
     def terms(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
         """See :meth:`.Loss.terms`: one, of all samples and of all networks, whatever is kept."""
-        found = [self._put([net.called(theta, x) for x in self._inputs(i)]) for i, net in enumerate(self.nets)]
-        yield self.term_behind(theta, found)
+        none = theta.new_zeros(0, self.classes)
+        found = [[none, *(net.called(theta, x) for x in self._inputs(i))] for i, net in enumerate(self.nets)]
+        yield self.term_behind(theta, [torch.cat(pieces) for pieces in found])
 
     def term_behind(self, theta: Tensor, logits: Sequence[Tensor]) -> Tensor:
         """The loss where all networks give these (B, K), differentiable by them and by theta."""
-        return self._term(self.coarse.called(theta, torch.cat([self.linked(found) for found in logits], dim=1)))
+        return self._term(self.coarse.called(theta, torch.cat([self.coarse.linked(found) for found in logits], dim=1)))
 
 
 class RestrictedBranchedLoss(RestrictedLoss):
@@ -321,20 +245,21 @@ class RestrictedBranchedLoss(RestrictedLoss):
         super().__init__(loss, ranges, frozen)
         loss.check_tiles(loss.branches.touched(self.active))
 
-    def entering(self) -> Kept:
-        """See :meth:`.RestrictedLoss.entering`."""
-        theta, outputs = self.frozen.theta, self.frozen.outputs
-        known = None if outputs is None else outputs.of(self.loss.samples.numbers)
-        if known is None:
-            moving = self.loss.branches.touched(self.active)
-            empty = torch.zeros(self.count, self.loss.classes, dtype=self.dtype, device=self.device)
-            found = [empty if i in moving else self.loss.outputs_of(i, theta) for i in range(len(self.loss.nets))]
-            known = torch.stack(found)
-        return self.loss.keep(theta, dict(enumerate(known)), self.active)
+    @property
+    def kept(self) -> Kept:
+        """See :attr:`.RestrictedLoss.kept`: what the other networks bring."""
+        kept: Kept = self.frozen.once(self, self.freezes, self._keep)
+        return kept
 
-    def prefix_charge(self) -> float:
-        """See :meth:`.RestrictedLoss.prefix_charge`."""
-        return self.charges.keep(self.frozen.outputs is not None)
+    def _keep(self) -> Kept:
+        loss, theta, outputs = self.loss, self.frozen.theta, self.frozen.outputs
+        moving = loss.branches.touched(self.active)
+        known = None if outputs is None else outputs.of(loss.samples.numbers)
+        if known is None:
+            empty = torch.zeros(self.count, loss.classes, dtype=self.dtype, device=self.device)
+            known = torch.stack([empty if i in moving else loss.outputs_of(i, theta) for i in range(len(loss.nets))])
+        entrance = loss.branches.entrance
+        return loss.coarse.keep(theta, list(known), moving, bool(moving) and entrance not in self.active)
 
     @property
     def charges(self) -> RestrictedBranchedCharges:

@@ -139,8 +139,8 @@ class RestrictedBranchedCharges(RestrictedCharges):
         found = self.passes(first, active)
         return (found.gradient if gradient else found.forward) / self.operations
 
-    def keep(self, known: bool) -> float:
-        """Of computing and keeping what the other networks bring, whose outputs may be ``known``."""
+    def kept_prefix(self, first: int, known: bool) -> float:
+        """See :meth:`.RestrictedCharges.kept_prefix`: of what the other networks bring."""
         others = set(range(len(self.whole.branches.nets))) - set(self.whole.branches.touched(self.numbers))
         entrance = self.whole.branches.entrance
         columns = 0.0 if entrance is None else self.whole.costs[entrance] * (1 - self.share)

@@ -140,6 +140,10 @@ class RestrictedCharges(Charges):
         """See :meth:`Charges.prefix`: what enters the first layer is the prefix of the whole, charged as such."""
         return self.whole.prefix(self.numbers[first]) if first else 0.0
 
+    def kept_prefix(self, first: int, known: bool) -> float:
+        """Of what enters layer ``first`` of the whole; of networks side by side outputs may be ``known``."""
+        return self.whole.prefix(first)
+
     def hessian(self, first: int = 0, active: frozenset[int] | None = None) -> float:
         """See :meth:`Charges.hessian`: torch differentiates by all layers from the first one on."""
         begin = self._first(first)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -51,6 +51,13 @@ class Frozen:
         self.outputs = outputs
         self.full.copy_(self.theta)
         self.release()
+
+    def once(self, loss: RestrictedLoss, freezes: tuple[int, ...], make: Callable[[], Any]) -> Any:
+        """What is kept of a loss, made if there is none behind the freezes that it depends on."""
+        made = self.kept.get(loss)
+        if made is None or made[0] != freezes:
+            made = self.kept[loss] = freezes, make()
+        return made[1]
 
     def release(self) -> None:
         """Free what is kept, but for the networks' outputs."""
@@ -118,18 +125,7 @@ class RestrictedLoss(Loss):
     @property
     def kept(self) -> Any:
         """What enters the subdomain (:meth:`Loss.prefix`); None where the whole loss keeps nothing there."""
-        made, freezes = self.frozen.kept.get(self), self.freezes
-        if made is None or made[0] != freezes:
-            made = self.frozen.kept[self] = freezes, self.entering()
-        return made[1]
-
-    def entering(self) -> Any:
-        """What enters the subdomain where the loss is frozen, computed now."""
-        return self.loss.prefix(self.frozen.theta, self.first)
-
-    def prefix_charge(self) -> float:
-        """Work units of computing and keeping that."""
-        return self.loss.charges.prefix(self.first)
+        return self.frozen.once(self, self.freezes, lambda: self.loss.prefix(self.frozen.theta, self.first))
 
     @property
     def freezes(self) -> tuple[int, ...]:
@@ -143,7 +139,7 @@ class RestrictedLoss(Loss):
             behind = behind.loss
         freezes, before = behind.freezes, self._charged
         self._charged = freezes
-        return 0.0 if freezes == before else behind.prefix_charge()
+        return 0.0 if freezes == before else behind.charges.kept_prefix(behind.first, behind.frozen.outputs is not None)
 
     def keeps(self, first: int) -> bool:
         """See :meth:`Loss.keeps`: what enters the first layer is kept by this loss itself."""

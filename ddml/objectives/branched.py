@@ -23,7 +23,8 @@ from ddml.decomposition.subdomains import Subdomains
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout
 from ddml.linalg.compact import Compact
-from ddml.losses.branched import Adding, BranchedLoss
+from ddml.losses.branch import Adding
+from ddml.losses.branched import BranchedLoss
 from ddml.losses.loss import Loss
 from ddml.losses.outputs import Outputs
 from ddml.losses.recorded import Recorder
@@ -259,7 +260,7 @@ class BranchedObjective(Objective):
         return float(total[0])
 
     def outputs_at(self, x: PETSc.Vec, moved: frozenset[int] = frozenset()) -> Outputs:
-        """See :meth:`.Objective.outputs_at`; only networks that have moved are charged.
+        """What all networks give at x, on every rank; networks are charged if layers of theirs have ``moved``.
 
         They are remembered of the last points that were evaluated; what a restart computes anew has been paid before.
         """

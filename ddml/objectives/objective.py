@@ -17,7 +17,6 @@ from torch import Tensor
 from ddml.layout import Operator, ParameterLayout
 from ddml.linalg.compact import Compact
 from ddml.losses.loss import Loss
-from ddml.losses.outputs import Outputs
 from ddml.losses.recorded import Recorder
 from ddml.losses.work import DOUBLE, FRESH, PASSED, WorkCounter
 from ddml.numbers import Number
@@ -172,10 +171,6 @@ class Objective:
     def linear_terms(self) -> list[GatheredTerm]:
         """The linear terms with their whole vectors, for objectives of some of the parameters. Collective."""
         return [term.gathered(self.layout) for term in self.linear]
-
-    def outputs_at(self, x: PETSc.Vec, moved: frozenset[int] = frozenset()) -> Outputs | None:
-        """What the networks of the loss give at x, if it has some side by side; ``moved`` layers are charged."""
-        return None
 
     def parameters(self, x: PETSc.Vec) -> Tensor:
         """All parameters at x in the loss's precision, on its device; x's own memory where that is possible."""

@@ -84,7 +84,7 @@ class RestrictedObjective(Objective):
 
         ``terms`` are :meth:`Objective.linear_terms` of the whole network's objective, if it has any: as a function of
         the subdomain's parameters this objective is then exactly that one. ``outputs`` are its
-        :meth:`Objective.outputs_at`.
+        :meth:`.BranchedObjective.outputs_at`.
 
         Raises
         ------

@@ -16,6 +16,7 @@ from ddml.decomposition.subdomains import Subdomains
 from ddml.errors import InputError
 from ddml.layout import ONE_BY_ONE
 from ddml.losses.outputs import Outputs
+from ddml.objectives.branched import BranchedObjective
 from ddml.objectives.linear import GatheredTerm
 from ddml.objectives.objective import Objective
 from ddml.objectives.restricted import RestrictedObjective, restricted
@@ -303,7 +304,8 @@ class Schwarz(Owner):
     ) -> tuple[Tensor, list[GatheredTerm], Outputs | None]:
         """What the subdomains' objectives are frozen at, where layers may have moved since the last one. Collective."""
         objective = self.objective
-        terms, outputs = objective.linear_terms(), objective.outputs_at(x, moved)
+        terms = objective.linear_terms()
+        outputs = objective.outputs_at(x, moved) if isinstance(objective, BranchedObjective) else None
         return objective.layout.gather(x, device=objective.loss.device), terms, outputs
 
     def _follow(self) -> None:

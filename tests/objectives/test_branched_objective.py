@@ -39,7 +39,7 @@ def objective(name: str, comm: MPI.Comm, blocks: int = 4, **given: Any) -> Branc
 
 
 @cases
-@pytest.mark.parametrize("blocks", [0, 1, 4])
+@pytest.mark.parametrize("blocks", [0, 4])
 @pytest.mark.ranks
 def test_on_any_number_of_ranks_it_is_the_loss_of_the_module(name: str, blocks: int, comm: MPI.Comm) -> None:
     whole, _ = losses(name)

@@ -188,6 +188,12 @@ class BranchedObjective(Objective):
         owned = slice(*self.layout.ranges[self.comm.rank : self.comm.rank + 2])
         return self._agreed(values), gradient[owned].cpu().numpy()
 
+    def _multiply(self, *_: Any) -> None:
+        raise InputError(
+            "networks of tiles that are dealt over the ranks have no Hessian or Gauss-Newton products: choose a solver "
+            "that needs none"
+        )
+
     def settle(self, x: PETSc.Vec, theta: Tensor, logits: Tensor) -> None:
         """What is done at x between the networks, which give these (N, S, K), and the coarse net. Collective.
 

@@ -16,8 +16,7 @@ import argparse
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ from numpy.typing import NDArray
 from ddml.data import arrays as numpy_files
 from ddml.data import images, parting
 from ddml.data import volumes as volume_files
-from ddml.data.data_set import row_pieces, untrained
+from ddml.data.data_set import untrained
+from ddml.data.parting import Part
 from ddml.data.unpacking import SUFFIXES, Unpacked, check_unpacked, opened
 from ddml.data.writing import Stream, write
 from ddml.errors import InputError, printable
@@ -37,27 +37,6 @@ Array = NDArray[Any]
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 LISTED = 5  # names that a note shows (our choice)
 CHANNELS = 4  # of images; more of them are likely the slices of a volume (our choice)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Samples to train on or to test with: their labels (N,), and what gives those of some numbers."""
-
-    labels: Array
-    stream: Callable[[Array], Stream]
-
-    @classmethod
-    def of(cls, inputs: Array, labels: Array) -> Part:
-        """What is in memory."""
-
-        def stream(rows: Array) -> Stream:
-            def pieces() -> Iterator[tuple[Array, Array]]:
-                for begin, end in row_pieces(inputs, 0, len(rows)):
-                    yield inputs[rows[begin:end]], labels[rows[begin:end]]
-
-            return Stream(len(rows), inputs.shape[1:], inputs.dtype, pieces)
-
-        return cls(labels, stream)
 
 
 def files_like(folder: Path, pattern: str) -> list[Path]:
@@ -173,7 +152,9 @@ def arrays(arguments: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"{arguments.output} is one of the files to read: give another one by -o")
     loaded = [numpy_files.load(path, names) for path in paths]
     if len(paths) not in (1, 2) or any(("" in arrays) != (len(paths) == 2) for arrays in loaded):
-        raise InputError("arrays must be one .npz or .h5 file with inputs and labels, or two .npy files, inputs first")
+        raise InputError(
+            "arrays must be one .npz file or one of HDF5 with inputs and labels, or two .npy files, inputs first"
+        )
     found = loaded[0] if len(paths) == 1 else {name: one[""] for name, one in zip(names, loaded, strict=False)}
     if {"inputs", "labels"} - set(found) or ("test_inputs" in found) != ("test_labels" in found):
         raise InputError(f"{paths[0]} must hold inputs and labels, and both test_inputs and test_labels or neither")

@@ -67,7 +67,8 @@ def test_slices_that_may_be_channels_are_noted(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_arrays_of_volumes_of_several_sizes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    of_any_size = np.array([np.ones((4, 4, 4 + i % 2)) for i in range(20)], dtype=object)
+    of_any_size = np.empty(20, dtype=object)
+    of_any_size[:] = [np.ones((4, 4, 4 + i % 2)) for i in range(20)]
     np.savez(tmp_path / "a.npz", inputs=of_any_size, labels=LABELS)
     assert "Python objects" in refused(capsys, tmp_path / "a.h5", "arrays", tmp_path / "a.npz")
     with h5py.File(tmp_path / "b.h5", "w") as file:

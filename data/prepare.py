@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,7 @@ from ddml.regular import check_target
 Array = NDArray[Any]
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 LISTED = 5  # names that a note shows (our choice)
+PIXELS = 1 << 30  # that a sample may be given (our choice)
 CHANNELS = 4  # of images; more of them are likely the slices of a volume (our choice)
 
 
@@ -166,7 +168,7 @@ def arrays(arguments: argparse.Namespace) -> dict[str, Any]:
             raise InputError(f"-add_channel is for inputs (N, H, W) or (N, D, H, W), got {inputs[0].shape}")
         inputs = [x[:, None] for x in inputs]
     elif inputs[0].ndim == 4 and inputs[0].shape[1] > CHANNELS:
-        notes.append(f"inputs are images of {inputs[0].shape[1]} channels; -add_channel makes volumes of one of them")
+        notes.append(f"inputs are images of {inputs[0].shape[1]} channels; -add_channel makes volumes of them")
     for t, x, column in zip(kinds, inputs, numbers, strict=True):
         if len(column) != (x.shape or (0,))[0]:
             raise InputError(f"{t}inputs has the shape {x.shape}, but there are {len(column)} {t}labels")
@@ -193,7 +195,9 @@ def volumes(arguments: argparse.Namespace) -> dict[str, Any]:
     size = sides(arguments.size, "HWD", 3)
     size = size and (size[2], *size[:2])
     paths, words = volume_files.table(arguments.table)
-    words = words.astype(int) if all(word.lstrip("-").isdecimal() for word in words) else words
+    if any(arguments.output.resolve() == path.resolve() for path in (arguments.table, *paths)):
+        raise InputError(f"{arguments.output} is one of the files to read: give another one by -o")
+    words = words.astype(int) if all(re.fullmatch("-?[0-9]{1,18}", word) for word in words) else words
     (numbers,), classes, notes = numpy_files.classes_of(("label", words))
     first = volume_files.volume(paths[0])
     shape = (len(first), *size) if size else first.shape
@@ -227,12 +231,13 @@ def volumes(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def sides(text: str | None, axes: str, count: int) -> tuple[int, ...] | None:
     """Pixels along each axis, of one number or of one for each as in 96x84."""
-    words = [] if text is None else text.split("x")
-    if text is not None and (
-        len(words) not in (1, count) or not all(w.isdecimal() and 0 < int(w) < 1 << 16 for w in words)
-    ):
-        raise InputError(f"-size must be 1 or more, one number or {'x'.join(axes)}, got {text}")
-    return tuple(int(w) for w in words * (count // len(words))) if words else None
+    if text is None:
+        return None
+    words = text.split("x")
+    found = [int(word) if re.fullmatch("[0-9]{1,5}", word) else 0 for word in words] * (count if len(words) == 1 else 1)
+    if len(found) != count or not 0 < math.prod(found) <= PIXELS:
+        raise InputError(f"-size must be 1 or more, one number or {'x'.join(axes)}, of {PIXELS} in all; got {text}")
+    return tuple(found)
 
 
 def listed(names: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """Tiles of the samples of a data set: what is in them, and that nothing else is read or held."""
 
 import itertools
+import os
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -150,10 +151,12 @@ def cost(source: Source, ranges: tuple[slice, ...]) -> tuple[int, int, int]:
     return read, held, size
 
 
+counted = pytest.mark.skipif(not os.access("/proc/self/io", os.R_OK), reason="counts by /proc")
 LARGE = {"image": ((1, 96, 84), 300, 4, 8), "volume": ((1, 32, 32, 32), 80, (4, 4, 2), 2)}
 WORKED_WITH = 400_000  # bytes, whatever the size of a tile
 
 
+@counted
 @pytest.mark.parametrize("kind", LARGE)
 @pytest.mark.parametrize("name", ["in a row", "prepared", "in chunks"])
 def test_a_tile_costs_its_share_of_the_file(tmp_path: Path, name: str, kind: str) -> None:
@@ -165,6 +168,7 @@ def test_a_tile_costs_its_share_of_the_file(tmp_path: Path, name: str, kind: str
     assert 0.99 * size < read < 1.1 * size and held < 1.05 * size + WORKED_WITH, (read, held, size)
 
 
+@counted
 def test_of_packed_files_the_chunks_that_touch_a_tile_are_read(tmp_path: Path) -> None:
     arrays = content((1, 96, 84), np.float32, {"": 300, "test_": 100})
     path = write(tmp_path / "a.h5", arrays, chunks=(50, 1, 24, 21), compression="gzip")
@@ -326,6 +330,7 @@ def test_small_samples_lie_in_a_row_and_others_in_chunks(tmp_path: Path) -> None
         assert np.prod([-(-n // m) for n, m in zip((count, *shape), made, strict=True)]) <= 2 * writing.MOST
 
 
+@counted
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["in a row", "prepared"])
 def test_a_rank_takes_its_share_of_two_gigabytes(comm: MPI.Comm, shared_tmp: Path, name: str) -> None:

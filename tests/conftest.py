@@ -81,8 +81,8 @@ BY_NAME = (
     "solvers/test_napts.py::test_the_coarse_problem",
 )
 
-# On three ranks, of the many cases of these tests, the first and the last one, as on two of all tests: whole runs of the
-# same solvers and settings have the bits of one rank there, also through a restart, by tests that stay
+# On three ranks, of the many cases of these tests, the first and the last one, as on two of all tests: whole runs of
+# the same solvers and settings have the bits of one rank there, also through a restart, by tests that stay
 # (test_classifying.py, test_the_trajectory_is_that_on_one_rank,
 # test_with_blocks_a_run_has_the_same_bits_on_any_number_of_ranks, test_a_run_file_goes_on_on_another_number_of_ranks),
 # and so what one rank computes is what is compared on one.

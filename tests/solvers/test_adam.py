@@ -23,8 +23,8 @@ Train = Callable[..., SimpleNamespace]
 SETTINGS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "another rate": {"rate": 0.1},
-    "no memory of gradients": {"beta1": 0, "rate": 1e-2},
-    "no memory of squares": {"beta2": 0, "eps": 1e-2},
+    "no memory of gradients": {"beta1": 0.0, "rate": 1e-2},
+    "no memory of squares": {"beta2": 0.0, "eps": 1e-2},
     "eps that counts": {"eps": 0.5, "beta1": 0.5},
 }
 

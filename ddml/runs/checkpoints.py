@@ -276,7 +276,7 @@ class Checkpoints:
         with_solver
             Whether the solver has begun, and so has a state.
         stopped
-            Why the run has ended, for an attribute of that name, if the file is to have one.
+            Why the run has come to its end, for an attribute of that name, if the file is to have one.
         """
         if self.output is None or len(history) == 0:
             return

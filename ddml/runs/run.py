@@ -240,7 +240,7 @@ class Run:
     def _end(self) -> None:
         """Write the run file for the last time. Collective."""
         try:
-            self.save("" if self.reason == SIGNAL else self.reason)
+            self.save("" if self.reason in (SIGNAL, limits.NOT_FINITE) else self.reason)
         except RunFileError as error:
             self.failure = str(error)
 

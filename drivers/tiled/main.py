@@ -58,8 +58,8 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: Start, undivided: s
     whole = Whole.begun([module for module, _ in nets.modules])
     if limits.restart is not None:
         whole = Whole.read(limits.restart, table, len(nets), comm)
-    again = bool(whole.phase) and not start.restart.changed.keys() <= options.LATER
-    if again:
+    again = not start.restart.changed.keys() <= options.LATER
+    if again and whole.phase:
         files_.check_all(comm)
     going = again or not whole.phase
     nets = replace(nets, folder=files_.folder, before=files_.before, again=again)

@@ -12,6 +12,7 @@ from petsc4py import PETSc
 from ddml.errors import InputError
 from ddml.networks import coarse
 from ddml.options import NEVER, Option
+from ddml.runs import board, checkpoints, progress
 from solvers import solver_class
 
 PHASES = ("local",)
@@ -35,7 +36,10 @@ OPTIONS = (
            "majority (ties by the average); all are shown (default average).", choices=("average", "majority")),
 )  # fmt: skip
 # what a restart may change without a local network going on that has come to its end
-LATER = {"phase", "fusion", *(o.name for o in coarse.OPTIONS)}
+LATER = {
+    *("phase", "fusion", "threads"),
+    *(o.name for o in (*coarse.OPTIONS, *checkpoints.OPTIONS, *progress.OPTIONS, *board.OPTIONS)),
+}
 
 
 def refuse_without_tiles(settings: Any) -> None:

@@ -13,6 +13,7 @@ from tiled_runs import DIGITS
 from tiled_runs import USER as NETWORKS
 
 from ddml.decomposition.tiles import Tiles
+from ddml.parameters import parameter_table
 from ddml.runs import run_file
 
 # what is wrong: (the options, a text that the error line must contain)
@@ -90,8 +91,9 @@ def made(module_tmp: Path) -> Path:
         (module_tmp / "networks.py").write_text(NETWORKS)
         nets = {path.name: path.read_bytes() for path in sorted((module_tmp / "run.h5.nets").glob("*.h5"))}
         header = run_file.inspect(str(module_tmp / "run.h5"), MPI.COMM_SELF)
+        table = parameter_table([(p.name, p.shape) for p in header.parameters])
         for name in ("damaged", "mixed", "silent", "fewer", "forgetful", "left"):
-            whole = Whole.read(str(module_tmp / "run.h5"), header.parameters, 4, MPI.COMM_SELF)
+            whole = Whole.read(str(module_tmp / "run.h5"), table, 4, MPI.COMM_SELF)
             if name in ("damaged", "mixed"):
                 whole.phase = ""
             if name == "fewer":
@@ -103,7 +105,7 @@ def made(module_tmp: Path) -> Path:
             attributes = {k: v for k, v in header.attributes.items() if not k.endswith("version") and k != "ranks"}
             attributes.pop("format", None)
             if name != "left":
-                whole.write(str(module_tmp / f"{name}.h5"), header.parameters, attributes, MPI.COMM_SELF)
+                whole.write(str(module_tmp / f"{name}.h5"), table, attributes, MPI.COMM_SELF)
             (module_tmp / f"{name}.h5.nets").mkdir(exist_ok=True)
             for file, data in nets.items():
                 if name == "damaged" and file == "02.h5":

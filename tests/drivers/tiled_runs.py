@@ -34,11 +34,11 @@ class Net(nn.Sequential):
 
     def forward(self, x):
         self.calls += 1
-        if self.calls > 100 and (HERE / "stop").exists():
+        if self.calls > 30 and (HERE / "stop").exists():
             (HERE / "stop").unlink()
             os.kill(os.getpid(), signal.SIGTERM)
         poison = HERE / "poison"
-        bad = self.calls > 100 and poison.exists() and poison.read_text() == str(self.shape)
+        bad = self.calls > 30 and poison.exists() and poison.read_text() == str(self.shape)
         return super().forward(x) * (float("nan") if bad else 1.0)
 
 

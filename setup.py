@@ -85,6 +85,7 @@ setup(
         "plot": ["matplotlib>=3.8"],
         "progress": ["tqdm"],
         "images": ["Pillow"],
+        "scans": ["nibabel"],
         "tables": ["xarray", "pandas", "h5netcdf"],
         "tensorboard": ["tensorboard"],
         "onnx": ["onnx", "onnxscript"],

@@ -32,7 +32,7 @@ from ddml.runs.progress import say
 
 from . import options
 from .local import LocalPhase
-from .nets import Nets, Outcome, file_of
+from .nets import SPLITS, Nets, Outcome, file_of
 from .queues import Queues
 from .whole import Whole, table_of
 
@@ -44,14 +44,14 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: Start, undivided: s
     """
     options.check(settings, undivided)
     device = bind(comm, settings.device)
-    dataset = files.load(settings.data, comm, settings.samples)
-    settings.samples = dataset.count
-    options.batches(settings, dataset.count)
-    batches.check(settings, dataset.count)
+    source = files.source(settings.data, comm, settings.samples)
+    settings.samples = source.count
+    options.batches(settings, source.count)
+    batches.check(settings, source.count)
     overlap = numbers(settings.tile_overlap, "option -tile_overlap")
-    tiles = Tiles(dataset.shape, numbers(settings.tiles, "option -tiles"), overlap, settings.tiles_padded)
+    tiles = Tiles(source.shape, numbers(settings.tiles, "option -tiles"), overlap, settings.tiles_padded)
     with agreed(comm), plugins.blamed(settings.network, classifiers.KNOWN, "network"), short_of_memory():
-        nets = Nets.built(settings, limits, dataset, tiles, device)
+        nets = Nets.built(settings, limits, source, tiles, device)
     files_ = Files(limits.output or limits.restart, limits.restart, bool(limits.overwrite), len(nets))
     files_.check(comm)
     table = table_of([module for module, _ in nets.modules])
@@ -73,8 +73,9 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: Start, undivided: s
     start.stop.check(comm)
     attributes = {
         "driver": "classify", "problem": "classification", "network": f"tiles of {nets.modules[0][1]}",
-        "data": settings.data, "scaling": settings.scaling, "samples": dataset.count,
+        "data": settings.data, "scaling": settings.scaling, "samples": source.count,
     }  # fmt: skip
+    labels = {n: found for n, of in SPLITS.items() if (found := getattr(source, f"{of}labels")) is not None}
     writer = Writer(files_, table, training.described(settings, limits, start, attributes)[1], comm)
     if going:
         files_.prepare(comm)
@@ -85,11 +86,11 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: Start, undivided: s
         if outcomes is None:
             phase.destroy()
             return _stopped(comm, files_.output, start, phase.gained)
-        whole.take(outcomes, {"train": dataset.labels.copy(), "test": dataset.test_labels.copy()})
+        whole.take(outcomes, labels)
         _count(whole, outcomes, nets, queues, settings.fusion or "average")
         writer.write(whole)
     phase.destroy()
-    dataset.free()
+    source.free()
     _say(comm, [*closing(whole), *([f"run file {files_.output}"] if files_.output else [])])
     return 0
 
@@ -197,9 +198,9 @@ def header(nets: Nets, queues: Queues, phase: LocalPhase) -> list[str]:
     """What is about to run, in words. Collective on the groups of the phase."""
     settings, net = nets.settings, phase.first
     assert net is not None
-    batch = batches.in_words(settings, nets.dataset.count, net.moving)
+    batch = batches.in_words(settings, nets.source.count, net.moving)
     lines = [
-        f"data {settings.data}, {nets.dataset!r}, scaling {settings.scaling}, of each tile its own; {batch}",
+        f"data {settings.data}, {nets.source!r}, scaling {settings.scaling}, of each tile its own; {batch}",
         nets.tiles.described([module for module, _ in nets.modules]),
         f"networks such as {nets.modules[0][1]}, {settings.dtype} on {settings.device}: {queues!r}",
         f"local solver {settings.local_solver} {net.training.summation()}",

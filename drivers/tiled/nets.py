@@ -21,6 +21,7 @@ from common.device import Device
 from common.start import Start
 from ddml.data.data_set import DataSet
 from ddml.data.scaling import Samples, Scaling
+from ddml.data.sources import Source
 from ddml.decomposition.tiles import Tiles
 from ddml.errors import InputError, RunFileError
 from ddml.losses.costs import multiplications
@@ -36,14 +37,16 @@ from solvers import solver_class
 # Samples of a block, and blocks, of an evaluation of a local network: few, as small networks take no less time for
 # fewer samples (our choices)
 LEAST, MOST = 64, 8
+SPLITS = {"train": "", "test": "test_", "held_out": "held_"}  # and how the arrays of a data set begin
 
 
-def tile_of(dataset: DataSet, tiles: Tiles, tile: int) -> DataSet:
-    """A tile of all samples, in memory of this process."""
-    inputs, test_inputs = (tiles.cut(values, tile) for values in (dataset.inputs, dataset.test_inputs))
-    return DataSet(
-        inputs, dataset.labels, test_inputs, dataset.test_labels, dataset.classes, dataset.origin, dataset.maximum
-    )
+def tile_of(source: Source, tiles: Tiles, tile: int) -> DataSet:
+    """A tile of all samples, with its zeros, in memory of this process."""
+    found = source.tile(tiles.ranges[tile])
+    if not tiles.padded:
+        return found
+    arrays = {n: a if n.endswith("labels") else tiles.pad(a, tile) for n, a in found.arrays().items()}
+    return DataSet(**arrays, classes=found.classes, origin=found.origin, maximum=found.maximum)
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Nets:
     ----------
     settings, limits : namespace
         Of the run. Those of a network are the same, but for its solver and seed.
-    dataset : DataSet
-        The whole images.
+    source : Source
+        Of the samples' tiles.
     tiles : Tiles
     modules : list of (Module, str)
         The networks and their descriptions.
@@ -69,7 +72,7 @@ class Nets:
 
     settings: Any
     limits: Any
-    dataset: DataSet
+    source: Source
     tiles: Tiles
     modules: list[tuple[nn.Module, str]]
     device: Device
@@ -78,7 +81,7 @@ class Nets:
     again: bool = False
 
     @classmethod
-    def built(cls, settings: Any, limits: Any, dataset: DataSet, tiles: Tiles, device: Device) -> Nets:
+    def built(cls, settings: Any, limits: Any, source: Source, tiles: Tiles, device: Device) -> Nets:
         """The networks that the settings ask for.
 
         Raises
@@ -86,8 +89,8 @@ class Nets:
         InputError
             See :func:`ddml.networks.local.build_local`.
         """
-        modules = build_local(settings, tiles.shapes, len(dataset.classes), tiles.narrowing, settings.local_width)
-        return cls(settings, limits, dataset, tiles, modules, device)
+        modules = build_local(settings, tiles.shapes, len(source.classes), tiles.narrowing, settings.local_width)
+        return cls(settings, limits, source, tiles, modules, device)
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -191,7 +194,7 @@ class LocalNet:
     def __init__(self, nets: Nets, tile: int, comm: MPI.Comm, start: Start) -> None:
         self.nets, self.tile, self.comm, self.start = nets, tile, comm, start
         self.gained = False
-        dataset = tile_of(nets.dataset, nets.tiles, tile)
+        dataset = tile_of(nets.source, nets.tiles, tile)
         network, named = nets.modules[tile][0], nets.named(tile)
         settings = SimpleNamespace(
             **vars(nets.settings) | {"solver": nets.settings.local_solver, "seed": named["seed"]}
@@ -199,8 +202,9 @@ class LocalNet:
         scaling, where = Scaling(dataset, settings.scaling, comm), nets.device.torch
         dtype = getattr(torch, settings.dtype)
         self.splits = {
-            "train": Samples(dataset.inputs, dataset.labels, scaling, dtype, where),
-            "test": Samples(dataset.test_inputs, dataset.test_labels, scaling, dtype, where),
+            name: Samples(getattr(dataset, f"{of}inputs"), labels, scaling, dtype, where)
+            for name, of in SPLITS.items()
+            if (labels := getattr(dataset, f"{of}labels")) is not None
         }
         self.loss = ClassificationLoss(
             network.to(where), self.splits["train"], len(dataset.classes), settings.chunk or None

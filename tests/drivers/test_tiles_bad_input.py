@@ -34,7 +34,7 @@ WRONG = {
     "overlap too wide along an axis": ("-tile_overlap 1x9", "an overlap of 9 is as wide as the 8 pixels along W"),
     "overlap of other axes": ("-tile_overlap 1x1x1", "an overlap of 1x1x1 does not fit an image"),
     "overlap in words": ("-tile_overlap some", "option -tile_overlap must be an integer"),
-    "vectors": ("-data {user}:rings", "tiles are of images (C, H, W) or volumes (C, D, H, W); the samples are (2,)"),
+    "vectors": ("-data {user}:rings", "has samples (2,): tiles are of images"),
     "network too deep for its tile": ("-depth 3", "no local network for tile 0 of shape (1, 5, 5)"),
     "network too deep for the smallest tile": ("-tiles 4x4 -tile_overlap 0 -depth 1", "of shape (1, 2, 2)"),
     "network too large for its tile": ("-network cnn -depth 2", "no local network for tile 0"),

@@ -115,10 +115,10 @@ def test_nobody_waits_for_others_and_the_order_does_not_matter(order: str, comm:
     with begun(comm, *DIGITS, "-max_it", 6, "-tiles", "2x3", "-local_width", 2) as (settings, limits, begin):
         options.check(settings, "tr")
         settings.samples = 120
-        dataset = files.load("digits", comm, 120)
-        options.batches(settings, dataset.count)
-        tiles = Tiles(dataset.shape, (2, 3), 1)
-        nets = Nets.built(settings, limits, dataset, tiles, bind(comm, "cpu"))
+        source = files.source("digits", comm, 120)
+        options.batches(settings, source.count)
+        tiles = Tiles(source.shape, (2, 3), 1)
+        nets = Nets.built(settings, limits, source, tiles, bind(comm, "cpu"))
         queues = Queues.of(nets.costs, comm.size)
         if order == "reversed":
             queues = Queues(tuple(queue[::-1] for queue in queues.nets[::-1]), queues.edges)

@@ -15,7 +15,7 @@ from ddml.errors import CollectiveError, InputError, NonFiniteError
 from ddml.parallel import Interrupted, agreed
 from ddml.runs.progress import say
 
-from .nets import LocalNet, Nets, Outcome, check_file
+from .nets import LocalNet, Nets, Outcome, check_file, tile_of
 from .queues import Queues
 from .relay import Relay
 
@@ -36,10 +36,18 @@ class LocalPhase:
     queues
         Who trains which, in what order.
 
+    Raises
+    ------
+    InputError
+        On all ranks: tiles that cannot be read, or with numbers that are not finite; a solver that refuses its options
+        or a network; run files of networks that are damaged, or of others.
+
     Attributes
     ----------
     group : Intracomm
         The ranks that train what this one does; none waits for others.
+    tiles : dict of int to DataSet
+        Those of the networks that this rank has not begun with.
     first : LocalNet or None
         The network that this rank begins with: where it is made, the solver's options have been read.
     gained : bool
@@ -57,9 +65,11 @@ class LocalPhase:
         self.first: LocalNet | None = None
         self.gained = False
         with agreed(comm):
-            self.first = LocalNet(nets, self.queue[0], self.group, self.start)
-            for tile in self.queue:  # all of them before any is changed
-                path = nets.source(tile)
+            # all of them before anything is changed
+            self.tiles = {tile: tile_of(nets.source, nets.tiles, tile) for tile in self.queue}
+            self.first = LocalNet(nets, self.queue[0], self.tiles.pop(self.queue[0]), self.group, self.start)
+            for tile in self.queue:
+                path = nets.earlier(tile)
                 if path is not None:
                     check_file(path, self.first.attributes() | nets.named(tile), self.group)
 
@@ -80,7 +90,7 @@ class LocalPhase:
             net, self.first = self.first, None
             try:
                 self.stop.check(self.group)
-                net = net or LocalNet(self.nets, tile, self.group, self.start)
+                net = net or LocalNet(self.nets, tile, self.tiles.pop(tile), self.group, self.start)
                 outcome = net.train()
                 if outcome is None:
                     break

@@ -109,7 +109,7 @@ class Nets:
         seed = local_seeds(self.settings.seed, len(self))[tile]
         return {"tile": tile, "seed": seed, "network": self.modules[tile][1]}
 
-    def source(self, tile: int) -> str | None:
+    def earlier(self, tile: int) -> str | None:
         """The run file that a network goes on from, if there is one."""
         path = None if self.before is None else file_of(self.before, tile)
         return path if path is not None and Path(path).is_file() else None
@@ -175,6 +175,8 @@ class LocalNet:
         All networks.
     tile
         Which one it is.
+    dataset
+        Its tile of all samples.
     comm
         The ranks that train it.
     start
@@ -188,13 +190,12 @@ class LocalNet:
     Raises
     ------
     InputError
-        A solver that there is not, or that refuses its options or the network; samples that are not finite.
+        A solver that there is not, or that refuses its options or the network.
     """
 
-    def __init__(self, nets: Nets, tile: int, comm: MPI.Comm, start: Start) -> None:
+    def __init__(self, nets: Nets, tile: int, dataset: DataSet, comm: MPI.Comm, start: Start) -> None:
         self.nets, self.tile, self.comm, self.start = nets, tile, comm, start
         self.gained = False
-        dataset = tile_of(nets.source, nets.tiles, tile)
         network, named = nets.modules[tile][0], nets.named(tile)
         settings = SimpleNamespace(
             **vars(nets.settings) | {"solver": nets.settings.local_solver, "seed": named["seed"]}
@@ -240,7 +241,7 @@ class LocalNet:
         InputError
             A loss that is not finite; a run file that cannot be read, is of another network, or cannot be written.
         """
-        before, folder = self.nets.source(self.tile), self.nets.folder
+        before, folder = self.nets.earlier(self.tile), self.nets.folder
         limits = SimpleNamespace(**vars(self.nets.limits))
         limits.restart, limits.progress, limits.overwrite = before, "none", True
         limits.output = None if folder is None else file_of(folder, self.tile)

@@ -43,10 +43,11 @@ LATER = {
 
 
 def refuse_without_tiles(settings: Any) -> None:
-    """Raise an InputError for options of divided classifiers, where there are no tiles; not for a local solver."""
-    for option in OPTIONS:
-        if option.name != "local_solver" and getattr(settings, option.name) != option.default:
-            raise InputError(f"option -{option.name} is for -tiles, as in -tiles 4x4")
+    """Raise an InputError for options of divided classifiers where there are no tiles, unless they are the solver's."""
+    given = [option.name for option in OPTIONS if getattr(settings, option.name) != option.default]
+    for name in given:
+        if name not in {option.name for option in solver_class(settings.solver).options}:
+            raise InputError(f"option -{name} is for -tiles, as in -tiles 4x4")
 
 
 def check(settings: Any, undivided: str) -> None:

@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 from calling import call, check_refusal, check_refusal_of_a_start, refusal, tree
 from launch import started
@@ -144,6 +146,31 @@ def test_bad_input_is_named_in_one_line_on_all_ranks(name: str, made: Path, capf
 def test_a_driver_that_refuses_prints_one_line_and_ends_with_1(name: str, made: Path) -> None:
     options, expected = WRONG[name]
     check_refusal_of_a_start("classify", command(made, options), expected, made)
+
+
+@pytest.mark.parametrize(("name", "row"), [("inputs", 3), ("test_inputs", 1), ("held_inputs", 0)])
+def test_numbers_that_are_not_finite_are_refused_before_anything_is_changed(
+    name: str, row: int, comm: MPI.Comm, shared_tmp: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In the last tile, of a file that each rank reads its tiles of."""
+    path, output = shared_tmp / "data.h5", shared_tmp / "run.h5"
+    words = ("-data", str(path), "-network", "vgg", "-depth", "1", "-width", "2", "-tiles", "2x2", "-max_it", "2")
+    if comm.rank == 0:
+        rng = np.random.default_rng(0)
+        with h5py.File(path, "w") as file:
+            file.attrs["classes"] = ["a", "b"]
+            for part, count in (("inputs", 8), ("test_inputs", 4), ("held_inputs", 4)):
+                file[part] = rng.standard_normal((count, 1, 9, 8))
+                file[part.replace("inputs", "labels")] = np.arange(count) % 2
+    comm.barrier()
+    assert call("classify", *words, "-output", output) == 0
+    comm.barrier()
+    if comm.rank == 0:
+        with h5py.File(path, "r+") as file:
+            file[name][row, 0, 8, 7] = np.nan
+    comm.barrier()
+    expected = f"data, tile 4:9 x 4:8: {name} must be finite; sample {row} has NaN or infinity"
+    check_refusal("classify", [*words, "-output", str(output), "-overwrite"], expected, shared_tmp, capfd)
 
 
 def test_what_is_in_the_way_goes_with_overwrite(made: Path, comm: MPI.Comm, shared_tmp: Path) -> None:

@@ -44,8 +44,9 @@ SERIAL = (
     *("problems/test_references.py", "problems/test_program.py", "runs/test_figures.py", "runs/test_history.py"),
     *("losses/test_decayed.py", "runs/test_tile_figures.py"),
     *(f"test_{name}.py" for name in ("environment", "house", "options", "origins", "package", "plugins", "prepare")),
-    "test_prepare_harm.py",
-    *("data/test_arrays.py", "data/test_images.py", "data/test_inputs.py", "data/test_tables.py"),
+    *("test_blocks.py", "test_prepare_harm.py", "test_prepare_volumes.py"),
+    *("data/test_arrays.py", "data/test_images.py", "data/test_inputs.py", "data/test_parting.py"),
+    "data/test_tables.py",
     "runs/test_run_file_damage.py::test_a_kill_at_any_moment_leaves_a_whole_file",  # a writer on one rank
     "runs/test_run_file_damage.py::test_what_another_run_writes_meanwhile_is_read_whole_or_refused",
     *(f"drivers/test_{name}.py" for name in ("all_solvers", "bad_problems", "bench", "classify", "faults", "header")),
@@ -67,7 +68,7 @@ BY_NAME = (
     *("drivers/test_given_options.py", "drivers/test_logistic_driver.py", "drivers/test_pinn_levels.py"),
     *("drivers/test_opened.py", "drivers/test_foreign_files.py"),
     *("drivers/test_volumes.py", "decomposition/test_tiles.py"),
-    *("runs/test_run_file_harm.py", "data/test_data_harm.py"),
+    *("runs/test_run_file_harm.py", "data/test_data_harm.py", "data/test_sources.py"),
     # whose equality over ranks others claim: of scaled problems test_ranks.py, of local curvature that of
     # test_curvature_fraction.py, of models of the Hessian test_the_trajectory_is_that_on_one_rank
     *(f"drivers/test_scaled.py::test_{name}" for name in ("problems_in_users", "a_long_time", "a_run_that_stalls")),

@@ -165,7 +165,10 @@ class Tiles:
         """
         if tuple(values.shape[-len(self.shape) :]) != self.shape:
             raise InputError(f"these are tiles of samples {self.shape}, got {tuple(values.shape)}")
-        part = values[(..., *self.ranges[tile])]
+        return self.pad(values[(..., *self.ranges[tile])], tile)
+
+    def pad(self, part: Any, tile: int) -> Any:
+        """Samples of a tile without its zeros, (..., C, *pixels), with them: a new array or tensor if there are any."""
         zeros = self._zeros(tile)
         if not any(itertools.chain(*zeros)):
             return part

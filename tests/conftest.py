@@ -67,7 +67,7 @@ BY_NAME = (
     *("solvers/test_torch_optimizer.py", "solvers/test_torch_refusals.py"),
     *("drivers/test_given_options.py", "drivers/test_logistic_driver.py", "drivers/test_pinn_levels.py"),
     *("drivers/test_opened.py", "drivers/test_foreign_files.py"),
-    *("drivers/test_volumes.py", "decomposition/test_tiles.py"),
+    *("drivers/test_volumes.py", "decomposition/test_tiles.py", "drivers/test_coarse.py"),
     *("runs/test_run_file_harm.py", "data/test_data_harm.py", "data/test_sources.py"),
     # whose equality over ranks others claim: of scaled problems test_ranks.py, of local curvature that of
     # test_curvature_fraction.py, of models of the Hessian test_the_trajectory_is_that_on_one_rank

@@ -83,7 +83,7 @@ def batches(settings: Any, count: int) -> None:
     if settings.local_solver == "adam":
         settings.batch_size, settings.batch_steps = min(ADAMS, count), settings.batch_steps or 1
     elif solver_class(settings.local_solver).judges_batches and count > QUARTERS:
-        settings.batch_size, settings.batch_steps = -(-count // QUARTERS), settings.batch_steps or 1
+        settings.batch_size = -(-count // QUARTERS)
 
 
 def phases(text: str) -> list[str]:

@@ -94,7 +94,7 @@ def made(module_tmp: Path) -> Path:
         header = run_file.inspect(str(module_tmp / "run.h5"), MPI.COMM_SELF)
         table = parameter_table([(p.name, p.shape) for p in header.parameters])
         for name in ("damaged", "mixed", "silent", "fewer", "forgetful", "left"):
-            whole = Whole.read(str(module_tmp / "run.h5"), table, 4, MPI.COMM_SELF)
+            whole = Whole.read(str(module_tmp / "run.h5"), modules, MPI.COMM_SELF)
             if name in ("damaged", "mixed"):
                 whole.phase = ""
             if name == "fewer":

@@ -84,16 +84,21 @@ def alone(comm: MPI.Comm, work: Callable[[], object]) -> object:
 
 
 class Finished(NamedTuple):
-    """What a driver's run leaves: its history, the number of parameters, what it printed, its solver's state."""
+    """What a driver's run leaves: its history, the number of parameters, what it printed, the state of its run file."""
 
     history: History
     size: int
     text: str
-    solver: dict[str, Any]
+    state: dict[str, Any]
+
+    @property
+    def solver(self) -> dict[str, Any]:
+        """The solver's part of the state."""
+        return self.state["solver"] or {}
 
 
 def finished_run(command: Sequence[str]) -> Finished:
-    """Run a driver; the vectors of the state are destroyed."""
+    """Run a driver on one rank or several; the vectors of the state are destroyed."""
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/run.h5"
         done = subprocess.run(
@@ -104,7 +109,7 @@ def finished_run(command: Sequence[str]) -> Finished:
         state, history = run_file.read(file, vec)
         for each in (vec, *vectors_in(state, "state", vec).values()):
             each.destroy()
-    return Finished(history, size, done.stdout, state["solver"] or {})
+    return Finished(history, size, done.stdout, state)
 
 
 class Outcome(NamedTuple):

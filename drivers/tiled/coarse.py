@@ -13,31 +13,33 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import solvers
+from ddml.data.parting import held_out
 from ddml.errors import InputError
 from ddml.losses.decayed import DecayedLoss
 from ddml.networks import coarse
 from ddml.networks.fusions import joined
-from ddml.options import NEVER, Option, number_or_word
+from ddml.options import Option, number_or_word
 from ddml.problems.classification import cross_entropy
 
-from .outputs import HELD_OUT, TRAIN, Outputs
+from .outputs import HELD_OUT, TRAIN, Outputs, few
 
 # Our choices. Decays that are tried, until one serves worse than the one before, and the share of each class that says
-# so where no samples are held out; iterations of a minimisation at most, and the gradient's norm where it ends
-DECAYS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
+# so where no samples are held out. A minimisation has so many iterations at most, and ends where the loss has gone down
+# by less than that part of itself in so many
+DECAYS = (1e-2, 1e-3, 1e-4, 1e-5)
 SHARE = 0.2
-ITERATIONS, TOLERANCE = 60, 1e-5
+ITERATIONS, FLAT, WINDOW = 60, 1e-3, 5
 
 SOLVERS: dict[str, dict[str, Any]] = {"lbfgs": {"momentum": 1, "memory": 10, "first_step": "scaled"}, "tr": {}}
 
 OPTIONS = (
     *coarse.OPTIONS,
     Option("coarse_data", TRAIN, "Samples that the coarse net is trained on: those that the local nets were trained "
-           "on, held-out ones, or both.", choices=(TRAIN, HELD_OUT, "both", "folds"), changes=NEVER),
-    Option("coarse_solver", "lbfgs", "Trains it, on all of them at a time.", choices=tuple(SOLVERS), changes=NEVER),
+           "on, held-out ones, or both.", choices=(TRAIN, HELD_OUT, "both", "folds")),
+    Option("coarse_solver", "lbfgs", "Trains it, on all of them at a time.", choices=tuple(SOLVERS)),
     Option("coarse_decay", "auto", "Its weight decay lambda, as in lambda / 2 |W|^2: a number; or auto, from "
            f"{DECAYS[0]:g} down until the loss grows on held-out samples, or, where there are none that it is not "
-           "trained on, on a fifth of each class that it is trained on in the end only.", changes=NEVER),
+           "trained on, on a fifth of each class that it is trained on in the end only."),
 )  # fmt: skip
 
 
@@ -59,6 +61,8 @@ class Coarse:
         At each iteration of the last minimisation.
     operations : float
         Multiply-adds of all minimisations.
+    notes : list of str
+        What a user should know.
     """
 
     module: nn.Module
@@ -67,6 +71,7 @@ class Coarse:
     decay: float
     losses: NDArray[np.float64]
     operations: float
+    notes: list[str]
 
 
 def check(settings: Any, splits: Sequence[str]) -> None:
@@ -101,7 +106,7 @@ def _decay(settings: Any) -> float | None:
     return 0.0 if settings.coarse_decay == "0" else found
 
 
-def train(settings: Any, splits: Mapping[str, Outputs], classes: int, comm: MPI.Comm) -> Coarse:
+def train(settings: Any, splits: Mapping[str, Outputs], classes: Sequence[str], comm: MPI.Comm) -> Coarse:
     """Train the coarse net, its samples dealt to all ranks; to the last bit the same on any number. Collective.
 
     Parameters
@@ -112,7 +117,7 @@ def train(settings: Any, splits: Mapping[str, Outputs], classes: int, comm: MPI.
         Outputs of the local nets for ``train``, ``test`` and, where there are some, ``held_out`` samples; every rank
         passes all.
     classes
-        K.
+        Names of the K classes.
 
     Raises
     ------
@@ -121,35 +126,54 @@ def train(settings: Any, splits: Mapping[str, Outputs], classes: int, comm: MPI.
         samples to spare.
     """
     check(settings, list(splits))
-    module, words = coarse.build_coarse(settings, len(splits[TRAIN].logits), classes)
+    module, words = coarse.build_coarse(settings, len(splits[TRAIN].logits), len(classes))
     used = splits[HELD_OUT if settings.coarse_data == HELD_OUT else TRAIN]
     if settings.coarse_data == "both":
         used = used.with_those(splits[HELD_OUT])
+    for name in {TRAIN, HELD_OUT} & splits.keys():
+        splits[name].refuse_not_finite(name)
     fits, decay = _Fits(module, settings, comm), _decay(settings)
-    if decay is None:
-        if settings.coarse_data == TRAIN and HELD_OUT in splits:
-            decay = fits.best_decay(used, splits[HELD_OUT])
-        else:
-            drawn = stratified(used.labels, SHARE, settings.seed)
-            decay = fits.best_decay(used.take(~drawn), used.take(drawn))
-    result = fits(used, decay)
-    return Coarse(module, words, result.theta, decay, result.losses, fits.operations)
+    if decay is not None:
+        result = fits(used, decay)
+    elif settings.coarse_data == TRAIN and HELD_OUT in splits:
+        decay, result = fits.best(used, splits[HELD_OUT])
+    else:
+        drawn = deciding(used.labels, classes, settings.seed)
+        decay, begun = fits.best(used.take(~drawn), used.take(drawn))
+        fits.at = begun.theta
+        result = fits(used, decay)
+    nn.utils.vector_to_parameters(result.theta.to(next(module.parameters())), module.parameters())
+    notes = [] if settings.coarse_data == TRAIN else few(splits[HELD_OUT].labels, classes)
+    return Coarse(module, words, result.theta, decay, result.losses, fits.operations, notes)
 
 
-def stratified(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np.bool_]:
-    """Which of some samples (B,) are drawn: about this share of each class, and never all of one."""
-    rng, drawn = np.random.default_rng([4, seed]), np.zeros(len(labels), dtype=bool)
-    for number in np.unique(labels):
-        rows = rng.permutation(np.flatnonzero(labels == number))
-        drawn[rows[: min(round(share * len(rows)), len(rows) - 1)]] = True
+def deciding(labels: NDArray[np.int64], classes: Sequence[str], seed: int) -> NDArray[np.bool_]:
+    """Which of some samples (B,) a decay is chosen by: of each class its share, and never all of one.
+
+    Raises
+    ------
+    InputError
+        If there are too few.
+    """
+    try:
+        _, rows = held_out(labels, str(SHARE), classes, coarse.coarse_seed(seed))
+    except InputError as error:
+        raise InputError(
+            f"{len(labels)} samples of {len(classes)} classes are too few to choose a weight decay by: give option "
+            "-coarse_decay"
+        ) from error
+    drawn = np.zeros(len(labels), dtype=bool)
+    drawn[rows] = True
     return drawn
 
 
 class _Fits:
-    """Minimisations of a coarse net's loss, each from where the last one has led.
+    """Minimisations of a coarse net's loss.
 
     Attributes
     ----------
+    at : Tensor or None
+        Where the next one begins: where the last one has led, at first at the module's parameters.
     operations : float
         Multiply-adds so far.
     """
@@ -157,7 +181,7 @@ class _Fits:
     def __init__(self, module: nn.Module, settings: Any, comm: MPI.Comm) -> None:
         self.module, self.settings, self.comm = module, settings, comm
         self.operations = 0.0
-        self.at: Tensor | None = None  # in float64; the module has them in its own precision
+        self.at: Tensor | None = None
 
     def loss(self, outputs: Outputs, decay: float) -> DecayedLoss:
         """That of some samples."""
@@ -165,27 +189,28 @@ class _Fits:
         return DecayedLoss(self.module, cross_entropy, x, torch.from_numpy(outputs.labels), decay)
 
     def __call__(self, outputs: Outputs, decay: float) -> solvers.Result:
-        """Minimise that of some samples; the module has what comes out. Collective."""
-        loss, solver = self.loss(outputs, decay), self.settings.coarse_solver
+        """Minimise that of some samples. Collective."""
+        loss, solver, losses = self.loss(outputs, decay), self.settings.coarse_solver, list[float]()
+
+        def flat(iteration: int, value: float, norm: float) -> bool:
+            losses.append(value)
+            return iteration >= WINDOW and not losses[-1] < (1 - FLAT) * losses[-1 - WINDOW]
+
         result = solvers.minimise(
-            loss, solver, self.comm, SOLVERS[solver], iterations=ITERATIONS, start=self.at, tolerance=TOLERANCE
+            loss, solver, self.comm, SOLVERS[solver], iterations=ITERATIONS, start=self.at, monitor=flat
         )
         self.at = result.theta
-        loss.assign(result.theta)
         self.operations += result.work * loss.charges.operations * loss.count
         return result
 
-    def best_decay(self, outputs: Outputs, others: Outputs) -> float:
-        """The decay with which the net serves best on others than it is trained on, and is left there. Collective."""
-        if not len(others.labels):
-            raise InputError("no class has samples enough to choose a weight decay by: give option -coarse_decay")
-        judged = self.loss(others, 0.0)
-        best, least, at = DECAYS[0], float("inf"), self.at
+    def best(self, outputs: Outputs, others: Outputs) -> tuple[float, solvers.Result]:
+        """The decay that serves best on others than what is trained on, and what it came to. Collective."""
+        judged, least = self.loss(others, 0.0), float("inf")
         for decay in DECAYS:
-            theta = self(outputs, decay).theta
-            found = self.comm.bcast(float(judged.value(theta.to(judged.dtype))) if self.comm.rank == 0 else None)
+            result = self(outputs, decay)
+            theta = result.theta.to(judged.dtype)
+            found = self.comm.bcast(float(judged.value(theta)) if self.comm.rank == 0 else None)
             if not found < least:
                 break
-            best, least, at = decay, found, theta
-        self.at = at
+            best, least = (decay, result), found
         return best

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ddml.errors import InputError
 from ddml.networks.fusions import FUSIONS, joined
 
 TRAIN, HELD_OUT, TEST = "train", "held_out", "test"  # splits
@@ -40,6 +41,16 @@ class Outputs(NamedTuple):
         """Of these samples and others."""
         logits = np.concatenate([self.logits, other.logits], axis=1)
         return Outputs(logits, np.concatenate([self.labels, other.labels]))
+
+    def refuse_not_finite(self, split: str) -> None:
+        """Raise an InputError where a net says no number of a sample of the split of that name."""
+        wrong = np.argwhere(~np.isfinite(self.logits).all(axis=2))
+        if len(wrong):
+            net, sample = wrong[0]
+            raise InputError(
+                f"local network {net} gives NaN or infinity for sample {sample} of the {split} samples: a coarse net "
+                "needs numbers"
+            )
 
 
 class Accuracies(NamedTuple):
@@ -76,23 +87,27 @@ def said(outputs: Tensor) -> Tensor:
     return outputs.argmax(dim=1).where(outputs.isfinite().all(dim=1), -1)
 
 
-def gap(found: Mapping[str, Accuracies]) -> list[str]:
-    """How much better local nets are on what they were trained on, and a note where they know nearly all of it."""
+def gap(found: Mapping[str, Accuracies]) -> str:
+    """How much better local nets are on what they were trained on, in words."""
     train, test = (np.array(found[split].local) for split in (TRAIN, TEST))
     widest = int((train - test).argmax())
-    lines = [
+    return (
         f"local networks have {100 * train.mean():.1f} % of the training samples right on average and "
         f"{100 * test.mean():.1f} % of the test samples; the widest gap is that of tile {widest}, "
         f"{100 * train[widest]:.1f} and {100 * test[widest]:.1f} %"
+    )
+
+
+def by_heart(found: Mapping[str, Accuracies]) -> list[str]:
+    """A note where local nets know nearly all of their training samples."""
+    train = np.array(found[TRAIN].local)
+    if not (train >= NEARLY).any():
+        return []
+    return [
+        f"{int((train >= NEARLY).sum())} of {len(train)} local networks have {100 * NEARLY:.0f} % of their training "
+        "samples right or more: of those they are surer than of others, and a coarse net that is trained on them "
+        "trusts them too much; -coarse_data held_out, with samples enough, does not"
     ]
-    nearly = np.flatnonzero(train >= NEARLY)
-    if len(nearly):
-        lines.append(
-            f"note: {len(nearly)} of {len(train)} local networks have {100 * NEARLY:.0f} % of their training samples "
-            "right or more: on those they are surer than on others, and a coarse net that is trained on them trusts "
-            "them too much; -coarse_data held_out, given enough samples, does not"
-        )
-    return lines
 
 
 def few(labels: NDArray[np.int64], classes: Sequence[str]) -> list[str]:
@@ -102,7 +117,7 @@ def few(labels: NDArray[np.int64], classes: Sequence[str]) -> list[str]:
     if counts[least] >= FEW:
         return []
     return [
-        f"note: {int((counts < FEW).sum())} of {len(classes)} classes have fewer than {FEW} held-out samples, "
+        f"{int((counts < FEW).sum())} of {len(classes)} classes have fewer than {FEW} held-out samples, "
         f"{classes[least]} has {counts[least]}: with so few a coarse net was worse than the average of probabilities; "
         "-coarse_data train"
     ]

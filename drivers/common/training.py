@@ -118,7 +118,7 @@ class Training:
         Default of ``-tao_fmin``.
     samples
         Of an evaluation, where it is not of all (mini-batches).
-    vectors
+    vectors, prefix
         See :class:`solvers.minimisation.Minimisation`.
 
     Raises
@@ -137,6 +137,7 @@ class Training:
         fmin: float,
         samples: int = 0,
         vectors: torch.device | None = None,
+        prefix: str = "",
     ) -> None:
         self.comm, self.settings, self.start, self.loss = comm, settings, start, loss
         start.stop.check(comm)  # the data have been read
@@ -145,8 +146,9 @@ class Training:
             trim_at_once()
         with plugins.blamed(settings.solver, dict.fromkeys((*SOLVERS, *PETSC_TYPES)), "solver"):
             made = Minimisation(
-                loss, settings.solver, comm, subdomains=chosen, blocks=settings.summation_blocks, samples=samples,
-                limit=settings.summation_limit, stop=start.stop, record=self._recorder(), vectors=vectors, fmin=fmin,
+                loss, settings.solver, comm, prefix, subdomains=chosen, blocks=settings.summation_blocks,
+                samples=samples, limit=settings.summation_limit, stop=start.stop, record=self._recorder(),
+                vectors=vectors, fmin=fmin,
             )  # fmt: skip
         self.made = made
         self.layout, self.objective, self.x, self.tao = made.layout, made.objective, made.x, made.tao

@@ -4,37 +4,37 @@ from __future__ import annotations
 
 from common import training  # first: it initialises PETSc
 
-import os
+import time
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from mpi4py import MPI
+from numpy.typing import NDArray
 
 from common import batches
-from common.device import bind, short_of_memory
+from common.device import Device, bind, short_of_memory
 from common.start import Start
+from ddml import options as tables
 from ddml import plugins
-from ddml.data import files
+from ddml.data import files as data
 from ddml.decomposition.tiles import Tiles, numbers
 from ddml.errors import InputError
 from ddml.networks import classifiers
-from ddml.networks.fusions import FUSIONS
-from ddml.parallel import agreed, agreed_file
-from ddml.parameters import Parameter
-from ddml.runs import run_file
-from ddml.runs.checkpoints import check_new
+from ddml.networks.coarse import build_coarse
+from ddml.parallel import agreed
 from ddml.runs.progress import say
+from solvers import solver_class
 
-from . import options
+from . import coarse, options, outputs
+from .end_to_end import EndToEnd
+from .files import Files
 from .local import LocalPhase
-from .nets import SPLITS, Nets, Outcome, file_of
+from .nets import SPLITS, Nets
 from .queues import Queues
-from .whole import Whole, table_of
+from .whole import Whole
 
 
 def train(comm: MPI.Comm, settings: Any, limits: Any, start: Start, undivided: str) -> int:
@@ -42,9 +42,9 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: Start, undivided: s
 
     ``undivided`` is the solver of an undivided network by default.
     """
-    options.check(settings, undivided)
+    phases = options.check(settings, undivided)
     device = bind(comm, settings.device)
-    source = files.source(settings.data, comm, settings.samples)
+    source = data.source(settings.data, comm, settings.samples)
     settings.samples = source.count
     options.batches(settings, source.count)
     batches.check(settings, source.count)
@@ -52,211 +52,254 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: Start, undivided: s
     tiles = Tiles(source.shape, numbers(settings.tiles, "option -tiles"), overlap, settings.tiles_padded)
     with agreed(comm), plugins.blamed(settings.network, classifiers.KNOWN, "network"), short_of_memory():
         nets = Nets.built(settings, limits, source, tiles, device)
-    files_ = Files(limits.output or limits.restart, limits.restart, bool(limits.overwrite), len(nets))
-    files_.check(comm)
-    table = table_of([module for module, _ in nets.modules])
-    whole = Whole.begun([module for module, _ in nets.modules])
-    if limits.restart is not None:
-        whole = Whole.read(limits.restart, table, len(nets), comm)
-    again = not start.restart.changed.keys() <= options.LATER
-    if again and whole.phase:
-        files_.check_all(comm)
-    going = again or not whole.phase
-    nets = replace(nets, folder=files_.folder, before=files_.before, again=again)
-    queues = Queues.of(nets.costs, comm.size)
-    phase = LocalPhase(nets, comm, start, queues)
-    notes = [*start.notes, *start.restart.notes, *start.restart.unread(), *start.unread()]
-    _say(comm, [*header(nets, queues, phase), *start.elsewhere(), *(f"note: {note}" for note in notes)])
-    if settings.check:
-        phase.destroy()
-        return 0
-    start.stop.check(comm)
-    attributes = {
-        "driver": "classify", "problem": "classification", "network": f"tiles of {nets.modules[0][1]}",
-        "data": settings.data, "scaling": settings.scaling, "samples": source.count,
-    }  # fmt: skip
-    labels = {n: found for n, of in SPLITS.items() if (found := getattr(source, f"{of}labels")) is not None}
-    writer = Writer(files_, table, training.described(settings, limits, start, attributes)[1], comm)
-    if going:
-        files_.prepare(comm)
-    if limits.restart is None or files_.fresh:
-        writer.write(whole)
-    if going:
-        outcomes = phase.execute()
-        if outcomes is None:
-            phase.destroy()
-            return _stopped(comm, files_.output, start, phase.gained)
-        whole.take(outcomes, labels)
-        _count(whole, outcomes, nets, queues, settings.fusion or "average")
-        writer.write(whole)
-    phase.destroy()
+    run = Phases(comm, settings, limits, start, nets, phases, device)
+    code = run.execute()
     source.free()
-    _say(comm, [*closing(whole), *([f"run file {files_.output}"] if files_.output else [])])
-    return 0
+    return code
 
 
-@dataclass(frozen=True)
-class Files:
-    """Where a run reads and writes.
+class Phases:
+    """A run of phases, from what is there already; everything is collective.
+
+    Parameters
+    ----------
+    comm, settings, limits, start
+        Of the run.
+    nets
+        The local networks.
+    phases
+        Those that are asked for, in their order.
+    device
+        Where this rank computes.
 
     Attributes
     ----------
-    output, source : str or None
-        The run file, and the one that it goes on from.
-    overwrite : bool
-        Whether what is there already may be replaced.
-    networks : int
-        How many there are.
+    whole : Whole
+        What the run has come to.
+    going : list of str
+        Phases that are to be done.
+    gained : bool
+        Whether anything has been trained any further.
+
+    Raises
+    ------
+    InputError
+        What the options ask for and cannot be; run files that are in the way, damaged or of other networks.
     """
 
-    output: str | None
-    source: str | None
-    overwrite: bool
-    networks: int
+    def __init__(
+        self,
+        comm: MPI.Comm,
+        settings: Any,
+        limits: Any,
+        start: Start,
+        nets: Nets,
+        phases: Sequence[str],
+        device: Device,
+    ) -> None:
+        self.comm, self.settings, self.limits, self.start, self.device = comm, settings, limits, start, device
+        self.gained = False
+        self.labels: dict[str, NDArray[np.int64]] = {
+            name: found for name, of in SPLITS.items() if (found := getattr(nets.source, f"{of}labels")) is not None
+        }
+        modules = [module for module, _ in nets.modules]
+        self.coarse, self.coarse_words = build_coarse(settings, len(nets), len(nets.source.classes))
+        if "coarse" in phases:
+            coarse.check(settings, list(self.labels))
+        self.files = Files(limits.output or limits.restart, limits.restart, bool(limits.overwrite), len(nets))
+        self.files.check(comm)
+        self.attributes = {
+            "driver": "classify", "problem": "classification", "network": f"tiles of {nets.modules[0][1]}",
+            "data": settings.data, "scaling": settings.scaling, "samples": nets.source.count,
+            "tiles": repr(nets.tiles), "classes": "\n".join(nets.source.classes),
+        }  # fmt: skip
+        self.whole, before = Whole.begun(modules), limits.restart or settings.start
+        if before is not None:
+            self.whole = Whole.read(before, modules, comm)
+            self.whole.check_like(before, self.attributes, self.labels, comm)
+        if settings.start is not None:
+            self.whole.forget(phases[0])
+        self.going = self._going(phases)
+        nets = replace(nets, folder=self.files.folder, before=self.files.before, again=self.again)
+        self.nets, self.queues = nets, Queues.of(nets.costs, comm.size)
+        self.local: LocalPhase | None = None
+        if "local" in self.going:
+            self.local = LocalPhase(nets, comm, start, self.queues)
+        else:
+            tables.read(solver_class(settings.local_solver).options)  # of the phase that is over
+        self.coherent: EndToEnd | None = None
+        if "coherent" in phases:
+            self.coherent = EndToEnd(nets, self.coarse, settings, limits, comm, start)
 
     @property
-    def folder(self) -> str | None:
-        """That of the run files of local networks."""
-        return None if self.output is None else f"{self.output}.nets"
+    def anew(self) -> bool:
+        """Whether the coherent phase begins with other parameters than a run file of it that is there."""
+        return self.going != ["coherent"] or self.settings.start is not None
 
     @property
-    def before(self) -> str | None:
-        """That of those which the local networks go on from."""
-        return None if self.source is None else f"{self.source}.nets"
+    def again(self) -> bool:
+        """Whether local networks that have come to their end go on."""
+        return any(not options.later(name) for name in self.start.restart.changed)
 
-    @property
-    def fresh(self) -> bool:
-        """Whether nothing in the folder is of this run."""
-        return self.source is None or Path(self.output or "").resolve() != Path(self.source).resolve()
-
-    def _there(self) -> list[str]:
-        found = [] if self.folder is None else [file_of(self.folder, tile) for tile in range(self.networks)]
-        return [path for path in found if Path(path).is_file()]
-
-    def check(self, comm: MPI.Comm) -> None:
-        """Refuse what is in the way, or cannot be written. Collective.
+    def _going(self, phases: Sequence[str]) -> list[str]:
+        """Which of the phases that are asked for are to be done.
 
         Raises
         ------
         InputError
-            If it is, or cannot.
+            A coarse phase without a local one; local networks that are to go on, whose run files have gone.
         """
-        if self.output is None:
-            return
-        if not self.overwrite:
-            check_new(self.output, self.source, comm)
-            left = comm.bcast(self._there() if comm.rank == 0 and self.fresh else [])
-            if left:
-                raise InputError(f"{left[0]} exists, of another run: replace it with -overwrite, or remove its folder")
-        run_file.check_writable(self.output, comm)
+        done, changed = self.whole.phases, self.start.restart.changed.keys()
+        found = list[str]()
+        if "local" in phases and (self.again or "local" not in done):
+            if "local" in done:
+                self.files.check_all(self.comm)
+            found.append("local")
+        if "coarse" in phases and (found or "coarse" not in done or changed & options.COARSE):
+            if not found and "local" not in done:
+                raise InputError(
+                    "option -phase coarse needs a local phase that is finished: -phase local,coarse, or -start local.h5"
+                )
+            found.append("coarse")
+        of_coherent = any(name.startswith(options.COHERENT) or name == "freeze" for name in changed)
+        if "coherent" in phases and (found or "coherent" not in done or of_coherent):
+            found.append("coherent")
+        return found
 
-    def check_all(self, comm: MPI.Comm) -> None:
-        """Refuse to train any further where the run files of local networks have gone. Collective.
+    def execute(self) -> int:
+        """Do all phases; the exit code."""
+        notes = [*self.start.notes, *self.start.restart.notes, *self.start.restart.unread(), *self.start.unread()]
+        self._say([*self._header(), *self.start.elsewhere(), *(f"note: {note}" for note in notes)])
+        if self.settings.check:
+            return 0
+        self.start.stop.check(self.comm)
+        described = training.described(self.settings, self.limits, self.start, self.attributes)[1]
+        if self.going:
+            self.files.prepare(self.comm, self.anew)
+        if self.files.fresh:
+            self._write(described)
+        for phase in self.going:
+            asked = self.comm.allreduce(self.start.stop.requested, MPI.LOR)
+            if asked or not {"local": self._local, "coarse": self._coarse, "coherent": self._coherent}[phase]():
+                more = f"; to go on: the same driver with -restart {self.files.output}" if self.files.output else ""
+                self._say([f"stopped: a signal asked to stop in the {phase} phase{more}"])
+                return self.start.interrupted(self.gained)
+            self._write(described)
+        self._say([*self._closing(), *([f"run file {self.files.output}"] if self.files.output else [])])
+        return 0
 
-        Raises
-        ------
-        InputError
-            If one has.
-        """
-        paths = [file_of(str(self.before), tile) for tile in range(self.networks)]
-        gone = comm.bcast([path for path in paths if not Path(path).is_file()] if comm.rank == 0 else [])
-        if gone:
-            raise InputError(
-                f"there is no {gone[0]} any more: local networks that have come to their end go on with other options "
-                "from their own run files only"
-            )
+    def _local(self) -> bool:
+        phase = self.local
+        assert phase is not None
+        outcomes = phase.execute()
+        self.gained = phase.gained
+        phase.destroy()
+        if outcomes is None:
+            return False
+        self.whole.take(outcomes, self.labels)
+        spent = [cost * o.work / sum(self.nets.costs) for cost, o in zip(self.nets.costs, outcomes, strict=True)]
+        seconds = self.queues.critical([outcome.seconds for outcome in outcomes])
+        self.whole.finish("local", time=seconds, work=sum(spent), work_critical=self.queues.critical(spent))
+        self._accuracy()
+        return True
 
-    def prepare(self, comm: MPI.Comm) -> None:
-        """Make the folder, and empty it of what another run has left. Collective."""
-        if self.folder is None:
-            return
-        with agreed_file(comm, f"cannot write {self.folder}", "give -output a file in a folder that is yours to write"):
-            if comm.rank == 0:
-                os.makedirs(self.folder, exist_ok=True)
-                for path in self._there() if self.fresh else []:
-                    os.unlink(path)
-        with suppress(OSError):
-            os.listdir(self.folder)  # of a file system that remembers what was not there
+    def _coarse(self) -> bool:
+        self.gained = True
+        begin = time.perf_counter()
+        made = coarse.train(self.settings, self.whole.splits, self.nets.source.classes, self.comm)
+        seconds = float(self.comm.bcast(time.perf_counter() - begin))
+        self._say(f"note: {note}" for note in made.notes)
+        self.whole.coarse_theta = made.theta.numpy().copy()
+        self.whole.coarse = {
+            "words": made.words, "link": self.settings.link, "decay": made.decay, "losses": made.losses,
+        }  # fmt: skip
+        work = made.operations / (sum(self.nets.costs) * self.nets.source.count)
+        self.whole.finish("coarse", time=seconds, work=work, work_critical=work)
+        self._accuracy()
+        return True
 
+    def _coherent(self) -> bool:
+        assert self.coherent is not None
+        theta = np.concatenate([self.whole.local, self.whole.coarse_theta])
+        if not len(self.whole.coarse_theta):
+            theta = np.concatenate([theta, self.coherent.coarse_theta])
+        run = self.coherent.train(theta, self.files, self.anew, "coherent" in self.whole.phases)
+        self.gained |= self.coherent.gained
+        if run is None:
+            return False
+        self.whole.finish("coherent", **run.row)
+        self.whole.coherent = run.theta
+        return True
 
-@dataclass(frozen=True)
-class Writer:
-    """Writes the run file of the whole, if there is one; collective."""
+    def _accuracy(self) -> None:
+        """Complete the last row of the history: how often the fusion that is asked for is right."""
+        found = self._accuracies()
+        if found:
+            fusion = self.settings.fusion or ("coarse" if len(self.whole.coarse_theta) else "average")
+            self.whole.complete(accuracy=getattr(found["test"], fusion))
 
-    files: Files
-    table: Sequence[Parameter]
-    attributes: dict[str, Any]
-    comm: MPI.Comm
+    def _accuracies(self) -> dict[str, outputs.Accuracies]:
+        """How often local networks and fusions are right on each split."""
+        net = None
+        if len(self.whole.coarse_theta):
+            net, theta = self.coarse, torch.from_numpy(self.whole.coarse_theta)
+            torch.nn.utils.vector_to_parameters(theta.to(next(net.parameters())), net.parameters())
+        link = self.whole.coarse.get("link", self.settings.link)
+        return {name: outputs.accuracies(split, link, net) for name, split in self.whole.splits.items()}
 
-    def write(self, whole: Whole) -> None:
-        """Write what the run has come to."""
+    def _write(self, attributes: dict[str, Any]) -> None:
+        """Write what the run has come to, if there is a run file."""
         if self.files.output is not None:
-            whole.write(self.files.output, self.table, self.attributes, self.comm)
+            modules = [module for module, _ in self.nets.modules]
+            self.whole.write(self.files.output, modules, self.coarse, attributes, self.comm)
 
+    def _header(self) -> list[str]:
+        """What is about to run, in words."""
+        settings, nets = self.settings, self.nets
+        lines = [
+            f"data {settings.data}, {nets.source!r}, scaling {settings.scaling}, of each tile its own",
+            nets.tiles.described([module for module, _ in nets.modules]),
+            f"networks such as {nets.modules[0][1]}, {settings.dtype} on {settings.device}: {self.queues!r}",
+        ]
+        if self.local is not None and self.local.first is not None:
+            made = self.local.first
+            batch = batches.in_words(settings, nets.source.count, made.moving)
+            lines.append(f"local solver {settings.local_solver} {made.training.summation()}; {batch}")
+        if {"coarse", "coherent"} & set(self.going):
+            lines.append(f"coarse net {self.coarse_words} of {settings.link}")
+        if self.coherent is not None:
+            lines.append(f"coherent solver {settings.coherent_solver} {self.coherent.words}")
+        lines.append(f"phases: {', '.join(self.going) or 'none is left'}")
+        return [*lines, *self.device.words().splitlines()]
 
-def header(nets: Nets, queues: Queues, phase: LocalPhase) -> list[str]:
-    """What is about to run, in words. Collective on the groups of the phase."""
-    settings, net = nets.settings, phase.first
-    assert net is not None
-    batch = batches.in_words(settings, nets.source.count, net.moving)
-    lines = [
-        f"data {settings.data}, {nets.source!r}, scaling {settings.scaling}, of each tile its own; {batch}",
-        nets.tiles.described([module for module, _ in nets.modules]),
-        f"networks such as {nets.modules[0][1]}, {settings.dtype} on {settings.device}: {queues!r}",
-        f"local solver {settings.local_solver} {net.training.summation()}",
-    ]
-    return [*lines, *nets.device.words().splitlines()]
+    def _closing(self) -> list[str]:
+        """What came out, in words."""
+        found, lines = self._accuracies(), list[str]()
+        if found:
+            local = {split: one.local for split, one in found.items()}
+            rows = {
+                "local, least": {split: min(each) for split, each in local.items()},
+                "local, mean": {split: sum(each) / len(each) for split, each in local.items()},
+                "local, largest": {split: max(each) for split, each in local.items()},
+                **{name: {s: getattr(one, name) for s, one in found.items()} for name in ("average", "majority")},
+            }
+            if len(self.whole.coarse_theta):
+                rows["coarse"] = {split: one.coarse for split, one in found.items()}
+            lines.append(f"{'accuracy':<16}" + "".join(f"{split:>9}" for split in found))
+            lines += [f"{name:<16}" + "".join(f"{row[s]:>9.4f}" for s in found) for name, row in rows.items()]
+            lines += [outputs.gap(found), *(f"note: {note}" for note in outputs.by_heart(found))]
+        history = self.whole.history
+        if "coherent" in self.whole.phases:
+            lines.append(f"{'coherent':<16}" + " " * 9 * ("train" in found) + f"{history.last('accuracy'):>9.4f}")
+        times = [float(net["history"]["time"][-1]) for net in self.whole.nets]
+        longest = f", longest local network {max(times):.1f} s" if times else ""
+        lines.append(
+            f"work {history.last('work'):.1f} (critical {history.last('work_critical'):.1f}), in evaluations of all "
+            f"networks; critical path {history.last('time'):.1f} s{longest}"
+        )
+        return lines
 
-
-def _count(whole: Whole, outcomes: Sequence[Outcome], nets: Nets, queues: Queues, fusion: str) -> None:
-    """Add a row to the history; work units are of all networks together."""
-    shares = np.array(nets.costs) / sum(nets.costs)
-    spent = [share * outcome.work for share, outcome in zip(shares, outcomes, strict=True)]
-    right = accuracies(whole)[fusion]["test"]
-    whole.history.truncate(1)
-    whole.history.append(
-        iteration=1, time=queues.critical([outcome.seconds for outcome in outcomes]), work=sum(spent),
-        work_critical=queues.critical(spent), accuracy=right,
-    )  # fmt: skip
-
-
-def accuracies(whole: Whole) -> dict[str, dict[str, float]]:
-    """The fraction of each split's samples that each fusion classifies right."""
-    found: dict[str, dict[str, float]] = {}
-    for name, fusion in FUSIONS.items():
-        said = {split: fusion(torch.from_numpy(logits)).numpy() for split, logits in whole.logits.items()}
-        found[name] = {split: float((classes == whole.labels[split]).mean()) for split, classes in said.items()}
-    return found
-
-
-def closing(whole: Whole) -> list[str]:
-    """What came out, in words."""
-    splits = list(whole.labels)
-    local = {split: [net["accuracies"][split] for net in whole.nets] for split in splits}
-    rows = {
-        "local, least": {split: min(found) for split, found in local.items()},
-        "local, mean": {split: sum(found) / len(found) for split, found in local.items()},
-        "local, largest": {split: max(found) for split, found in local.items()},
-        **accuracies(whole),
-    }
-    history, longest = whole.history, max(float(net["history"]["time"][-1]) for net in whole.nets)
-    return [
-        f"{'accuracy':<16}" + "".join(f"{split:>9}" for split in splits),
-        *(f"{name:<16}" + "".join(f"{found[split]:>9.4f}" for split in splits) for name, found in rows.items()),
-        f"work {history.last('work'):.1f} (critical {history.last('work_critical'):.1f}), in evaluations of all "
-        f"networks; longest queue {history.last('time'):.1f} s, longest network {longest:.1f} s",
-    ]
-
-
-def _stopped(comm: MPI.Comm, output: str | None, start: Start, gained: bool) -> int:
-    """Say that a signal has stopped the run; the exit code."""
-    more = f"; to go on: the same driver with -restart {output}" if output else ""
-    _say(comm, [f"stopped: a signal asked to stop in the local phase{more}"])
-    return start.interrupted(gained)
-
-
-def _say(comm: MPI.Comm, lines: Sequence[str]) -> None:
-    """Print lines once."""
-    if comm.rank == 0:
-        for line in lines:
+    def _say(self, lines: Any) -> None:
+        """Print lines once."""
+        for line in lines if self.comm.rank == 0 else ():
             say(line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from common import training  # first: it initialises PETSc
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,8 @@ class Nets:
             See :func:`ddml.networks.local.build_local`.
         """
         modules = build_local(settings, tiles.shapes, len(source.classes), tiles.narrowing, settings.local_width)
-        return cls(settings, limits, source, tiles, modules, device)
+        named = [(module, re.sub(r"^\S*/", "", words)) for module, words in modules]  # users' files may move
+        return cls(settings, limits, source, tiles, named, device)
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -259,7 +261,7 @@ class LocalNet:
         )  # fmt: skip
         stopped = ""
         if before is not None and not self.nets.again:
-            stopped = str(run_file.inspect(before, self.comm).attributes.get("stopped", ""))
+            stopped = ended(before, self.comm)
             run.done = run.done or bool(stopped)
         try:
             finished = run.execute()
@@ -295,6 +297,11 @@ class LocalNet:
         rows = self.comm.gather(found)
         together = [row for here in rows or [] for row in here]
         return torch.cat(together).numpy() if together else np.empty((0, 0))
+
+
+def ended(path: str, comm: MPI.Comm) -> str:
+    """Why the training of a network had come to its end when its run file was written; nothing if it had not."""
+    return str(run_file.inspect(path, comm).attributes.get("stopped", ""))
 
 
 def check_file(path: str, expected: Mapping[str, Any], comm: MPI.Comm) -> None:

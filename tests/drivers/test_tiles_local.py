@@ -157,8 +157,8 @@ def test_queues_are_balanced(costs: list[float], ranks: int) -> None:
 @started
 def test_a_kill_in_the_middle_of_a_network_is_no_loss(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole.h5", tmp_path / "killed.h5"
-    words = (*SIXTEEN, "-max_it", 60, "-checkpoint_interval", 8)
-    train(whole, MPI.COMM_SELF, 60, *SIXTEEN)
+    words = (*SIXTEEN, "-max_it", 40, "-checkpoint_interval", 15)
+    train(whole, MPI.COMM_SELF, 40, *SIXTEEN)
     folder = tmp_path / "killed.h5.nets"
     warm()
     process = start(1, *words, "-output", killed, driver="classify.py", fresh=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from ddml.runs import tile_figures
 from ddml.runs.figures import new_figure
 from ddml.runs.history import History
 
-from .tools import LAUNCH, Finished, finished_run
+from .tools import LAUNCH, Finished, finished_run, left_in
 
 KINDS = ("linear", "dense")
 
@@ -55,6 +56,11 @@ class Case(NamedTuple):
         if not (parts and colon and overlap):
             raise InputError(f"option -tiles_cases must be splits and overlaps as in 4x4:8,2x2:0; got '{text}'")
         return cls(parts, overlap)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Of drivers/classify.py."""
+        return "-tiles", self.parts, "-tile_overlap", self.overlap
 
 
 class Divided(NamedTuple):
@@ -82,6 +88,19 @@ class Divided(NamedTuple):
         return max(self.local) + self.behind[kind]
 
 
+class Joined(NamedTuple):
+    """A run of a coherent net: accuracies behind its epochs, seconds on one core, and on the critical path."""
+
+    accuracies: NDArray[np.float64]
+    seconds: NDArray[np.float64]
+    critical: NDArray[np.float64]
+
+    def reached(self, accuracy: float) -> float:
+        """The first epoch that is as good."""
+        found = np.flatnonzero(self.accuracies >= accuracy)
+        return float(found[0]) if len(found) else np.inf
+
+
 def tiles(settings: Any) -> None:
     """Accuracies and seconds on the critical path, medians over the seeds."""
     cases = [Case.parse(text) for text in settings.tiles_cases.split(",")]
@@ -90,11 +109,11 @@ def tiles(settings: Any) -> None:
     steps = -(-source.count // settings.tiles_batch)  # an epoch
     rate, local_rate = settings.tiles_rates.split(":")
     print(f"\n## {source!r}; {settings.tiles_epochs} epochs of Adam, rates {rate}, local {local_rate}; medians\n")
-    whole = [_run(settings, steps, seed, "-solver", "adam", "-rate", rate).history for seed in seeds]
+    whole = [_run(settings, steps, seed, None, "-solver", "adam", "-rate", rate).history for seed in seeds]
     curve = zip(*_medians(whole), strict=True)
     print("Undivided, by epochs: " + ", ".join(f"{100 * a:.1f} % ({t:.1f} s)" for t, a in curve) + "\n")
     print("Seconds of one core a network. Ratios: the undivided network's seconds, of all epochs and until it is first")
-    print("as good, over those of the slowest local network and the coarse net; and its multiplications over theirs.\n")
+    print("as good, over those of the slowest local network and the coarse net; its multiplications over theirs.\n")
     print(
         "| tiles, overlap | local networks, mean | average | majority | coarse net | % | slowest local | coarse |",
         end="",
@@ -104,17 +123,22 @@ def tiles(settings: Any) -> None:
         flush=True,
     )
     found: dict[Case, list[Divided]] = {}
-    for case in cases:
-        options = ("-tiles", case.parts, "-tile_overlap", case.overlap, "-local_solver", "adam", "-rate", local_rate)
-        runs = [_divided(source, _run(settings, steps, seed, *options).state, seed) for seed in seeds]
-        found[case] = runs
-        for kind in KINDS:
-            print_row(case, kind, runs, whole, _fewer(settings, source, case, kind))
+    with tempfile.TemporaryDirectory() as folder:
+        for case in cases:
+            found[case] = []
+            for seed in seeds:
+                options = (*case.options, "-phase", "local", "-local_solver", "adam", "-rate", local_rate)
+                done = _run(settings, steps, seed, f"{folder}/{case.parts}-{case.overlap}-{seed}.h5", *options)
+                found[case].append(_divided(source, done.state, seed))
+            for kind in KINDS:
+                print_row(case, kind, found[case], whole, _fewer(settings, source, case, kind))
+        if settings.tiles_transfer_epochs:
+            _coherent(settings, steps, found, Path(folder))
     if settings.tiles_figures:
         draw(Path(settings.tiles_figures), found, whole)
 
 
-def _run(settings: Any, steps: int, seed: int, *given: str) -> Finished:
+def _run(settings: Any, steps: int, seed: int, output: str | None, *given: str) -> Finished:
     """A run of drivers/classify.py on one rank, tested once an epoch."""
     limits = {"max_it": settings.tiles_epochs * steps, "error_interval": steps, "checkpoint_interval": 0}
     chosen = {
@@ -123,7 +147,76 @@ def _run(settings: Any, steps: int, seed: int, *given: str) -> Finished:
     }  # fmt: skip
     words = [word for name, value in chosen.items() for word in (f"-{name}", str(value))]
     program = str(Path(classify.__file__))
-    return finished_run([*LAUNCH, "-n", "1", sys.executable, "-m", "mpi4py", program, *words, *given])
+    return finished_run([*LAUNCH, "-n", "1", sys.executable, "-m", "mpi4py", program, *words, *given], output)
+
+
+def _coherent(settings: Any, steps: int, found: Mapping[Case, Sequence[Divided]], folder: Path) -> None:
+    """Coherent nets from random values, with the links that are asked for, and from finished phases."""
+    print("\nCoherent nets. Critical seconds: those on one core times the critical work over all work; behind finished")
+    print("phases with theirs. As good: the first epoch that is at least as good as the best from random values.\n")
+    print("| tiles, overlap | begins at | link | best % | epoch | critical (s) | as good: epoch | critical (s) |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    seeds = [int(seed) for seed in settings.seeds.split(",")]
+    for case, divided in found.items():
+        starts = [folder / f"{case.parts}-{case.overlap}-{seed}.h5" for seed in seeds]
+        rows: dict[tuple[str, str], list[Joined]] = {}
+        for link in settings.tiles_links.split(","):
+            rows["random values", link] = [
+                _joined(settings, steps, seed, case, "coherent", settings.tiles_epochs, folder, "-link", link)
+                for seed in seeds
+            ]
+        rows["local and coarse phase", "probabilities"] = [
+            _joined(
+                settings, steps, seed, case, "coarse,coherent", settings.tiles_transfer_epochs, folder,
+                "-start", str(start), before=run.critical(KINDS[0]),
+            )
+            for seed, start, run in zip(seeds, starts, divided, strict=True)
+        ]  # fmt: skip
+        best = [
+            max(each)
+            for each in zip(
+                *([r.accuracies.max() for r in rows[key]] for key in rows if key[0] == "random values"), strict=True
+            )
+        ]
+        for (begins, link), runs in rows.items():
+            cells = [(float(r.accuracies.max()), float(r.accuracies.argmax()), r) for r in runs]
+            top, epoch = (statistics.median(column) for column in list(zip(*cells, strict=True))[:2])
+            seconds = statistics.median(float(r.critical[int(at)]) for _, at, r in cells)
+            good = [r.reached(b) for r, b in zip(runs, best, strict=True)]
+            until = statistics.median(
+                float(r.critical[int(g)]) if g < np.inf else np.inf for g, r in zip(good, runs, strict=True)
+            )
+            print(
+                f"| {case.parts}, {case.overlap} | {begins} | {link} | {100 * top:.1f} | {epoch:.0f} | {seconds:.1f} | "
+                f"{statistics.median(good):.0f} | {until:.1f} |",
+                flush=True,
+            )
+
+
+def _joined(
+    settings: Any,
+    steps: int,
+    seed: int,
+    case: Case,
+    phase: str,
+    epochs: int,
+    folder: Path,
+    *given: str,
+    before: float = 0.0,
+) -> Joined:
+    """A run of a coherent net, by Adam at the undivided network's rate; ``before`` it critical seconds were spent."""
+    output = folder / "coherent.h5"
+    own = {
+        "solver": "adam", "rate": settings.tiles_rates.split(":")[0], "batch_size": settings.tiles_batch,
+        "batch_steps": 1, "rate_schedule": "cosine", "max_it": epochs * steps, "error_interval": steps,
+    }  # fmt: skip
+    words = [word for name, value in own.items() for word in (f"-coherent_{name}", str(value))]
+    _run(settings, steps, seed, str(output), *case.options, "-phase", phase, "-overwrite", *words, *given)
+    history = left_in(f"{output}.nets/coherent.h5").history
+    rows = np.flatnonzero(np.isfinite(history["accuracy"]))
+    seconds = history["time"][rows]
+    share = history.last("work_critical") / history.last("work")
+    return Joined(history["accuracy"][rows], seconds, before + share * seconds)
 
 
 def _divided(source: Source, state: Mapping[str, Any], seed: int) -> Divided:

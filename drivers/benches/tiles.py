@@ -208,7 +208,7 @@ def _joined(
     output = folder / "coherent.h5"
     own = {
         "solver": "adam", "rate": settings.tiles_rates.split(":")[0], "batch_size": settings.tiles_batch,
-        "batch_steps": 1, "rate_schedule": "cosine", "max_it": epochs * steps, "error_interval": steps,
+        "batch_steps": 1, "rate_schedule": "cosine", "max_it": epochs * steps,
     }  # fmt: skip
     words = [word for name, value in own.items() for word in (f"-coherent_{name}", str(value))]
     _run(settings, steps, seed, str(output), *case.options, "-phase", phase, "-overwrite", *words, *given)

@@ -18,6 +18,7 @@ from mpi4py import MPI
 from petsc4py import PETSc
 from torch import Tensor
 
+from ddml.errors import InputError
 from ddml.runs import run_file
 from ddml.runs.history import History
 from ddml.losses.restricted import RestrictedLoss
@@ -98,12 +99,19 @@ class Finished(NamedTuple):
 
 
 def finished_run(command: Sequence[str], output: str | None = None) -> Finished:
-    """Run a driver, on one rank or several; its run file stays where an output is given."""
+    """Run a driver, on one rank or several; its run file stays where an output is given.
+
+    Raises
+    ------
+    InputError
+        What it says where it fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = output or f"{folder}/run.h5"
-        done = subprocess.run(
-            [*command, "-output", file], check=True, env=without_mpi(), capture_output=True, text=True
-        )
+        done = subprocess.run([*command, "-output", file], env=without_mpi(), capture_output=True, text=True)
+        if done.returncode:
+            said = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or [done.stderr]
+            raise InputError(f"{' '.join(command)} fails: {said[0].removeprefix('error: ')}")
         return left_in(file, done.stdout)
 
 

@@ -38,8 +38,8 @@ OPTIONS = (
            "on, held-out ones, or both.", choices=(TRAIN, HELD_OUT, "both", "folds")),
     Option("coarse_solver", "lbfgs", "Trains it, on all of them at a time.", choices=tuple(SOLVERS)),
     Option("coarse_decay", "auto", "Its weight decay lambda, as in lambda / 2 |W|^2: a number; or auto, from "
-           f"{DECAYS[0]:g} down in powers of ten to {DECAYS[-1]:g}, until the loss grows on a fifth of each class, which the "
-           "net is trained on in the end only."),
+           f"{DECAYS[0]:g} down in powers of ten to {DECAYS[-1]:g}, until the loss grows on a fifth of each class, "
+           "which the net is trained on in the end only."),
 )  # fmt: skip
 
 

@@ -191,7 +191,7 @@ def test_a_signal_stops_the_queue_and_a_restart_goes_on(
         or f"stopped: a signal asked to stop in the local phase; to go on: the same driver with -restart {parts}"
         in said
     )
-    assert content(parts).state["phase"] == b""
+    assert content(parts).state["phases"] == b""
     train(parts, comm, 60, "-network", f"{user}:Net")
     assert_same(whole, parts)
     comm.barrier()
@@ -266,7 +266,7 @@ def test_the_run_file_says_what_every_network_and_every_fusion_has_come_to(
     comm: MPI.Comm, shared_tmp: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = shared_tmp / "run.h5"
-    train(path, comm, 200, *DIGITS, "-batch_size", 40, "-rate", 1e-2, "-fusion", "majority")
+    train(path, comm, 200, *DIGITS, "-batch_size", 40, "-rate", 1e-2, "-phase", "local", "-fusion", "majority")
     out, found = capfd.readouterr().out, content(path)
     dataset = files.digits()
     for split, labels in (("train", dataset.labels[:120]), ("test", dataset.test_labels)):

@@ -112,11 +112,8 @@ for name in COLLECTIVE.split():
 @pytest.mark.ranks
 @pytest.mark.parametrize("order", ["dearest first", "reversed", "by number"])
 def test_nobody_waits_for_others_and_the_order_does_not_matter(order: str, comm: MPI.Comm, shared_tmp: Path) -> None:
-    with begun(comm, *DIGITS, "-max_it", 6, "-tiles", "2x3", "-local_width", 2, "-phase", "local") as (
-        settings,
-        limits,
-        begin,
-    ):
+    words = (*DIGITS, "-tiles", "2x3", "-local_width", 2, "-phase", "local")
+    with begun(comm, *words, "-max_it", 6) as (settings, limits, begin):
         options.check(settings, "tr")
         settings.samples = 120
         source = files.source("digits", comm, 120)

@@ -185,6 +185,9 @@ class Phases:
                 self._say([f"stopped: a signal asked to stop in the {phase} phase{more}"])
                 return self.start.interrupted(self.gained)
             self._write(described)
+        if self.start.restart.changed and not self.going:
+            self._accuracy()
+            self._write(described)
         self._say([*self._closing(), *([f"run file {self.files.output}"] if self.files.output else [])])
         return 0
 
@@ -229,14 +232,17 @@ class Phases:
             return False
         self.whole.finish("coherent", **run.row)
         self.whole.coherent = run.theta
+        self._accuracy()
         return True
 
     def _accuracy(self) -> None:
-        """Complete the last row of the history: how often the fusion that is asked for is right."""
-        found = self._accuracies()
-        if found:
-            fusion = self.settings.fusion or ("coarse" if len(self.whole.coarse_theta) else "average")
-            self.whole.complete(accuracy=getattr(found["test"], fusion))
+        """Write to the history how often the fusion that is asked for is right behind the local and coarse phase."""
+        for phase in ("local", "coarse"):
+            if phase in self.whole.phases:
+                trained = phase == "coarse"
+                wanted = self.settings.fusion or ("coarse" if trained else "average")
+                found = self._accuracies()["test"]
+                self.whole.complete(phase, getattr(found, wanted if trained or wanted != "coarse" else "average"))
 
     def _accuracies(self) -> dict[str, outputs.Accuracies]:
         """How often local networks and fusions are right on each split."""

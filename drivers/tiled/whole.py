@@ -165,11 +165,10 @@ class Whole:
         if phase == "local":
             self.coarse_theta, self.coarse = NONE, {}
 
-    def complete(self, **columns: float) -> None:
-        """Write columns of the last row of the history."""
-        rows = {name: self.history[name] for name in self.history.used() + list(columns)}
-        for name, value in columns.items():
-            rows[name][-1] = value
+    def complete(self, phase: str, accuracy: float) -> None:
+        """Write the accuracy behind a phase to its row of the history."""
+        rows = {name: self.history[name] for name in {*self.history.used(), "accuracy"}}
+        rows["accuracy"][rows["iteration"] == PHASES.index(phase) + 1] = accuracy
         self.history = History.from_columns(rows)
 
     def forget(self, phase: str) -> None:

@@ -77,7 +77,7 @@ def test_volumes_and_padded_tiles(comm: MPI.Comm, shared_tmp: Path) -> None:
 
 def test_one_tile_is_the_undivided_network(comm: MPI.Comm, shared_tmp: Path) -> None:
     whole, undivided = shared_tmp / "whole.h5", shared_tmp / "undivided.h5"
-    train(whole, comm, 12, *DIGITS, "-tiles", 1, "-tile_overlap", 0)
+    train(whole, comm, 12, *DIGITS, "-tiles", 1, "-tile_overlap", 0, "-phase", "local")
     train(undivided, comm, 12, *DIGITS[4:], "-solver", "adam", "-batch_size", 32, "-batch_steps", 1,
           "-summation_blocks", 1)  # fmt: skip
     one, other = content(whole), content(undivided)
@@ -112,7 +112,8 @@ for name in COLLECTIVE.split():
 @pytest.mark.ranks
 @pytest.mark.parametrize("order", ["dearest first", "reversed", "by number"])
 def test_nobody_waits_for_others_and_the_order_does_not_matter(order: str, comm: MPI.Comm, shared_tmp: Path) -> None:
-    with begun(comm, *DIGITS, "-max_it", 6, "-tiles", "2x3", "-local_width", 2) as (settings, limits, begin):
+    words = (*DIGITS, "-tiles", "2x3", "-local_width", 2, "-phase", "local")
+    with begun(comm, *words, "-max_it", 6) as (settings, limits, begin):
         options.check(settings, "tr")
         settings.samples = 120
         source = files.source("digits", comm, 120)
@@ -133,7 +134,7 @@ def test_nobody_waits_for_others_and_the_order_does_not_matter(order: str, comm:
         everything = {o.tile: o.theta.tobytes() for here in comm.allgather(outcomes) for o in here}
         phase.destroy()
         path = shared_tmp / "run.h5"
-        train(path, comm, 6, *DIGITS, "-tiles", "2x3", "-local_width", 2)
+        train(path, comm, 6, *words)
         assert b"".join(everything[tile] for tile in range(6)) == content(path).theta.tobytes()
         comm.barrier()
 
@@ -191,7 +192,7 @@ def test_a_signal_stops_the_queue_and_a_restart_goes_on(
         or f"stopped: a signal asked to stop in the local phase; to go on: the same driver with -restart {parts}"
         in said
     )
-    assert content(parts).state["phase"] == b""
+    assert content(parts).state["phases"] == b""
     train(parts, comm, 60, "-network", f"{user}:Net")
     assert_same(whole, parts)
     comm.barrier()
@@ -266,7 +267,7 @@ def test_the_run_file_says_what_every_network_and_every_fusion_has_come_to(
     comm: MPI.Comm, shared_tmp: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = shared_tmp / "run.h5"
-    train(path, comm, 200, *DIGITS, "-batch_size", 40, "-rate", 1e-2, "-fusion", "majority")
+    train(path, comm, 200, *DIGITS, "-batch_size", 40, "-rate", 1e-2, "-phase", "local", "-fusion", "majority")
     out, found = capfd.readouterr().out, content(path)
     dataset = files.digits()
     for split, labels in (("train", dataset.labels[:120]), ("test", dataset.test_labels)):

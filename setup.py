@@ -58,7 +58,11 @@ setup(
     author="The ddml authors",
     license="BSD-2-Clause",
     license_files=["LICENSE"],
-    packages=[*find_packages(include=["ddml", "ddml.*", "solvers", "solvers.*"]), "ddml_drivers.common"],
+    packages=[
+        *find_packages(include=["ddml", "ddml.*", "solvers", "solvers.*"]),
+        "ddml_drivers.common",
+        "ddml_drivers.tiled",
+    ],
     package_dir={"ddml_drivers": "drivers"},
     py_modules=[f"ddml_drivers.{name}" for name in ("commands", *PROGRAMS)],
     entry_points={"console_scripts": [f"ddml-{name} = ddml_drivers.commands:{name}" for name in PROGRAMS]},

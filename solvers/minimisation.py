@@ -32,9 +32,11 @@ from ddml import options as tables
 from ddml.decomposition.subdomains import Subdomains
 from ddml.errors import CollectiveError, InputError, NonFiniteError
 from ddml.layout import ParameterLayout
+from ddml.losses.branched import BranchedLoss
 from ddml.losses.loss import Loss
 from ddml.losses.recorded import Recorder
 from ddml.losses.residual import ResidualLoss
+from ddml.objectives.branched import BranchedObjective, branched_layout
 from ddml.objectives.objective import Objective
 from ddml.objectives.residual import ResidualObjective
 from ddml.parallel import StopRequest, cause
@@ -97,7 +99,8 @@ class Minimisation(Owner):
     prefix
         Of the solver's options in PETSc's database.
     subdomains
-        Of the parameters, which their ownership follows (default: the solver's).
+        Of the parameters, which their ownership follows (default: the solver's); of a
+        :class:`ddml.losses.branched.BranchedLoss` it follows the networks.
     blocks
         Of samples that are summed in a fixed order, see :class:`ddml.objectives.objective.Objective`; 0: by ranks.
         Default: by what an evaluation costs; 0 above a million parameters, and on another device than the CPU, where
@@ -155,9 +158,12 @@ class Minimisation(Owner):
             owner = solver_class(solver) if isinstance(solver, str) else type(solver)
             chosen = owner.decompose(loss, prefix) if subdomains is None else subdomains
             where = home(loss.device) if vectors is None else vectors
-            layout = ParameterLayout(loss.parameters, comm, chosen.ownership(comm.size), where)
-            kind = ResidualObjective if isinstance(loss, ResidualLoss) else Objective
-            self.objective = kind(loss, layout, stop, blocks, record=record)
+            if isinstance(loss, BranchedLoss):
+                self.objective = BranchedObjective(loss, branched_layout(loss, comm, where), stop, blocks, None, record)
+            else:
+                layout = ParameterLayout(loss.parameters, comm, chosen.ownership(comm.size), where)
+                kind = ResidualObjective if isinstance(loss, ResidualLoss) else Objective
+                self.objective = kind(loss, layout, stop, blocks, record=record)
         self.layout = self.objective.layout
         with self.building():
             self._build(solver, prefix, defaults)

@@ -42,6 +42,7 @@ SERIAL = (
     *("losses/test_module_refusals.py", "losses/test_pde_modules.py", "losses/test_restrictions.py"),
     *("losses/test_recorded.py", "objectives/test_waiting.py", "drivers/test_gpu.py"),
     *("problems/test_references.py", "problems/test_program.py", "runs/test_figures.py", "runs/test_history.py"),
+    *("losses/test_decayed.py", "runs/test_tile_figures.py"),
     *(f"test_{name}.py" for name in ("environment", "house", "options", "origins", "package", "plugins", "prepare")),
     *("test_blocks.py", "test_prepare_harm.py", "test_prepare_volumes.py"),
     *("data/test_arrays.py", "data/test_images.py", "data/test_inputs.py", "data/test_parting.py"),
@@ -68,7 +69,7 @@ BY_NAME = (
     *("solvers/test_torch_optimizer.py", "solvers/test_torch_refusals.py"),
     *("drivers/test_given_options.py", "drivers/test_logistic_driver.py", "drivers/test_pinn_levels.py"),
     *("drivers/test_opened.py", "drivers/test_foreign_files.py"),
-    *("drivers/test_volumes.py", "decomposition/test_tiles.py"),
+    *("drivers/test_volumes.py", "decomposition/test_tiles.py", "drivers/test_coarse.py"),
     *("runs/test_run_file_harm.py", "data/test_data_harm.py", "data/test_sources.py"),
     # whose equality over ranks others claim: of scaled problems test_ranks.py, of local curvature that of
     # test_curvature_fraction.py, of models of the Hessian test_the_trajectory_is_that_on_one_rank

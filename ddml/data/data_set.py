@@ -82,10 +82,10 @@ class DataSet:
         held_inputs: Any = None,
         held_labels: Any = None,
     ) -> None:
-        self.inputs, self.test_inputs = np.ascontiguousarray(inputs), np.ascontiguousarray(test_inputs)
-        self.labels, self.test_labels = np.ascontiguousarray(labels), np.ascontiguousarray(test_labels)
+        self.inputs, self.test_inputs = _in_a_row(inputs), _in_a_row(test_inputs)
+        self.labels, self.test_labels = _in_a_row(labels), _in_a_row(test_labels)
         self.held_inputs, self.held_labels = (
-            None if given is None else np.ascontiguousarray(given) for given in (held_inputs, held_labels)
+            None if given is None else _in_a_row(given) for given in (held_inputs, held_labels)
         )
         check_shapes({name: (array.shape, array.dtype) for name, array in self.arrays().items()})
         for name, array in self.arrays().items():
@@ -165,6 +165,15 @@ def untrained(labels: Any, classes: Sequence[str]) -> list[str]:
     """The classes that none of the labels (N,) is of."""
     counts = np.bincount(labels, minlength=len(classes))
     return [name for name, count in zip(classes, counts, strict=True) if not count]
+
+
+def _in_a_row(given: Any) -> Array:
+    """An array whose entries follow each other, with the strides that say so.
+
+    Axes of one entry may have any in NumPy, and torch rounds convolutions by them.
+    """
+    array = np.ascontiguousarray(given)
+    return array.reshape(-1).reshape(array.shape)
 
 
 def maximum_of(given: float | None, dtype: Any) -> float:

@@ -108,8 +108,23 @@ class Subdomains:
             loss.size,
             tuple(entries(g) for g in groups),
             tuple(entries(g) for g in (groups if cores is None else cores)),
-            tuple(_restricted_charge(loss, frozenset(g)) for g in groups),
+            tuple(loss.charges.restricted(frozenset(g)) for g in groups),
         )
+
+    @classmethod
+    def by_blocks(cls, loss: Loss) -> Subdomains:
+        """The parts that the network itself consists of: networks side by side, and the one behind them.
+
+        Raises
+        ------
+        InputError
+            If it has none.
+        """
+        if not loss.blocks:
+            raise InputError(
+                f"a {type(loss).__name__} has no networks side by side that could be subdomains: decompose it by layers"
+            )
+        return cls.of_layers(loss, loss.blocks)
 
     @classmethod
     def by_tensors(cls, loss: Loss, count: int, overlap: int = 0, seed: int | None = None) -> Subdomains:
@@ -129,7 +144,7 @@ class Subdomains:
         wide = [order[max(a - overlap, 0) : min(b + overlap, total)] for a, b in pairwise(edges)]
         ranges = tuple(_ranges(loss, sorted(w)) for w in wide)
         cores = tuple(_ranges(loss, sorted(order[a:b])) for a, b in pairwise(edges))
-        return cls(loss.size, ranges, cores, tuple(_restricted_charge(loss, loss.layer_numbers(r)) for r in ranges))
+        return cls(loss.size, ranges, cores, tuple(loss.charges.restricted(loss.layer_numbers(r)) for r in ranges))
 
     @cached_property
     def weights(self) -> NDArray[np.float64]:
@@ -217,13 +232,8 @@ def _ranges(loss: Loss, numbers: Sequence[int]) -> tuple[slice, ...]:
     return tuple(merged)
 
 
-def _restricted_charge(loss: Loss, active: frozenset[int]) -> float:
-    first = min(active)
-    return loss.charges.evaluation(first if loss.keeps(first) else 0, active)
-
-
 def _layer_charge(loss: Loss, begin: int, end: int) -> float:
-    return _restricted_charge(loss, frozenset(range(max(begin, 0), min(end, len(loss.layers)))))
+    return loss.charges.restricted(frozenset(range(max(begin, 0), min(end, len(loss.layers)))))
 
 
 def _cheapest_groups(atoms: int, groups: int, cost: object) -> list[int]:

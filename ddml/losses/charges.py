@@ -40,6 +40,11 @@ class Charges:
         """Of computing and keeping what enters layer ``first``; 0 where that is not kept."""
         return prefix(self.costs, self.besides, first) / self.passes().gradient if self.keeps(first) else 0.0
 
+    def restricted(self, active: frozenset[int]) -> float:
+        """Of a loss with its gradient by some layers, behind what can be kept."""
+        first = min(active)
+        return self.evaluation(first if self.keeps(first) else 0, active)
+
     def hessian(self, first: int = 0, active: frozenset[int] | None = None) -> float:
         """Of a Hessian product."""
         return self.passes(first, active).hessian / self.passes().gradient
@@ -134,6 +139,10 @@ class RestrictedCharges(Charges):
     def prefix(self, first: int) -> float:
         """See :meth:`Charges.prefix`: what enters the first layer is the prefix of the whole, charged as such."""
         return self.whole.prefix(self.numbers[first]) if first else 0.0
+
+    def kept_prefix(self, first: int, known: bool) -> float:
+        """Of what enters layer ``first`` of the whole; of networks side by side outputs may be ``known``."""
+        return self.whole.prefix(first)
 
     def hessian(self, first: int = 0, active: frozenset[int] | None = None) -> float:
         """See :meth:`Charges.hessian`: torch differentiates by all layers from the first one on."""

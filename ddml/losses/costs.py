@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from .work import ACTIVATION, CRITERION, KEPT, Besides
 
 
 def _inner(arguments: Any, outputs: Tensor) -> int:
@@ -145,6 +147,40 @@ def forward_numbers(module: nn.Module, inputs: Tensor) -> dict[str, tuple[int, i
         for hook in hooks:
             hook.remove()
     return found
+
+
+def layer_work(
+    module: nn.Module, inputs: Tensor | None, sizes: Mapping[str, int], chain: bool
+) -> tuple[tuple[float, ...], Besides]:
+    """Multiply-adds of a sample in each layer of ``module``, and what it takes besides.
+
+    Parameters
+    ----------
+    module
+        Any module.
+    inputs
+        A sample (1, ...); without one the products are counted as one for each parameter, and nothing besides.
+    sizes
+        Parameters of each layer, by the name of the part that has them.
+    chain
+        Whether a layer is all that is inside its part, as children of an ``nn.Sequential`` are, or that part alone.
+    """
+    if inputs is None:
+        return tuple(map(float, sizes.values())), Besides()
+    costs, numbers, given = forward_costs(module, inputs), forward_numbers(module, inputs), dict.fromkeys(sizes, 0)
+    found = tuple(
+        sum(c for name, c in costs.items() if (name.split(".")[0] if chain else name) == owner) or float(size)
+        for owner, size in sizes.items()
+    )
+    for name, part in module.named_modules():
+        owner = name.split(".")[0] if chain else name
+        if owner in given and name in numbers and any(True for _ in part.parameters(recurse=False)):
+            given[owner] += numbers[name][1]
+    return found, Besides(
+        tuple(ACTIVATION * given[owner] for owner in sizes),
+        tuple(KEPT * numbers[owner][0] if owner in numbers else 0.0 for owner in sizes),
+        CRITERION * numbers[""][1],
+    )
 
 
 # numbers in the widest layer of a batch: what went fastest (measured on CPUs, our choice), and on other devices, which

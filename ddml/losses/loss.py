@@ -33,6 +33,9 @@ class Loss(ABC):
     layers : tuple of tuples of int
         Parameter numbers of each layer, in the order in which data pass through them: the atoms
         of a decomposition.
+    blocks : tuple of tuples of int
+        Layer numbers of the parts that the network consists of, if it is no chain of layers: networks side by side,
+        and the one behind them.
     costs : tuple of float
         Multiply-adds of a sample's product with the weights of each layer, see :mod:`ddml.losses.work`.
     besides : Besides
@@ -58,6 +61,7 @@ class Loss(ABC):
 
     parameters: tuple[Parameter, ...]
     layers: tuple[tuple[int, ...], ...]
+    blocks: tuple[tuple[int, ...], ...] = ()
     costs: tuple[float, ...]
     besides = Besides()
     count: int
@@ -132,6 +136,10 @@ class Loss(ABC):
     def keeps(self, first: int) -> bool:
         """Whether what enters layer ``first`` can be kept by :meth:`prefix`."""
         return False
+
+    def behind(self, active: frozenset[int]) -> frozenset[int]:
+        """The layers that an adjoint passes on its way to the active ones, and these."""
+        return frozenset(range(min(active), len(self.layers)))
 
     @torch.no_grad()
     def value(self, theta: Tensor, kept: Any = None) -> Number:

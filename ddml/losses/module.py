@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from ddml.data.sample_sets import SampleSet, TensorSamples, mapped
 from ddml.errors import InputError
-from ddml.losses import work
 from ddml.numbers import Number, as_number
 from ddml.parameters import parameter_table
 
-from .costs import forward_costs, forward_numbers
+from .costs import layer_work
 from .modules import coarse_inputs, evaluated, grouped, is_chain, not_finite, occurrences, trained
 from .samples import SampledLoss
 
@@ -84,14 +83,9 @@ class ModuleLoss(SampledLoss):
         stages = list(module._modules)
         self.layer_stage = [stages.index(k) if self._stepped else 0 for k in groups]
         _check(module, criterion, samples.part(0, min(self.count, 8)))
-        costs = forward_costs(module, samples.part(0, min(self.count, 1)).inputs) if self.count else {}
-        self.costs = tuple(
-            sum(c for name, c in costs.items() if (name.split(".")[0] if self._stepped else name) == owner)
-            or float(sum(self.parameters[i].size for i in group))
-            for owner, group in groups.items()
-        )
         first = samples.part(0, 1).inputs if self.count else None
-        self.besides = _besides(module, first, tuple(groups), self._stepped)
+        sizes = {owner: sum(self.parameters[i].size for i in group) for owner, group in groups.items()}
+        self.costs, self.besides = layer_work(module, first, sizes, self._stepped)
         # evaluations that need no derivative by theta itself are those of a copy whose parameters lie in theta, which
         # takes half the time of functional_call where batches are small
         # (frozen ones are shared with it)
@@ -273,23 +267,6 @@ def _leave(leaves: Sequence[Tensor]) -> None:
     for leaf in leaves:
         leaf.grad = None
         leaf.data = leaf.data.new_empty(0)
-
-
-def _besides(module: nn.Module, inputs: Tensor | None, owners: Sequence[str], stepped: bool) -> work.Besides:
-    """What a sample takes besides products, by the numbers that enter and leave the module's parts."""
-    if inputs is None:
-        return work.Besides()
-    numbers = forward_numbers(module, inputs)
-    given = dict.fromkeys(owners, 0)
-    for name, part in module.named_modules():
-        owner = name.split(".")[0] if stepped else name
-        if owner in given and name in numbers and any(True for _ in part.parameters(recurse=False)):
-            given[owner] += numbers[name][1]
-    return work.Besides(
-        tuple(work.ACTIVATION * given[owner] for owner in owners),
-        tuple(work.KEPT * numbers[owner][0] if owner in numbers else 0.0 for owner in owners),
-        work.CRITERION * numbers[""][1],
-    )
 
 
 def _check(module: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], probe: SampleSet) -> None:

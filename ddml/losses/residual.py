@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .branched import BranchedLoss, RestrictedBranchedLoss
 from .charges import ResidualCharges, RestrictedResidualCharges
 from .loss import Loss
 from .restricted import Frozen, RestrictedLoss
@@ -115,6 +116,8 @@ class RestrictedResidualLoss(RestrictedLoss, ResidualLoss):
 
 
 def restricted_loss(loss: Loss, ranges: Sequence[slice], frozen: Frozen | None = None) -> RestrictedLoss:
-    """A restricted loss, with residuals if the loss has them."""
+    """A restricted loss, with residuals or networks side by side if the loss has them."""
+    if isinstance(loss, BranchedLoss):
+        return RestrictedBranchedLoss(loss, ranges, frozen)
     kind = RestrictedResidualLoss if isinstance(loss, ResidualLoss) else RestrictedLoss
     return kind(loss, ranges, frozen)

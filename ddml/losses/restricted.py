@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,6 +15,7 @@ from ddml.parameters import Parameter, parameter_table
 
 from .charges import RestrictedCharges, cut
 from .loss import Loss
+from .outputs import Outputs
 
 
 class Frozen:
@@ -30,6 +31,8 @@ class Frozen:
         Room for a gradient (n of the whole loss,).
     number : int
         Grows when what is kept is out of date.
+    outputs : Outputs or None
+        Of the networks of the whole loss at these parameters, if it has some side by side and they are known.
     kept : WeakKeyDictionary
         What enters the subdomain, of each loss that has been evaluated since, behind the freezes that it depends on.
     """
@@ -39,16 +42,25 @@ class Frozen:
         self.full = torch.zeros_like(self.theta)
         self.gradient = torch.zeros_like(self.theta)
         self.number = 0
+        self.outputs: Outputs | None = None
         self.kept: WeakKeyDictionary[RestrictedLoss, tuple[tuple[int, ...], Any]] = WeakKeyDictionary()
 
-    def freeze(self, theta: Tensor) -> None:
-        """Freeze at theta, in any precision."""
+    def freeze(self, theta: Tensor, outputs: Outputs | None = None) -> None:
+        """Freeze at theta, in any precision, where the networks' outputs may be known."""
         self.theta.copy_(theta)
+        self.outputs = outputs
         self.full.copy_(self.theta)
         self.release()
 
+    def once(self, loss: RestrictedLoss, freezes: tuple[int, ...], make: Callable[[], Any]) -> Any:
+        """What is kept of a loss, made if there is none behind the freezes that it depends on."""
+        made = self.kept.get(loss)
+        if made is None or made[0] != freezes:
+            made = self.kept[loss] = freezes, make()
+        return made[1]
+
     def release(self) -> None:
-        """Free what is kept."""
+        """Free what is kept, but for the networks' outputs."""
         self.kept.clear()
         self.number += 1
 
@@ -106,17 +118,14 @@ class RestrictedLoss(Loss):
         self.also: frozenset[int] = frozenset()
         self._charged: tuple[int, ...] = ()
 
-    def freeze(self, theta: Tensor) -> None:
+    def freeze(self, theta: Tensor, outputs: Outputs | None = None) -> None:
         """Freeze all parameters at theta (n of the whole loss,), here and in all losses of the same :class:`Frozen`."""
-        self.frozen.freeze(theta)
+        self.frozen.freeze(theta, outputs)
 
     @property
     def kept(self) -> Any:
         """What enters the subdomain (:meth:`Loss.prefix`); None where the whole loss keeps nothing there."""
-        made, freezes = self.frozen.kept.get(self), self.freezes
-        if made is None or made[0] != freezes:
-            made = self.frozen.kept[self] = freezes, self.loss.prefix(self.frozen.theta, self.first)
-        return made[1]
+        return self.frozen.once(self, self.freezes, lambda: self.loss.prefix(self.frozen.theta, self.first))
 
     @property
     def freezes(self) -> tuple[int, ...]:
@@ -130,7 +139,7 @@ class RestrictedLoss(Loss):
             behind = behind.loss
         freezes, before = behind.freezes, self._charged
         self._charged = freezes
-        return 0.0 if freezes == before else behind.loss.charges.prefix(behind.first)
+        return 0.0 if freezes == before else behind.charges.kept_prefix(behind.first, behind.frozen.outputs is not None)
 
     def keeps(self, first: int) -> bool:
         """See :meth:`Loss.keeps`: what enters the first layer is kept by this loss itself."""

@@ -76,8 +76,8 @@ KNOWN: dict[str, Any] = {
 SIZES = ("width", "depth")  # what a user's network may take by name
 
 
-def parse_widths(text: str) -> list[int]:
-    """Positive integers, separated by commas; none for an empty text.
+def parse_widths(text: str, option: str = "widths") -> list[int]:
+    """Positive integers, separated by commas, that an option of that name is; none for an empty text.
 
     Raises
     ------
@@ -86,7 +86,7 @@ def parse_widths(text: str) -> list[int]:
     """
     words = [word.strip() for word in text.split(",")] if text.strip() else []
     if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise InputError(f"option -widths must be integers above 0, as in 512,256; got '{text}'")
+        raise InputError(f"option -{option} must be integers above 0, as in 512,256; got '{text}'")
     return [int(word) for word in words]
 
 

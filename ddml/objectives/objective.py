@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import ClassVar
 from weakref import WeakSet
 
 import numpy as np
@@ -79,6 +80,8 @@ class Objective:
         What is added to the loss (:func:`ddml.objectives.composed.shifted`), in the value and in the gradient.
     """
 
+    cut: ClassVar[type[Parts]] = Parts
+
     def __init__(
         self,
         loss: Loss,
@@ -97,7 +100,7 @@ class Objective:
         self.version = 0
         self.replacement = Replacement()
         self.linear: tuple[LinearTerm, ...] = ()
-        self.parts = Parts(loss, layout, blocks, parts, record)
+        self.parts = self.cut(loss, layout, blocks, parts, record)
         self._followers: WeakSet[Objective] = WeakSet()
         self._events = {name: PETSc.Log.Event(f"ddml {name}") for name in ("loss", "gradient", "product")}
 

@@ -14,6 +14,7 @@ from ddml.decomposition.decomposition import Decomposition
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout
 from ddml.losses.loss import Loss
+from ddml.losses.outputs import Outputs
 from ddml.losses.residual import RestrictedResidualLoss, restricted_loss
 from ddml.losses.restricted import RestrictedLoss
 from ddml.numbers import host
@@ -78,11 +79,12 @@ class RestrictedObjective(Objective):
     def _frozen(self) -> list[RestrictedLoss]:
         return [part for part in self.parts if isinstance(part, RestrictedLoss)]
 
-    def freeze(self, theta: Tensor, terms: Sequence[GatheredTerm] = ()) -> None:
+    def freeze(self, theta: Tensor, terms: Sequence[GatheredTerm] = (), outputs: Outputs | None = None) -> None:
         """Freeze the other parameters at theta (n of the whole network,) and keep what enters the subdomain.
 
         ``terms`` are :meth:`Objective.linear_terms` of the whole network's objective, if it has any: as a function of
-        the subdomain's parameters this objective is then exactly that one.
+        the subdomain's parameters this objective is then exactly that one. ``outputs`` are its
+        :meth:`.BranchedObjective.outputs_at`.
 
         Raises
         ------
@@ -94,7 +96,7 @@ class RestrictedObjective(Objective):
                 f"the objective that is restricted has {len(self._carried)} linear terms, and freeze() got "
                 f"{len(terms)}: pass its linear_terms()"
             )
-        self.loss.freeze(theta)
+        self.loss.freeze(theta, outputs)
         point = theta.detach().double().cpu().numpy() if terms else np.empty(0)
         for term, whole in zip(self._carried, terms, strict=True):
             term.restrict(whole, point, self.loss.ranges)
@@ -130,9 +132,9 @@ class RestrictedObjective(Objective):
     def also(self, layers: frozenset[int]) -> None:
         """From now on compute the gradient of these layers, too, where it costs no second backward pass.
 
-        That is so for layers behind the subdomain's first: the adjoint passes through them anyway.
+        That is so for layers that the adjoint passes through anyway.
         """
-        wanted = layers if not layers or min(layers) >= self.loss.first else frozenset()
+        wanted = layers if layers <= self.loss.loss.behind(self.loss.active) else frozenset()
         for loss in (self.loss, *self._frozen()):
             loss.also = wanted
 

@@ -16,6 +16,7 @@ from solvers.line_search import SearchResult
 from solvers.trust_region.radius import BOUNDARY, SMALLEST
 from solvers.trust_region.trust_region import TrustRegion
 
+from .coarse_phase import CoarsePhase
 from .confined import ConfinedSchwarz
 
 # of a forced decrease (Trotti et al. 2023): halvings, and what each adds to the part of steepest descent
@@ -153,19 +154,41 @@ class APTSWeights(_APTS):
     delta in the modular and the infinity norm, where steps of disjoint layers add up to one as long as the longest,
     and delta / sqrt N in the 2-norm. The default, overlapping windows of two layers, is our choice: of the layers of
     784-32-32-10 on MNIST each alone is 1 % less accurate after 30 work units.
+
+    Networks of tiles (:class:`ddml.losses.branched.BranchedLoss`) are subdomains each, and the coarse net is one more:
+    then that is the default. All of them correct the same residual, so that sums overshoot; with ``coarse_phase`` a
+    length for each is found together with the coarse net (:class:`solvers.schwarz.coarse_phase.CoarsePhase`).
     """
 
     options: ClassVar[Sequence[Option]] = (
         *TrustRegion.options,
         *with_defaults(DECOMPOSITION, decomposition="windows"),
         *LOCAL,
-    )
+        Option("coarse_phase", False, "Of networks of tiles: how far each goes along its correction is found together "
+               "with the coarse net, from their outputs."),
+        Option("coarse_phase_steps", 20, "L-BFGS steps that find it (our choice).", minimum=1),
+    )  # fmt: skip
     subdomains_of = "parameters"
 
     def prepare(self, tao: PETSc.TAO) -> None:
         """Build the decomposition and the local solvers. Collective."""
         self.subdomains = self.decompose(tao.getAppCtx().loss, self.prefix)
         super().prepare(tao)
+        self.phase: CoarsePhase | None = None
+        if self.settings.coarse_phase:
+            name = f"-{self.prefix}coarse_phase"
+            self.phase = CoarsePhase(self.objective, self.settings.coarse_phase_steps, name)
+
+    def correct(self, x: PETSc.Vec) -> float:
+        """See :meth:`_APTS.correct`; with a coarse phase the coarse net's change is not bounded by delta."""
+        if self.phase is None:
+            return super().correct(x)
+        s, delta = self.vectors["correction"], self.radius.value
+        if not delta >= SMALLEST:
+            return 0.0
+        self._correction(x, delta, s)
+        predicted, size = self.phase.combine(x, self.f, s, self.norm)
+        return self.try_correction(x, s, size, predicted) if predicted > 0 else 0.0
 
     def view(self, tao: PETSc.TAO, viewer: PETSc.Viewer) -> None:
         """See :meth:`solvers.base.Solver.view`."""

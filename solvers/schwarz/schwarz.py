@@ -15,6 +15,8 @@ from ddml.decomposition.decomposition import Decomposition
 from ddml.decomposition.subdomains import Subdomains
 from ddml.errors import InputError
 from ddml.layout import ONE_BY_ONE
+from ddml.losses.outputs import Outputs
+from ddml.objectives.branched import BranchedObjective
 from ddml.objectives.linear import GatheredTerm
 from ddml.objectives.objective import Objective
 from ddml.objectives.restricted import RestrictedObjective, restricted
@@ -245,7 +247,7 @@ class Schwarz(Owner):
         """Solve in all subdomains from x, and leave theta_s* - R_s x in their vectors."""
         self._follow()
         with self._exchange_event:
-            theta, terms = self._frozen_at(x)
+            frozen = self._frozen_at(x)
             for s in range(len(self.x)):
                 self._load(s, g, lambda local: local.g)
                 self._load(s, x, lambda local: local.x)
@@ -255,7 +257,7 @@ class Schwarz(Owner):
             agreed(self.objective.comm),
         ):  # on errors, and on a stop that one group has noticed
             for s, local in self.local.items():
-                self.restricted[s].freeze(theta, terms)
+                self.restricted[s].freeze(*frozen)
                 self.restricted[s].know(local.x, f, local.g)
                 self._finish(s, local.solve())
                 self.restricted[s].release()
@@ -282,7 +284,7 @@ class Schwarz(Owner):
                 if s == 0:
                     self._load(s, g, lambda local: local.g)
                 self._load(s, x, lambda local: local.x)
-                sub.freeze(*self._frozen_at(x))
+                sub.freeze(*self._frozen_at(x, self.layers[s - 1] if s else frozenset()))
             if s == 0:
                 sub.know(local.x, f, local.g)
             elif known is not None:
@@ -297,11 +299,14 @@ class Schwarz(Owner):
                 self._subtract(s, self.x[s])
                 self.decomposition.R[s].multTransposeAdd(self.x[s], x, x)
 
-    def _frozen_at(self, x: PETSc.Vec) -> tuple[Tensor, list[GatheredTerm]]:
-        """What the subdomains' objectives are frozen at. Collective."""
+    def _frozen_at(
+        self, x: PETSc.Vec, moved: frozenset[int] = frozenset()
+    ) -> tuple[Tensor, list[GatheredTerm], Outputs | None]:
+        """What the subdomains' objectives are frozen at, where layers may have moved since the last one. Collective."""
         objective = self.objective
         terms = objective.linear_terms()
-        return objective.layout.gather(x, device=objective.loss.device), terms
+        outputs = objective.outputs_at(x, moved) if isinstance(objective, BranchedObjective) else None
+        return objective.layout.gather(x, device=objective.loss.device), terms, outputs
 
     def _follow(self) -> None:
         """Restrict what the objective is now."""

@@ -320,3 +320,12 @@ def test_floats_are_scaled_in_a_copy(comm: MPI.Comm) -> None:
     before = dataset.inputs.copy()
     assert np.array_equal(samples.inputs.numpy(), before / 2)
     assert np.array_equal(dataset.inputs, before)
+
+
+def test_strides_do_not_depend_on_where_samples_come_from() -> None:
+    """Axes of one entry have any, by which torch chooses how to compute, and so how to round."""
+    images = np.arange(2 * 5 * 4, dtype=np.uint8).reshape(2, 5, 4)
+    for inputs in (images[:, None], images.reshape(2, 1, 5, 4), np.broadcast_to(images[:, None], (2, 1, 5, 4))):
+        made = DataSet(inputs, [0, 1], inputs[:1], [0])
+        assert made.inputs.strides == (20, 20, 4, 1) and np.array_equal(made.inputs, inputs)
+    assert files.digits().inputs.strides == (64, 64, 8, 1)

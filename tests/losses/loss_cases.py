@@ -10,6 +10,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from ddml.losses.decayed import DecayedLoss
 from ddml.losses.loss import Loss
 from ddml.losses.module import ModuleLoss
 from ddml.networks.tanh import TanhNetwork
@@ -44,6 +45,11 @@ def digits(make: Callable[[], nn.Module], batch: int = 32) -> ModuleLoss:
         torch.manual_seed(0)
         module = make().double()
     return ModuleLoss(module, per_sample, DIGITS / 16, LABELS, batch)
+
+
+def decayed(make: Callable[[], nn.Module], decay: float) -> DecayedLoss:
+    plain = digits(make)
+    return DecayedLoss(plain.module, per_sample, plain.inputs, plain.targets, decay, plain.batch)
 
 
 # Problems with every kind of term -----------------------------------------------------------------------------------
@@ -161,10 +167,17 @@ def plain_module(loss: ModuleLoss, theta: Tensor) -> Tensor:
     return nn.functional.cross_entropy(outputs, LABELS)
 
 
+def plain_decayed(loss: DecayedLoss, theta: Tensor) -> Tensor:
+    weights = [theta[p.range] for p in loss.parameters if not p.name.endswith(("bias", "scale"))]
+    return plain_module(loss, theta) + loss.decay / 2 * torch.cat(weights).square().sum()
+
+
 CASES: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor], Tensor]]] = {
     "sequential": (lambda: digits(sequential), plain_module),
     "one batch": (lambda: digits(sequential, 1000), plain_module),
     "branches": (lambda: digits(Branches), plain_module),
+    "decayed": (lambda: decayed(sequential, 0.3), plain_decayed),
+    "decayed branches": (lambda: decayed(Branches, 2.0), plain_decayed),
     "burgers": (lambda: pde(Burgers()), plain_burgers),
     "burgers, mlp, chunks": (lambda: pde(Burgers(), chunk=7, adaptive=False), plain_burgers),
     "klein gordon": (lambda: pde(KleinGordon()), plain_klein_gordon),

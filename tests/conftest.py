@@ -38,6 +38,7 @@ SUITES = ("check", "test", "long")
 # What knows nothing of ranks, or starts programs of its own: on one rank only. A folder, a file, or a test of a file.
 SERIAL = (
     *("jets", "networks", "data/test_samples.py", "linalg/test_polar.py", "norms/test_modular.py"),
+    "losses/test_branched.py",
     *("losses/test_kronecker.py", "losses/test_loss.py", "losses/test_module_factors.py"),
     *("losses/test_module_refusals.py", "losses/test_pde_modules.py", "losses/test_restrictions.py"),
     *("losses/test_recorded.py", "objectives/test_waiting.py", "drivers/test_gpu.py"),

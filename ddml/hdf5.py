@@ -3,10 +3,10 @@
 HDF5 crashes, hangs and takes all memory where bytes are damaged, follows links into other files, and reads values from
 other files or by programs that a filter names; it has no switch against any of it (HDFGroup/hdf5, issue 6618). So no
 rank calls it for reading. A process of its own (`ddml.hdf5_child`), with limits of time and memory, says what is in a
-file that is open; numbers are then read from their place in it as from any other file. Refused are links but hard
-ones, objects that are there twice, external and virtual storage, filters other than gzip, lzf, shuffle and fletcher32,
-references and other types that are neither numbers nor texts, and what declares more bytes than are stored, alone or in
-sum.
+file that is open; numbers are then read from their places in it as from any other file (`ddml.blocks`), and by such a
+process where they are stored in ways that only HDF5 knows. Refused are links but hard ones, objects that are there
+twice, external and virtual storage, filters other than gzip, lzf, shuffle and fletcher32, references and other types
+that are neither numbers nor texts, and what declares more bytes than are stored, alone or in sum.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .blocks import Blocks
 from .errors import InputError
 from .regular import FREE, RATIO
 
@@ -54,6 +55,8 @@ class Stored:
         Where its values begin (bytes); None where there are none, or other bytes stand for them.
     packed : bool
         Whether other bytes stand for its values: compressed, in chunks, or in the head of the dataset.
+    blocks : Blocks or None
+        Where its values lie, as one block or in chunks; None where HDF5 has to read them.
     texts : str, list of str or None
         The texts, in a row; one where the shape is ().
     attributes : dict
@@ -64,6 +67,7 @@ class Stored:
     dtype: np.dtype[Any]
     offset: int | None = None
     packed: bool = False
+    blocks: Blocks | None = None
     texts: str | list[str] | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -72,8 +76,8 @@ class Stored:
         """How many values it has."""
         return 0 if self.shape is None else math.prod(self.shape)
 
-    def values(self, file: IO[bytes], begin: int = 0, end: int | None = None) -> NDArray[Any]:
-        """Its numbers, or its rows from ``begin`` to ``end``, in the byte order of this machine.
+    def values(self, file: IO[bytes]) -> NDArray[Any]:
+        """Its numbers, in the byte order of this machine.
 
         Raises
         ------
@@ -82,10 +86,9 @@ class Stored:
         """
         if self.shape is None or self.packed or self.texts is not None:
             raise InputError("it has no numbers of its own where numbers belong")
-        shape = self.shape if end is None else (end - begin, *self.shape[1:])
-        found = np.empty(shape, self.dtype)
+        found = np.empty(self.shape, self.dtype)
         if found.size:
-            file.seek((self.offset or 0) + begin * math.prod(self.shape[1:]) * self.dtype.itemsize)
+            file.seek(self.offset or 0)
             if file.readinto(found.reshape(-1).view(np.uint8)) != found.nbytes:  # type: ignore[attr-defined]
                 raise InputError("it became shorter while it was read")
         return found.astype(self.dtype.newbyteorder("="), copy=False)
@@ -113,8 +116,10 @@ class Group:
         return found
 
 
-def outline(file: IO[bytes], names: Sequence[str]) -> Group:
+def outline(file: IO[bytes], names: Sequence[str], optional: Sequence[str] = ()) -> Group:
     """What the root of an open file has under these names, and its attributes. On one process, which starts another.
+
+    Those that are ``optional`` may be missing.
 
     Raises
     ------
@@ -122,9 +127,9 @@ def outline(file: IO[bytes], names: Sequence[str]) -> Group:
         A file that is none of HDF5, is damaged, or holds what this module refuses; it does not name the file.
     """
     found = os.fstat(file.fileno())
-    identity = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, tuple(names)
+    identity = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, (*names, "", *optional)
     if identity not in _outlines:
-        with _asked(file, names, "", found.st_size) as (answer, refusal):
+        with _asked(file, found.st_size, names=names, optional=optional) as (answer, refusal):
             content = answer.read()
             if not content:
                 raise InputError(refusal())
@@ -139,24 +144,36 @@ def outline(file: IO[bytes], names: Sequence[str]) -> Group:
 _outlines: dict[tuple[Any, ...], Any] = {}  # of files that were looked at, the oldest first
 
 
-def _found(answer: dict[str, Any]) -> Group | Stored:
+def _found(answer: dict[str, Any], name: str = "") -> Group | Stored:
     if "members" in answer:
-        return Group({name: _found(child) for name, child in answer["members"].items()}, answer["attributes"])
+        return Group({name: _found(child, name) for name, child in answer["members"].items()}, answer["attributes"])
     shape = None if answer["shape"] is None else tuple(answer["shape"])
     dtype = np.dtype(object if answer["type"] == "text" else answer["type"])
     kept = {name: answer[name] for name in ("offset", "packed", "texts", "attributes") if name in answer}
-    return Stored(shape, dtype, **kept)
+    blocks = None
+    if shape and "chunks" in answer:
+        plan = answer["chunks"]
+        blocks = Blocks(name, shape, dtype, tuple(plan["shape"]), plan["places"], plan["sizes"], tuple(plan["filters"]))
+    elif shape and answer.get("offset") is not None and not answer.get("packed"):
+        blocks = Blocks(name, shape, dtype, shape, (answer["offset"],))
+    return Stored(shape, dtype, blocks=blocks, **kept)
 
 
-def unpack(file: IO[bytes], name: str, stored: Stored, into: NDArray[Any]) -> None:
-    """Fill an array with the first rows of a packed dataset of the root. On one process, which starts another.
+def fill(file: IO[bytes], name: str, stored: Stored, part: Sequence[slice], into: NDArray[Any]) -> None:
+    """Fill an array with a part, a range along each axis, of a dataset of the root that has numbers.
+
+    On one process, which starts another where the dataset has no :attr:`Stored.blocks`; then the array is contiguous.
 
     Raises
     ------
     InputError
-        Values that are damaged.
+        A file that has become shorter, or values that are damaged.
     """
-    with _asked(file, (name,), name, stored.count * stored.dtype.itemsize) as (answer, refusal):
+    if stored.blocks is not None:
+        stored.blocks.read(file, part, into)
+        return
+    ranges = [(s.start, s.stop) for s in part]
+    with _asked(file, stored.count * stored.dtype.itemsize, names=(name,), part=ranges) as (answer, refusal):
         flat = into.reshape(-1)
         for begin in range(0, flat.size, PIECE):
             piece = np.empty(min(PIECE, flat.size - begin), stored.dtype)
@@ -166,12 +183,10 @@ def unpack(file: IO[bytes], name: str, stored: Stored, into: NDArray[Any]) -> No
 
 
 @contextmanager
-def _asked(
-    file: IO[bytes], names: Sequence[str], values: str, size: int
-) -> Iterator[tuple[IO[bytes], Callable[[], str]]]:
+def _asked(file: IO[bytes], size: int, **question: Any) -> Iterator[tuple[IO[bytes], Callable[[], str]]]:
     """The answer about a file, and what says why there is none or no more of it. Behind the block nothing runs."""
     seconds, room = SECONDS + size // BYTES_A_SECOND, ROOM + ROOM_A_BYTE * size
-    asked = {"descriptor": file.fileno(), "names": names, "values": values, "seconds": seconds, "room": room}
+    asked = {"descriptor": file.fileno(), **question, "seconds": seconds, "room": room}
     # what is found here is found there, without what a site adds at its start; no filter comes from elsewhere
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "HDF5_PLUGIN_PRELOAD": "::"}
     process = subprocess.Popen(

@@ -9,6 +9,7 @@ none, a line on the standard error says why.
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 import math
 import os
@@ -26,6 +27,8 @@ import h5py  # noqa: E402
 
 DEPTH = 64  # groups inside each other (our choice)
 FILTERS = frozenset((h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF))
+SIMPLE = {h5py.h5z.FILTER_DEFLATE: "gzip", h5py.h5z.FILTER_SHUFFLE: "shuffle"}  # that ddml.blocks undoes
+LISTED = 1024  # chunks whose places are told: to find one takes a look at all of them (measured, our choice)
 PIECE = 16 << 20  # bytes that are passed on at a time (our choice)
 
 
@@ -62,26 +65,29 @@ def shut() -> None:
 class Reader:
     """Looks at groups and datasets, each once, and adds up what they say that they store."""
 
-    def __init__(self, size: int, free: int, ratio: int) -> None:
+    def __init__(self, size: int, free: int, ratio: int, shifted: bool) -> None:
         self.size, self.free, self.ratio = size, free, ratio
+        self.shifted = shifted  # what others keep in front of it some versions of HDF5 leave out of places of chunks
         self.seen: set[int] = set()
         self.stored = self.characters = 0
 
-    def group(self, group: Any, names: list[str], where: str, depth: int = 0) -> dict[str, Any]:
+    def group(self, group: Any, names: list[str], optional: list[str], where: str, depth: int = 0) -> dict[str, Any]:
         """The members of these names of a group, all of them where there are none, and its attributes."""
         if depth > DEPTH:
             raise Refused(f"{where} stands inside more than {DEPTH} groups")
         members = {}
         self.once(group.id, where.rstrip("/") or "its root")
-        for name in names or list(group):
+        for name in [*names, *optional] or list(group):
             here, key = f"{where}{name}", name.encode(errors="surrogateescape")
             if not group.id.links.exists(key):
+                if name in optional:
+                    continue
                 raise Refused(f"it has no {here}")
             if group.id.links.get_info(key).type != h5py.h5l.TYPE_HARD:
                 raise Refused(f"{here} is a link to something else")
             found = h5py.h5o.open(group.id, key)
             if isinstance(found, h5py.h5g.GroupID):
-                members[name] = self.group(h5py.Group(found), [], f"{here}/", depth + 1)
+                members[name] = self.group(h5py.Group(found), [], [], f"{here}/", depth + 1)
             elif isinstance(found, h5py.h5d.DatasetID):
                 members[name] = self.dataset(found, here)
             else:
@@ -121,8 +127,12 @@ class Reader:
         answer: dict[str, Any] = {"shape": shape, "type": "text" if text else kind.str}
         if text:
             answer["texts"] = [self.text(t) for t in made[()].ravel()] if shape else self.text(made[()])
-        elif layout != h5py.h5d.CONTIGUOUS or not h5py.h5t.py_create(kind).equal(found.get_type()):
-            answer["packed"] = True
+        else:
+            native = h5py.h5t.py_create(kind).equal(found.get_type())
+            if layout != h5py.h5d.CONTIGUOUS or not native:
+                answer["packed"] = True
+            if layout == h5py.h5d.CHUNKED and native:
+                answer |= self.places(found, plan, where)
         return {**answer, "offset": place, "attributes": self.attributes(made)}
 
     def chunks(self, found: Any, plan: Any, shape: tuple[int, ...], stored: int, where: str) -> int:
@@ -134,6 +144,22 @@ class Reader:
         if stored < count or found.get_num_chunks() != count:  # a chunk has a byte, at least
             raise Refused(f"{where} has {count} parts, which are not all stored")
         return count * math.prod(plan.get_chunk()) * int(found.get_type().get_size())
+
+    def places(self, found: Any, plan: Any, where: str) -> dict[str, Any]:
+        """Where the chunks of a dataset are, in their order; nothing where they are many, or HDF5 must unpack them."""
+        count, filters = found.get_num_chunks(), [plan.get_filter(i)[0] for i in range(plan.get_nfilters())]
+        if self.shifted or count > LISTED or not set(filters) <= set(SIMPLE):
+            return {}
+        chunks = sorted((found.get_chunk_info(i) for i in range(count)), key=lambda chunk: chunk.chunk_offset)
+        shape = plan.get_chunk()
+        size = math.prod(shape) * int(found.get_type().get_size())
+        if any(chunk.filter_mask for chunk in chunks):  # of some that are not filtered
+            return {}
+        if any(c.byte_offset + c.size > self.size or (not filters and c.size != size) for c in chunks):
+            raise Refused(f"parts of {where} are not where they should be")
+        places, sizes = ([getattr(c, name) for c in chunks] for name in ("byte_offset", "size"))
+        names = [SIMPLE[f] for f in filters]
+        return {"chunks": {"shape": shape, "places": places, "sizes": sizes, "filters": names}}
 
     def text(self, value: bytes | str) -> str:
         """A text that is stored, of those that are together no longer than the file."""
@@ -161,25 +187,29 @@ class Reader:
         return found
 
 
-def rows(dataset: Any) -> Iterator[bytes]:
-    """The values of a dataset in the order of its rows, whole chunks at a time."""
+def values(dataset: Any, part: list[list[int]]) -> Iterator[bytes]:
+    """A part of the values of a dataset, a range along each axis, in the order of its rows, whole chunks at a time."""
     many = max(PIECE // max(dataset.dtype.itemsize * math.prod(dataset.shape[1:]), 1), 1)
     if dataset.chunks:
         many = -(-many // dataset.chunks[0]) * dataset.chunks[0]
-    for begin in range(0, len(dataset), many):
-        yield dataset[begin : begin + many].tobytes()
+    (first, end), *rest = part
+    begins = [first, *range((first // many + 1) * many, end, many), end]
+    for begin, behind in itertools.pairwise(begins):
+        yield dataset[(slice(begin, behind), *(slice(*r) for r in rest))].tobytes()
 
 
 def answers(
-    descriptor: int, names: list[str], values: str, seconds: int, room: int, free: int, ratio: int
-) -> Iterator[bytes]:
-    """What is to be written: the outline of a file that is open here, or the values of one of its datasets."""
+    descriptor: int, names: list[str], seconds: int, room: int, free: int, ratio: int,
+    optional: list[str] | None = None, part: list[list[int]] | None = None,
+) -> Iterator[bytes]:  # fmt: skip
+    """What is to be written: the outline of a file that is open here, or a part of the one dataset that is named."""
     limit(seconds, room)
     # without a name, which HDF5 would look for: another file may be there by now
     with open(f"/dev/fd/{descriptor}", "rb", buffering=0) as given, h5py.File(given, "r") as file:
         shut()
-        found = Reader(os.fstat(descriptor).st_size, free, ratio).group(file, names, "")
-        yield from rows(file[values]) if values else (json.dumps(found).encode(),)
+        reader = Reader(os.fstat(descriptor).st_size, free, ratio, file.userblock_size > 0)
+        found = reader.group(file, names, optional or [], "")
+        yield from values(file[names[0]], part) if part else (json.dumps(found).encode(),)
 
 
 def main() -> None:

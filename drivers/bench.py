@@ -19,6 +19,7 @@ from benches.preconditioners import preconditioners
 from benches.prices import prices
 from benches.samples import samples
 from benches.synchronisations import map_worker, solver_map
+from benches.tiles import tiles
 from benches.training import overhead, rounding, solvers
 from benches.work import work
 from mpi4py import MPI
@@ -47,6 +48,7 @@ ASKED = {
     "closures": closures,
     "samples": samples,
     "large": large,
+    "tiles": tiles,
     "ranks_worker": ranks_worker,
     "map_worker": map_worker,
     "large_worker": large_worker,
@@ -74,6 +76,16 @@ OPTIONS = (
     Option("large_data", "", "Data file of the section large (default: random numbers)."),
     Option("large_widths", "2048,2048,2048", "Hidden layers of its network."),
     Option("large_batch", 1000, "Samples of its batches.", minimum=1),
+    Option("tiles_data", "yale.h5", "Data file of the section tiles, of images or volumes."),
+    Option("tiles_network", "vgg", "Its network."),
+    Option("tiles_cases", "4x4:0,4x4:4,4x4:8,2x2:0", "Its splits, each with an overlap."),
+    Option("tiles_epochs", 12, "Its epochs.", minimum=1),
+    Option("tiles_batch", 32, "Samples of a batch.", minimum=1),
+    Option("tiles_rates", "1e-3:3e-3", "Rates of Adam for the undivided network, and for those of tiles."),
+    Option("tiles_transfer_epochs", 4, "Epochs of its coherent nets behind a finished coarse phase; 0: there are none.",
+           minimum=0),
+    Option("tiles_links", "log_probabilities,logits", "Links with which its coherent nets begin at random values."),
+    Option("tiles_figures", "", "Folder that its figures are written to (default: none are)."),
     Option("delay", 0.0, "Of map_worker (ms).", minimum=0.0),
     Option("driver", "pinn", "Of map_worker.", choices=("pinn", "classify")),
     Option("repeats", 7, "Timings of each short measurement.", minimum=1),

@@ -33,6 +33,8 @@ from ddml.problems.classification import ClassificationLoss, TestSet
 from ddml.data.scaling import SCALINGS, Samples, Scaling
 from solvers import solver_class
 from common.device import Device, bind, short_of_memory
+from tiled import main as divided
+from tiled import options as tiled
 
 CPU = torch.device("cpu")
 LONGEST = 32_000  # characters; HDF5 has attributes of up to 64 kB (our choice)
@@ -48,6 +50,7 @@ OPTIONS = (
     *batches.options("", with_defaults(training.OPTIONS, dtype="float32"), {
         "chunk": "Samples that go through the network at a time; 0: what suits the widest layer.",
     }),
+    *tiled.OPTIONS,
 )  # fmt: skip
 
 LIMITS = batches.limits(
@@ -63,6 +66,10 @@ def main(comm: MPI.Comm) -> int:
             print(training.help_text(__doc__ or "", (*OPTIONS, *LIMITS), training.RESIDUALS_ONLY))
         return 0
     with training.started(comm, "classify", OPTIONS, LIMITS) as (settings, limits, start):
+        if settings.tiles is not None:
+            default = next(o.default for o in OPTIONS if o.name == "solver")
+            return divided.train(comm, settings, limits, start, default)
+        tiled.refuse_without_tiles(settings)
         return train(comm, settings, limits, start)
 
 

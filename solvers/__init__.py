@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .multilevel.adagrad import MultilevelAdaGrad
     from .multilevel.depth import MGOPT, RMTR, Cascade
     from .multilevel.samples import MLVR, SARAH, SVRG, SubsampledNewton
+    from .quasi_newton.adam import Adam
     from .quasi_newton.gradient import GradientDescent
     from .quasi_newton.lbfgs import LBFGS
     from .quasi_newton.self_scaled import SSBFGS, SSBroyden
@@ -33,6 +34,7 @@ _HOMES = {
     "ASPQN": "solvers.schwarz.spqn",
     "ASTROM": "solvers.trust_region.astrom",
     "AdaGrad": "solvers.trust_region.adagrad",
+    "Adam": "solvers.quasi_newton.adam",
     "Cascade": "solvers.multilevel.depth",
     "DenseMSPQN": "solvers.schwarz.spqn",
     "GaussNewton": "solvers.gauss_newton.gauss_newton",
@@ -75,7 +77,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "ASPQN", "ASTROM", "LBFGS", "MGOPT", "MLVR", "MSPQN", "NAPTS", "PETSC_TYPES", "RMTR", "SARAH", "SOLVERS",
-    "SSBFGS", "SVRG", "TO_ROUNDING", "APTSData", "APTSWeights", "AdaGrad", "Cascade", "DenseMSPQN",
+    "SSBFGS", "SVRG", "TO_ROUNDING", "APTSData", "APTSWeights", "AdaGrad", "Adam", "Cascade", "DenseMSPQN",
     "GaussNewton", "GradientDescent", "Minimisation", "Minimizer", "MultilevelAdaGrad", "Newton", "NystromPC", "Result",
     "SSBroyden", "SchwarzAdaGrad", "SchwarzPC", "Solver", "SubsampledNewton", "TrustRegion", "configure",
     "minimise", "solver_class",

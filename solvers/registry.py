@@ -24,6 +24,7 @@ PATHS = {
     "tr": "solvers.trust_region.trust_region.TrustRegion",
     "astrom": "solvers.trust_region.astrom.ASTROM",
     "gradient": "solvers.quasi_newton.gradient.GradientDescent",
+    "adam": "solvers.quasi_newton.adam.Adam",
     "newton": "solvers.gauss_newton.newton.Newton",
     "apts_weights": "solvers.schwarz.apts.APTSWeights",
     "apts_data": "solvers.schwarz.apts.APTSData",

@@ -22,7 +22,7 @@ DRIVERS = ROOT / "drivers"  # whose modules import each other without that name
 # A module may import modules of its own room and of the levels above its own line, none beside it.
 LEVELS = (
     ("ddml.errors", "ddml.parameters", "ddml.kernels", "ddml.lazy", "ddml.numbers", "ddml.version", "ddml.hdf5_child"),
-    ("ddml.plugins", "ddml.parallel", "ddml.origins", "ddml.regular"),
+    ("ddml.plugins", "ddml.parallel", "ddml.origins", "ddml.regular", "ddml.blocks"),
     ("ddml.hdf5",),
     ("ddml.options", "ddml.states", "ddml.summation", "ddml.vectors"),
     ("ddml.layout",),
@@ -54,7 +54,14 @@ FORBIDDEN = {
         "ddml.planning",
     ),
 }
-OPTIONAL = ("PIL", "matplotlib", "tqdm", "pandas", "xarray")  # packages that may be imported where they are used
+OPTIONAL = (
+    "PIL",
+    "matplotlib",
+    "tqdm",
+    "pandas",
+    "xarray",
+    "nibabel",
+)  # packages that may be imported where they are used
 
 LINES, METHODS = 400, 20
 # the same loops for every instruction set and type; made of all option tables

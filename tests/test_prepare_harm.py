@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_prepare import ZEROS, X, Y, made, prepare, refused
 
-from ddml.data import files
+from ddml.data import writing
 from ddml.errors import InputError
 
 
@@ -36,9 +36,9 @@ def test_only_regular_files_are_replaced(tmp_path: Path, kind: str) -> None:
     before = target.stat()
     with pytest.raises(SystemExit, match=r"error: cannot write .*a.h5: what is there is no regular file"):
         prepare.main(["arrays", str(tmp_path / "a.npz"), "-o", str(target)])
-    source = files.Source.of(X, Y)
+    source = writing.Stream.of(X, Y)
     with pytest.raises(InputError, match="no regular file"):
-        files.write(target, source, source, ["a", "b"], "")
+        writing.write(target, source, source, ["a", "b"], "")
     assert (target.stat().st_mode, target.stat().st_ino) == (before.st_mode, before.st_ino)
 
 

@@ -14,36 +14,59 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddml.errors import InputError
+from ddml.hdf5 import Stored, fill, outline
 
 from .data_set import Array, row_pieces
-from .files import Source
 from .unpacking import Unpacked, check_unpacked, opened, readable
+from .writing import Stream
 
 MAGIC = (b"\x93NUMPY", b"PK\x03\x04", b"PK\x05\x06")  # first bytes of .npy and .npz, with arrays and without
+HDF5 = b"\x89HDF\r\n\x1a\n"  # as well
 SHOWN = 8  # labels that are listed (our choice)
 
 
 def load(path: Path, names: Sequence[str]) -> dict[str, Array]:
-    """The arrays of these names that an .npz file has, or the one of an .npy file under the name ``""``.
+    """The arrays of these names that an .npz or HDF5 file has, or the one of an .npy file under the name ``""``.
 
-    Which of the two it is, and whether it is compressed, is known by its bytes. The array of an .npy file that is not
-    compressed stays in the file until its rows are asked for.
+    What it is, and whether it is compressed, is known by its bytes. The array of an .npy file that is not compressed
+    stays in the file until its rows are asked for. In an HDF5 file ``images`` may stand for ``inputs``.
 
     Raises
     ------
     InputError
-        A file that is none of the two, is damaged, or holds Python objects.
+        A file that is none of these, is damaged, or holds Python objects.
     """
     with opened(path) as file:
         head = file.read(6)
         file.seek(0)
+        plain = not isinstance(file.raw, Unpacked)  # type: ignore[attr-defined]
+        if head.startswith(HDF5[:6]) and plain:
+            return _datasets(path, file, names)
         if not head.startswith(MAGIC):
-            raise InputError(f"cannot read {path}: it is no .npz or .npy file of numpy")
+            raise InputError(f"cannot read {path}: it is no .npz or .npy file of numpy, nor one of HDF5")
         if not head.startswith(MAGIC[0]):
             return _members(path, file, names)
-        plain = not isinstance(file.raw, Unpacked)  # type: ignore[attr-defined]
         source: Any = path if plain else io.BytesIO(file.read())
         return {"": _unpickled(path, partial(np.load, source, "r" if plain else None))}
+
+
+def _datasets(path: Path, file: IO[bytes], names: Sequence[str]) -> dict[str, Array]:
+    """The arrays of an HDF5 file."""
+    aliases = {name: name.replace("inputs", "images") for name in names}
+    found: dict[str, Array] = {}
+    root = outline(file, (), tuple(dict.fromkeys((*names, *aliases.values()))))
+    for name, alias in aliases.items():
+        stored = root.members.get(name, root.members.get(alias))
+        if stored is None:
+            continue
+        if not isinstance(stored, Stored) or not stored.shape or stored.texts is not None:
+            raise InputError(f"{name} of {path} must be an array of numbers")
+        array = np.empty(stored.shape, stored.dtype.newbyteorder("="))
+        fill(file, name if name in root.members else alias, stored, [slice(0, n) for n in stored.shape], array)
+        found[name] = array
+    if not found:
+        raise InputError(f"{path} must hold arrays of the names {', '.join(names)}")
+    return found
 
 
 def _members(path: Path, file: IO[bytes], names: Sequence[str]) -> dict[str, Array]:
@@ -117,7 +140,7 @@ def stored_type(what: str, *arrays: Array) -> np.dtype[Any]:
     return np.result_type(*types)
 
 
-def source(inputs: Array, labels: NDArray[np.int64], rows: NDArray[np.int64], dtype: Any, what: str) -> Source:
+def source(inputs: Array, labels: NDArray[np.int64], rows: NDArray[np.int64], dtype: Any, what: str) -> Stream:
     """Some rows as what is to be written; a value that is not finite is refused with its place in ``what``."""
 
     def pieces() -> Iterator[tuple[Array, Array]]:
@@ -131,7 +154,7 @@ def source(inputs: Array, labels: NDArray[np.int64], rows: NDArray[np.int64], dt
                 raise InputError(f"{what} must be finite: [{place}] is {x[first, *others]}")
             yield x, labels[chosen]
 
-    return Source(len(rows), inputs.shape[1:], np.dtype(dtype), pieces)
+    return Stream(len(rows), inputs.shape[1:], np.dtype(dtype), pieces)
 
 
 def classes_of(*labels: tuple[str, Array]) -> tuple[list[NDArray[np.int64]], list[str], list[str]]:

@@ -2,9 +2,12 @@
 
 A data file has these datasets and attributes:
 
-- ``inputs`` (N, d) or (N, C, H, W): training samples, uint8, float32 or float64; axis 1 is the channel;
+- ``inputs`` (N, d), (N, C, H, W) or (N, C, D, H, W): training samples, uint8, float32 or float64; axis 1 is the
+  channel;
 - ``labels`` (N,): their classes, integers from 0;
 - ``test_inputs``, ``test_labels``: the same for the samples that are never trained on;
+- ``held_inputs``, ``held_labels``, if there are any: the same for samples that are held out of the training, for what
+  is trained behind it;
 - attributes ``format`` ("ddml data"), ``classes`` (their names), ``origin`` (where the samples come from) and
   ``maximum`` (the value that stands for 1: 255 for uint8 and 1 for floats unless it is given). Texts may have a fixed
   length, or not.
@@ -32,7 +35,8 @@ from ddml.parallel import agreed, split
 
 DTYPES = (np.uint8, np.float32, np.float64)
 MOST_CLASSES = 1_000_000  # that are named by their numbers (our choice)
-PIECE = 64 << 20  # bytes that are read or looked at in one go
+PIECE = 1 << 20  # bytes that are read or looked at in one go (our choice)
+PARTS = ("", "test_", "held_")  # beginnings of the names of arrays
 
 Array = NDArray[Any]
 
@@ -55,6 +59,9 @@ class DataSet:
         The value that stands for 1; 255 for uint8 and 1 for floats by default.
     windows
         Shared memory that the arrays lie in, if they do; it is the data set's from then on.
+    held_inputs, held_labels
+        (N_held, ...) and (N_held,), samples that are held out of the training, for what is trained behind it; None
+        where there are none.
 
     Raises
     ------
@@ -72,12 +79,18 @@ class DataSet:
         origin: str = "",
         maximum: float | None = None,
         windows: Sequence[MPI.Win] = (),
+        held_inputs: Any = None,
+        held_labels: Any = None,
     ) -> None:
-        self.inputs, self.test_inputs = np.ascontiguousarray(inputs), np.ascontiguousarray(test_inputs)
-        self.labels, self.test_labels = np.ascontiguousarray(labels), np.ascontiguousarray(test_labels)
+        self.inputs, self.test_inputs = _in_a_row(inputs), _in_a_row(test_inputs)
+        self.labels, self.test_labels = _in_a_row(labels), _in_a_row(test_labels)
+        self.held_inputs, self.held_labels = (
+            None if given is None else _in_a_row(given) for given in (held_inputs, held_labels)
+        )
         check_shapes({name: (array.shape, array.dtype) for name, array in self.arrays().items()})
-        self.labels = self.labels.astype(np.int64, copy=False)
-        self.test_labels = self.test_labels.astype(np.int64, copy=False)
+        for name, array in self.arrays().items():
+            if name.endswith("labels"):
+                setattr(self, name, array.astype(np.int64, copy=False))
         # the values of shared arrays come later, but then the classes are known
         self.classes = tuple(map(str, classes)) or self._numbered()
         self.origin = str(origin)
@@ -85,14 +98,13 @@ class DataSet:
         self._windows = list(windows)
 
     def _numbered(self) -> tuple[str, ...]:
-        largest = max(self.labels.max(), self.test_labels.max())
+        largest = max(array.max() for name, array in self.arrays().items() if name.endswith("labels"))
         if largest >= MOST_CLASSES:
             raise InputError(f"a label is {largest}: of more than {MOST_CLASSES} classes give the names")
         return tuple(str(i) for i in range(largest + 1))
 
     def __repr__(self) -> str:
-        shape, classes = "x".join(map(str, self.shape)), len(self.classes)
-        return f"{self.origin or 'data'}: {self.count} + {len(self.test_labels)} samples {shape}, {classes} classes"
+        return described(self.origin, self.arrays(), self.shape, len(self.classes))
 
     @property
     def count(self) -> int:
@@ -105,8 +117,9 @@ class DataSet:
         return self.inputs.shape[1:]
 
     def arrays(self) -> dict[str, Array]:
-        """The four arrays by their names in a data file."""
-        return {name: getattr(self, name) for name in ("inputs", "labels", "test_inputs", "test_labels")}
+        """The arrays by their names in a data file: four, or six where samples are held out."""
+        found = {name: getattr(self, name) for part in PARTS for name in (f"{part}inputs", f"{part}labels")}
+        return {name: array for name, array in found.items() if array is not None}
 
     def check(self, comm: MPI.Comm) -> None:
         """Look at the values, each rank at its share of the rows. Collective.
@@ -138,6 +151,31 @@ class DataSet:
         self._windows = []
 
 
+def described(origin: str, labels: Mapping[str, Array], shape: Sequence[int], classes: int) -> str:
+    """A data set in a line: where it comes from, and how many samples there are of which shape and how many classes.
+
+    ``labels`` are arrays by their names in a data file, of which those of labels are counted.
+    """
+    counts = " + ".join(str(len(array)) for name, array in labels.items() if name.endswith("labels"))
+    held = " held out" if "held_labels" in labels else ""
+    return f"{origin or 'data'}: {counts}{held} samples {'x'.join(map(str, shape))}, {classes} classes"
+
+
+def untrained(labels: Any, classes: Sequence[str]) -> list[str]:
+    """The classes that none of the labels (N,) is of."""
+    counts = np.bincount(labels, minlength=len(classes))
+    return [name for name, count in zip(classes, counts, strict=True) if not count]
+
+
+def _in_a_row(given: Any) -> Array:
+    """An array whose entries follow each other, with the strides that say so.
+
+    Axes of one entry may have any in NumPy, and torch rounds convolutions by them.
+    """
+    array = np.ascontiguousarray(given)
+    return array.reshape(-1).reshape(array.shape)
+
+
 def maximum_of(given: float | None, dtype: Any) -> float:
     """The value that stands for 1, as given or by the type of the numbers."""
     try:
@@ -165,15 +203,20 @@ def check_shapes(arrays: dict[str, tuple[tuple[int, ...], Any]]) -> None:
             raise InputError(f"{name} must be uint8, float32 or float64 (N, ...), got {np.dtype(dtype)} {shape}")
         if 0 in shape:
             raise InputError(f"{name} is empty: {shape}")
-    for test in ("", "test_"):
-        (shape, _), (labels_shape, _) = arrays[f"{test}inputs"], arrays[f"{test}labels"]
-        if shape[0] != labels_shape[0]:
-            raise InputError(f"{test}inputs has {shape[0]} samples, but {test}labels {labels_shape[0]}")
-    first, second = (arrays[name] for name in ("inputs", "test_inputs"))
-    if first[0][1:] != second[0][1:] or first[1] != second[1]:
-        raise InputError(
-            f"test_inputs must have samples as inputs has, {first[1]} {first[0][1:]}; got {second[1]} {second[0][1:]}"
-        )
+    shape, dtype = arrays["inputs"]
+    for part in PARTS:
+        here = [name for name in (f"{part}inputs", f"{part}labels") if name in arrays]
+        if part == "held_" and not here:
+            continue
+        if len(here) == 1:
+            raise InputError(f"{part}inputs and {part}labels must be there both, or neither")
+        (found, kind), (labels_shape, _) = (arrays[name] for name in here)
+        if found[0] != labels_shape[0]:
+            raise InputError(f"{part}inputs has {found[0]} samples, but {part}labels {labels_shape[0]}")
+        if found[1:] != shape[1:] or kind != dtype:
+            raise InputError(
+                f"{part}inputs must have samples as inputs has, {dtype} {shape[1:]}; got {kind} {found[1:]}"
+            )
 
 
 def check_rows(name: str, array: Array, begin: int, end: int, classes: int, before: int = 0) -> None:

@@ -3,108 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import h5py
 import numpy as np
 from mpi4py import MPI
 
 from ddml import plugins
 from ddml.errors import InputError
-from ddml.hdf5 import Stored, outline, unpack
+from ddml.hdf5 import Stored, fill, outline
 from ddml.parallel import agreed, check_memory, split
 from ddml.regular import opened
 
-from .data_set import Array, DataSet, allocated, check_rows, check_shapes, maximum_of, row_pieces
-from .replacing import replacing
+from .data_set import Array, DataSet, allocated, check_rows, check_shapes, maximum_of, untrained
+from .sources import Description, FileSource, MemorySource, Source
 from .unpacking import readable
 
-FORMAT = "ddml data"
 NAMES = ("inputs", "labels", "test_inputs", "test_labels")
-
-
-# Files --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Source:
-    """Samples that are to be written, in pieces, so that they need not fit into memory.
-
-    Attributes
-    ----------
-    count : int
-        How many there are.
-    shape : tuple of int
-        Of one sample.
-    dtype : numpy dtype
-        uint8, float32 or float64.
-    pieces : callable
-        Gives the samples in order as pairs of inputs (B, ...) and labels (B,).
-    """
-
-    count: int
-    shape: tuple[int, ...]
-    dtype: Any
-    pieces: Callable[[], Iterator[tuple[Array, Array]]]
-
-    @classmethod
-    def of(cls, inputs: Array, labels: Array) -> Source:
-        """What is in memory already."""
-        if len(inputs) != len(labels):
-            raise InputError(f"there are {len(inputs)} samples, but {len(labels)} labels")
-        return cls(len(inputs), inputs.shape[1:], inputs.dtype, lambda: iter([(inputs, labels)]))
-
-
-def write(
-    path: str | Path, train: Source, test: Source, classes: Sequence[str], origin: str, maximum: float | None = None
-) -> None:
-    """Write a data file, from one process; a file that is there is replaced when the new one is whole.
-
-    Raises
-    ------
-    InputError
-        Samples that make no data set, labels out of range, values that are not finite, or a file that cannot be
-        written; what was there before is unchanged.
-    """
-    check_shapes(
-        {f"{t}inputs": ((s.count, *s.shape), np.dtype(s.dtype)) for t, s in (("", train), ("test_", test))}
-        | {f"{t}labels": ((s.count,), np.dtype(np.int64)) for t, s in (("", train), ("test_", test))}
-    )
-    maximum = maximum_of(maximum, train.dtype)
-    try:
-        # since HDF5 1.10 all but numbers and texts of variable length has check sums
-        with replacing(path) as disk, h5py.File(disk, "w", libver="v110") as file:
-            file.attrs.update(format=_text(FORMAT), origin=_text(origin), maximum=maximum)
-            file.attrs["classes"] = _text(classes)
-            for prefix, source in (("", train), ("test_", test)):
-                inputs = file.create_dataset(f"{prefix}inputs", (source.count, *source.shape), source.dtype)
-                labels = file.create_dataset(f"{prefix}labels", (source.count,), np.int64)
-                end = 0
-                for x, y in source.pieces():
-                    begin, end = end, end + len(x)
-                    check_rows(f"{prefix}inputs", x, 0, len(x), len(classes), begin)
-                    check_rows(f"{prefix}labels", np.asarray(y, np.int64), 0, len(y), len(classes), begin)
-                    inputs[begin:end], labels[begin:end] = x, y
-                    disk.check()
-                if end != source.count:
-                    raise InputError(f"{source.count} samples were announced, {end} came")
-    except InputError:
-        raise
-    except (OSError, RuntimeError, ValueError) as error:  # HDF5 has all of them
-        said = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-        raise InputError(f"cannot write {path}: {said}") from error
-
-
-def _text(given: str | Sequence[str]) -> Array:
-    """One or more texts of a fixed length; bytes that are no UTF-8, as in names of files, are shown as such."""
-    texts = [given] if isinstance(given, str) else given
-    found = [t.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode() for t in texts]
-    array = np.array(found, h5py.string_dtype("utf-8", max(1, *map(len, found))))
-    return array.reshape(()) if isinstance(given, str) else array
+HELD = ("held_inputs", "held_labels")
+ENDINGS = (".h5", ".hdf5")  # of data files
+LISTED = 5  # names of classes that are shown (our choice)
 
 
 def read(path: str, comm: MPI.Comm, samples: int | None = None) -> DataSet:
@@ -125,15 +45,15 @@ def read(path: str, comm: MPI.Comm, samples: int | None = None) -> DataSet:
                 file = stack.enter_context(opened(path))
             if comm.rank == 0:
                 found = _described(path, file, samples)
-        stored, shapes, classes, origin, maximum = comm.bcast(found)
+        about = comm.bcast(found)
         node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-        needed = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
+        needed = sum(math.prod(shape) * dtype.itemsize for shape, dtype in about.shapes.values())
         check_memory(comm, needed if node.rank == 0 else 0, f"data file {path}", "is it whole?")
-        dataset = allocated(shapes, node, classes, origin, maximum)
+        dataset = allocated(about.shapes, node, about.classes, about.origin, about.maximum)
         try:
             with agreed(comm), readable(path, "data file "):
                 for name, array in dataset.arrays().items():
-                    _fill(array, file, name, stored[name], node)
+                    _fill(array, file, name, about.stored[name], node)
             dataset.fence()
             dataset.check(comm)
         except InputError as error:
@@ -145,23 +65,19 @@ def read(path: str, comm: MPI.Comm, samples: int | None = None) -> DataSet:
 
 
 def _fill(array: Array, file: IO[bytes], name: str, stored: Stored, node: MPI.Comm) -> None:
-    """Read this rank's share of the rows of its node; what is packed rank 0 of the node reads alone."""
-    if stored.packed and node.rank == 0:
-        unpack(file, name, stored, array)
-    elif not stored.packed:
-        edges = split(len(array), node.size)
-        for first, last in row_pieces(array, edges[node.rank], edges[node.rank + 1]):
-            array[first:last] = stored.values(file, first, last)
+    """Read this rank's share of the rows of its node; what needs another process rank 0 of the node reads alone."""
+    edges = split(len(array), node.size if stored.blocks is not None else 1)
+    if node.rank < len(edges) - 1:
+        begin, end = edges[node.rank : node.rank + 2]
+        fill(file, name, stored, (slice(begin, end), *(slice(0, n) for n in array.shape[1:])), array[begin:end])
 
 
-def _described(
-    path: str, file: IO[bytes], samples: int | None
-) -> tuple[dict[str, Stored], dict[str, tuple[tuple[int, ...], Any]], list[str], str, float]:
-    """Arrays in the file, shapes and types as they are to be read, class names, origin and maximum of a data file."""
+def _described(path: str, file: IO[bytes], samples: int | None) -> Description:
+    """What a data file says of itself, of so many training samples."""
     try:
         with readable(path):
-            root = outline(file, NAMES)
-            stored = {name: root.stored(name) for name in NAMES}
+            root = outline(file, NAMES, HELD)
+            stored = {name: root.stored(name) for name in (*NAMES, *HELD) if name in NAMES or name in root.members}
             shapes = {name: (found.shape or (), found.dtype.newbyteorder("=")) for name, found in stored.items()}
             origin, classes = root.attributes.get("origin", ""), root.attributes["classes"]
             maximum = root.attributes.get("maximum")
@@ -177,9 +93,59 @@ def _described(
             for name in ("inputs", "labels"):
                 shapes[name] = (min(samples, shapes[name][0][0]), *shapes[name][0][1:]), shapes[name][1]
         check_shapes(shapes)
-        return stored, shapes, classes, str(origin), maximum_of(maximum, shapes["inputs"][1])
+        return Description(stored, shapes, tuple(classes), str(origin), maximum_of(maximum, shapes["inputs"][1]))
     except InputError as error:
         raise InputError(f"data file {path}: {error}") from error
+
+
+def source(reference: str, comm: MPI.Comm, samples: int | None = None) -> Source:
+    """A data set by name, as for :func:`load`, of which each rank is to take tiles.
+
+    Of a data file only what it says of itself and the labels are read; of other data sets all. Collective on ``comm``.
+
+    Raises
+    ------
+    InputError
+        On all ranks: what :func:`load` refuses, but for inputs of a data file that are not finite; samples that are
+        neither images nor volumes; a class that no training sample is of.
+    """
+    with ExitStack() as stack:
+        made: Source
+        if not _in_file(reference):
+            dataset = load(reference, comm, samples)
+            stack.callback(dataset.free)
+            made = MemorySource(dataset)
+        else:
+            found: Any = None
+            with agreed(comm), readable(reference, "data file "):
+                file = stack.enter_context(opened(reference))
+                if comm.rank == 0:
+                    found = _described(reference, file, samples)
+                    found = found, _labels(file, found)
+            about, labels = comm.bcast(found)
+            made = FileSource(reference, file, about, labels)
+        if len(made.shape) not in (3, 4):
+            raise InputError(f"'{reference}' has samples {made.shape}: tiles are of images (C, H, W) and volumes")
+        missing = untrained(made.labels, made.classes)
+        if missing:
+            names = ", ".join(missing[:LISTED]) + ", ..." * (len(missing) > LISTED)
+            raise InputError(
+                f"'{reference}' has no sample to train on of class {names}: leave out the class, or add some"
+            )
+        stack.pop_all()
+    return made
+
+
+def _labels(file: IO[bytes], about: Description) -> dict[str, Array]:
+    """The labels of a data file, checked."""
+    found = {}
+    for name, ((count, *_), dtype) in about.shapes.items():
+        if name.endswith("labels"):
+            column = np.empty(count, dtype)
+            fill(file, name, about.stored[name], (slice(0, count),), column)
+            check_rows(name, column, 0, count, len(about.classes))
+            found[name] = column.astype(np.int64)
+    return found
 
 
 def digits() -> DataSet:
@@ -207,7 +173,7 @@ def load(reference: str, comm: MPI.Comm, samples: int | None = None) -> DataSet:
     InputError
         On all ranks, if there is no such data set or it cannot be used.
     """
-    if reference not in DATA and reference.endswith((".h5", ".hdf5")):
+    if _in_file(reference):
         return read(reference, comm, samples)
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     made: Any = None
@@ -223,7 +189,7 @@ def load(reference: str, comm: MPI.Comm, samples: int | None = None) -> DataSet:
                     raise InputError(f"{samples} training samples were asked for, '{reference}' has {made.count}")
                 made = DataSet(
                     made.inputs[:samples], made.labels[:samples], made.test_inputs, made.test_labels,
-                    made.classes, made.origin, made.maximum,
+                    made.classes, made.origin, made.maximum, held_inputs=made.held_inputs, held_labels=made.held_labels,
                 )  # fmt: skip
     made = _shared(made, node)
     node.Free()
@@ -233,6 +199,10 @@ def load(reference: str, comm: MPI.Comm, samples: int | None = None) -> DataSet:
         made.free()
         raise InputError(f"data set '{reference}': {error}") from error
     return made
+
+
+def _in_file(reference: str) -> bool:
+    return reference not in DATA and reference.endswith(ENDINGS)
 
 
 def _shared(made: DataSet | None, node: MPI.Comm) -> DataSet:

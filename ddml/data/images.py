@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ class ImageFolder:
     passed_over: list[Path]
 
 
-def image_folder(root: Path) -> ImageFolder:
-    """What a folder holds; images are not decoded.
+def image_folder(root: Path, without: str | None = None) -> ImageFolder:
+    """What a folder holds, but files of names like ``without`` (a pattern as in shells); images are not decoded.
 
     Raises
     ------
@@ -66,6 +67,7 @@ def image_folder(root: Path) -> ImageFolder:
     for folder in entries:
         with readable(folder, "folder "):
             inside = [] if _left(folder) or not folder.is_dir() else sorted(folder.iterdir())
+            inside = [path for path in inside if without is None or not fnmatch(path.name, without)]
         images = [path for path in inside if not _left(path) and path.is_file() and _is_image(path)]
         if images:
             found.files.extend((path, len(found.classes)) for path in images)
@@ -102,8 +104,8 @@ def _known(formats: Sequence[str]) -> list[str]:
     return [name for name in formats if name in Image.OPEN]
 
 
-def pixels(path: Path, size: int, grey: bool) -> NDArray[np.uint8]:
-    """An image, cut and scaled to a square: (C, size, size), C = 1 for grey and 3 for red, green and blue.
+def pixels(path: Path, size: Sequence[int], grey: bool) -> NDArray[np.uint8]:
+    """An image, cut and scaled to a ``size`` (H, W): (C, H, W), C = 1 for grey and 3 for red, green and blue.
 
     It is what a viewer shows: turned as its camera says, of any depth and palette, transparent parts on white (our
     choice), the first of several frames. Colour profiles are not applied.
@@ -118,8 +120,8 @@ def pixels(path: Path, size: int, grey: bool) -> NDArray[np.uint8]:
     with readable(path, "image "), regular.opened(path) as file, Image.open(file, formats=_known(READ)) as image:
         check_unpacked(BYTES * image.width * image.height, os.fstat(file.fileno()).st_size)
         shown = _shown(image, path).convert("L" if grey else "RGB")
-        found = np.asarray(ImageOps.fit(shown, (size, size)))
-    return found.reshape(size, size, -1).transpose(2, 0, 1)
+        found = np.asarray(ImageOps.fit(shown, tuple(reversed(size))))
+    return found.reshape(*size, -1).transpose(2, 0, 1)
 
 
 def _shown(image: Any, path: Path) -> Any:

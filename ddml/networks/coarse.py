@@ -9,17 +9,17 @@ import torch
 from torch import nn
 
 from ddml.errors import InputError
-from ddml.options import NEVER, Option
+from ddml.options import Option
 
 from .classifiers import mlp, parse_widths
 from .fusions import LEAST, LINKS
 
 OPTIONS = (
     Option("link", "probabilities", f"What the coarse net is given of the local nets' outputs: log_probabilities are "
-           f"cut off at {LEAST:g}.", choices=LINKS, changes=NEVER),
+           f"cut off at {LEAST:g}.", choices=LINKS),
     Option("coarse_net", "linear", "linear, or dense with hidden layers of -coarse_widths and ReLU.",
-           choices=("linear", "dense"), changes=NEVER),
-    Option("coarse_widths", "128", "Hidden layers of a dense coarse net: their neurons, as in 128,64.", changes=NEVER),
+           choices=("linear", "dense")),
+    Option("coarse_widths", "128", "Hidden layers of a dense coarse net: their neurons, as in 128,64."),
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 LINKS = ("probabilities", "log_probabilities", "logits")
 LEAST = -12.0  # of log-probabilities: what is below is cut off (our choice)
+EQUAL = 1e-12  # means of probabilities that differ by less do so by rounding (our choice)
 
 
 def linked(logits: Tensor, link: str) -> Tensor:
@@ -38,33 +39,33 @@ def joined(logits: Tensor, link: str) -> Tensor:
 def average(logits: Tensor) -> Tensor:
     """The classes (B,) with the largest mean of the probabilities of N networks, from their logits (N, B, K).
 
-    In float64, summed from the least on: the order of the networks has no part in it, and classes that were given the
-    same probabilities by different networks are equal. Of equal classes it is the first. A sample for which a network
-    gives a number that is not finite has the class -1, which is none.
+    In float64; of classes with equal means, to :data:`EQUAL`, it is the first. A sample for which a network gives a
+    number that is not finite has the class -1, which is none.
     """
-    return _known(logits, _sums(logits).argmax(dim=1))
+    return _largest(logits, _means(logits))
 
 
 def majority(logits: Tensor) -> Tensor:
     """The classes (B,) that most of N networks say, from their logits (N, B, K).
 
     A network says the first of its largest outputs. Of classes with as many votes it is the one with the largest mean
-    of probabilities, as :func:`average` has it, and so is what has no class.
+    of probabilities; that, and what has no class, is as in :func:`average`.
     """
     votes = torch.zeros(logits.shape[1:], dtype=torch.int64, device=logits.device)
     for said in logits.argmax(dim=2):
         votes.scatter_add_(1, said[:, None], torch.ones_like(said[:, None]))
     most = votes == votes.amax(dim=1, keepdim=True)
-    return _known(logits, _sums(logits).masked_fill(~most, -1.0).argmax(dim=1))
+    return _largest(logits, _means(logits).masked_fill(~most, -1.0))
 
 
 FUSIONS: dict[str, Callable[[Tensor], Tensor]] = {"average": average, "majority": majority}
 
 
-def _sums(logits: Tensor) -> Tensor:
+def _means(logits: Tensor) -> Tensor:
     """Of the probabilities, (B, K)."""
-    return logits.double().softmax(dim=2).sort(dim=0).values.sum(dim=0)
+    return logits.double().softmax(dim=2).mean(dim=0)
 
 
-def _known(logits: Tensor, classes: Tensor) -> Tensor:
-    return classes.where(logits.isfinite().all(dim=2).all(dim=0), -1)
+def _largest(logits: Tensor, means: Tensor) -> Tensor:
+    largest = means >= means.amax(dim=1, keepdim=True) - EQUAL
+    return largest.byte().argmax(dim=1).where(logits.isfinite().all(dim=2).all(dim=0), -1)

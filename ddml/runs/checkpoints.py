@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from mpi4py import MPI
 from petsc4py import PETSc
 from torch import Tensor
 
@@ -135,6 +136,14 @@ def _understood(path: str) -> Iterator[None]:
         raise RunFileError(f"{path} has a state that nothing can go on from: {type(error).__name__}: {said}") from error
 
 
+def check_new(path: str, source: str | None, comm: MPI.Comm) -> None:
+    """Raise an InputError where a file is there already that is not the one that a run goes on from. Collective."""
+    if source is not None and Path(path).resolve() == Path(source).resolve():
+        return
+    if comm.bcast(Path(path).is_file() if comm.rank == 0 else None):
+        raise InputError(f"{path} exists: go on with -restart {path}, or replace it with -overwrite")
+
+
 class Checkpoints:
     """The run file of a run: checked before it begins, read where it goes on, written when it is due.
 
@@ -176,16 +185,9 @@ class Checkpoints:
         self.written = (0, 0.0)  # iteration and time of the last one
         self._event = PETSc.Log.Event("ddml checkpoint")
         if settings.output is not None and not settings.overwrite:
-            self._check_new(settings.output)
+            check_new(settings.output, self.source, objective.comm)
         if self.output is not None:
             run_file.check_writable(self.output, objective.comm)
-
-    def _check_new(self, path: str) -> None:
-        if self.source is not None and Path(path).resolve() == Path(self.source).resolve():
-            return
-        comm = self.objective.comm
-        if comm.bcast(Path(path).is_file() if comm.rank == 0 else None):
-            raise InputError(f"{path} exists: go on with -restart {path}, or replace it with -overwrite")
 
     def restore(self, x: PETSc.Vec, same_samples: bool = True) -> Beginning:
         """Give parameters, work, samples and the solver what the file holds that the run goes on from, if there is one.
@@ -262,7 +264,7 @@ class Checkpoints:
         """Whether the interval since the last one is over."""
         return self.interval.over(iteration - self.written[0], seconds - self.written[1])
 
-    def write(self, theta: PETSc.Vec, history: History, with_solver: bool = True) -> None:
+    def write(self, theta: PETSc.Vec, history: History, with_solver: bool = True, stopped: str = "") -> None:
         """Write the run file, if there is one, as of the last complete iteration. Collective.
 
         Parameters
@@ -273,6 +275,8 @@ class Checkpoints:
             Up to then; nothing is written where it is empty.
         with_solver
             Whether the solver has begun, and so has a state.
+        stopped
+            Why the run has come to its end, for an attribute of that name, if the file is to have one.
         """
         if self.output is None or len(history) == 0:
             return
@@ -285,6 +289,6 @@ class Checkpoints:
                 state["samples"] = self.moving.state()
             run_file.write(
                 self.output, theta, parameters=self.objective.layout.parameters, state=state, history=history,
-                attributes=self.attributes,
+                attributes=self.attributes | ({"stopped": stopped} if "stopped" in self.attributes else {}),
             )  # fmt: skip
             self.written = (int(history.last("iteration")), history.last("time"))

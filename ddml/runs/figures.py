@@ -20,9 +20,9 @@ Array = NDArray[np.float64]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, from dark to light as far as neighbours go;
 # in grey, marker and line style carry the distinction.
-_COLOURS = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7F6A00")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_LINES = ("-", "--", "-.", (0, (1, 1.2)))
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7F6A00")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+LINES = ("-", "--", "-.", (0, (1, 1.2)))
 
 _LABELS = {
     "loss": "loss",
@@ -49,7 +49,8 @@ def new_figure() -> Figure:
     return Figure(dpi=200)
 
 
-def _finish(axes: Axes) -> None:
+def finish(axes: Axes) -> None:
+    """Bring the texts of a panel to the size that all figures have."""
     axes.tick_params(labelsize=8, which="both")
     axes.set_xlabel(axes.get_xlabel(), fontsize=9)
     axes.set_ylabel(axes.get_ylabel(), fontsize=9)
@@ -86,7 +87,7 @@ def levels(figure: Figure, history: History) -> None:
     axes.margins(0)
     axes.legend(loc="upper left", fontsize=7, frameon=False, reverse=True)
     axes.spines[["top", "right"]].set_visible(False)
-    _finish(axes)
+    finish(axes)
 
 
 def _far_apart(histories: Sequence[History], column: str) -> bool:
@@ -127,9 +128,9 @@ def _panel(axes: Axes, runs: Sequence[tuple[str, History]], column: str, measure
         axes.plot(
             x,
             y,
-            color=_COLOURS[number % len(_COLOURS)],
-            marker=_MARKERS[number % len(_MARKERS)],
-            linestyle=_LINES[number % len(_LINES)],
+            color=COLOURS[number % len(COLOURS)],
+            marker=MARKERS[number % len(MARKERS)],
+            linestyle=LINES[number % len(LINES)],
             linewidth=1.3,
             markersize=4.5,
             markerfacecolor="white",
@@ -181,7 +182,7 @@ def convergence(figure: Figure, runs: Sequence[tuple[str, History]]) -> None:
                 axes.set_xlabel(_LABELS[column])
         row[0].set_ylabel(_LABELS[measure])
         for axes in row:
-            _finish(axes)
+            finish(axes)
     figure.legend(
         panels[0, 0].get_lines(),
         [label for label, _ in runs],
@@ -260,7 +261,7 @@ def maps(
         else:
             _draw_maps(row, x, y, names, name, solution, reference)
         for axes in row:
-            _finish(axes)
+            finish(axes)
 
 
 def _draw_maps(
@@ -293,13 +294,13 @@ def _draw_curves(
     if reference is not None:
         row[0].plot(x, reference, color="0.65", linewidth=3.0, label="reference")
         error = np.abs(solution - reference)
-        row[1].plot(x, error, color=_COLOURS[1], linewidth=1.3)
+        row[1].plot(x, error, color=COLOURS[1], linewidth=1.3)
         if (error > 0).any():
             row[1].set_yscale("log", nonpositive="mask")
         row[1].set_title(f"{name}: absolute error", fontsize=9)
     elif len(row) > 1:
         row[1].set_visible(False)
-    row[0].plot(x, solution, color=_COLOURS[2], linestyle="--", linewidth=1.3, label="solution")
+    row[0].plot(x, solution, color=COLOURS[2], linestyle="--", linewidth=1.3, label="solution")
     row[0].set_title(name, fontsize=9)
     row[0].legend(fontsize=8, frameon=False)
     for axes in row:

@@ -20,7 +20,7 @@ OPTIONS = (
     Option("target_accuracy", 1.01, "Stop when the accuracy reaches this; above 1: never.", above=0.0),
 )
 
-SIGNAL = "a signal asked to stop"
+SIGNAL, NOT_FINITE = "a signal asked to stop", "the loss is not finite"
 
 _REASONS = {
     PETSc.TAO.ConvergedReason.CONVERGED_GATOL: "the gradient is below tao_gatol",
@@ -32,7 +32,7 @@ _REASONS = {
     PETSc.TAO.ConvergedReason.DIVERGED_MAXFCN: "the limit of evaluations is reached",
     PETSc.TAO.ConvergedReason.DIVERGED_LS_FAILURE: "no step along the direction decreases the loss",
     PETSc.TAO.ConvergedReason.DIVERGED_TR_REDUCTION: "no step in the trust region decreases the loss",
-    PETSc.TAO.ConvergedReason.DIVERGED_NAN: "the loss is not finite",
+    PETSc.TAO.ConvergedReason.DIVERGED_NAN: NOT_FINITE,
 }
 
 REFUSED = frozenset(

@@ -96,6 +96,8 @@ def classifier(path: str, header: Header, theta: Tensor, anew: Anew) -> Classifi
     InputError
         As for :func:`pde_loss`; where an older run file does not describe the inputs, data that cannot be read.
     """
+    if options(header.attributes).get("tiles", "None") != "None":
+        raise InputError(f"{path} holds networks of tiles: run.theta has their parameters, one behind the other")
     settings = _settings(path, header, "classify", classifiers.OPTIONS)
     settings.network = _chosen(path, "network", settings.network, anew.network, anew)
     inputs = _inputs(path, header, anew)

@@ -187,9 +187,9 @@ class Run:
             return SIGNAL
         return self.limits.reached(self.history, self.objective.work.total, now)
 
-    def save(self) -> None:
-        """Write the run file as of the last complete iteration. Collective."""
-        self.checkpoints.write(self.last, self.history, with_solver=not self.done)
+    def save(self, stopped: str = "") -> None:
+        """Write the run file as of the last complete iteration, and why that was the last one. Collective."""
+        self.checkpoints.write(self.last, self.history, not self.done, stopped)
         self.board.flush()
 
     def execute(self) -> bool:
@@ -240,7 +240,7 @@ class Run:
     def _end(self) -> None:
         """Write the run file for the last time. Collective."""
         try:
-            self.save()
+            self.save("" if self.reason in (SIGNAL, limits.NOT_FINITE) else self.reason)
         except RunFileError as error:
             self.failure = str(error)
 

@@ -85,6 +85,20 @@ def refuse_residuals_only(solver: str) -> None:
         raise InputError(f"solver '{solver}' is for losses that are sums of squares, as those of drivers/pinn.py")
 
 
+def described(
+    settings: Any, limits: Any, start: Start, attributes: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options in force, and the attributes of a run file: these, and those that every driver writes."""
+    given = start.options()
+    in_force = {**vars(settings), **vars(limits), **{name: text for name, (text, _) in given.items()}}
+    return in_force, {
+        "solver": settings.solver, "seed": settings.seed, "dtype": settings.dtype,
+        "torch_version": str(torch.__version__), **attributes,
+        **{f"option {name}": str(value) for name, value in in_force.items()},
+        **{f"origin {k}": v for k, (_, v) in given.items() if v and for_runs(k) and k not in _EACH_START},
+    }  # fmt: skip
+
+
 class Training:
     """A loss on the ranks and the solver that the options ask for, set up; collective.
 
@@ -104,7 +118,7 @@ class Training:
         Default of ``-tao_fmin``.
     samples
         Of an evaluation, where it is not of all (mini-batches).
-    vectors
+    vectors, prefix
         See :class:`solvers.minimisation.Minimisation`.
 
     Raises
@@ -123,6 +137,7 @@ class Training:
         fmin: float,
         samples: int = 0,
         vectors: torch.device | None = None,
+        prefix: str = "",
     ) -> None:
         self.comm, self.settings, self.start, self.loss = comm, settings, start, loss
         start.stop.check(comm)  # the data have been read
@@ -131,13 +146,19 @@ class Training:
             trim_at_once()
         with plugins.blamed(settings.solver, dict.fromkeys((*SOLVERS, *PETSC_TYPES)), "solver"):
             made = Minimisation(
-                loss, settings.solver, comm, subdomains=chosen, blocks=settings.summation_blocks, samples=samples,
-                limit=settings.summation_limit, stop=start.stop, record=self._recorder(), vectors=vectors, fmin=fmin,
+                loss, settings.solver, comm, prefix, subdomains=chosen, blocks=settings.summation_blocks,
+                samples=samples, limit=settings.summation_limit, stop=start.stop, record=self._recorder(),
+                vectors=vectors, fmin=fmin,
             )  # fmt: skip
+        self.made = made
         self.layout, self.objective, self.x, self.tao = made.layout, made.objective, made.x, made.tao
         self.blocks, self.context = made.objective.parts.blocks, made.context
         if self.context is not None and self.context.spares_memory:
             loss.drop_initial()
+
+    def destroy(self) -> None:
+        """Destroy what PETSc has."""
+        self.made.destroy()
 
     def _recorder(self) -> Recorder | None:
         """What records evaluations, where the settings ask for it."""
@@ -226,14 +247,10 @@ class Training:
         settings, restart = self.settings, self.start.restart
         notes = self.start.unread()
         given = self.start.options()
-        in_force = {**vars(settings), **vars(limits), **{name: text for name, (text, _) in given.items()}}
-        attributes = {
-            "solver": settings.solver, "seed": settings.seed, "dtype": settings.dtype, "summation_blocks": self.blocks,
-            "summation": "by ranks" if not self.blocks else "tree",
-            "torch_version": str(torch.__version__), **attributes,
-            **{f"option {name}": str(value) for name, value in in_force.items()},
-            **{f"origin {k}": v for k, (_, v) in given.items() if v and for_runs(k) and k not in _EACH_START},
+        more = {
+            "summation_blocks": self.blocks, "summation": "by ranks" if not self.blocks else "tree", **attributes,
         }  # fmt: skip
+        in_force, attributes = described(settings, limits, self.start, more)
         run = ddml.runs.run.Run(
             self.objective, self.tao, self.x, limits, attributes, measure, moving, shown,
             solver=self.context, same_samples=restart.same_samples,

@@ -9,10 +9,10 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from ddml.data import data_set, files
+from ddml.data import data_set, files, writing
 from ddml.data.data_set import DataSet
-from ddml.data.files import Source
 from ddml.data.scaling import Samples, Scaling
+from ddml.data.writing import Stream
 from ddml.errors import InputError
 
 NAMES = ("inputs", "labels", "test_inputs", "test_labels")
@@ -28,7 +28,7 @@ def write(path: Path, found: dict[str, Any], comm: MPI.Comm, **attributes: Any) 
     """Any arrays as a data file, right or wrong."""
     if comm.rank == 0:
         with h5py.File(path, "w") as file:
-            file.attrs.update({"format": files.FORMAT, "origin": "random", **attributes})
+            file.attrs.update({"format": writing.FORMAT, "origin": "random", **attributes})
             file.attrs.create("classes", list("abcd"), dtype=h5py.string_dtype())
             for name, array in found.items():
                 file[name] = array
@@ -183,7 +183,7 @@ def test_numbers_and_texts_of_other_programs_are_read(comm: MPI.Comm, shared_tmp
 def test_damage_by_chance_is_noticed_or_is_one_of_numbers(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     path, (x, y, test_x, test_y) = tmp_path / "data.h5", arrays(np.uint8, (1,)).values()
-    files.write(path, Source.of(x, y), Source.of(test_x, test_y), list("abcd"), "somewhere")
+    writing.write(path, Stream.of(x, y), Stream.of(test_x, test_y), list("abcd"), "somewhere")
     good, refused = path.read_bytes(), 0
     for i in range(40):  # tests/drivers/test_mutations.py has more
         content = bytearray(good)
@@ -260,20 +260,20 @@ def test_written_files_are_read(comm: MPI.Comm, shared_tmp: Path) -> None:
             x[22, 1] = np.nan
             return ((x[i : i + 5], expected["labels"][i : i + 5]) for i in range(0, 37, 5))
 
-        train = Source(37, (3, 4, 5), np.float32, pieces)
-        test = Source.of(expected["test_inputs"], expected["test_labels"])
-        files.write(path, train, test, list("abcd"), "somewhere", 255.0)
+        train = Stream(37, (3, 4, 5), np.float32, pieces)
+        test = Stream.of(expected["test_inputs"], expected["test_labels"])
+        writing.write(path, train, test, list("abcd"), "somewhere", 255.0)
         before = Path(path).read_bytes()
         for wrong, match in (
-            (Source.of(expected["test_inputs"], expected["test_labels"] + 1), "labels must be from 0"),
-            (Source(12, (3, 4, 5), np.float32, test.pieces), "12 samples were announced, 11 came"),
-            (Source(37, (3, 4, 5), np.float32, damaged), "inputs must be finite; sample 22 has NaN"),
-            (Source.of(expected["test_inputs"][:, :1], expected["test_labels"]), "test_inputs must have"),
+            (Stream.of(expected["test_inputs"], expected["test_labels"] + 1), "labels must be from 0"),
+            (Stream(12, (3, 4, 5), np.float32, test.pieces), "12 samples were announced, 11 came"),
+            (Stream(37, (3, 4, 5), np.float32, damaged), "inputs must be finite; sample 22 has NaN"),
+            (Stream.of(expected["test_inputs"][:, :1], expected["test_labels"]), "test_inputs must have"),
         ):
             with pytest.raises(InputError, match=match):
-                files.write(path, train, wrong, list("abcd"), "somewhere")
+                writing.write(path, train, wrong, list("abcd"), "somewhere")
         with pytest.raises(InputError, match="cannot write"):
-            files.write(shared_tmp / "no" / "data.h5", train, test, list("abcd"), "somewhere")
+            writing.write(shared_tmp / "no" / "data.h5", train, test, list("abcd"), "somewhere")
         assert Path(path).read_bytes() == before
         assert [p.name for p in shared_tmp.iterdir()] == ["data.h5"]
     comm.barrier()
@@ -320,3 +320,12 @@ def test_floats_are_scaled_in_a_copy(comm: MPI.Comm) -> None:
     before = dataset.inputs.copy()
     assert np.array_equal(samples.inputs.numpy(), before / 2)
     assert np.array_equal(dataset.inputs, before)
+
+
+def test_strides_do_not_depend_on_where_samples_come_from() -> None:
+    """Axes of one entry have any, by which torch chooses how to compute, and so how to round."""
+    images = np.arange(2 * 5 * 4, dtype=np.uint8).reshape(2, 5, 4)
+    for inputs in (images[:, None], images.reshape(2, 1, 5, 4), np.broadcast_to(images[:, None], (2, 1, 5, 4))):
+        made = DataSet(inputs, [0, 1], inputs[:1], [0])
+        assert made.inputs.strides == (20, 20, 4, 1) and np.array_equal(made.inputs, inputs)
+    assert files.digits().inputs.strides == (64, 64, 8, 1)

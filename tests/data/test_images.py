@@ -132,11 +132,11 @@ def test_pixels_are_those_of_a_viewer(name: str, tmp_path: Path) -> None:
     (tmp_path / "class").mkdir()
     make(tmp_path / "class" / name)
     ((path, _),) = images.image_folder(tmp_path).files
-    found = images.pixels(path, SIZE, False)
+    found = images.pixels(path, (SIZE, SIZE), False)
     assert (found.shape, found.dtype) == ((3, SIZE, SIZE), np.uint8)
     np.testing.assert_allclose(found.transpose(1, 2, 0).astype(float), expected, rtol=0, atol=tolerance)
     grey = np.asarray(expected, float) @ [0.299, 0.587, 0.114]
-    np.testing.assert_allclose(images.pixels(path, SIZE, True)[0], grey, rtol=0, atol=tolerance + 1)
+    np.testing.assert_allclose(images.pixels(path, (SIZE, SIZE), True)[0], grey, rtol=0, atol=tolerance + 1)
 
 
 def cut(name: str, share: float, **options: Any) -> Callable[[Path], None]:
@@ -194,7 +194,7 @@ def test_what_cannot_be_shown_is_refused_by_name(name: str, tmp_path: Path) -> N
     make, expected = REFUSED[name]
     make(tmp_path / name)
     with pytest.raises(InputError) as caught:
-        images.pixels(tmp_path / name, SIZE, False)
+        images.pixels(tmp_path / name, (SIZE, SIZE), False)
     assert expected in str(caught.value)
     assert str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -203,7 +203,7 @@ def test_what_cannot_be_shown_is_refused_by_name(name: str, tmp_path: Path) -> N
 def test_a_declared_size_that_nothing_holds_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.ppm").write_bytes(b"P6 60000 60000 255\n" + bytes(99))
     with pytest.raises(InputError, match="decompression bomb"):
-        images.pixels(tmp_path / "a.ppm", SIZE, False)
+        images.pixels(tmp_path / "a.ppm", (SIZE, SIZE), False)
 
 
 def test_what_is_no_image_of_a_class_is_passed_over(tmp_path: Path) -> None:

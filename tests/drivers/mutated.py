@@ -50,7 +50,7 @@ def numpy(path: Path) -> None:
 
 def image(path: Path) -> None:
     images.image_folder(path.parents[1])
-    images.pixels(path, 8, False)
+    images.pixels(path, (8, 8), False)
 
 
 def restart(path: Path) -> None:

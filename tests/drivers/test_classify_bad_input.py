@@ -14,7 +14,7 @@ from own_data import BATCHES, USER
 WRONG = {
     "unknown option": ("-batchsize 8", "-batchsize"),
     "option of PINNs": ("-points 100", "-points"),
-    "unknown solver": ("-solver adam", "'adam'"),
+    "unknown solver": ("-solver sgd", "'sgd'"),
     "solver for residuals": ("-solver gauss_newton", "sums of squares"),
     "unknown data": ("-data imagenet", "'imagenet'; there are digits"),
     "missing data file": ("-data nothing.h5", "nothing.h5"),

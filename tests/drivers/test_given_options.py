@@ -79,7 +79,7 @@ def test_a_restart_goes_on_with_the_options_of_its_file(
         ("-seed wide", "option -seed must be an integer, got 'wide' (-seed stands in PETSC_OPTIONS)"),
         ("-tao_max_it 7", "-tao_max_it stands in PETSC_OPTIONS"),
         ("-tao_type lmvm", "ask for two solvers: give one (-tao_type stands in PETSC_OPTIONS)"),
-        ("-sub_tao_type adam", "-sub_tao_type stands in PETSC_OPTIONS"),
+        ("-sub_tao_type sgd", "-sub_tao_type stands in PETSC_OPTIONS"),
     ],
     indirect=["around"],
 )

@@ -225,7 +225,7 @@ WRONG = {
     "batches that grow for a line search": (
         "-data {folder}/train -batch_size 50 -solver lbfgs -batch_growth 2", "trust region",
     ),
-    "unknown solver": ("-data {folder}/train -solver adam", "'adam'"),
+    "unknown solver": ("-data {folder}/train -solver sgd", "'sgd'"),
     "unknown option": ("-data {folder}/train -lamda 1", "-lamda"),
     "option of networks": ("-data {folder}/train -widths 9", "-widths"),
     "single precision": ("-data {folder}/train -dtype float32", "-dtype must be one of float64"),

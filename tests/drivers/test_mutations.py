@@ -22,7 +22,7 @@ from mpi4py import MPI
 from sealing import sealed_anew
 
 import ddml
-from ddml.data import files
+from ddml.data import writing
 from ddml.runs import exported
 
 TIMES = 10 if os.environ.get("DDML_LONG") else 1
@@ -67,8 +67,8 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     run = ddml.open_run(folder / "run.h5")
     exported.save(folder / "net.pt", run, run.network())
     x, y = RNG.integers(0, 256, (12, 5), np.uint8), np.arange(12) % 3
-    source = files.Source.of(x, y)
-    files.write(folder / "data.h5", source, source, list("abc"), "chance")
+    source = writing.Stream.of(x, y)
+    writing.write(folder / "data.h5", source, source, list("abc"), "chance")
     with h5py.File(folder / "packed.h5", "w") as file:
         file.attrs["classes"] = list("abc")
         for t in ("", "test_"):

@@ -177,6 +177,7 @@ KEYS = {
     "apts_data": RADIUS,
     "napts": RADIUS | {"coarse"},
     "gradient": {"step"},
+    "adam": {"count", "behind", "lags"},
     "adagrad": set(),
     "asadagrad": {"local"},
     **dict.fromkeys(("rmtr", "mgopt"), CASCADE | {"growing"}),

@@ -1,0 +1,169 @@
+"""The coherent phase of a run: all networks of tiles and the coarse net, as one network, each where its tile is."""
+
+from __future__ import annotations
+
+from common import training  # first: it initialises PETSc
+
+import math
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from numpy.typing import NDArray
+from torch import nn
+
+from common.start import Start
+from ddml.data.data_set import DataSet
+from ddml.data.sample_sets import TensorSamples
+from ddml.data.scaling import Samples, Scaling
+from ddml.data.tiled import TiledSamples
+from ddml.errors import InputError, RunFileError
+from ddml.losses.branched import BranchedLoss
+from ddml.networks.coherent import Coherent
+from ddml.runs.limits import SIGNAL
+from ddml.runs.run import Run
+from solvers import solver_class
+
+from . import options
+from .coherent import TiledTestSet, coherent_loss, prepared
+from .files import COHERENT, Files
+from .nets import Nets, ended, tile_of
+from .whole import numbers_of
+
+Vector = NDArray[np.float64]
+
+
+class Done(NamedTuple):
+    """What the phase has come to: the parameters of all networks (n,), and the row of the history."""
+
+    theta: Vector
+    row: dict[str, float]
+
+
+class EndToEnd:
+    """The coherent net and its solver, whose options have been read once it is made; everything is collective.
+
+    Attributes
+    ----------
+    words : str
+        How samples are summed.
+    coarse_theta : ndarray
+        Of the coarse net before any training.
+    gained : bool
+        Whether it has been trained any further.
+    """
+
+    def __init__(self, nets: Nets, coarse: nn.Module, settings: Any, limits: Any, comm: MPI.Comm, start: Start) -> None:
+        self.nets, self.comm, self.start, self.gained = nets, comm, start, False
+        self.coarse_theta = numbers_of(coarse)
+        self.flags = [(p, p.requires_grad) for net in (*(m for m, _ in nets.modules), coarse) for p in net.parameters()]
+        self.settings, self.limits = options.coherent(settings, limits)
+        if self.settings.batch_size > nets.source.count:
+            raise InputError(f"option -coherent_batch_size must be at most {nets.source.count}, the samples")
+        modules = [module for module, _ in nets.modules]
+        frozen = [] if settings.freeze is None else [settings.freeze]
+        self.module = prepared(Coherent(modules, coarse, nets.tiles, settings.link), None, frozen)
+        dtype = getattr(torch, settings.dtype)
+        few = [
+            TensorSamples(torch.zeros(2, *s, dtype=dtype), torch.zeros(2, dtype=torch.int64)) for s in nets.tiles.shapes
+        ]
+        tried = self._made(self._loss(few.__getitem__, torch.zeros(2, dtype=torch.int64)), 0)
+        self.words = tried.summation()
+        tried.destroy()
+        self._melt()
+
+    def _melt(self) -> None:
+        """Freeze nothing any more: the modules are those of the local networks, too."""
+        for parameter, flag in self.flags:
+            parameter.requires_grad_(flag)
+
+    def _loss(self, tile: Any, targets: torch.Tensor) -> BranchedLoss:
+        return coherent_loss(self.module, len(self.nets.source.classes), targets, tile, self.comm)
+
+    def _made(self, loss: BranchedLoss, samples: int) -> training.Training:
+        chosen = solver_class(self.settings.solver).decompose(loss, options.COHERENT)
+        return training.Training(
+            self.comm, self.settings, self.start, loss, chosen, 0.0, samples, self.nets.device.vectors,
+            options.COHERENT,
+        )  # fmt: skip
+
+    def train(self, theta: Vector, files: Files, anew: bool, changed: bool) -> Done | None:
+        """Train it from parameters (n,) of all networks on, or from its run file; None where a signal has stopped it.
+
+        Parameters
+        ----------
+        theta
+            Of all networks.
+        files
+            Of the run.
+        anew
+            Whether a run file that is there is of other parameters than these.
+        changed
+            Whether one that has come to its end goes on, as its options are others now.
+
+        Raises
+        ------
+        InputError
+            A loss that is not finite; a run file that cannot be read or written.
+        """
+        frozen = [] if self.settings.freeze is None else [self.settings.freeze]
+        prepared(self.module, torch.from_numpy(theta), frozen)
+        kept, source = dict[int, tuple[DataSet, Scaling]](), self.nets.source
+        dtype, where = getattr(torch, self.settings.dtype), self.nets.device.torch
+
+        def tile(number: int) -> Samples:
+            dataset = tile_of(source, self.nets.tiles, number)
+            kept[number] = dataset, Scaling(dataset, self.settings.scaling, MPI.COMM_SELF)
+            return Samples(dataset.inputs, dataset.labels, kept[number][1], dtype, where)
+
+        loss = self._loss(tile, torch.from_numpy(source.labels))
+        made = self._made(loss, self.settings.batch_size)
+        moving, limits = made.batches(), SimpleNamespace(**vars(self.limits))
+        tests = {
+            i: Samples(found.test_inputs, found.test_labels, scaling, dtype, where)
+            for i, (found, scaling) in kept.items()
+        }
+        measure = TiledTestSet(made.objective, TiledSamples(tests, torch.from_numpy(source.test_labels)))
+        limits.output, before = files.of(COHERENT)
+        limits.restart, limits.overwrite = None if anew else before, True
+        if not limits.error_interval:
+            interval = moving.interval if moving is not None else 1
+            between = 10 * len(source.test_labels) / 3
+            limits.error_interval = interval * math.ceil(between / (interval * made.objective.loss.count))
+        attributes = {
+            "driver": "classify", "problem": "classification", "network": "coherent", "solver": self.settings.solver,
+            "seed": self.settings.seed, "dtype": self.settings.dtype, "tiles": repr(self.nets.tiles), "stopped": "",
+            "summation_blocks": made.blocks, "summation": "tree" if made.blocks else "by ranks",
+        }  # fmt: skip
+        run = Run(
+            made.objective, made.tao, made.x, limits, attributes, measure, moving, "accuracy", solver=made.context,
+            same_samples=self.start.restart.same_samples,
+        )  # fmt: skip
+        if limits.restart is not None and not changed:
+            run.done = run.done or bool(ended(limits.restart, self.comm))
+        finished = run.execute()
+        self.gained = len(run.history) > 0 and run.history.last("iteration") > run.first_iteration
+        if run.failure:
+            raise RunFileError(run.failure)
+        if run.reason == SIGNAL:
+            return None
+        if not finished:
+            raise InputError(f"the coherent net: {run.reason} behind iteration {run.history.last('iteration'):.0f}")
+        found = made.layout.gather(run.last).numpy().copy()
+        row = {"time": run.history.last("time"), "loss": run.history.last("loss"), "work": made.objective.work.total,
+               "work_critical": made.objective.work.critical}  # fmt: skip
+        row |= measure(made.objective.parameters(run.last))
+        whole = theta.copy()
+        cut = len(theta) - len(self.coarse_theta)
+        if len(found) == len(theta):
+            whole = found
+        elif frozen == ["local"]:
+            whole[cut:] = found
+        else:
+            whole[:cut] = found
+        run.last.destroy()
+        made.destroy()
+        self._melt()
+        return Done(whole, row)

@@ -1,7 +1,8 @@
 """Draw run files: python drivers/plot.py run.h5 [more.h5 ...] -o figure.png [-no_maps|-problem file.py:Class|-trust].
 
 Convergence of all runs against work, critical work and time; for a PINN's first run file, unless
--no_maps is given, also the solution, the reference and the error; of a first run file with levels what these took.
+-no_maps is given, also the solution, the reference and the error; of a first run file with levels what these took, and
+of one with tiles how often the network of each is right.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ddml.data.tables import written
 from ddml.errors import InputError
 from ddml.problems import PDELoss
 from ddml.problems.pde.accuracy import reference
-from ddml.runs import figures
+from ddml.runs import figures, tile_figures
 from ddml.runs.opened import OpenedRun, open_run
 from ddml.runs.progress import say
 
@@ -56,6 +57,10 @@ def main(comm: MPI.Comm) -> int:
         target = output.with_name(f"{output.stem}.levels{output.suffix}")
         drawn[target] = figures.new_figure()
         figures.levels(drawn[target], runs[0][1])
+    if opened[0].options.get("tiles", "None") != "None":
+        target = output.with_name(f"{output.stem}.tiles{output.suffix}")
+        drawn[target] = figures.new_figure()
+        tile_figures.local_accuracies(drawn[target], opened[0].local_accuracies())
     if not arguments.no_maps and opened[0].attributes.get("driver") == "pinn":
         loss = opened[0].loss(trust=arguments.trust, problem=arguments.problem, network=arguments.network)
         drawn[output.with_name(f"{output.stem}.maps{output.suffix}")] = maps(opened[0], loss)

@@ -39,6 +39,26 @@ def numbers(text: str, what: str) -> tuple[int, ...]:
     return tuple(int(word) for word in words)
 
 
+def placed(values: Sequence[float], parts: Sequence[int]) -> NDArray[np.float64]:
+    """Numbers of all tiles in their order, as an array of tiles (H, W), or (D, H, W) of volumes.
+
+    ``parts`` are those along each axis, as H x W or H x W x D, or one number for all axes.
+
+    Raises
+    ------
+    ValueError
+        If there are not as many numbers as tiles.
+    """
+    if len(parts) == 1:
+        parts = (*parts, *parts, *parts) if len(values) == parts[0] ** 3 > 1 else (*parts, *parts)
+    return np.array(values, dtype=np.float64).reshape([parts[axis] for axis in _order(WRITTEN[len(parts) + 1])])
+
+
+def _order(written: Sequence[int]) -> list[int]:
+    """For each axis of an array its place where parts are written."""
+    return [written.index(axis) for axis in range(len(written))]
+
+
 class Tiles:
     """A regular split of images (C, H, W) or volumes (C, D, H, W) into tiles, which have all channels.
 
@@ -124,8 +144,7 @@ class Tiles:
 
     def _by_axis(self, written: Sequence[int]) -> list[int]:
         """Numbers in the order of an array's axes."""
-        order = WRITTEN[len(self.shape)]
-        return [written[order.index(axis)] for axis in range(len(order))]
+        return [written[place] for place in _order(WRITTEN[len(self.shape)])]
 
     @property
     def axes(self) -> str:

@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import TYPE_CHECKING
 
+import numpy as np
 from mpi4py import MPI
+from numpy.typing import NDArray
 from torch import Tensor
 
+from ddml.decomposition.tiles import numbers, placed
+from ddml.errors import InputError
 from ddml.layout import ParameterLayout
 from ddml.parameters import parameter_table
 from ddml.problems.classification import Classifier
@@ -105,6 +109,37 @@ class OpenedRun:
             A file that is named by the run file only; another data set.
         """
         return rebuilt.dataset_name(self.path, self.header, rebuilt.Anew(trust, data=data))
+
+    def local_accuracies(self, split: str = "test") -> NDArray[np.float64]:
+        """How often each network of a run with -tiles is right, where its tile is: (H, W) tiles, of volumes (D, H, W).
+
+        Parameters
+        ----------
+        split
+            Of which samples: ``test``, ``train`` or, where there are some, ``held_out``.
+
+        Raises
+        ------
+        InputError
+            A run of an undivided network, or one whose local phase is not finished; a split that there is not.
+        """
+        parts = self.options.get("tiles", "None")
+        if self.attributes.get("driver") != "classify" or parts == "None":
+            raise InputError(f"{self.path} is of no classifier of tiles")
+        x = ParameterLayout(
+            parameter_table([(p.name, p.shape) for p in self.header.parameters]), MPI.COMM_SELF
+        ).vector()
+        try:
+            state, _ = run_file.read(self.path, x)
+        finally:
+            x.destroy()
+        try:
+            return placed([float(net["accuracies"][split]) for net in state["nets"]], numbers(parts, "option -tiles"))
+        except (LookupError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{self.path} has no accuracies of all {parts} local networks for {split} samples: its local phase has "
+                "not come to its end, or those are not there"
+            ) from error
 
     def xarray(self) -> xarray.Dataset:
         """The history as a data set over ``iteration``, the options as its attributes.

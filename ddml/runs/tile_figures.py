@@ -84,7 +84,7 @@ def fusions(
         _line(axes, number, x, 100 * np.asarray(accuracies, dtype=np.float64), name)
     axes.fill_between(x, table[:, 0], table[:, 2], color="0.85", linewidth=0, label="local nets")
     axes.plot(x, table[:, 1], color="0.4", linewidth=1.0, linestyle=":", label="their mean")
-    axes.legend(fontsize=7, frameon=False)
+    _legend(figure, axes)
 
 
 def against_time(figure: Figure, runs: Sequence[tuple[str, ArrayLike, ArrayLike]]) -> None:
@@ -103,11 +103,13 @@ def against_time(figure: Figure, runs: Sequence[tuple[str, ArrayLike, ArrayLike]
         x, y = (np.asarray(values, dtype=np.float64) for values in (seconds, accuracies))
         shown = np.isfinite(y) & (x > 0)
         _line(axes, number, x[shown], 100 * y[shown], name)
-    axes.legend(fontsize=7, frameon=False, loc="lower right")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
+    _legend(figure, axes)
 
 
 def _panel(figure: Figure, along: str) -> Axes:
-    figure.set_size_inches(4.2, 3.0)
+    figure.set_size_inches(5.4, 3.0)
     figure.set_layout_engine("constrained")
     axes = figure.subplots()
     axes.set_xlabel(along)
@@ -117,6 +119,11 @@ def _panel(figure: Figure, along: str) -> Axes:
     axes.spines[["top", "right"]].set_visible(False)
     finish(axes)
     return axes
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Beside the panel."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=7, frameon=False)
 
 
 def _line(axes: Axes, number: int, x: NDArray[np.float64], y: NDArray[np.float64], name: str) -> None:

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import statistics
-import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import classify
 import numpy as np
 import torch
 from mpi4py import MPI
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from tiled import coarse
 from tiled.outputs import TEST, Accuracies, Outputs, accuracies
 
 from ddml.data import files
 from ddml.data.sources import Source
 from ddml.decomposition.tiles import Tiles, numbers
-from ddml.errors import InputError
 from ddml.losses.costs import multiplications
 from ddml.networks import classifiers
 from ddml.networks.coarse import build_coarse
@@ -31,30 +29,10 @@ from ddml.runs import tile_figures
 from ddml.runs.figures import new_figure
 from ddml.runs.history import History
 
-from .tools import LAUNCH, Finished, finished_run
+from .coherent import Joined, coherent
+from .tile_runs import Case, run
 
 KINDS = ("linear", "dense")
-
-
-class Case(NamedTuple):
-    """A split into tiles and its overlap, as options have them."""
-
-    parts: str
-    overlap: str
-
-    @classmethod
-    def parse(cls, text: str) -> Case:
-        """From 4x4:8, say.
-
-        Raises
-        ------
-        InputError
-            For anything else.
-        """
-        parts, colon, overlap = text.partition(":")
-        if not (parts and colon and overlap):
-            raise InputError(f"option -tiles_cases must be splits and overlaps as in 4x4:8,2x2:0; got '{text}'")
-        return cls(parts, overlap)
 
 
 class Divided(NamedTuple):
@@ -90,47 +68,37 @@ def tiles(settings: Any) -> None:
     steps = -(-source.count // settings.tiles_batch)  # an epoch
     rate, local_rate = settings.tiles_rates.split(":")
     print(f"\n## {source!r}; {settings.tiles_epochs} epochs of Adam, rates {rate}, local {local_rate}; medians\n")
-    whole = [_run(settings, steps, seed, "-solver", "adam", "-rate", rate).history for seed in seeds]
+    whole = [run(settings, steps, seed, None, "-solver", "adam", "-rate", rate).history for seed in seeds]
     curve = zip(*_medians(whole), strict=True)
     print("Undivided, by epochs: " + ", ".join(f"{100 * a:.1f} % ({t:.1f} s)" for t, a in curve) + "\n")
     print("Seconds of one core a network. Ratios: the undivided network's seconds, of all epochs and until it is first")
-    print("as good, over those of the slowest local network and the coarse net; and its multiplications over theirs.\n")
-    print(
-        "| tiles, overlap | local networks, mean | average | majority | coarse net | % | slowest local | coarse |",
-        end="",
-    )
-    print(
-        " critical | all epochs | as good | multiplications |\n|---|---|---|---|---|---|---|---|---|---|---|---|",
-        flush=True,
-    )
+    print("as good, over those of the slowest local network and the coarse net; its multiplications over theirs.\n")
+    print("| tiles, overlap | local networks, mean | average | majority | coarse net | % | slowest local |", end="")
+    print(" coarse | critical | all epochs | as good | multiplications |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
     found: dict[Case, list[Divided]] = {}
-    for case in cases:
-        options = ("-tiles", case.parts, "-tile_overlap", case.overlap, "-local_solver", "adam", "-rate", local_rate)
-        runs = [_divided(source, _run(settings, steps, seed, *options).state, seed) for seed in seeds]
-        found[case] = runs
-        for kind in KINDS:
-            print_row(case, kind, runs, whole, _fewer(settings, source, case, kind))
+    with tempfile.TemporaryDirectory() as folder:
+        for case in cases:
+            found[case] = []
+            for seed in seeds:
+                options = (*case.options, "-phase", "local", "-local_solver", "adam", "-rate", local_rate)
+                done = run(settings, steps, seed, case.file(folder, seed), *options)
+                found[case].append(_divided(source, done.state, seed))
+            for kind in KINDS:
+                print_row(case, kind, found[case], whole, _fewer(settings, source, case, kind))
+        joined: dict[str, list[Joined]] = {}
+        if settings.tiles_transfer_epochs:
+            spent = {case: [one.critical(KINDS[0]) for one in runs] for case, runs in found.items()}
+            joined = coherent(settings, steps, seeds, spent, folder)
     if settings.tiles_figures:
-        draw(Path(settings.tiles_figures), found, whole)
-
-
-def _run(settings: Any, steps: int, seed: int, *given: str) -> Finished:
-    """A run of drivers/classify.py on one rank, tested once an epoch."""
-    limits = {"max_it": settings.tiles_epochs * steps, "error_interval": steps, "checkpoint_interval": 0}
-    chosen = {
-        "data": settings.tiles_data, "network": settings.tiles_network, "batch_size": settings.tiles_batch,
-        "batch_steps": 1, "rate_schedule": "cosine", "seed": seed, "progress": "none", **limits,
-    }  # fmt: skip
-    words = [word for name, value in chosen.items() for word in (f"-{name}", str(value))]
-    program = str(Path(classify.__file__))
-    return finished_run([*LAUNCH, "-n", "1", sys.executable, "-m", "mpi4py", program, *words, *given])
+        draw(Path(settings.tiles_figures), found, whole, joined)
 
 
 def _divided(source: Source, state: Mapping[str, Any], seed: int) -> Divided:
     """What a run of local networks has left, with a coarse net of each kind that is trained here."""
     splits = {name: Outputs(state["logits"][name], state["labels"][name]) for name in state["labels"]}
     right, seconds = {}, {}
-    for kind in KINDS:
+    for kind in (KINDS[0], *KINDS):  # the first one warms up
         chosen = {o.name: o.default for o in coarse.OPTIONS} | {"coarse_net": kind, "seed": seed, "dtype": "float32"}
         begin = time.perf_counter()
         net = coarse.train(SimpleNamespace(**chosen), splits, source.classes, MPI.COMM_SELF)
@@ -142,9 +110,7 @@ def _divided(source: Source, state: Mapping[str, Any], seed: int) -> Divided:
 
 def _fewer(settings: Any, source: Source, case: Case, kind: str) -> float:
     """Multiplications of a pass through the undivided network over those of the largest local one and a coarse net."""
-    chosen = SimpleNamespace(
-        **{o.name: o.default for o in (*classifiers.OPTIONS, *coarse.OPTIONS)},
-    )
+    chosen = SimpleNamespace(**{o.name: o.default for o in (*classifiers.OPTIONS, *coarse.OPTIONS)})
     chosen.network, chosen.seed, chosen.dtype, chosen.coarse_net = settings.tiles_network, 0, "float32", kind
     made = Tiles(source.shape, numbers(case.parts, "tiles"), numbers(case.overlap, "overlap"))
     classes = len(source.classes)
@@ -168,7 +134,7 @@ def print_row(case: Case, kind: str, runs: Sequence[Divided], whole: Sequence[Hi
         statistics.median(of(run) for run in runs) for of in (lambda r: max(r.local), lambda r: r.behind[kind])
     )
     print(
-        f"| {case.parts}, {case.overlap} | {100 * np.median(local.min(1)):.1f} to {100 * np.median(local.max(1)):.1f}, "
+        f"| {case} | {100 * np.median(local.min(1)):.1f} to {100 * np.median(local.max(1)):.1f}, "
         f"{100 * np.median(local.mean(1)):.1f} | {fused[0]:.1f} | {fused[1]:.1f} | {kind} | {100 * right:.1f} | "
         f"{slowest:.1f} | {behind:.2f} | {critical:.1f} | {schedule / critical:.1f} | "
         f"{f'{good / critical:.1f}' if good < np.inf else 'never'} | {fewer:.0f} |",
@@ -176,34 +142,40 @@ def print_row(case: Case, kind: str, runs: Sequence[Divided], whole: Sequence[Hi
     )
 
 
-def draw(folder: Path, found: Mapping[Case, Sequence[Divided]], whole: Sequence[History]) -> None:
+def draw(
+    folder: Path,
+    found: Mapping[Case, Sequence[Divided]],
+    whole: Sequence[History],
+    joined: Mapping[str, Sequence[Joined]],
+) -> None:
     """Figures: fusions against the overlap, of the first split, and all against the critical time."""
-    best = float(np.median([np.nanmax(history["accuracy"]) for history in whole]))
+
+    def median(runs: Sequence[Divided], of: Callable[[Divided], float]) -> float:
+        return statistics.median(map(of, runs))
+
     parts = next(iter(found)).parts
-    same = {case: runs for case, runs in found.items() if case.parts == parts}
+    same = {int(case.overlap.partition("x")[0]): runs for case, runs in found.items() if case.parts == parts}
     fused = {
-        **{
-            name: [np.median([getattr(r.measured[TEST], name) for r in runs]) for runs in same.values()]
-            for name in FUSIONS
-        },
-        **{
-            f"coarse net, {kind}": [np.median([r.coarse[kind] for r in runs]) for runs in same.values()]
-            for kind in KINDS
-        },
+        name: [median(runs, lambda r, n=name: getattr(r.measured[TEST], n)) for runs in same.values()]
+        for name in FUSIONS
     }
+    for kind in KINDS:
+        fused[f"coarse net, {kind}"] = [median(runs, lambda r, k=kind: r.coarse[k]) for runs in same.values()]
     local = [np.median([_range(r.measured[TEST].local) for r in runs], axis=0) for runs in same.values()]
-    drawn = new_figure(), new_figure()
-    overlaps = [int(case.overlap.partition("x")[0]) for case in same]
-    tile_figures.fusions(drawn[0], overlaps, fused, local, best)
-    seconds, right = _medians(whole)
-    points = [
-        (f"{case.parts} tiles, {case.overlap}, {KINDS[0]}", [np.median([r.critical(KINDS[0]) for r in runs])],
-         [np.median([r.coarse[KINDS[0]] for r in runs])])
-        for case, runs in found.items()
-    ]  # fmt: skip
-    tile_figures.against_time(drawn[1], [("undivided", seconds, right), *points])
+    best = statistics.median(float(np.nanmax(history["accuracy"])) for history in whole)
+    lines: list[tuple[str, ArrayLike, ArrayLike]] = [("undivided", *_medians(whole))]
+    for case, runs in found.items():
+        seconds, right = median(runs, lambda r: r.critical(KINDS[0])), median(runs, lambda r: r.coarse[KINDS[0]])
+        lines.append((f"tiles {case}", [seconds], [right]))
+    for name, each in joined.items():
+        lines.append((name, *np.median([(run.critical, run.accuracies) for run in each], axis=0)))
     folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in zip(("fusions", "time"), drawn, strict=True):
+    for name in ("fusions", "time"):
+        figure = new_figure()
+        if name == "fusions":
+            tile_figures.fusions(figure, list(same), fused, local, best)
+        else:
+            tile_figures.against_time(figure, lines)
         figure.savefig(folder / f"tiles_{name}.png")
         print(f"wrote {folder / f'tiles_{name}.png'}")
 

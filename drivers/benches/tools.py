@@ -18,6 +18,7 @@ from mpi4py import MPI
 from petsc4py import PETSc
 from torch import Tensor
 
+from ddml.errors import InputError
 from ddml.runs import run_file
 from ddml.runs.history import History
 from ddml.losses.restricted import RestrictedLoss
@@ -97,19 +98,31 @@ class Finished(NamedTuple):
         return self.state["solver"] or {}
 
 
-def finished_run(command: Sequence[str]) -> Finished:
-    """Run a driver on one rank or several; the vectors of the state are destroyed."""
+def finished_run(command: Sequence[str], output: str | None = None) -> Finished:
+    """Run a driver, on one rank or several; its run file stays where an output is given.
+
+    Raises
+    ------
+    InputError
+        What it says where it fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        file = f"{folder}/run.h5"
-        done = subprocess.run(
-            [*command, "-output", file], check=True, env=without_mpi(), capture_output=True, text=True
-        )
-        size = run_file.inspect(file, MPI.COMM_SELF).size
-        vec = PETSc.Vec().createSeq(size, comm=MPI.COMM_SELF)
-        state, history = run_file.read(file, vec)
-        for each in (vec, *vectors_in(state, "state", vec).values()):
-            each.destroy()
-    return Finished(history, size, done.stdout, state)
+        file = output or f"{folder}/run.h5"
+        done = subprocess.run([*command, "-output", file], env=without_mpi(), capture_output=True, text=True)
+        if done.returncode:
+            said = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or [done.stderr]
+            raise InputError(f"{' '.join(command)} fails: {said[0].removeprefix('error: ')}")
+        return left_in(file, done.stdout)
+
+
+def left_in(file: str, text: str = "") -> Finished:
+    """What a run file holds; the vectors of the state are destroyed."""
+    size = run_file.inspect(file, MPI.COMM_SELF).size
+    vec = PETSc.Vec().createSeq(size, comm=MPI.COMM_SELF)
+    state, history = run_file.read(file, vec)
+    for each in (vec, *vectors_in(state, "state", vec).values()):
+        each.destroy()
+    return Finished(history, size, text, state)
 
 
 class Outcome(NamedTuple):

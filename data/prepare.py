@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from ddml.data import arrays as numpy_files
 from ddml.data import images, parting
 from ddml.data import volumes as volume_files
-from ddml.data.data_set import row_pieces, untrained
+from ddml.data.data_set import untrained
+from ddml.data.parting import Part
 from ddml.data.unpacking import SUFFIXES, Unpacked, check_unpacked, opened
 from ddml.data.writing import Stream, write
 from ddml.errors import InputError, printable
@@ -36,28 +37,8 @@ from ddml.regular import check_target
 Array = NDArray[Any]
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 LISTED = 5  # names that a note shows (our choice)
+PIXELS = 1 << 30  # that a sample may be given (our choice)
 CHANNELS = 4  # of images; more of them are likely the slices of a volume (our choice)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Samples to train on or to test with: their labels (N,), and what gives those of some numbers."""
-
-    labels: Array
-    stream: Callable[[Array], Stream]
-
-    @classmethod
-    def of(cls, inputs: Array, labels: Array) -> Part:
-        """What is in memory."""
-
-        def stream(rows: Array) -> Stream:
-            def pieces() -> Iterator[tuple[Array, Array]]:
-                for begin, end in row_pieces(inputs, 0, len(rows)):
-                    yield inputs[rows[begin:end]], labels[rows[begin:end]]
-
-            return Stream(len(rows), inputs.shape[1:], inputs.dtype, pieces)
-
-        return cls(labels, stream)
 
 
 def files_like(folder: Path, pattern: str) -> list[Path]:
@@ -173,7 +154,9 @@ def arrays(arguments: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"{arguments.output} is one of the files to read: give another one by -o")
     loaded = [numpy_files.load(path, names) for path in paths]
     if len(paths) not in (1, 2) or any(("" in arrays) != (len(paths) == 2) for arrays in loaded):
-        raise InputError("arrays must be one .npz or .h5 file with inputs and labels, or two .npy files, inputs first")
+        raise InputError(
+            "arrays must be one .npz file or one of HDF5 with inputs and labels, or two .npy files, inputs first"
+        )
     found = loaded[0] if len(paths) == 1 else {name: one[""] for name, one in zip(names, loaded, strict=False)}
     if {"inputs", "labels"} - set(found) or ("test_inputs" in found) != ("test_labels" in found):
         raise InputError(f"{paths[0]} must hold inputs and labels, and both test_inputs and test_labels or neither")
@@ -185,7 +168,7 @@ def arrays(arguments: argparse.Namespace) -> dict[str, Any]:
             raise InputError(f"-add_channel is for inputs (N, H, W) or (N, D, H, W), got {inputs[0].shape}")
         inputs = [x[:, None] for x in inputs]
     elif inputs[0].ndim == 4 and inputs[0].shape[1] > CHANNELS:
-        notes.append(f"inputs are images of {inputs[0].shape[1]} channels; -add_channel makes volumes of one of them")
+        notes.append(f"inputs are images of {inputs[0].shape[1]} channels; -add_channel makes volumes of them")
     for t, x, column in zip(kinds, inputs, numbers, strict=True):
         if len(column) != (x.shape or (0,))[0]:
             raise InputError(f"{t}inputs has the shape {x.shape}, but there are {len(column)} {t}labels")
@@ -212,7 +195,9 @@ def volumes(arguments: argparse.Namespace) -> dict[str, Any]:
     size = sides(arguments.size, "HWD", 3)
     size = size and (size[2], *size[:2])
     paths, words = volume_files.table(arguments.table)
-    words = words.astype(int) if all(word.lstrip("-").isdecimal() for word in words) else words
+    if any(arguments.output.resolve() == path.resolve() for path in (arguments.table, *paths)):
+        raise InputError(f"{arguments.output} is one of the files to read: give another one by -o")
+    words = words.astype(int) if all(re.fullmatch("-?[0-9]{1,18}", word) for word in words) else words
     (numbers,), classes, notes = numpy_files.classes_of(("label", words))
     first = volume_files.volume(paths[0])
     shape = (len(first), *size) if size else first.shape
@@ -246,12 +231,13 @@ def volumes(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def sides(text: str | None, axes: str, count: int) -> tuple[int, ...] | None:
     """Pixels along each axis, of one number or of one for each as in 96x84."""
-    words = [] if text is None else text.split("x")
-    if text is not None and (
-        len(words) not in (1, count) or not all(w.isdecimal() and 0 < int(w) < 1 << 16 for w in words)
-    ):
-        raise InputError(f"-size must be 1 or more, one number or {'x'.join(axes)}, got {text}")
-    return tuple(int(w) for w in words * (count // len(words))) if words else None
+    if text is None:
+        return None
+    words = text.split("x")
+    found = [int(word) if re.fullmatch("[0-9]{1,5}", word) else 0 for word in words] * (count if len(words) == 1 else 1)
+    if len(found) != count or not 0 < math.prod(found) <= PIXELS:
+        raise InputError(f"-size must be 1 or more, one number or {'x'.join(axes)}, of {PIXELS} in all; got {text}")
+    return tuple(found)
 
 
 def listed(names: Sequence[str]) -> str:

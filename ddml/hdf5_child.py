@@ -28,7 +28,7 @@ import h5py  # noqa: E402
 DEPTH = 64  # groups inside each other (our choice)
 FILTERS = frozenset((h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF))
 SIMPLE = {h5py.h5z.FILTER_DEFLATE: "gzip", h5py.h5z.FILTER_SHUFFLE: "shuffle"}  # that ddml.blocks undoes
-LISTED = 2048  # chunks whose places are told: to find one takes a look at all of them (measured, our choice)
+LISTED = 1024  # chunks whose places are told: to find one takes a look at all of them (measured, our choice)
 PIECE = 16 << 20  # bytes that are passed on at a time (our choice)
 
 

@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 #
 #               one rank             two ranks           three ranks
 # make check    all but long; STARTS -                   SAMPLE
-# make test     all but long         those marked ranks  all but long, SERIAL and what BY_NAME and ENDS leave out
+# make test     all but long         ranks, their ends   all but long, SERIAL and what BY_NAME and ENDS leave out
 # make test-long  all                all but SERIAL      all but SERIAL
 #
 # --suite chooses the row (long where DDML_LONG is set), mpiexec the column. Tests marked long are skipped elsewhere.
@@ -38,6 +38,7 @@ SUITES = ("check", "test", "long")
 # What knows nothing of ranks, or starts programs of its own: on one rank only. A folder, a file, or a test of a file.
 SERIAL = (
     *("jets", "networks", "data/test_samples.py", "linalg/test_polar.py", "norms/test_modular.py"),
+    "losses/test_branched.py",
     *("losses/test_kronecker.py", "losses/test_loss.py", "losses/test_module_factors.py"),
     *("losses/test_module_refusals.py", "losses/test_pde_modules.py", "losses/test_restrictions.py"),
     *("losses/test_recorded.py", "objectives/test_waiting.py", "drivers/test_gpu.py"),
@@ -58,6 +59,8 @@ SERIAL = (
     "solvers/test_spqn.py::test_a_subdomain_whose_gradient_is_at_rounding_stays_where_it_is",
     "solvers/test_trust_ends.py::test_a_run_at_rounding_has_converged",
     "solvers/test_trust_region.py::test_monotone_methods_never_increase_the_loss",
+    "solvers/test_napts.py::test_combined_corrections_promise_no_less_and_save_the_global_step",
+    "data/test_data.py::test_damage_by_chance_is_noticed_or_is_one_of_numbers",
 )
 
 # On several ranks, of these, only the tests that have "ranks" in their names: those claim something of them.
@@ -73,16 +76,18 @@ BY_NAME = (
     # test_curvature_fraction.py, of models of the Hessian test_the_trajectory_is_that_on_one_rank
     *(f"drivers/test_scaled.py::test_{name}" for name in ("problems_in_users", "a_long_time", "a_run_that_stalls")),
     "objectives/test_composed_solvers.py::test_local_curvature_may_be_that_of_some_of_the_samples",
+    "problems/test_problems.py::test_users_problem_is_solved",
     *(f"solvers/test_trust_models.py::test_{name}" for name in ("hessian_products", "gauss_newton_products")),
     # what each rank does alone
     "losses/test_modules.py::test_derivatives_are_those_by_hand",
     "solvers/test_napts.py::test_the_coarse_problem",
 )
 
-# On several ranks, of the many cases of these tests, the first and the last one: whole runs of the same solvers and
-# settings have the bits of one rank there, also through a restart, by tests that stay (test_classifying.py,
-# test_the_trajectory_is_that_on_one_rank, test_with_blocks_a_run_has_the_same_bits_on_any_number_of_ranks,
-# test_a_run_file_goes_on_on_another_number_of_ranks), and so what one rank computes is what is compared on one.
+# On three ranks, of the many cases of these tests, the first and the last one, as on two of all tests: whole runs of
+# the same solvers and settings have the bits of one rank there, also through a restart, by tests that stay
+# (test_classifying.py, test_the_trajectory_is_that_on_one_rank,
+# test_with_blocks_a_run_has_the_same_bits_on_any_number_of_ranks, test_a_run_file_goes_on_on_another_number_of_ranks),
+# and so what one rank computes is what is compared on one.
 ENDS = (
     *(f"solvers/test_{name}.py::test_a_resumed_run_goes_on_to_the_last_bit"
       for name in ("apts", "gauss_newton", "napts", "self_scaled", "spqn", "trust_region")),
@@ -94,6 +99,7 @@ ENDS = (
     "objectives/test_composed.py::test_residuals_are_those_of_the_composition",
     "losses/test_modules.py::test_training_moves_what_is_trained_only",
     "solvers/test_minimisation.py::test_a_module_is_trained",
+    "drivers/test_interruptions.py::test_a_run_goes_on_to_a_checkpoint_that_can_be_written",
 )  # fmt: skip
 
 # make check: a solver of each family on three ranks, and through a restart
@@ -118,10 +124,7 @@ STARTS = (
 )
 
 # long enough to be left out of make check
-LENGTHY = (
-    *("objectives/test_composed.py::test_compositions_are_what_they_say", "problems/test_references.py"),
-    "test_environment.py::test_what_the_interpreter_brings_stays",
-)
+LENGTHY = ("objectives/test_composed.py::test_compositions_are_what_they_say", "problems/test_references.py")
 
 HERE = Path(__file__).parent
 
@@ -158,7 +161,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         tests: dict[str, list[pytest.Item]] = {}
         for item in chosen:
             tests.setdefault(f"{item.path.relative_to(HERE)}::{item.name.partition('[')[0]}", []).append(item)
-        inner = {item for name, cases in tests.items() if name.startswith(ENDS) for item in cases[1:-1]}
+        ends = ENDS if size > 2 else ""
+        inner = {item for name, cases in tests.items() if name.startswith(ends) for item in cases[1:-1]}
         chosen = [item for item in chosen if item not in inner]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
     items[:] = chosen

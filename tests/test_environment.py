@@ -69,6 +69,7 @@ def refusal(tree: Path, python: Path, **settings: str) -> str:
     return line
 
 
+@pytest.mark.long
 def test_what_the_interpreter_brings_stays(tree, tmp_path):
     python, packages = interpreter(tmp_path / "given", without=("numpy",))
     pip = ["-m", "pip", "-q", "-q", "--disable-pip-version-check"]

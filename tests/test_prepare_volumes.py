@@ -59,7 +59,7 @@ def test_arrays_of_volumes(tmp_path: Path, shape: tuple[int, ...], kind: str) ->
 def test_slices_that_may_be_channels_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(tmp_path / "a.npz", inputs=np.ones((20, 16, 8, 8)), labels=LABELS)
     assert made(tmp_path / "a.h5", "arrays", tmp_path / "a.npz").shape == (16, 8, 8)
-    assert "note: inputs are images of 16 channels; -add_channel makes volumes of one" in capsys.readouterr().out
+    assert "note: inputs are images of 16 channels; -add_channel makes volumes of them" in capsys.readouterr().out
     for shape in ((20, 3), (20, 1, 4, 4, 4)):
         np.savez(tmp_path / "a.npz", inputs=np.ones(shape), labels=LABELS)
         line = refused(capsys, tmp_path / "a.h5", "arrays", tmp_path / "a.npz", "-add_channel")
@@ -67,7 +67,8 @@ def test_slices_that_may_be_channels_are_noted(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_arrays_of_volumes_of_several_sizes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    of_any_size = np.array([np.ones((4, 4, 4 + i % 2)) for i in range(20)], dtype=object)
+    of_any_size = np.empty(20, dtype=object)
+    of_any_size[:] = [np.ones((4, 4, 4 + i % 2)) for i in range(20)]
     np.savez(tmp_path / "a.npz", inputs=of_any_size, labels=LABELS)
     assert "Python objects" in refused(capsys, tmp_path / "a.h5", "arrays", tmp_path / "a.npz")
     with h5py.File(tmp_path / "b.h5", "w") as file:
@@ -115,8 +116,24 @@ def test_volumes_of_several_sizes_are_given_one(tmp_path: Path, capsys: pytest.C
     assert constant.shape == (1, 6, 5, 4) and np.allclose(constant, 7)
     ramp = volumes.resized(np.arange(8.0).reshape(1, 8, 1, 1), (4, 1, 1))
     assert np.allclose(ramp[0, :, 0, 0], [0.5, 2.5, 4.5, 6.5])
-    for size in ("0", "3x4", "3x4x5x6", "axb", "-3", "1e3", "12x10x"):
+    for size in ("0", "3x4", "3x4x5x6", "axb", "-3", "1e3", "12x10x", "9" * 5000, "2000", "99999x1x99999"):
         assert "-size must be 1 or more" in refused(capsys, tmp_path / "a.h5", "volumes", table, f"-size={size}")
+
+
+@pytest.mark.parametrize("labels", ["--3,4", "-1,7", "9999999999999999999999,1", "1.5,2", "1-2,3"])
+def test_labels_of_volumes_are_integers_or_words(tmp_path: Path, labels: str) -> None:
+    table = write_table(tmp_path, [(2, 3, 3)] * 6)
+    text = table.read_text()
+    for old, new in zip(("ill", "well"), labels.split(","), strict=True):
+        text = text.replace(old, new)
+    table.write_text(text)
+    assert set(made(tmp_path / "a.h5", "volumes", table, "-test_fraction", 0.34).classes) == set(labels.split(","))
+
+
+def test_what_is_read_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = write_table(tmp_path, [(2, 3, 3)] * 6)
+    for name in ("scans.csv", "3.npy"):
+        assert "is one of the files to read" in refused(capsys, tmp_path / name, "volumes", table)
 
 
 NAN = np.ones((4, 6, 5))

@@ -24,7 +24,7 @@ its own share of a batch and no more, becomes numbers of the network's precision
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 from mpi4py import MPI
@@ -104,7 +104,7 @@ class DataSet:
         return tuple(str(i) for i in range(largest + 1))
 
     def __repr__(self) -> str:
-        return described(self)
+        return described(self.origin, self.arrays(), self.shape, len(self.classes))
 
     @property
     def count(self) -> int:
@@ -151,24 +151,14 @@ class DataSet:
         self._windows = []
 
 
-class Counted(Protocol):
-    """What :func:`described` asks for."""
+def described(origin: str, labels: Mapping[str, Array], shape: Sequence[int], classes: int) -> str:
+    """A data set in a line: where it comes from, and how many samples there are of which shape and how many classes.
 
-    origin: str
-    labels: Array
-    test_labels: Array
-    held_labels: Array | None
-    classes: tuple[str, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
-def described(data: Counted) -> str:
-    """A data set in a line: where it comes from, and how many samples of which shape and classes there are."""
-    held = "" if data.held_labels is None else f" + {len(data.held_labels)} held out"
-    shape, counts = "x".join(map(str, data.shape)), f"{len(data.labels)} + {len(data.test_labels)}{held}"
-    return f"{data.origin or 'data'}: {counts} samples {shape}, {len(data.classes)} classes"
+    ``labels`` are arrays by their names in a data file, of which those of labels are counted.
+    """
+    counts = " + ".join(str(len(array)) for name, array in labels.items() if name.endswith("labels"))
+    held = " held out" if "held_labels" in labels else ""
+    return f"{origin or 'data'}: {counts}{held} samples {'x'.join(map(str, shape))}, {classes} classes"
 
 
 def untrained(labels: Any, classes: Sequence[str]) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,39 @@ from numpy.typing import NDArray
 
 from ddml.errors import InputError
 
+from .data_set import Array, row_pieces
+from .writing import Stream
+
 Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples to train on, or to test with, some of which are to be written.
+
+    Attributes
+    ----------
+    labels : ndarray, shape (N,)
+        Their classes, from 0.
+    stream : callable
+        From their numbers to a :class:`ddml.data.writing.Stream` of them.
+    """
+
+    labels: Array
+    stream: Callable[[Rows], Stream]
+
+    @classmethod
+    def of(cls, inputs: Array, labels: Array) -> Part:
+        """What is in memory."""
+
+        def stream(rows: Rows) -> Stream:
+            def pieces() -> Iterator[tuple[Array, Array]]:
+                for begin, end in row_pieces(inputs, 0, len(rows)):
+                    yield inputs[rows[begin:end]], labels[rows[begin:end]]
+
+            return Stream(len(rows), inputs.shape[1:], inputs.dtype, pieces)
+
+        return cls(labels, stream)
 
 
 def cut(count: int, fraction: float, seed: int) -> tuple[Rows, Rows]:

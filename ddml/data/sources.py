@@ -43,7 +43,7 @@ class Source(ABC):
         self.held_labels = labels.get("held_labels")
 
     def __repr__(self) -> str:
-        return described(self)
+        return described(self.origin, self._labels, self.shape, len(self.classes))
 
     @property
     def count(self) -> int:

@@ -66,8 +66,9 @@ def chunk(count: int, shape: Sequence[int], itemsize: int) -> tuple[int, ...] | 
     sides = [-(-n // SHARES) for n in shape[1:]]
     across = math.prod(-(-n // side) for n, side in zip(shape[1:], sides, strict=True))
     size = shape[0] * math.prod(sides) * itemsize
-    rows = min(max(CHUNK // size, -(-count * across // MOST)), LARGEST // size, count)
-    return max(rows, 1), shape[0], *sides
+    rows = max(min(max(CHUNK // size, -(-count * across // MOST)), LARGEST // size, count), 1)
+    rows = -(-count // -(-count // rows))  # as even as can be: the last chunk is stored whole
+    return rows, shape[0], *sides
 
 
 def write(

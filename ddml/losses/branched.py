@@ -147,7 +147,7 @@ class BranchedLoss(SampledLoss):
         if missing:
             raise InputError(
                 f"this rank has the samples of tiles {sorted(self.samples.tiles)} only, and not of {missing}: "
-                "subdomains must be single networks, treated side by side"
+                "subdomains must be the single networks"
             )
 
     def _inputs(self, net: int) -> Iterator[Tensor]:

@@ -137,6 +137,7 @@ class BranchedObjective(Objective):
         with agreed(self.comm):
             loss.check_tiles(self.mine)
         self._known: list[tuple[BranchedLoss, NDArray[np.float64], Tensor]] = []
+        self._still: tuple[BranchedLoss, Tensor] | None = None  # outputs of networks that are frozen
 
     # Evaluations -----------------------------------------------------------------------------------------------------
 
@@ -170,7 +171,7 @@ class BranchedObjective(Objective):
     def _evaluate(self, x: PETSc.Vec) -> tuple[float, NDArray[Any]]:
         """The loss at x, and what this rank owns of its gradient, in the loss's precision."""
         self._charge(gradient=True)
-        back: dict[int, list[Adding]] = {i: [] for i in self.mine}
+        back: dict[int, list[Adding]] = {}
 
         def outputs(net: int, theta: Tensor) -> Tensor:
             found = [part.linearised(net, theta) for part in self._parts]
@@ -183,10 +184,16 @@ class BranchedObjective(Objective):
         for number, (part, at) in enumerate(self._by_parts(logits)):
             value, adjoints = part.gradient_behind(theta, at, gradient)
             values.append(value)
-            for net in self.mine:
-                back[net][number](adjoints[net], gradient)
+            for net, adding in back.items():
+                adding[number](adjoints[net], gradient)
         owned = slice(*self.layout.ranges[self.comm.rank : self.comm.rank + 2])
         return self._agreed(values), gradient[owned].cpu().numpy()
+
+    def _multiply(self, *_: Any) -> None:
+        raise InputError(
+            "networks of tiles that are dealt over the ranks have no Hessian or Gauss-Newton products: choose a solver "
+            "that needs none"
+        )
 
     def settle(self, x: PETSc.Vec, theta: Tensor, logits: Tensor) -> None:
         """What is done at x between the networks, which give these (N, S, K), and the coarse net. Collective.
@@ -230,26 +237,30 @@ class BranchedObjective(Objective):
         begin, end = ranges[self.comm.rank], ranges[self.comm.rank + 1]
         theta = torch.zeros(loss.size, dtype=loss.dtype, device=loss.device)
         theta[begin:end] = entries(x).to(theta)
-        found = [outputs(i, theta) for i in self.mine]
+        still = None if self._still is None or self._still[0] is not loss else self._still[1]
+        told = [[i for i in nets if still is None or loss.branches.nets[i]] for nets in self.owned]
+        found = [outputs(i, theta) for i in told[self.comm.rank]]
         size, place = loss.count * loss.classes, loss.coarse.place
         shares = [slice(a, b) for a, b in pairwise(np.clip(ranges, place.start, place.stop).tolist())]
         stopped = theta.new_tensor([float(self.stop is not None and self.stop.due)])
         given = torch.cat([stopped, *(o.reshape(-1) for o in found), theta[shares[self.comm.rank]]]).cpu().numpy()
-        counts = [1 + len(nets) * size + s.stop - s.start for nets, s in zip(self.owned, shares, strict=True)]
+        counts = [1 + len(nets) * size + s.stop - s.start for nets, s in zip(told, shares, strict=True)]
         received = np.empty(sum(counts), given.dtype)
         kind = MPI.FLOAT if given.dtype == np.float32 else MPI.DOUBLE
         self.comm.Allgatherv([given, kind], [received, counts, np.cumsum([0, *counts[:-1]]), kind])
-        logits = torch.empty(len(loss.nets), loss.count, loss.classes, dtype=loss.dtype)
+        shape = len(loss.nets), loss.count, loss.classes
+        logits = torch.empty(shape, dtype=loss.dtype) if still is None else still.cpu().clone()
         requests = []
-        for nets, share, piece in zip(self.owned, shares, np.split(received, np.cumsum(counts)[:-1]), strict=True):
-            told = torch.from_numpy(piece)
-            requests.append(float(told[0]))
+        for nets, share, piece in zip(told, shares, np.split(received, np.cumsum(counts)[:-1]), strict=True):
+            numbers = torch.from_numpy(piece)
+            requests.append(float(numbers[0]))
             for k, net in enumerate(nets):
-                logits[net] = told[1 + k * size : 1 + (k + 1) * size].view(loss.count, loss.classes)
-            theta[share] = told[1 + len(nets) * size :].to(theta.device)
+                logits[net] = numbers[1 + k * size : 1 + (k + 1) * size].view(loss.count, loss.classes)
+            theta[share] = numbers[1 + len(nets) * size :].to(theta.device)
         if any(requests):
             raise Interrupted
         logits = logits.to(loss.device)
+        self._still = loss, logits
         self._known = [(loss, x.array_r.copy(), logits), *self._known][:REMEMBERED]
         return theta, logits
 

@@ -160,7 +160,8 @@ class Schwarz(Owner):
     parallel
         True for :meth:`additive`: groups of ranks treat subdomains side by side, or all ranks one after another where
         the loss is not divisible. False for
-        :meth:`multiplicative`: all ranks treat one subdomain after another.
+        :meth:`multiplicative`: all ranks treat one subdomain after another, or where networks are dealt over the ranks
+        those that have it.
     prefix
         Of the local solvers' options.
     steps
@@ -201,8 +202,9 @@ class Schwarz(Owner):
         self._local_event = PETSc.Log.Event("ddml local")
         self._exchange_event = PETSc.Log.Event("ddml exchange")
         with self.building():
-            apart = parallel and objective.loss.divisible
-            self.decomposition = self.own(Decomposition(subdomains, objective.layout, apart))
+            # tiles are on the ranks of their networks only
+            self.apart = (parallel and objective.loss.divisible) or isinstance(objective, BranchedObjective)
+            self.decomposition = self.own(Decomposition(subdomains, objective.layout, self.apart))
             with agreed(objective.comm), understood():
                 self.restricted = self._restrict()
                 for restricted_objective in self.restricted.values():
@@ -278,23 +280,28 @@ class Schwarz(Owner):
         """
         self._follow()
         known: tuple[float, NDArray[np.float64]] | None = None
-        for s, local in self.local.items():
-            sub, last = self.restricted[s], s + 1 == len(self.x)
+        for s in range(len(self.x)):
+            sub, local, last = self.restricted.get(s), self.local.get(s), s + 1 == len(self.x)
             with self._exchange_event:
                 if s == 0:
                     self._load(s, g, lambda local: local.g)
                 self._load(s, x, lambda local: local.x)
-                sub.freeze(*self._frozen_at(x, self.layers[s - 1] if s else frozenset()))
-            if s == 0:
-                sub.know(local.x, f, local.g)
-            elif known is not None:
-                local.g.array[:] = known[1][self.decomposition.local_range(s)]
-                sub.know(local.x, known[0], local.g)
+                frozen = self._frozen_at(x, self.layers[s - 1] if s else frozenset())
             with self._local_event, self._stopping(), agreed(self.objective.comm):
-                local.solve(frozenset() if last else self.layers[s + 1])
+                if sub is not None and local is not None:
+                    sub.freeze(*frozen)
+                    if s == 0:
+                        sub.know(local.x, f, local.g)
+                    elif known is not None:
+                        local.g.array[:] = known[1][self.decomposition.local_range(s)]
+                        sub.know(local.x, known[0], local.g)
+                    local.solve(frozenset() if last or self.apart else self.layers[s + 1])
             with self._exchange_event:
-                known = None if last else sub.also_gradient(local.x, self.decomposition.subdomains.ranges[s + 1])
-                sub.release()
+                known = None
+                if sub is not None and local is not None:
+                    if not (last or self.apart):
+                        known = sub.also_gradient(local.x, self.decomposition.subdomains.ranges[s + 1])
+                    sub.release()
                 self._count([s])
                 self._subtract(s, self.x[s])
                 self.decomposition.R[s].multTransposeAdd(self.x[s], x, x)
@@ -333,10 +340,11 @@ class Schwarz(Owner):
     def _count(self, subdomains: list[int]) -> None:
         """Charge the local work to the objective."""
         leads = self.decomposition.group.rank == 0
-        gathered = self.objective.comm.allgather({s: self.restricted[s].work for s in subdomains if leads})
+        here = {s: self.restricted[s].work for s in subdomains if s in self.restricted}
+        gathered = self.objective.comm.allgather(here if leads else {})
         self.objective.work.add_parallel([work for works in gathered for work in works.values()])
-        for s in subdomains:
-            self.restricted[s].work.reset()  # objectives that were made of it charge the same counter
+        for work in here.values():
+            work.reset()  # objectives that were made of it charge the same counter
 
     @property
     def types(self) -> frozenset[str]:

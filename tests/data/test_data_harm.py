@@ -136,6 +136,18 @@ def test_all_ranks_refuse_them_together(comm: MPI.Comm, shared_tmp: Path, name: 
     test_files_made_to_harm_are_refused(comm, shared_tmp, name)
 
 
+@pytest.mark.parametrize(
+    "name", ["external bytes", "an external link", "a virtual dataset", "512 MB in 512 kB", "1e9 samples"]
+)
+def test_tiles_of_them_are_refused_as_well(tmp_path: Path, name: str) -> None:
+    change, expected = HARM[name]
+    write(tmp_path / "data.h5")
+    with h5py.File(tmp_path / "data.h5", "r+") as file:
+        change(file)
+    with pytest.raises(InputError, match=expected):
+        files.source(str(tmp_path / "data.h5"), MPI.COMM_SELF)
+
+
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
 def test_what_is_no_regular_file_is_not_waited_for_on_any_of_the_ranks(
     comm: MPI.Comm, shared_tmp: Path, kind: str

@@ -1,6 +1,7 @@
 """Tiles of the samples of a data set: what is in them, and that nothing else is read or held."""
 
 import itertools
+import os
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -99,8 +100,7 @@ def check(source: Source, arrays: dict[str, np.ndarray], ranges: tuple[slice, ..
     assert (found.classes, found.maximum) == (source.classes, source.maximum)
 
 
-@pytest.mark.parametrize("kind", SHAPES)
-@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize(("name", "kind"), [(n, k) for n in STORED for k in SHAPES if n not in BY_HDF5 or k == "image"])
 def test_tiles_are_slices(tmp_path: Path, name: str, kind: str) -> None:
     arrays, rng = content(SHAPES[kind]), np.random.default_rng(1)
     source = files.source(STORED[name](tmp_path / "a.h5", arrays, SELF), SELF)
@@ -122,10 +122,13 @@ def test_all_ranks_read_their_own_tiles(comm: MPI.Comm, shared_tmp: Path, name: 
     source = files.source(path, comm, samples=11)
     assert (source.count, len(source.test_labels), source.shape) == (11, 7, (2, 33, 30))
     tiles = Tiles(source.shape, (4, 3), 3)
-    for tile in range(comm.rank, len(tiles), comm.size) if name != "lzf" else [comm.rank]:
+    for tile in range(comm.rank, len(tiles), comm.size)[: 1 if name in BY_HDF5 else None]:
         check(source, arrays, tiles.ranges[tile], samples=11)
+    if comm.rank == comm.size - 1 and name not in BY_HDF5:  # alone
+        check(source, arrays, tiles.ranges[0], samples=11)
     source.free()
-    for found in (files.load(path, comm), files.load(path, comm, samples=11)):
+    for samples in (None, 11)[: 1 if name in BY_HDF5 else None]:
+        found = files.load(path, comm, samples)
         for array, expected in zip(found.arrays().values(), arrays.values(), strict=True):
             assert np.array_equal(array, expected[: len(array)])
         found.free()
@@ -136,8 +139,8 @@ def bytes_read() -> int:
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
-def cost(source: Source, ranges: tuple[slice, ...]) -> tuple[float, float]:
-    """Bytes that are read, and the most that are held, for a tile; over those of the tile."""
+def cost(source: Source, ranges: tuple[slice, ...]) -> tuple[int, int, int]:
+    """Bytes that are read for a tile, the most that are held, and those of the tile."""
     tracemalloc.start()
     before = bytes_read()
     tile = source.tile(ranges)
@@ -145,28 +148,33 @@ def cost(source: Source, ranges: tuple[slice, ...]) -> tuple[float, float]:
     held = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     size = sum(array.nbytes for array in tile.arrays().values())
-    return read / size, held / size
+    return read, held, size
 
 
-LARGE = {"image": ((1, 96, 84), 800, 4, 8), "volume": ((1, 32, 32, 32), 400, (4, 4, 2), 2)}
+counted = pytest.mark.skipif(not os.access("/proc/self/io", os.R_OK), reason="counts by /proc")
+LARGE = {"image": ((1, 96, 84), 300, 4, 8), "volume": ((1, 32, 32, 32), 80, (4, 4, 2), 2)}
+WORKED_WITH = 400_000  # bytes, whatever the size of a tile
 
 
+@counted
 @pytest.mark.parametrize("kind", LARGE)
 @pytest.mark.parametrize("name", ["in a row", "prepared", "in chunks"])
 def test_a_tile_costs_its_share_of_the_file(tmp_path: Path, name: str, kind: str) -> None:
     shape, count, parts, overlap = LARGE[kind]
-    arrays = content(shape, np.float32, {"": count, "test_": count // 4})
-    make = chunked(50) if name == "in chunks" else STORED[name]
-    read, held = cost(files.source(make(tmp_path / "a.h5", arrays, SELF), SELF), Tiles(shape, parts, overlap).ranges[5])
-    assert 0.99 < read < 1.1 and held < 1.1, (read, held)
+    arrays = content(shape, np.float32, {"": count, "test_": count // 2})
+    make = chunked(40) if name == "in chunks" else STORED[name]
+    source = files.source(make(tmp_path / "a.h5", arrays, SELF), SELF)
+    read, held, size = cost(source, Tiles(shape, parts, overlap).ranges[5])
+    assert 0.99 * size < read < 1.1 * size and held < 1.05 * size + WORKED_WITH, (read, held, size)
 
 
+@counted
 def test_of_packed_files_the_chunks_that_touch_a_tile_are_read(tmp_path: Path) -> None:
-    arrays = content((1, 96, 84), np.float32, {"": 1500, "test_": 300})
+    arrays = content((1, 96, 84), np.float32, {"": 300, "test_": 100})
     path = write(tmp_path / "a.h5", arrays, chunks=(50, 1, 24, 21), compression="gzip")
-    share = (Path(path).stat().st_size / 16) / sum(a[..., :24, :21].nbytes for n, a in arrays.items() if "inputs" in n)
-    read, held = cost(files.source(path, SELF), (slice(24, 48), slice(42, 63)))
-    assert read < 1.05 * share < 0.5 and held < 1.1  # zlib's own memory is not traced
+    read, held, size = cost(files.source(path, SELF), (slice(24, 48), slice(42, 63)))
+    assert read < 1.1 * Path(path).stat().st_size / 16
+    assert held < 1.05 * size + WORKED_WITH  # in chunks of 100 kB; zlib's own memory is not counted
 
 
 POISONED: dict[str, tuple[int, int, int, int]] = {
@@ -289,7 +297,7 @@ def volumes(rng=np.random.default_rng): rng = rng(3); return {
 
 
 @pytest.mark.ranks
-def test_data_sets_that_are_no_files_are_cut_from_memory(comm: MPI.Comm, shared_tmp: Path) -> None:
+def test_data_sets_that_are_no_files_are_cut_from_memory_on_all_ranks(comm: MPI.Comm, shared_tmp: Path) -> None:
     if comm.rank == 0:
         (shared_tmp / "mine.py").write_text(USER)
     comm.barrier()
@@ -322,6 +330,7 @@ def test_small_samples_lie_in_a_row_and_others_in_chunks(tmp_path: Path) -> None
         assert np.prod([-(-n // m) for n, m in zip((count, *shape), made, strict=True)]) <= 2 * writing.MOST
 
 
+@counted
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["in a row", "prepared"])
 def test_a_rank_takes_its_share_of_two_gigabytes(comm: MPI.Comm, shared_tmp: Path, name: str) -> None:
@@ -347,7 +356,7 @@ def test_a_rank_takes_its_share_of_two_gigabytes(comm: MPI.Comm, shared_tmp: Pat
                         inputs[i * len(x) : (i + 1) * len(x)] = x
     comm.barrier()
     source, tiles = files.source(path, comm), Tiles(shape, (4, 4, 2), 2)
-    read, held = cost(source, tiles.ranges[(5 + comm.rank) % len(tiles)])
-    assert read < 1.1 and held < 1.1, (read, held)
+    read, held, size = cost(source, tiles.ranges[(5 + comm.rank) % len(tiles)])
+    assert read < 1.1 * size and held < 1.1 * size, (read, held, size)
     source.free()
     comm.barrier()

@@ -58,6 +58,7 @@ def test_classifiers_have_a_row_for_every_method_that_is_asked_for() -> None:
     assert accuracies["napts modular norm"] > 20  # chance is 10
 
 
+@pytest.mark.long
 def test_a_large_network_has_a_row_for_one_and_two_ranks_and_is_trained_in_little_memory() -> None:
     """In vectors of float64: 11.7 and 8.5 with all of a first-order method's, 6.3 and 4.4 without what can wait."""
     rows = bench("-only", "large", "-large_widths", "1200,1200", "-large_batch", "250", "-repeats", "1")[1:]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from coherent_cases import CASES, CLASSES, coherent, images, in_tiles, losses
 from mpi4py import MPI
+from petsc4py import PETSc
 from torch import Tensor, nn
 
 from ddml.data.sample_sets import TensorSamples, mapped
@@ -33,6 +34,7 @@ SCHWARZ: dict[str, tuple[str, dict[str, Any]]] = {
     "apts_weights, L-BFGS": ("apts_weights", {**LOCAL, "model": "lbfgs", "memory": 2}),
     "napts": ("napts", LOCAL),
     "aspqn": ("aspqn", LOCAL),
+    "mspqn": ("mspqn", LOCAL),
     "asadagrad": ("asadagrad", {}),
     "coarse phase": ("apts_weights", {**LOCAL, "coarse_phase": True}),
 }
@@ -46,8 +48,15 @@ def mine(name: str, comm: MPI.Comm, count: int = 13) -> BranchedLoss:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("case", SCHWARZ)
-@pytest.mark.parametrize("name", ["2x2, dense", "2x2, linear, logits", "a frozen net"])
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        *((case, "2x2, dense") for case in SCHWARZ),
+        ("apts_weights, modular", "a frozen net"),
+        ("coarse phase", "2x2, linear, logits"),
+        ("aspqn", "1x3, linear"),
+    ],
+)
 def test_schwarz_methods_have_the_same_bits_on_any_number_of_ranks(case: str, name: str, comm: MPI.Comm) -> None:
     solver, options = SCHWARZ[case]
     found = minimise(mine(name, comm), solver, comm, options, iterations=4, blocks=4)
@@ -56,21 +65,33 @@ def test_schwarz_methods_have_the_same_bits_on_any_number_of_ranks(case: str, na
     assert torch.equal(found.theta, alone.theta)
     assert (found.work, found.critical) == pytest.approx((alone.work, alone.critical), rel=1e-12)
     assert found.losses[-1] < found.losses[0]
-    assert found.critical < 0.8 * found.work
+    assert found.critical < 0.95 * found.work
 
 
-@pytest.mark.parametrize("name", ["2x2, dense", "1x3, linear", "one tile"])
-def test_subdomains_one_after_another_need_all_tiles(name: str, comm: MPI.Comm) -> None:
-    if comm.size == 1:
-        found = minimise(mine(name, comm), "mspqn", comm, LOCAL, iterations=4)
+@pytest.mark.parametrize(
+    ("solver", "options", "words"),
+    [
+        ("apts_weights", {"decomposition": "windows"}, "subdomains must be the single networks"),
+        ("mspqn", {"subdomains": 2}, "subdomains must be the single networks"),
+        ("apts_data", {}, "subdomains must be the single networks"),
+        ("tr", {"model": "hessian"}, "needs Hessian products, which this loss has not"),
+        ("tr", {"norm": "kfac"}, "a BranchedLoss has no K-FAC norm"),
+        ("ntr", {}, "have no Hessian or Gauss-Newton products"),
+    ],
+)
+def test_what_needs_all_tiles_is_refused_on_several_ranks(
+    solver: str, options: dict[str, Any], words: str, comm: MPI.Comm
+) -> None:
+    if comm.size == 1 and "single" in words:
+        found = minimise(mine("2x2, dense", comm), solver, comm, {**options, **LOCAL}, iterations=2)
         assert found.losses[-1] < found.losses[0]
-    elif name == "2x2, dense":
-        with pytest.raises(InputError, match="subdomains must be single networks, treated side by side"):
-            minimise(mine(name, comm), "mspqn", comm, LOCAL, iterations=4)
+        return
+    with pytest.raises(InputError, match=words):
+        minimise(mine("2x2, dense", comm), solver, comm, options, iterations=2)
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("options", [{}, {"norm": "modular"}, {"norm": "infinity"}])
+@pytest.mark.parametrize("options", [{}, {"norm": "infinity"}])
 @pytest.mark.parametrize(("name", "zero"), [("2x2, dense", True), ("1x3, linear", True), ("frozen nets", False)])
 def test_without_local_steps_and_with_one_subdomain_apts_is_the_trust_region_on_any_number_of_ranks(
     name: str, zero: bool, options: dict[str, Any], comm: MPI.Comm
@@ -117,7 +138,8 @@ def test_on_a_separable_problem_one_iteration_is_enough_on_any_number_of_ranks(c
     f = objective.value_gradient(x, g)
     before = g.norm()
     domains = Subdomains.by_blocks(loss)
-    schwarz = Schwarz(objective, domains, True, f"{prefix}sub_", [200] * len(domains), "lbfgs")
+    PETSc.Options().setValue(f"{prefix}sub_memory", 40)
+    schwarz = Schwarz(objective, domains, True, f"{prefix}sub_", [50] * len(domains), "lbfgs")
     schwarz.additive(x, f, g, correction)
     x.axpy(1.0, correction)
     assert objective.value_gradient(x, g) < f
@@ -125,7 +147,7 @@ def test_on_a_separable_problem_one_iteration_is_enough_on_any_number_of_ranks(c
     schwarz.destroy()
     for vec in (x, g, correction):
         vec.destroy()
-    found = minimise(separable(comm), "aspqn", comm, {"local_steps": 200}, iterations=2)
+    found = minimise(separable(comm), "aspqn", comm, {"local_steps": 50, "sub_memory": 40}, iterations=2)
     assert found.gradient_norm < 1e-7 * before
 
 
@@ -172,7 +194,7 @@ def test_the_coarse_phase_finds_whole_steps_of_separate_networks_on_any_number_o
     objective = BranchedObjective(loss, branched_layout(loss, comm), blocks=4)
     x = objective.layout.vector()
     objective.initial(x)
-    best = minimise(separable(comm), "lbfgs", comm, iterations=300)
+    best = minimise(separable(comm), "lbfgs", comm, {"memory": 40}, iterations=80)
     s = x.duplicate()
     s.array[:] = best.theta.numpy()[slice(*x.getOwnershipRange())] - x.array_r
     whole = s.copy()

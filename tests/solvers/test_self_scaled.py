@@ -197,7 +197,6 @@ def test_the_factor_holds_curvatures_that_the_matrix_does_not(train: Train, sum_
     assert runs["symmetric"].losses[-1] > 1e-3
 
 
-@pytest.mark.ranks
 def test_where_rounding_shows_the_factor_takes_over(
     train: Train, sum_over_rows: Any, copied: Callable[[Any], Any]
 ) -> None:

@@ -129,6 +129,8 @@ def test_the_decay_is_the_one_that_serves_best_on_a_fifth_of_each_class() -> Non
 def test_a_decay_may_be_given() -> None:
     found = splits()
     given = trained(found, coarse_decay="0.003")
+    once = 201 * 20 * 4  # multiplications of a pass
+    assert len(given.losses) * once <= given.operations < 3 * len(given.losses) * once
     assert given.decay == 0.003
     assert given.operations < trained(found).operations
     assert trained(found, coarse_decay="0").decay == 0

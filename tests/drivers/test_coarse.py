@@ -46,9 +46,9 @@ def trained(found: dict[str, Outputs], comm: MPI.Comm = MPI.COMM_SELF, **given: 
     "given",
     [
         {},
-        {"coarse_net": "dense", "coarse_widths": "6,5", "link": "log_probabilities"},
+        {"coarse_net": "dense", "coarse_widths": "6,5", "link": "log_probabilities", "coarse_decay": "1e-3"},
         {"coarse_solver": "tr", "coarse_decay": "1e-3", "dtype": "float64"},
-        {"coarse_data": "both", "link": "logits"},
+        {"coarse_data": "both", "link": "logits", "coarse_decay": "1e-2"},
     ],
 )
 def test_parameters_have_the_same_bits_on_any_number_of_ranks(comm: MPI.Comm, given: dict[str, str]) -> None:

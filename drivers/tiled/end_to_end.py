@@ -23,6 +23,7 @@ from ddml.errors import InputError, RunFileError
 from ddml.losses.branched import BranchedLoss
 from ddml.networks.coherent import Coherent
 from ddml.runs.limits import SIGNAL
+from ddml.runs.progress import say
 from ddml.runs.run import Run
 from solvers import solver_class
 
@@ -47,8 +48,6 @@ class EndToEnd:
 
     Attributes
     ----------
-    words : str
-        How samples are summed.
     coarse_theta : ndarray
         Of the coarse net before any training.
     gained : bool
@@ -64,14 +63,11 @@ class EndToEnd:
             raise InputError(f"option -coherent_batch_size must be at most {nets.source.count}, the samples")
         modules = [module for module, _ in nets.modules]
         frozen = [] if settings.freeze is None else [settings.freeze]
-        self.module = prepared(Coherent(modules, coarse, nets.tiles, settings.link), None, frozen)
-        dtype = getattr(torch, settings.dtype)
-        few = [
-            TensorSamples(torch.zeros(2, *s, dtype=dtype), torch.zeros(2, dtype=torch.int64)) for s in nets.tiles.shapes
-        ]
-        tried = self._made(self._loss(few.__getitem__, torch.zeros(2, dtype=torch.int64)), 0)
-        self.words = tried.summation()
-        tried.destroy()
+        where = nets.device.torch
+        self.module = prepared(Coherent(modules, coarse, nets.tiles, settings.link).to(where), None, frozen)
+        dtype, none = getattr(torch, settings.dtype), torch.zeros(2, dtype=torch.int64, device=where)
+        few = [TensorSamples(torch.zeros(2, *s, dtype=dtype, device=where), none) for s in nets.tiles.shapes]
+        self._made(self._loss(few.__getitem__, none), 0).destroy()  # its options have been read then
         self._melt()
 
     def _melt(self) -> None:
@@ -118,14 +114,16 @@ class EndToEnd:
             kept[number] = dataset, Scaling(dataset, self.settings.scaling, MPI.COMM_SELF)
             return Samples(dataset.inputs, dataset.labels, kept[number][1], dtype, where)
 
-        loss = self._loss(tile, torch.from_numpy(source.labels))
+        loss = self._loss(tile, torch.from_numpy(source.labels).to(where))
         made = self._made(loss, self.settings.batch_size)
-        moving, limits = made.batches(), SimpleNamespace(**vars(self.limits))
+        moving, limits, words = made.batches(), SimpleNamespace(**vars(self.limits)), made.summation()
+        if self.comm.rank == 0:
+            say(f"coherent net of {len(theta)} parameters, solver {self.settings.solver} {words}")
         tests = {
             i: Samples(found.test_inputs, found.test_labels, scaling, dtype, where)
             for i, (found, scaling) in kept.items()
         }
-        measure = TiledTestSet(made.objective, TiledSamples(tests, torch.from_numpy(source.test_labels)))
+        measure = TiledTestSet(made.objective, TiledSamples(tests, torch.from_numpy(source.test_labels).to(where)))
         limits.output, before = files.of(COHERENT)
         limits.restart, limits.overwrite = None if anew else before, True
         if not limits.error_interval:

@@ -83,7 +83,7 @@ class LocalPhase:
     def train(self, done: Callable[[Outcome], Any] = lambda outcome: None) -> tuple[list[Outcome], list[str]]:
         """Train this rank's networks: those that have come to their end, and what others failed of, a line each.
 
-        Nothing is collective but on :attr:`group`; a network that fails is no reason to leave out the next one.
+        Nothing is collective but on ``group``; a network that fails is no reason to leave out the next one.
         """
         outcomes, failures = list[Outcome](), list[str]()
         for tile in self.queue:

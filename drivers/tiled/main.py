@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from common import training  # first: it initialises PETSc
 
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +25,7 @@ from ddml.decomposition.tiles import Tiles, numbers
 from ddml.errors import InputError
 from ddml.networks import classifiers
 from ddml.networks.coarse import build_coarse
-from ddml.parallel import agreed
+from ddml.parallel import Interrupted, agreed
 from ddml.runs.progress import say
 from solvers import solver_class
 
@@ -129,7 +130,7 @@ class Phases:
             tables.read(solver_class(settings.local_solver).options)  # of the phase that is over
         self.coherent: EndToEnd | None = None
         if "coherent" in phases:
-            self.coherent = EndToEnd(nets, self.coarse, settings, limits, comm, start)
+            self.coherent = EndToEnd(nets, copy.deepcopy(self.coarse), settings, limits, comm, start)
 
     @property
     def anew(self) -> bool:
@@ -179,8 +180,7 @@ class Phases:
         if self.files.fresh:
             self._write(described)
         for phase in self.going:
-            asked = self.comm.allreduce(self.start.stop.requested, MPI.LOR)
-            if asked or not {"local": self._local, "coarse": self._coarse, "coherent": self._coherent}[phase]():
+            if not self._done(phase):
                 more = f"; to go on: the same driver with -restart {self.files.output}" if self.files.output else ""
                 self._say([f"stopped: a signal asked to stop in the {phase} phase{more}"])
                 return self.start.interrupted(self.gained)
@@ -190,6 +190,14 @@ class Phases:
             self._write(described)
         self._say([*self._closing(), *([f"run file {self.files.output}"] if self.files.output else [])])
         return 0
+
+    def _done(self, phase: str) -> bool:
+        """Do a phase; whether no signal has stopped it."""
+        try:
+            self.start.stop.check(self.comm)
+            return {"local": self._local, "coarse": self._coarse, "coherent": self._coherent}[phase]()
+        except Interrupted:  # between runs
+            return False
 
     def _local(self) -> bool:
         phase = self.local
@@ -274,7 +282,7 @@ class Phases:
         if {"coarse", "coherent"} & set(self.going):
             lines.append(f"coarse net {self.coarse_words} of {settings.link}")
         if self.coherent is not None:
-            lines.append(f"coherent solver {settings.coherent_solver} {self.coherent.words}")
+            lines.append(f"coherent solver {settings.coherent_solver}")
         lines.append(f"phases: {', '.join(self.going) or 'none is left'}")
         return [*lines, *self.device.words().splitlines()]
 

@@ -41,8 +41,9 @@ def user(module_tmp: Path) -> Path:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("tiles", ["2x2", "1x2", "1x1"])
-@pytest.mark.parametrize("solver", TREES)
+@pytest.mark.parametrize(
+    ("solver", "tiles"), [*((name, "2x2") for name in TREES), ("adam, cosine", "1x1"), ("lbfgs, blocks", "1x2")]
+)
 def test_networks_are_the_same_on_any_number_of_ranks_and_through_a_restart(
     solver: str, tiles: str, comm: MPI.Comm, shared_tmp: Path
 ) -> None:
@@ -158,7 +159,7 @@ def test_queues_are_balanced(costs: list[float], ranks: int) -> None:
 @started
 def test_a_kill_in_the_middle_of_a_network_is_no_loss(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole.h5", tmp_path / "killed.h5"
-    words = (*SIXTEEN, "-max_it", 40, "-checkpoint_interval", 15)
+    words = (*SIXTEEN, "-max_it", 40, "-checkpoint_interval", 15, "-phase", "local")
     train(whole, MPI.COMM_SELF, 40, *SIXTEEN)
     folder = tmp_path / "killed.h5.nets"
     warm()
@@ -178,7 +179,7 @@ def test_a_kill_in_the_middle_of_a_network_is_no_loss(tmp_path: Path) -> None:
 def test_a_signal_stops_the_queue_and_a_restart_goes_on(
     user: Path, comm: MPI.Comm, shared_tmp: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    words = (*DIGITS[:4], "-samples", 120, "-network", f"{user}:Net", "-width", 8, "-max_it", 60)
+    words = (*DIGITS[:4], "-samples", 120, "-network", f"{user}:Net", "-width", 8, "-max_it", 60, "-phase", "local")
     whole, parts = shared_tmp / "whole.h5", shared_tmp / "parts.h5"
     train(whole, comm, 60, *words)
     if comm.rank == 0:
@@ -226,7 +227,7 @@ def test_a_network_that_fails_is_named_and_the_others_stay(
     if comm.rank == 0:
         (user.parent / "poison").write_text("(1, 8, 5)")  # the second of three
     comm.barrier()
-    line = refusal("classify", *words, "-tiles", "1x3", "-max_it", 60, "-output", parts)
+    line = refusal("classify", *words, "-tiles", "1x3", "-max_it", 60, "-output", parts, "-phase", "local")
     assert line.startswith("tile 1: the loss is not finite") and line.endswith(f"; the others are in {parts}.nets")
     assert comm.rank or "Traceback" not in "".join(capfd.readouterr())
     comm.barrier()
@@ -243,7 +244,7 @@ def test_each_network_has_limits_of_its_own_and_goes_on_from_where_they_were(
 ) -> None:
     name, first, second = limit
     whole, parts = shared_tmp / "whole.h5", shared_tmp / "parts.h5"
-    words = (*DIGITS, "-error_interval", 1, *(() if name == "-max_it" else ("-max_it", 14)))
+    words = (*DIGITS, "-phase", "local", "-error_interval", 1, *(() if name == "-max_it" else ("-max_it", 14)))
     assert call("classify", *words, name, second, "-output", whole) == 0
     assert call("classify", *words, name, first, "-output", parts) == 0
     reached = content(parts)

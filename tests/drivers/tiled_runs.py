@@ -47,12 +47,11 @@ def tied(shape, classes, width=4, depth=1):
 """
 
 
-def train(path: Path | None, comm: MPI.Comm, iterations: int, *options: object) -> None:
+def train(path: Path, comm: MPI.Comm, iterations: int, *options: object) -> None:
     """Run so many iterations a network, or to so many from a run file that is there. Collective on ``comm``."""
-    where: tuple[object, ...] = ()
-    if path is not None:
-        where = (comm.bcast("-restart" if path.exists() else "-output"), path)
-    assert call("classify", *where, *options, "-max_it", iterations, comm=comm) == 0
+    where = comm.bcast("-restart" if path.exists() else "-output")
+    phase = ("-phase", "local") if "-tiles" in options else ()
+    assert call("classify", where, path, *phase, *options, "-max_it", iterations, comm=comm) == 0
     comm.barrier()
 
 

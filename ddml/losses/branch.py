@@ -36,6 +36,8 @@ class Branch:
         Samples to try it on.
     what
         It is, for messages.
+    batch
+        Samples that go through it at a time (default: what suits its widest layer).
 
     Attributes
     ----------
@@ -45,6 +47,8 @@ class Branch:
         Numbers, in theta, of the parameters of each layer.
     place : slice
         In theta.
+    batch : int
+        Samples that go through it at a time.
 
     Raises
     ------
@@ -59,6 +63,7 @@ class Branch:
         parameters: Sequence[Parameter],
         probe: Tensor,
         what: str,
+        batch: int | None = None,
     ) -> None:
         self.width = _width(module, probe, what)
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -71,7 +76,7 @@ class Branch:
         self.costs, besides = layer_work(module, probe[:1], sizes, is_chain(module))
         self.pointwise = besides.pointwise
         self.names = tuple(groups)
-        self.batch = suitable_batch(module, probe)
+        self.batch = batch or suitable_batch(module, probe)
         self.module = copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad})
         copied = dict(self.module.named_parameters())
         self.leaves = [copied[name] for name, _ in named]

@@ -60,6 +60,8 @@ class BranchedLoss(SampledLoss):
         Maps (outputs, targets) to one loss per sample (B,).
     samples
         In tiles.
+    batch
+        Samples that go through a network of a tile at a time (default: what suits its widest layer).
 
     Attributes
     ----------
@@ -80,7 +82,13 @@ class BranchedLoss(SampledLoss):
     hessian = False
     once = 6e7, 1000.0
 
-    def __init__(self, module: Any, criterion: Callable[[Tensor, Tensor], Tensor], samples: TiledSamples) -> None:
+    def __init__(
+        self,
+        module: Any,
+        criterion: Callable[[Tensor, Tensor], Tensor],
+        samples: TiledSamples,
+        batch: int | None = None,
+    ) -> None:
         joined: Joined = module
         named = trained(module)
         self.module = self.network = module
@@ -94,7 +102,7 @@ class BranchedLoss(SampledLoss):
             return torch.rand(PROBES, *shape, generator=generator).to(named[0][1])
 
         self.nets = [
-            Branch(net, table, self.parameters, probe(*shape), f"the network of tile {tile}")
+            Branch(net, table, self.parameters, probe(*shape), f"the network of tile {tile}", batch)
             for tile, (net, shape) in enumerate(zip(joined.nets, joined.shapes, strict=True))
         ]
         widths = sorted({net.width for net in self.nets})

@@ -52,7 +52,12 @@ def prepared(module: Coherent, theta: Tensor | None = None, frozen: Collection[s
 
 
 def coherent_loss(
-    module: Coherent, classes: int, targets: Tensor, tile: Callable[[int], SampleSet], comm: MPI.Comm
+    module: Coherent,
+    classes: int,
+    targets: Tensor,
+    tile: Callable[[int], SampleSet],
+    comm: MPI.Comm,
+    batch: int | None = None,
 ) -> BranchedLoss:
     """Mean cross entropy of a coherent net on samples in tiles; each rank has those of its networks. Collective.
 
@@ -66,6 +71,8 @@ def coherent_loss(
         Classes (N,) of the samples, int64.
     tile
         Called for the networks of this rank only, gives the samples of the tile.
+    batch
+        See :class:`ddml.losses.branched.BranchedLoss`.
 
     Raises
     ------
@@ -74,7 +81,7 @@ def coherent_loss(
         samples.
     """
     with agreed(comm):
-        loss = BranchedLoss(module, cross_entropy, TiledSamples({}, targets))
+        loss = BranchedLoss(module, cross_entropy, TiledSamples({}, targets), batch)
         if loss.answers != classes:
             raise InputError(
                 f"the coarse net gives {loss.answers} numbers for a sample, and there are {classes} classes"

@@ -76,7 +76,8 @@ class EndToEnd:
             parameter.requires_grad_(flag)
 
     def _loss(self, tile: Any, targets: torch.Tensor) -> BranchedLoss:
-        return coherent_loss(self.module, len(self.nets.source.classes), targets, tile, self.comm)
+        chunk = self.settings.chunk or None
+        return coherent_loss(self.module, len(self.nets.source.classes), targets, tile, self.comm, chunk)
 
     def _made(self, loss: BranchedLoss, samples: int) -> training.Training:
         chosen = solver_class(self.settings.solver).decompose(loss, options.COHERENT)

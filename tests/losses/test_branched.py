@@ -62,6 +62,16 @@ def test_it_is_the_loss_of_the_whole_module(name: str) -> None:
 
 
 @cases
+def test_samples_may_go_through_a_few_at_a_time(name: str) -> None:
+    _, tiled = losses(name)
+    few = BranchedLoss(tiled.module, cross_entropy, tiled.samples, 5)
+    theta = point(tiled)
+    (value, gradient), (found, own) = gradient_of(tiled, theta), gradient_of(few, theta)
+    assert found == pytest.approx(value, rel=1e-12)
+    assert close(own, gradient)
+
+
+@cases
 @pytest.mark.parametrize("known", [False, True])
 def test_behind_kept_outputs_nothing_changes(name: str, known: bool) -> None:
     whole, tiled = losses(name)

@@ -118,6 +118,6 @@ def few(labels: NDArray[np.int64], classes: Sequence[str]) -> list[str]:
         return []
     return [
         f"{int((counts < FEW).sum())} of {len(classes)} classes have fewer than {FEW} held-out samples, "
-        f"{classes[least]} has {counts[least]}: with so few a coarse net was worse than the average of probabilities; "
-        "-coarse_data train"
+        f"{classes[least]} has {counts[least]}: trained on so few alone, a coarse net was worse than the average of "
+        "probabilities; -coarse_data train"
     ]

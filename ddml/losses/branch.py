@@ -12,6 +12,7 @@ from ddml.errors import InputError
 from ddml.parameters import Parameter
 
 from .costs import layer_work, suitable_batch
+from .module import CHANCES
 from .modules import grouped, is_chain
 
 PROBES = 4  # samples of random numbers that networks are tried on (our choice)
@@ -126,7 +127,7 @@ def _width(module: nn.Module, probe: Tensor, what: str) -> int:
     with torch.no_grad():
         try:
             outputs = module(probe)
-            half = module(probe[: len(probe) // 2])
+            again = [module(probe[: len(probe) // 2]) for _ in range(CHANCES)]
         except Exception as error:
             reason = next(iter(f"{error}".splitlines()), "")
             raise InputError(
@@ -135,7 +136,7 @@ def _width(module: nn.Module, probe: Tensor, what: str) -> int:
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(probe):
         shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise InputError(f"{what} must map {tuple(probe.shape)} to ({len(probe)}, K), it gives {shape}")
-    if not torch.allclose(outputs[: len(half)], half, rtol=1e-3, atol=1e-6):
+    if not all(torch.allclose(outputs[: len(half)], half, rtol=1e-3, atol=1e-6) for half in again):
         raise InputError(
             f"{what} gives a sample outputs that depend on others (batch statistics) or on chance (dropout): call its "
             "eval()"

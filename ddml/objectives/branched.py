@@ -281,5 +281,7 @@ class BranchedObjective(Objective):
             logits = self._known[(alike & -alike).bit_length() - 1][2]
         else:
             _, logits = self._gathered(x, self._outputs)
-        self.work.add(self.fraction * self.loss.charges.outputs(self.loss.branches.touched(moved)))
+        units = [self.fraction * self.loss.charges.outputs([i]) for i in self.loss.branches.touched(moved)]
+        self.work.add(max(units, default=0.0))
+        self.work.total += sum(units) - max(units, default=0.0)
         return Outputs(logits, self.loss.samples.numbers)

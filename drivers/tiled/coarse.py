@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import solvers
 from ddml.data.parting import held_out
 from ddml.errors import InputError
+from ddml.losses.costs import multiplications
 from ddml.losses.decayed import DecayedLoss
 from ddml.networks import coarse
 from ddml.networks.fusions import joined
@@ -60,7 +61,8 @@ class Coarse:
     losses : ndarray
         At each iteration of the last minimisation.
     operations : float
-        Multiply-adds of all minimisations.
+        Of all minimisations: work units, times samples and multiplications of a forward pass for one. Over those of the
+        local nets they are work units of these.
     notes : list of str
         What a user should know.
     """
@@ -169,7 +171,7 @@ class _Fits:
     at : Tensor or None
         Where the next one begins: where the last one has led, at first at the module's parameters.
     operations : float
-        Multiply-adds so far.
+        So far, see :class:`Coarse`.
     """
 
     def __init__(self, module: nn.Module, settings: Any, comm: MPI.Comm) -> None:
@@ -194,7 +196,7 @@ class _Fits:
             loss, solver, self.comm, SOLVERS[solver], iterations=ITERATIONS, start=self.at, monitor=flat
         )
         self.at = result.theta
-        self.operations += result.work * loss.charges.operations * loss.count
+        self.operations += result.work * loss.count * multiplications(self.module, loss.samples.part(0, 1).inputs)
         return result
 
     def best_decay(self, outputs: Outputs, others: Outputs) -> float:

@@ -11,7 +11,7 @@ from mpi4py import MPI
 from petsc4py import PETSc
 from torch import nn
 
-from ddml.decomposition.tiles import Tiles, numbers
+from ddml.decomposition.tiles import Tiles, numbers, placed
 from ddml.errors import InputError
 from ddml.parallel import split
 
@@ -221,3 +221,18 @@ def test_samples_of_another_shape_are_refused() -> None:
     for shape in ((8, 6), (1, 6, 8), (4, 2, 8, 6), (5, 1, 8, 7)):
         with pytest.raises(InputError, match=r"tiles of samples \(1, 8, 6\), got"):
             tiles.cut(np.zeros(shape), 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [((1, 9, 8), (3, 2)), ((1, 9, 8), (2,)), ((1, 5, 9, 8), (3, 2, 4)), ((1, 9, 8, 7), (3,)), ((1, 4, 4), (1,))],
+)
+def test_numbers_are_placed_where_their_tiles_are(shape: tuple[int, ...], parts: tuple[int, ...]) -> None:
+    tiles = Tiles(shape, parts)
+    table = placed(range(len(tiles)), parts)
+    starts = [sorted({core[axis].start for core in tiles.cores}) for axis in range(len(shape) - 1)]
+    assert table.shape == tuple(map(len, starts))
+    for tile, core in enumerate(tiles.cores):
+        assert table[tuple(along.index(c.start) for along, c in zip(starts, core, strict=True))] == tile
+    with pytest.raises(ValueError, match="reshape"):
+        placed(range(len(tiles) + 5), parts)

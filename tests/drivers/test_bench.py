@@ -1,9 +1,14 @@
 """The bench's map of solvers, on a small network."""
 
 from itertools import pairwise
+from pathlib import Path
 
+import calling  # noqa: F401  # the drivers' folder is on the path then
 import pytest
+from benches.tile_runs import Case
 from launch import launch
+
+from ddml.errors import InputError
 
 
 def bench(*given: str) -> list[list[str]]:
@@ -131,3 +136,42 @@ def test_samples_are_counted_and_gaps_reached() -> None:
     assert found["L-BFGS, 10 pairs"][6:] == ["1.00"] * 4
     ours, theirs = (float(found[name][2]) for name in ("L-BFGS, 10 pairs", "scipy's L-BFGS-B, 10 pairs"))
     assert 0.5 < ours / theirs < 2
+
+
+DATA = """
+import numpy as np
+
+from ddml.data import files
+from ddml.data.data_set import DataSet
+
+
+def Enlarged():
+    digits, ones = files.digits(), np.ones((1, 1, 4, 4), np.uint8)
+    inputs, tests = np.kron(digits.inputs[:200], ones), np.kron(digits.test_inputs[:60], ones)
+    return DataSet(inputs, digits.labels[:200], tests, digits.test_labels[:60], digits.classes, maximum=16)
+"""
+
+
+@pytest.mark.long
+def test_tiles_have_rows_for_splits_and_coarse_nets_and_for_coherent_nets(tmp_path: Path) -> None:
+    (tmp_path / "data.py").write_text(DATA)
+    given = ("-tiles_data", f"{tmp_path}/data.py:Enlarged", "-tiles_cases", "2x2:1,2x2:2", "-tiles_epochs", "2")
+    coherent = ("-tiles_transfer_epochs", "1", "-tiles_links", "logits", "-tiles_figures", str(tmp_path / "figures"))
+    rows = bench("-only", "tiles", *given, *coherent)
+    cases = ["2x2, overlap 1", "2x2, overlap 2"]
+    assert [row[0] for row in rows] == ["tiles, overlap", *(c for c in cases for _ in range(2)), "tiles, overlap", *(
+        c for c in cases for _ in range(2)
+    )]  # fmt: skip
+    for kind, row in zip(("linear", "dense") * 2, rows[1:5], strict=True):
+        assert row[4] == kind
+        assert all(0 <= float(row[i]) <= 100 for i in (2, 3, 5))
+        assert float(row[8]) == pytest.approx(float(row[6]) + float(row[7]), abs=0.11)  # medians of one seed, rounded
+        assert float(row[-1]) > 10  # vgg of half the width on a third of the pixels
+    assert [row[1] for row in rows[6:]] == ["random values", "finished phases"] * 2
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["tiles_fusions.png", "tiles_time.png"]
+
+
+@pytest.mark.parametrize("case", ["4x4", ":2", "4x4:", "4x4:1,"])
+def test_splits_without_an_overlap_are_refused(case: str) -> None:
+    with pytest.raises(InputError, match="option -tiles_cases must be splits and overlaps as in 4x4:8,2x2:0"):
+        [Case.parse(text) for text in case.split(",")]

@@ -46,9 +46,9 @@ def trained(found: dict[str, Outputs], comm: MPI.Comm = MPI.COMM_SELF, **given: 
     "given",
     [
         {},
-        {"coarse_net": "dense", "coarse_widths": "6,5", "link": "log_probabilities"},
+        {"coarse_net": "dense", "coarse_widths": "6,5", "link": "log_probabilities", "coarse_decay": "1e-3"},
         {"coarse_solver": "tr", "coarse_decay": "1e-3", "dtype": "float64"},
-        {"coarse_data": "both", "link": "logits"},
+        {"coarse_data": "both", "link": "logits", "coarse_decay": "1e-2"},
     ],
 )
 def test_parameters_have_the_same_bits_on_any_number_of_ranks(comm: MPI.Comm, given: dict[str, str]) -> None:
@@ -129,6 +129,8 @@ def test_the_decay_is_the_one_that_serves_best_on_a_fifth_of_each_class() -> Non
 def test_a_decay_may_be_given() -> None:
     found = splits()
     given = trained(found, coarse_decay="0.003")
+    once = 201 * 20 * 4  # multiplications of a pass
+    assert len(given.losses) * once <= given.operations < 3 * len(given.losses) * once
     assert given.decay == 0.003
     assert given.operations < trained(found).operations
     assert trained(found, coarse_decay="0").decay == 0

@@ -6,8 +6,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import tiled_runs
 from calling import call, refusal
 from launch import content, launch
+
+import ddml
+from ddml.errors import InputError
 
 
 def test_convergence_and_maps(good: Path, tmp_path: Path) -> None:
@@ -60,3 +64,24 @@ def test_work_of_levels(tmp_path: Path) -> None:
     assert all((np.diff(column) >= 0).all() and column[-1] > 0 for column in found)
     assert call("plot", run, "-o", figure) == 0
     assert plt.imread(tmp_path / "figure.levels.png")[..., :3].std() > 0.05
+
+
+def test_the_accuracies_of_tiles_are_drawn_where_they_are(tmp_path: Path) -> None:
+    run, figure = tmp_path / "run.h5", tmp_path / "figure.png"
+    tiles = ("-data", "digits", "-samples", 60, "-tiles", "2x3", "-network", "vgg", "-depth", 1, "-width", 3)
+    stop = ("-max_it", 20, "-progress", "none", "-output", run)
+    assert call("classify", *tiles, "-phase", "local", *stop) == 0
+    accuracies = ddml.open_run(run).local_accuracies()
+    nets = tiled_runs.content(run).state["nets"]
+    expected = [[float(nets[str(3 * i + j)]["accuracies"]["test"]) for j in range(3)] for i in range(2)]
+    assert accuracies.tolist() == expected
+    assert (ddml.open_run(run).local_accuracies("train") != accuracies).any()
+    assert call("plot", run, "-o", figure) == 0
+    assert plt.imread(tmp_path / "figure.tiles.png")[..., :3].std() > 0.05
+    with pytest.raises(InputError, match="no accuracies of all 2x3 local networks for held_out samples"):
+        ddml.open_run(run).local_accuracies("held_out")
+
+
+def test_an_undivided_network_has_no_tiles(good: Path) -> None:
+    with pytest.raises(InputError, match="is of no classifier of tiles"):
+        ddml.open_run(good).local_accuracies()

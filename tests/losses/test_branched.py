@@ -218,7 +218,7 @@ def refusals() -> dict[str, tuple[Any, str]]:
         "another number": (made(net=nn.Sequential(flat, nn.Linear(4, 5))), r"\[3, 5\] numbers for a sample"),
         "no vector": (made(net=nn.Linear(2, 3)), "the network of tile 2 must map"),
         "chance": (
-            made(net=nn.Sequential(flat, nn.Linear(4, 3), nn.Dropout(0.9))), r"the network of tile 2 gives .*\(dropout",
+            made(net=nn.Sequential(flat, nn.Linear(4, 3), nn.Dropout(0.5))), r"the network of tile 2 gives .*\(dropout",
         ),
         "batches": (made(net=nn.Sequential(flat, nn.BatchNorm1d(4), nn.Linear(4, 3))), "batch statistics"),
         "coarse": (made(coarse=nn.Linear(5, 3)), "the coarse net fails on inputs"),

@@ -215,6 +215,10 @@ def test_work_is_the_same_on_all_ranks_and_critical_work_that_of_the_longest_way
     assert made.work.total == spent
     made.outputs_at(x, frozenset([4]))
     assert made.work.total - spent == pytest.approx(charges.outputs([1]))
+    spent, critical = made.work.total, made.work.critical
+    made.outputs_at(x, frozenset(range(12)))
+    assert made.work.total - spent == pytest.approx(charges.outputs())
+    assert made.work.critical - critical == pytest.approx(max(charges.outputs([i]) for i in range(4)))
     x.destroy()
     g.destroy()
 

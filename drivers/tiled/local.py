@@ -80,12 +80,12 @@ class LocalPhase:
         if not self.alone:
             self.group.Free()
 
-    def train(self, done: Callable[[Outcome], Any] = lambda outcome: None) -> tuple[list[Outcome], list[str]]:
-        """Train this rank's networks: those that have come to their end, and what others failed of, a line each.
+    def train(self, done: Callable[[Outcome], Any] = lambda outcome: None) -> tuple[list[Outcome], dict[int, str]]:
+        """Train this rank's networks: those that have come to their end, and what others failed of, by tile.
 
         Nothing is collective but on ``group``; a network that fails is no reason to leave out the next one.
         """
-        outcomes, failures = list[Outcome](), list[str]()
+        outcomes, failures = list[Outcome](), dict[int, str]()
         for tile in self.queue:
             net, self.first = self.first, None
             try:
@@ -99,7 +99,7 @@ class LocalPhase:
             except Interrupted:
                 break
             except (InputError, NonFiniteError) as error:
-                failures.append(f"tile {tile}: {error}")
+                failures[tile] = f"tile {tile}: {error}"
             finally:
                 if net is not None:
                     self.gained |= net.gained
@@ -114,17 +114,18 @@ class LocalPhase:
         CollectiveError
             On all ranks, once all are done: networks that could not be trained. The run files of the others are whole.
         """
-        mine: tuple[list[Outcome], list[str]] = [], []
+        mine: tuple[list[Outcome], dict[int, str]] = [], {}
         with agreed(self.comm):
             mine = self.train(self._show)
         stopped = self.stop.end()
         self.gained = self.comm.allreduce(self.gained, MPI.LOR)
-        found = self.comm.allgather(mine if self.group.rank == 0 else ([], []))
-        failures = sorted({text for _, here in found for text in here}, key=lambda text: int(text.split()[1][:-1]))
+        found = self.comm.allgather(mine if self.group.rank == 0 else ([], {}))
+        failures = {tile: text for _, here in found for tile, text in here.items()}
         if failures:
+            named = "; ".join(failures[tile] for tile in sorted(failures)[:NAMED])
             more = f" (and {len(failures) - NAMED} others)" if len(failures) > NAMED else ""
             kept = "" if self.nets.folder is None else f"; the others are in {self.nets.folder}"
-            raise CollectiveError(f"{'; '.join(failures[:NAMED])}{more}{kept}")
+            raise CollectiveError(f"{named}{more}{kept}")
         outcomes = sorted((outcome for here, _ in found for outcome in here), key=lambda outcome: outcome.tile)
         return None if stopped and len(outcomes) < len(self.nets) else outcomes
 

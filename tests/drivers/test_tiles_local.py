@@ -318,3 +318,18 @@ def test_a_copy_is_written_where_another_output_is_given(comm: MPI.Comm, shared_
     assert "go on with other options from their own run files only" in refusal(
         "classify", "-restart", first, "-max_it", 12
     )
+
+
+@pytest.mark.parametrize("words", ["aspqn", "aspqn -local_solver ssbroyden", "mlvr", "mlvr -coarse_solver lbfgs"])
+def test_undivided_networks_have_solvers_with_local_and_coarse_ones_as_ever(
+    words: str, comm: MPI.Comm, shared_tmp: Path
+) -> None:
+    whole, parts = shared_tmp / "whole.h5", shared_tmp / "parts.h5"
+    options = ("-solver", *words.split(), "-samples", 90, "-widths", 6, "-summation_blocks", 4, "-dtype", "float64")
+    train(whole, comm, 4, *options)
+    train(parts, comm, 2, *options)
+    train(parts, comm, 4)
+    one, other = content(whole), content(parts)
+    assert one.theta.tobytes() == other.theta.tobytes()
+    assert one.history["loss"].tobytes() == other.history["loss"].tobytes()
+    comm.barrier()

@@ -7,7 +7,7 @@ rounding, solvers, preconditioners; others, which -only map,classifiers,... name
 
 from __future__ import annotations
 
-from common.program import run_program
+from common.program import HELP, run_program
 
 import torch
 from benches.classifiers import classifiers
@@ -94,6 +94,9 @@ OPTIONS = (
 
 def main(comm: MPI.Comm) -> int:
     """Run the sections that are asked for."""
+    if HELP:
+        print("\n".join([__doc__ or "", *map(str, OPTIONS)]))
+        return 0
     settings = options.read(OPTIONS)
     torch.set_num_threads(1)
     for name in settings.only.split(","):

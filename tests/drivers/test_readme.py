@@ -13,7 +13,8 @@ from launch import LONG, ROOT, warm
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [block for page in PAGES for block in re.findall(r"```(\w+)\n(.*?)```", page.read_text(), flags=re.S)]
-COMMANDS = [line.split("    #")[0].strip() for kind, body in BLOCKS if kind == "sh" for line in body.splitlines()]
+SHELL = "".join(body for kind, body in BLOCKS if kind == "sh").replace("\\\n", " ")
+COMMANDS = [re.split(r"(?<=\S) +# ", line)[0].strip() for line in SHELL.splitlines()]
 PROGRAMS = [body for kind, body in BLOCKS if kind == "python" and not re.search(r"^class ", body, flags=re.M)]
 RUN_BY_CI = ("make demo", "make test")
 STARTED = [command for command in COMMANDS if command.startswith(("mpiexec", ".venv"))]

@@ -71,7 +71,8 @@ BY_NAME = (
     *("drivers/test_given_options.py", "drivers/test_logistic_driver.py", "drivers/test_pinn_levels.py"),
     *("drivers/test_opened.py", "drivers/test_foreign_files.py"),
     *("drivers/test_volumes.py", "decomposition/test_tiles.py", "drivers/test_coarse.py"),
-    *("drivers/test_tiles_", "solvers/test_networks_as_subdomains.py"),
+    *(f"drivers/test_tiles_{name}.py" for name in ("bad_input", "local", "phases")),
+    "solvers/test_networks_as_subdomains.py",
     *("runs/test_run_file_harm.py", "data/test_data_harm.py", "data/test_sources.py"),
     # whose equality over ranks others claim: of scaled problems test_ranks.py, of local curvature that of
     # test_curvature_fraction.py, of models of the Hessian test_the_trajectory_is_that_on_one_rank

@@ -43,7 +43,7 @@ SERIAL = (
     *("losses/test_module_refusals.py", "losses/test_pde_modules.py", "losses/test_restrictions.py"),
     *("losses/test_recorded.py", "objectives/test_waiting.py", "drivers/test_gpu.py"),
     *("problems/test_references.py", "problems/test_program.py", "runs/test_figures.py", "runs/test_history.py"),
-    *("losses/test_decayed.py", "runs/test_tile_figures.py"),
+    *("losses/test_decayed.py", "losses/test_formats.py", "runs/test_tile_figures.py"),
     *(f"test_{name}.py" for name in ("environment", "house", "options", "origins", "package", "plugins", "prepare")),
     *("test_blocks.py", "test_prepare_harm.py", "test_prepare_volumes.py"),
     *("data/test_arrays.py", "data/test_images.py", "data/test_inputs.py", "data/test_parting.py"),

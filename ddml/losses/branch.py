@@ -13,7 +13,7 @@ from ddml.parameters import Parameter
 
 from .costs import layer_work, suitable_batch
 from .module import CHANCES
-from .modules import grouped, is_chain
+from .modules import formats, grouped, is_chain, laid_out
 
 PROBES = 4  # samples of random numbers that networks are tried on (our choice)
 
@@ -80,21 +80,28 @@ class Branch:
         self.module = copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad})
         copied = dict(self.module.named_parameters())
         self.leaves = [copied[name] for name, _ in named]
+        known = formats(module)
+        self._formats = [known.get(id(p)) for _, p in named]
 
     def at(self, theta: Tensor, wanted: Collection[int] = ()) -> nn.Module:
         """The network at theta (n,); parameters of these numbers are leaves to differentiate by."""
-        for number, leaf, parameter in zip(self.numbers, self.leaves, self.parameters, strict=True):
+        for i, (number, leaf) in enumerate(zip(self.numbers, self.leaves, strict=True)):
             leaf.requires_grad_(number in wanted)
-            leaf.data = theta[parameter.range].view(parameter.shape)
+            leaf.data = self._view(theta, i)
         return self.module
 
     def called(self, theta: Tensor, x: Tensor) -> Tensor:
         """What it gives at theta (n,), differentiable by that."""
-        places = {id(leaf): p for leaf, p in zip(self.leaves, self.parameters, strict=True)}
+        places = {id(leaf): i for i, leaf in enumerate(self.leaves)}
         named = [(name, places[id(p)]) for name, p in self.module.named_parameters() if id(p) in places]
-        views = {name: theta[p.range].view(p.shape) for name, p in named}
+        views = {name: self._view(theta, i) for name, i in named}
         found: Tensor = torch.func.functional_call(self.module, views, (x,))
         return found
+
+    def _view(self, theta: Tensor, number: int) -> Tensor:
+        """One of its parameters in theta, in its shape, in the order in memory with which the network is fastest."""
+        parameter = self.parameters[number]
+        return laid_out(theta[parameter.range], parameter.shape, self._formats[number])
 
     @torch.no_grad()
     def outputs(self, theta: Tensor, inputs: Iterable[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from ddml.numbers import Number, as_number
 from ddml.parameters import parameter_table
 
 from .costs import layer_work
-from .modules import coarse_inputs, evaluated, grouped, is_chain, not_finite, occurrences, trained
+from .modules import coarse_inputs, evaluated, formats, grouped, is_chain, laid_out, not_finite, occurrences, trained
 from .samples import SampledLoss
 
 CHANCES = 8  # evaluations that must agree: of a few samples one by chance can (our choice)
@@ -75,7 +75,7 @@ class ModuleLoss(SampledLoss):
         named = trained(module)
         self.parameters = parameter_table([(name, p.shape) for name, p in named])
         self._trained = [p for _, p in named]
-        self._places = dict(zip(map(id, self._trained), self.parameters, strict=True))
+        self._numbers = {id(p): number for number, p in enumerate(self._trained)}
         self.dtype, self.device = named[0][1].dtype, named[0][1].device
         self._stepped = is_chain(module)
         groups = grouped(module, [name for name, _ in named])
@@ -92,6 +92,8 @@ class ModuleLoss(SampledLoss):
         self._copy = copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad})
         copied = dict(self._copy.named_parameters())
         self._leaves = [copied[parameter.name] for parameter in self.parameters]
+        known = formats(module)
+        self._formats = [known.get(id(p)) for p in self._trained]
 
     def of_module(self, module: nn.Module) -> Self:
         """See :meth:`.Loss.of_module`: with the same criterion, of as many samples a forward pass."""
@@ -168,10 +170,15 @@ class ModuleLoss(SampledLoss):
 
     def _at(self, theta: Tensor, wanted: frozenset[int] = frozenset()) -> nn.Module:
         """The copy of the module at theta; the parameters of these numbers are leaves to differentiate by."""
-        for number, (leaf, parameter) in enumerate(zip(self._leaves, self.parameters, strict=True)):
+        for number, leaf in enumerate(self._leaves):
             leaf.requires_grad_(number in wanted)
-            leaf.data = theta[parameter.range].view(parameter.shape)
+            leaf.data = self._view(theta, number)
         return self._copy
+
+    def _view(self, theta: Tensor, number: int) -> Tensor:
+        """A parameter of theta in its shape, in the order in memory with which the module is fastest."""
+        parameter = self.parameters[number]
+        return laid_out(theta[parameter.range], parameter.shape, self._formats[number])
 
     def _batches(self, forward: Callable[[Tensor], Tensor], kept: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """Outputs and targets, batch by batch."""
@@ -197,7 +204,7 @@ class ModuleLoss(SampledLoss):
     def terms(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
         """See :meth:`.Loss.terms`."""
         module = _behind(self.module, kept)
-        views = {n: theta[p.range].view(p.shape) for n, p in occurrences(module, self._places).items()}
+        views = {name: self._view(theta, number) for name, number in occurrences(module, self._numbers).items()}
 
         def forward(x: Tensor) -> Tensor:
             found: Tensor = torch.func.functional_call(module, views, (x,), tie_weights=False)
@@ -227,7 +234,7 @@ class ModuleLoss(SampledLoss):
         numbers = sorted(wanted)
         if self.large and gradient.dtype == self.dtype:
             for k in numbers:
-                self._leaves[k].grad = gradient[self.parameters[k].range].view(self.parameters[k].shape)
+                self._leaves[k].grad = self._view(gradient, k)
             try:  # the same bits, in less memory
                 return _summed_in_place(
                     self._batches(module, kept),
@@ -235,6 +242,10 @@ class ModuleLoss(SampledLoss):
                     [self._leaves[k] for k in numbers],
                 )
             finally:
+                for k in numbers:
+                    summed = self._leaves[k].grad
+                    if summed is not None and self._formats[k] is not None:  # it is a copy
+                        gradient[self.parameters[k].range] = summed.reshape(-1)
                 _leave(self._leaves)
         value: Number = 0.0
         for outputs, y in self._batches(module, kept):

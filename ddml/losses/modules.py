@@ -47,6 +47,31 @@ def check_alike(named: Sequence[tuple[str, nn.Parameter]]) -> None:
             )
 
 
+_FORMATS: dict[type, torch.memory_format] = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}
+
+
+def formats(module: nn.Module) -> dict[int, torch.memory_format]:
+    """The order in memory with which a module is fastest, by the ids of its parameters; of others it is theirs.
+
+    Weights of convolutions have their channels last in float32 on a CPU, where oneDNN then does the whole network so:
+    1.2 to 2 times faster with up to 16 channels, while float64 was no faster (measured, our choice). On other devices
+    it was not measured.
+    """
+    return {
+        id(weight): _FORMATS[type(part)]
+        for part in module.modules()
+        for weight in part.parameters(recurse=False)
+        if type(part) in _FORMATS and weight.ndim > 1 and weight.dtype == torch.float32 and weight.device.type == "cpu"
+    }
+
+
+def laid_out(values: Tensor, shape: Sequence[int], order: torch.memory_format | None) -> Tensor:
+    """Values (n,) as a tensor: a view, or a copy in the order in memory that :func:`formats` has asked for."""
+    view = values.view(shape)
+    # not contiguous(), which takes weights (C, 1, ...) for ones of either order
+    return view if order is None else view.clone(memory_format=order)
+
+
 def is_chain(module: nn.Module) -> bool:
     """Whether a module is an ``nn.Sequential`` that does no more than pass data through its children."""
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward

@@ -45,7 +45,7 @@ class Residual(nn.Module):
 
 @dataclass(frozen=True)
 class Plan:
-    """A network before it is made: stages of a convolution, ReLU and a maximum, and linear layers with ReLU between.
+    """A network before it is made: stages of a convolution, a maximum and ReLU, and linear layers with ReLU between.
 
     Attributes
     ----------
@@ -81,8 +81,8 @@ class Plan:
         """The network, with numbers drawn by torch."""
         axes, layers = len(self.pooled[0]), list[nn.Module]()
         for (inputs, outputs), pooled in zip(pairwise(self.channels), self.pooled, strict=True):
-            layers += [CONVOLUTIONS[axes](inputs, outputs, self.window, padding=self.padding), nn.ReLU()]
-            layers += [MAXIMA[axes](pooled)]
+            layers += [CONVOLUTIONS[axes](inputs, outputs, self.window, padding=self.padding)]
+            layers += [MAXIMA[axes](pooled), nn.ReLU()]  # the same in the other order, but on fewer numbers
             if self.residual:  # Fixup's L^(-1 / (2m - 2)) for L branches, one a stage, of m = 2 layers
                 layers += [Residual(outputs, len(self.pooled) ** -0.5, axes=axes), nn.ReLU()]
         layers += [nn.Flatten()]

@@ -45,7 +45,7 @@ SERIAL = (
     *("problems/test_references.py", "problems/test_program.py", "runs/test_figures.py", "runs/test_history.py"),
     *("losses/test_decayed.py", "losses/test_formats.py", "runs/test_tile_figures.py"),
     *(f"test_{name}.py" for name in ("environment", "house", "options", "origins", "package", "plugins", "prepare")),
-    *("test_blocks.py", "test_prepare_harm.py", "test_prepare_volumes.py"),
+    *("test_blocks.py", "test_prepare_harm.py", "test_prepare_volumes.py", "test_synthetic.py"),
     *("data/test_arrays.py", "data/test_images.py", "data/test_inputs.py", "data/test_parting.py"),
     "data/test_tables.py",
     "runs/test_run_file_damage.py::test_a_kill_at_any_moment_leaves_a_whole_file",  # a writer on one rank

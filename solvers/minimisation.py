@@ -113,6 +113,9 @@ class Minimisation(Owner):
         See :class:`ddml.objectives.objective.Objective`.
     vectors
         Where vectors are (default: :func:`ddml.vectors.home`); of an objective they are where its layout says.
+    branched
+        Makes the objective of a :class:`ddml.losses.branched.BranchedLoss`, from what the constructor of
+        :class:`ddml.objectives.branched.BranchedObjective` takes.
     defaults
         Of PETSc's options of the TAO object (``fmin``, say), where they are not in the database.
 
@@ -147,6 +150,7 @@ class Minimisation(Owner):
         stop: StopRequest | None = None,
         record: Recorder | None = None,
         vectors: torch.device | None = None,
+        branched: Callable[..., BranchedObjective] = BranchedObjective,
         **defaults: Any,
     ) -> None:
         if isinstance(loss, Objective):
@@ -159,7 +163,7 @@ class Minimisation(Owner):
             chosen = owner.decompose(loss, prefix) if subdomains is None else subdomains
             where = home(loss.device) if vectors is None else vectors
             if isinstance(loss, BranchedLoss):
-                self.objective = BranchedObjective(loss, branched_layout(loss, comm, where), stop, blocks, None, record)
+                self.objective = branched(loss, branched_layout(loss, comm, where), stop, blocks, None, record)
             else:
                 layout = ParameterLayout(loss.parameters, comm, chosen.ownership(comm.size), where)
                 kind = ResidualObjective if isinstance(loss, ResidualLoss) else Objective

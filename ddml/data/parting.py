@@ -101,3 +101,35 @@ def held_out(labels: Any, wanted: str, classes: Sequence[str], seed: int) -> tup
     rows = [rng.choice(np.flatnonzero(labels == k), n, replace=False) for k, n in enumerate(taken)]
     held = np.sort(np.concatenate(rows))
     return np.setdiff1d(np.arange(len(labels)), held), held
+
+
+def folds(labels: Any, number: int, classes: Sequence[str], seed: int) -> Rows:
+    """The fold of each sample, from 0: at random, so many, whose sizes differ by one at most, in each class as well.
+
+    Parameters
+    ----------
+    labels
+        Classes of the samples (N,), from 0.
+    number
+        Of folds.
+    classes
+        Their names.
+    seed
+        Of the choice.
+
+    Raises
+    ------
+    InputError
+        Fewer than two folds, more than samples, or a class of one sample, which would be in none of the others.
+    """
+    labels = np.asarray(labels)
+    if not 2 <= number <= len(labels):
+        raise InputError(f"{number} folds of {len(labels)} samples: there must be 2 or more, and a sample for each")
+    counts = np.bincount(labels, minlength=len(classes))
+    if (counts == 1).any():
+        raise InputError(f"class {classes[int((counts == 1).argmax())]} has one sample only: no fold can do without it")
+    rng = np.random.default_rng(seed)
+    order = np.concatenate([rng.permutation(np.flatnonzero(labels == k)) for k in range(len(classes))])
+    found = np.empty(len(labels), np.int64)
+    found[order] = np.arange(len(labels)) % number  # dealt in turn, class behind class
+    return found

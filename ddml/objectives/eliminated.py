@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout
+from ddml.linalg.compact import Compact
 from ddml.losses.branched import BranchedLoss
 from ddml.losses.loss import Loss
 from ddml.losses.outputs import Outputs
@@ -66,6 +67,13 @@ class EliminatedObjective(BranchedObjective):
     def _made(self, loss: Loss, blocks: int, parts: Sequence[Loss] | None) -> BranchedObjective:
         assert isinstance(loss, BranchedLoss)
         return EliminatedObjective(self.solve, loss, self.layout, self.stop, blocks, parts)
+
+    def value_compact(self, x: PETSc.Vec, ready: Callable[[], None] = lambda: None) -> tuple[float, Compact]:
+        """See :meth:`.Objective.value_compact`; who asks for it does not keep the point, which moves."""
+        raise InputError(
+            "the coarse net cannot be eliminated where a solver spares memory, which keeps no trial point: of this many "
+            "parameters it does in float32 and the modular norm"
+        )
 
     def settle(self, x: PETSc.Vec, theta: Tensor, logits: Tensor) -> None:
         """See :meth:`.BranchedObjective.settle`: solve the coarse net, and move x and theta there."""

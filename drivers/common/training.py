@@ -19,6 +19,7 @@ from ddml.errors import CollectiveError, InputError
 from ddml.losses.loss import Loss
 from ddml.losses.recorded import Recorder, cuda_graph
 from ddml.numbers import read
+from ddml.objectives.branched import BranchedObjective
 from ddml.options import EACH_START, NEVER, Option, for_runs, names_code
 from ddml.parallel import agreed, split
 from ddml.runs.checkpoints import Moving
@@ -118,7 +119,7 @@ class Training:
         Default of ``-tao_fmin``.
     samples
         Of an evaluation, where it is not of all (mini-batches).
-    vectors, prefix
+    vectors, prefix, branched
         See :class:`solvers.minimisation.Minimisation`.
 
     Raises
@@ -138,6 +139,7 @@ class Training:
         samples: int = 0,
         vectors: torch.device | None = None,
         prefix: str = "",
+        branched: Callable[..., BranchedObjective] = BranchedObjective,
     ) -> None:
         self.comm, self.settings, self.start, self.loss = comm, settings, start, loss
         start.stop.check(comm)  # the data have been read
@@ -148,7 +150,7 @@ class Training:
             made = Minimisation(
                 loss, settings.solver, comm, prefix, subdomains=chosen, blocks=settings.summation_blocks,
                 samples=samples, limit=settings.summation_limit, stop=start.stop, record=self._recorder(),
-                vectors=vectors, fmin=fmin,
+                vectors=vectors, branched=branched, fmin=fmin,
             )  # fmt: skip
         self.made = made
         self.layout, self.objective, self.x, self.tao = made.layout, made.objective, made.x, made.tao

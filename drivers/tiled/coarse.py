@@ -22,6 +22,8 @@ from ddml.networks.fusions import joined
 from ddml.options import Option, number_or_word
 from ddml.problems.classification import cross_entropy
 
+from . import folds
+from .folds import FOLDS
 from .outputs import HELD_OUT, TRAIN, Outputs, few
 
 # Our choices (docs/results/tiles.md). Decays that are tried, until one serves worse than the one before, and the share
@@ -36,7 +38,9 @@ SOLVERS: dict[str, dict[str, Any]] = {"lbfgs": {"momentum": 1, "memory": 10, "fi
 OPTIONS = (
     *coarse.OPTIONS,
     Option("coarse_data", TRAIN, "Samples that the coarse net is trained on: those that the local nets were trained "
-           "on, held-out ones, or both.", choices=(TRAIN, HELD_OUT, "both", "folds")),
+           "on, held-out ones, or both; folds: the former, with outputs of networks that were trained without them.",
+           choices=(TRAIN, HELD_OUT, "both", FOLDS)),
+    *folds.OPTIONS,
     Option("coarse_solver", "lbfgs", "Trains it, on all of them at a time.", choices=tuple(SOLVERS)),
     Option("coarse_decay", "auto", "Its weight decay lambda, as in lambda / 2 |W|^2: a number; or auto, from "
            f"{DECAYS[0]:g} down in powers of ten to {DECAYS[-1]:g}, until the loss grows on a fifth of each class, "
@@ -89,16 +93,11 @@ def check(settings: Any, splits: Sequence[str]) -> None:
     Raises
     ------
     InputError
-        Held-out samples where there are none; folds; a decay that is no number.
+        Held-out samples where there are none; a decay that is no number.
     """
     _decay(settings)
     wanted = settings.coarse_data
-    if wanted == "folds":
-        raise InputError(
-            "option -coarse_data folds needs local nets that were trained again and again, each time without a part of "
-            f"the samples; the local phase trains each once: choose {TRAIN}, {HELD_OUT} or both"
-        )
-    if wanted != TRAIN and HELD_OUT not in splits:
+    if wanted in (HELD_OUT, "both") and HELD_OUT not in splits:
         raise InputError(f"option -coarse_data {wanted} is for data that have held-out samples")
 
 
@@ -116,8 +115,8 @@ def train(settings: Any, splits: Mapping[str, Outputs], classes: Sequence[str], 
     settings
         Values of :data:`OPTIONS`, ``seed`` and ``dtype``.
     splits
-        Outputs of the local nets for ``train``, ``test`` and, where there are some, ``held_out`` samples; every rank
-        passes all.
+        Outputs of the local nets for ``train``, ``test`` and, where there are some, ``held_out`` samples and ``folds``;
+        every rank passes all.
     classes
         Names of the K classes.
 
@@ -139,7 +138,7 @@ def train(settings: Any, splits: Mapping[str, Outputs], classes: Sequence[str], 
         decay = fits.best_decay(used.take(~drawn), used.take(drawn))
     result = fits(used, decay)
     nn.utils.vector_to_parameters(result.theta.to(next(module.parameters())), module.parameters())
-    notes = [] if settings.coarse_data == TRAIN else few(splits[HELD_OUT].labels, classes)
+    notes = [] if settings.coarse_data in (TRAIN, FOLDS) else few(splits[HELD_OUT].labels, classes)
     return Coarse(module, words, result.theta, decay, result.losses, fits.operations, notes)
 
 

@@ -16,6 +16,7 @@ Called by the driver behind the local and the coarse phase, or without them:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from mpi4py import MPI
@@ -23,11 +24,9 @@ from torch import Tensor
 
 from ddml.losses.branched import BranchedLoss
 from ddml.losses.restricted import RestrictedLoss
-from ddml.objectives.branched import branched_layout
 from ddml.objectives.eliminated import EliminatedObjective, Solve
 from ddml.parallel import StopRequest
 from ddml.problems.coherent import FREEZABLE, TiledTestSet, coherent_loss, prepared
-from ddml.summation import leaves
 from solvers import Minimisation, minimise
 
 __all__ = ["FREEZABLE", "TiledTestSet", "coherent_loss", "eliminated", "prepared"]
@@ -76,7 +75,5 @@ def eliminated(
     InputError
         A coarse net or networks that are frozen; what ``tr`` refuses.
     """
-    layout = branched_layout(loss, comm)
-    blocks = leaves(loss.count, loss.enough)
-    objective = EliminatedObjective(solved(steps), loss, layout, stop, blocks)
-    return Minimisation(objective, "tr", prefix=prefix, **(defaults or {}))
+    branched = partial(EliminatedObjective, solved(steps))
+    return Minimisation(loss, "tr", comm, prefix, stop=stop, branched=branched, **(defaults or {}))

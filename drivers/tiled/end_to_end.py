@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from common import training  # first: it initialises PETSc
 
-import math
-from types import SimpleNamespace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,18 +18,19 @@ from ddml.data.data_set import DataSet
 from ddml.data.sample_sets import TensorSamples
 from ddml.data.scaling import Samples, Scaling
 from ddml.data.tiled import TiledSamples
-from ddml.errors import InputError, RunFileError
+from ddml.errors import InputError
 from ddml.losses.branched import BranchedLoss
 from ddml.networks.coherent import Coherent
-from ddml.runs.limits import SIGNAL
+from ddml.objectives.branched import BranchedObjective
+from ddml.objectives.eliminated import EliminatedObjective
 from ddml.runs.progress import say
-from ddml.runs.run import Run
 from solvers import solver_class
 
 from . import options
-from .coherent import TiledTestSet, coherent_loss, prepared
+from .coherent import STEPS, TiledTestSet, coherent_loss, prepared, solved
 from .files import COHERENT, Files
-from .nets import Nets, ended, tile_of
+from .inner import InnerRun
+from .nets import Nets, tile_of
 from .whole import numbers_of
 
 Vector = NDArray[np.float64]
@@ -52,6 +52,8 @@ class EndToEnd:
         Of the coarse net before any training.
     gained : bool
         Whether it has been trained any further.
+    elimination : str
+        Of the coarse net, in words; empty where it is trained.
     """
 
     def __init__(self, nets: Nets, coarse: nn.Module, settings: Any, limits: Any, comm: MPI.Comm, start: Start) -> None:
@@ -67,8 +69,20 @@ class EndToEnd:
         self.module = prepared(Coherent(modules, coarse, nets.tiles, settings.link).to(where), None, frozen)
         dtype, none = getattr(torch, settings.dtype), torch.zeros(2, dtype=torch.int64, device=where)
         few = [TensorSamples(torch.zeros(2, *s, dtype=dtype, device=where), none) for s in nets.tiles.shapes]
-        self._made(self._loss(few.__getitem__, none), 0).destroy()  # its options have been read then
+        self.elimination, self.branched = "", partial(BranchedObjective)  # of which the solver makes one
+        if self.settings.coherent_coarse == options.ELIMINATED:
+            steps = self.settings.coherent_coarse_iterations or STEPS
+            self.elimination = f", coarse net eliminated by {steps} iterations of L-BFGS"
+            self.branched = partial(EliminatedObjective, solved(steps))
+        made = self._made(self._loss(few.__getitem__, none), 0)  # its options have been read then
+        spares, size = made.context is not None and made.context.spares_memory, made.layout.size
+        made.destroy()
         self._melt()
+        if self.elimination and spares:
+            raise InputError(
+                f"option -coherent_coarse {options.ELIMINATED}: of {size} parameters in float32 -coherent_solver tr "
+                "spares memory and keeps no trial point; -coherent_norm 2 keeps it"
+            )
 
     def _melt(self) -> None:
         """Freeze nothing any more: the modules are those of the local networks, too."""
@@ -83,7 +97,7 @@ class EndToEnd:
         chosen = solver_class(self.settings.solver).decompose(loss, options.COHERENT)
         return training.Training(
             self.comm, self.settings, self.start, loss, chosen, 0.0, samples, self.nets.device.vectors,
-            options.COHERENT,
+            options.COHERENT, self.branched,
         )  # fmt: skip
 
     def train(self, theta: Vector, files: Files, anew: bool, changed: bool) -> Done | None:
@@ -117,7 +131,7 @@ class EndToEnd:
 
         loss = self._loss(tile, torch.from_numpy(source.labels).to(where))
         made = self._made(loss, self.settings.batch_size)
-        moving, limits, words = made.batches(), SimpleNamespace(**vars(self.limits)), made.summation()
+        moving, words = made.batches(), made.summation()
         if self.comm.rank == 0:
             say(f"coherent net of {len(theta)} parameters, solver {self.settings.solver} {words}")
         tests = {
@@ -125,44 +139,35 @@ class EndToEnd:
             for i, (found, scaling) in kept.items()
         }
         measure = TiledTestSet(made.objective, TiledSamples(tests, torch.from_numpy(source.test_labels).to(where)))
-        limits.output, before = files.of(COHERENT)
-        limits.restart, limits.overwrite = None if anew else before, True
-        if not limits.error_interval:
-            interval = moving.interval if moving is not None else 1
-            between = 10 * len(source.test_labels) / 3
-            limits.error_interval = interval * math.ceil(between / (interval * made.objective.loss.count))
+        output, before = files.of(COHERENT)
         attributes = {
-            "driver": "classify", "problem": "classification", "network": "coherent", "solver": self.settings.solver,
+            "driver": "classify", "problem": "classification", "network": "coherent",
+            "solver": self.settings.solver + self.elimination,  # which begins afresh where either is another
             "seed": self.settings.seed, "dtype": self.settings.dtype, "tiles": repr(self.nets.tiles), "stopped": "",
             "summation_blocks": made.blocks, "summation": "tree" if made.blocks else "by ranks",
         }  # fmt: skip
-        run = Run(
-            made.objective, made.tao, made.x, limits, attributes, measure, moving, "accuracy", solver=made.context,
-            same_samples=self.start.restart.same_samples,
-        )  # fmt: skip
-        if limits.restart is not None and not changed:
-            run.done = run.done or bool(ended(limits.restart, self.comm))
-        finished = run.execute()
-        self.gained = len(run.history) > 0 and run.history.last("iteration") > run.first_iteration
-        if run.failure:
-            raise RunFileError(run.failure)
-        if run.reason == SIGNAL:
-            return None
-        if not finished:
-            raise InputError(f"the coherent net: {run.reason} behind iteration {run.history.last('iteration'):.0f}")
+        paths = output, None if anew else before
+        run = InnerRun(made, moving, self.limits, paths, attributes, measure, len(source.test_labels), changed)
+        try:
+            return self._outcome(run, made, theta) if run.to_its_end() else None
+        finally:
+            self.gained = run.gained
+            run.destroy()
+            made.destroy()
+            self._melt()
+
+    def _outcome(self, run: InnerRun, made: training.Training, theta: Vector) -> Done:
+        """What a run came to that began at these parameters."""
         found = made.layout.gather(run.last).numpy().copy()
         row = {"time": run.history.last("time"), "loss": run.history.last("loss"), "work": made.objective.work.total,
                "work_critical": made.objective.work.critical}  # fmt: skip
-        row |= measure(made.objective.parameters(run.last))
+        row |= run.measure(made.objective.parameters(run.last))
         whole = theta.copy()
         cut = len(theta) - len(self.coarse_theta)
         if len(found) == len(theta):
             whole = found
-        elif frozen == ["local"]:
+        elif self.settings.freeze == "local":
             whole[cut:] = found
         else:
             whole[:cut] = found
-        run.last.destroy()
-        made.destroy()
-        self._melt()
         return Done(whole, row)

@@ -16,8 +16,7 @@ from ddml.parallel import agreed_file
 from ddml.runs import run_file
 from ddml.runs.checkpoints import check_new
 
-from .nets import file_of
-
+from .folds import PATTERN, Job
 
 COHERENT = "coherent"  # the name of its run file
 
@@ -59,8 +58,9 @@ class Files:
     def _there(self) -> list[str]:
         if self.folder is None:
             return []
-        found = [*(file_of(self.folder, tile) for tile in range(self.networks)), f"{self.folder}/{COHERENT}.h5"]
-        return [path for path in found if Path(path).is_file()]
+        folder = Path(self.folder)
+        found = [*(folder / Job(tile).file for tile in range(self.networks)), folder / f"{COHERENT}.h5"]
+        return [str(path) for path in [*found, *sorted(folder.glob(PATTERN))] if path.is_file()]
 
     def of(self, name: str) -> tuple[str | None, str | None]:
         """The run file of something else that is trained, and the one that it goes on from, if there is one."""
@@ -95,7 +95,7 @@ class Files:
         InputError
             If one has.
         """
-        paths = [file_of(str(self.before), tile) for tile in range(self.networks)]
+        paths = [f"{self.before}/{Job(tile).file}" for tile in range(self.networks)]
         gone = comm.bcast([path for path in paths if not Path(path).is_file()] if comm.rank == 0 else [])
         if gone:
             raise InputError(
@@ -103,15 +103,25 @@ class Files:
                 "from their own run files only"
             )
 
-    def prepare(self, comm: MPI.Comm, anew: bool) -> None:
-        """Make the folder, and empty it of what another run has left; of a coherent net that is anew. Collective."""
+    def prepare(self, comm: MPI.Comm, anew: bool, outdated: int | None) -> None:
+        """Make the folder, and empty it of what another run has left; of a coherent net that is anew. Collective.
+
+        Parameters
+        ----------
+        anew
+            Whether it is.
+        outdated
+            Folds whose networks go on with those of tiles, as options are others now; those of other numbers of folds,
+            which do not, go. None: nothing is other.
+        """
         if self.folder is None:
             return
         with agreed_file(comm, f"cannot write {self.folder}", "give -output a file in a folder that is yours to write"):
             if comm.rank == 0:
                 os.makedirs(self.folder, exist_ok=True)
                 for path in self._there():
-                    if self.fresh or (anew and path.endswith(f"/{COHERENT}.h5")):
+                    left = outdated is not None and Path(path).match(PATTERN) and not path.endswith(f"of{outdated}.h5")
+                    if self.fresh or left or (anew and path.endswith(f"/{COHERENT}.h5")):
                         os.unlink(path)
         with suppress(OSError):
             os.listdir(self.folder)  # of a file system that remembers what was not there

@@ -34,7 +34,7 @@ class LocalPhase:
     start
         Of the run.
     queues
-        Who trains which, in what order.
+        Who trains which of the jobs of the networks, in what order.
 
     Raises
     ------
@@ -47,7 +47,7 @@ class LocalPhase:
     group : Intracomm
         The ranks that train what this one does; none waits for others.
     tiles : dict of int to DataSet
-        Those of the networks that this rank has not begun with.
+        Those of the networks that this rank has not trained.
     first : LocalNet or None
         The network that this rank begins with: where it is made, the solver's options have been read.
     gained : bool
@@ -60,18 +60,21 @@ class LocalPhase:
         self.alone = len(queues.nets) == comm.size
         self.group = MPI.COMM_SELF if self.alone else comm.Split(number, comm.rank)
         self.queue = queues.nets[number]
+        self.jobs = [nets.jobs[i] for i in self.queue]
         self.stop = Relay(start.stop, comm)
         self.start = replace(start, stop=self.stop)
         self.first: LocalNet | None = None
         self.gained = False
         with agreed(comm):
             # all of them before anything is changed
-            self.tiles = {tile: tile_of(nets.source, nets.tiles, tile) for tile in self.queue}
-            self.first = LocalNet(nets, self.queue[0], self.tiles.pop(self.queue[0]), self.group, self.start)
-            for tile in self.queue:
-                path = nets.earlier(tile)
+            self.tiles = {tile: tile_of(nets.source, nets.tiles, tile) for tile in {job.tile for job in self.jobs}}
+            self.first = self._net(0)
+            common = self.first.attributes()
+            common.pop("fold", None)
+            for job in self.jobs:
+                path = nets.earlier(job)
                 if path is not None:
-                    check_file(path, self.first.attributes() | nets.named(tile), self.group)
+                    check_file(path, common | nets.named(job), self.group)
 
     def destroy(self) -> None:
         """Free the groups and what the first network has. Collective."""
@@ -80,17 +83,25 @@ class LocalPhase:
         if not self.alone:
             self.group.Free()
 
+    def _net(self, place: int) -> LocalNet:
+        """That of a place in the queue; a tile that no later one needs is given back."""
+        job, later = self.jobs[place], self.jobs[place + 1 :]
+        dataset = self.tiles[job.tile]
+        if all(other.tile != job.tile for other in later):
+            del self.tiles[job.tile]
+        return LocalNet(self.nets, job, dataset, self.group, self.start)
+
     def train(self, done: Callable[[Outcome], Any] = lambda outcome: None) -> tuple[list[Outcome], dict[int, str]]:
-        """Train this rank's networks: those that have come to their end, and what others failed of, by tile.
+        """Train this rank's networks: those that have come to their end, and what others failed of, by job.
 
         Nothing is collective but on ``group``; a network that fails is no reason to leave out the next one.
         """
         outcomes, failures = list[Outcome](), dict[int, str]()
-        for tile in self.queue:
+        for place, (number, job) in enumerate(zip(self.queue, self.jobs, strict=True)):
             net, self.first = self.first, None
             try:
                 self.stop.check(self.group)
-                net = net or LocalNet(self.nets, tile, self.tiles.pop(tile), self.group, self.start)
+                net = net or self._net(place)
                 outcome = net.train()
                 if outcome is None:
                     break
@@ -99,7 +110,7 @@ class LocalPhase:
             except Interrupted:
                 break
             except (InputError, NonFiniteError) as error:
-                failures[tile] = f"tile {tile}: {error}"
+                failures[number] = f"{' '.join(str(job).split())}: {error}"
             finally:
                 if net is not None:
                     self.gained |= net.gained
@@ -107,7 +118,7 @@ class LocalPhase:
         return outcomes, failures
 
     def execute(self) -> list[Outcome] | None:
-        """Train all networks; None where a signal has stopped some. Collective on all ranks at its end.
+        """Train all networks, in the order of the jobs; None where a signal has stopped some. Collective on all ranks at its end.
 
         Raises
         ------
@@ -120,14 +131,14 @@ class LocalPhase:
         stopped = self.stop.end()
         self.gained = self.comm.allreduce(self.gained, MPI.LOR)
         found = self.comm.allgather(mine if self.group.rank == 0 else ([], {}))
-        failures = {tile: text for _, here in found for tile, text in here.items()}
+        failures = {number: text for _, here in found for number, text in here.items()}
         if failures:
-            named = "; ".join(failures[tile] for tile in sorted(failures)[:NAMED])
+            named = "; ".join(failures[number] for number in sorted(failures)[:NAMED])
             more = f" (and {len(failures) - NAMED} others)" if len(failures) > NAMED else ""
             kept = "" if self.nets.folder is None else f"; the others are in {self.nets.folder}"
             raise CollectiveError(f"{named}{more}{kept}")
-        outcomes = sorted((outcome for here, _ in found for outcome in here), key=lambda outcome: outcome.tile)
-        return None if stopped and len(outcomes) < len(self.nets) else outcomes
+        outcomes = {outcome.job: outcome for here, _ in found for outcome in here}
+        return None if stopped and len(outcomes) < len(self.nets.jobs) else [outcomes[job] for job in self.nets.jobs]
 
     def _show(self, outcome: Outcome) -> None:
         """A line for a network that is trained."""

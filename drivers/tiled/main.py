@@ -32,6 +32,7 @@ from solvers import solver_class
 from . import coarse, options, outputs
 from .end_to_end import EndToEnd
 from .files import Files
+from .folds import FOLDS, Folds
 from .local import LocalPhase
 from .nets import SPLITS, Nets
 from .queues import Queues
@@ -120,9 +121,12 @@ class Phases:
             self.whole.check_like(before, self.attributes, self.labels, comm)
         if settings.start is not None:
             self.whole.forget(phases[0])
-        self.going = self._going(phases)
-        nets = replace(nets, folder=self.files.folder, before=self.files.before, again=self.again)
-        self.nets, self.queues = nets, Queues.of(nets.costs, comm.size)
+        folds = Folds()
+        if settings.coarse_data == FOLDS:
+            folds = Folds.drawn(settings.folds, nets.source.labels, nets.source.classes, settings.seed)
+        self.going = self._going(phases, folds.number)
+        nets = replace(nets, folder=self.files.folder, before=self.files.before, again=self.again, folds=folds)
+        self.nets, self.queues = nets, Queues.of([nets.costs[job.tile] for job in nets.jobs], comm.size)
         self.local: LocalPhase | None = None
         if "local" in self.going:
             self.local = LocalPhase(nets, comm, start, self.queues)
@@ -142,17 +146,18 @@ class Phases:
         """Whether local networks that have come to their end go on."""
         return any(not options.later(name) for name in self.start.restart.changed)
 
-    def _going(self, phases: Sequence[str]) -> list[str]:
-        """Which of the phases that are asked for are to be done.
+    def _going(self, phases: Sequence[str], folds: int) -> list[str]:
+        """Which of the phases that are asked for are to be done, with so many folds.
 
         Raises
         ------
         InputError
-            A coarse phase without a local one; local networks that are to go on, whose run files have gone.
+            A coarse phase without a local one, or one of these folds; local networks that are to go on, whose run files
+            have gone.
         """
         done, changed = self.whole.phases, self.start.restart.changed.keys()
         found = list[str]()
-        if "local" in phases and (self.again or "local" not in done):
+        if "local" in phases and (self.again or "local" not in done or folds not in (0, self.whole.folds)):
             if "local" in done:
                 self.files.check_all(self.comm)
             found.append("local")
@@ -160,6 +165,12 @@ class Phases:
             if not found and "local" not in done:
                 raise InputError(
                     "option -phase coarse needs a local phase that is finished: -phase local,coarse, or -start local.h5"
+                )
+            if not found and folds not in (0, self.whole.folds):
+                had = f"{self.whole.folds} folds" if self.whole.folds else "all samples only"
+                raise InputError(
+                    f"option -coarse_data folds needs networks that were trained on {folds} folds, and these were on "
+                    f"{had}: -phase local,coarse, or their number as -folds"
                 )
             found.append("coarse")
         of_coherent = any(name.startswith(options.COHERENT) or name == "freeze" for name in changed)
@@ -176,7 +187,7 @@ class Phases:
         self.start.stop.check(self.comm)
         described = training.described(self.settings, self.limits, self.start, self.attributes)[1]
         if self.going:
-            self.files.prepare(self.comm, self.anew)
+            self.files.prepare(self.comm, self.anew, self.nets.folds.number if self.again else None)
         if self.files.fresh:
             self._write(described)
         for phase in self.going:
@@ -207,8 +218,8 @@ class Phases:
         phase.destroy()
         if outcomes is None:
             return False
-        self.whole.take(outcomes, self.labels)
-        spent = [cost * o.work / sum(self.nets.costs) for cost, o in zip(self.nets.costs, outcomes, strict=True)]
+        self.whole.take(outcomes, self.labels, self.nets.folds)
+        spent = self.nets.work(outcomes)
         seconds = self.queues.critical([outcome.seconds for outcome in outcomes])
         self.whole.finish("local", time=seconds, work=sum(spent), work_critical=self.queues.critical(spent))
         self._accuracy()
@@ -275,6 +286,8 @@ class Phases:
             nets.tiles.described([module for module, _ in nets.modules]),
             f"networks such as {nets.modules[0][1]}, {settings.dtype} on {settings.device}: {self.queues!r}",
         ]
+        if nets.folds.number:
+            lines.append(f"of them {len(nets)} on all samples, and as many without each of {nets.folds.number} folds")
         if self.local is not None and self.local.first is not None:
             made = self.local.first
             batch = batches.in_words(settings, nets.source.count, made.moving)
@@ -282,7 +295,7 @@ class Phases:
         if {"coarse", "coherent"} & set(self.going):
             lines.append(f"coarse net {self.coarse_words} of {settings.link}")
         if self.coherent is not None:
-            lines.append(f"coherent solver {settings.coherent_solver}")
+            lines.append(f"coherent solver {settings.coherent_solver}{self.coherent.elimination}")
         lines.append(f"phases: {', '.join(self.going) or 'none is left'}")
         return [*lines, *self.device.words().splitlines()]
 
@@ -301,7 +314,9 @@ class Phases:
                 rows["coarse"] = {split: one.coarse for split, one in found.items()}
             lines.append(f"{'accuracy':<16}" + "".join(f"{split:>9}" for split in found))
             lines += [f"{name:<16}" + "".join(f"{row[s]:>9.4f}" for s in found) for name, row in rows.items()]
-            lines += [outputs.gap(found), *(f"note: {note}" for note in outputs.by_heart(found))]
+            lines.append(outputs.gap(found))
+            if self.settings.coarse_data in (outputs.TRAIN, "both"):
+                lines += [f"note: {note}" for note in outputs.by_heart(found)]
         history = self.whole.history
         if "coherent" in self.whole.phases:
             lines.append(f"{'coherent':<16}" + " " * 9 * ("train" in found) + f"{history.last('accuracy'):>9.4f}")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from common import training  # first: it initialises PETSc
 
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,16 +23,17 @@ from ddml.data.data_set import DataSet
 from ddml.data.scaling import Samples, Scaling
 from ddml.data.sources import Source
 from ddml.decomposition.tiles import Tiles
-from ddml.errors import InputError, RunFileError
+from ddml.errors import RunFileError
 from ddml.losses.costs import multiplications
 from ddml.networks.local import build_local, local_seeds
 from ddml.parallel import own
 from ddml.problems.classification import ClassificationLoss, TestSet
 from ddml.runs import run_file
-from ddml.runs.limits import SIGNAL
-from ddml.runs.run import Run
 from ddml.sampling.batches import Batches
 from solvers import solver_class
+
+from .folds import Folds, Job
+from .inner import InnerRun
 
 # Samples of a block, and blocks, of an evaluation of a local network: few, as small networks take no less time for
 # fewer samples (our choices)
@@ -69,6 +69,8 @@ class Nets:
         Where the run files of the networks are written, and where those are that they go on from.
     again : bool
         Whether networks that had come to their end go on, as their options are others now.
+    folds : Folds
+        Without which each is trained again.
     """
 
     settings: Any
@@ -80,6 +82,7 @@ class Nets:
     folder: str | None = None
     before: str | None = None
     again: bool = False
+    folds: Folds = Folds()
 
     @classmethod
     def built(cls, settings: Any, limits: Any, source: Source, tiles: Tiles, device: Device) -> Nets:
@@ -106,20 +109,34 @@ class Nets:
             multiplications(m, torch.zeros(1, *s, dtype=dtype)) for (m, _), s in zip(self.modules, shapes, strict=True)
         ]
 
-    def named(self, tile: int) -> dict[str, Any]:
+    @property
+    def jobs(self) -> list[Job]:
+        """All that is to be trained."""
+        return self.folds.jobs(len(self))
+
+    def samples(self, job: Job) -> int:
+        """How many it is trained on."""
+        return self.source.count - (int((self.folds.left_out == job.fold).sum()) if job.fold else 0)
+
+    def work(self, outcomes: Sequence[Outcome]) -> list[float]:
+        """What networks have taken, in evaluations of all networks of tiles together, on all samples."""
+        costs, count = self.costs, self.source.count
+        return [costs[o.job.tile] * o.work / sum(costs) * (self.samples(o.job) / count) for o in outcomes]
+
+    def named(self, job: Job) -> dict[str, Any]:
         """What the run file of a network says of it alone."""
-        seed = local_seeds(self.settings.seed, len(self))[tile]
-        return {"tile": tile, "seed": seed, "network": self.modules[tile][1]}
+        seed = local_seeds(self.settings.seed, len(self))[job.tile]
+        words = {"tile": job.tile, "seed": seed, "network": self.modules[job.tile][1], "samples": self.samples(job)}
+        return words | ({"fold": f"{job.fold} of {job.folds}"} if job.fold else {})
 
-    def earlier(self, tile: int) -> str | None:
+    def file(self, job: Job) -> str | None:
+        """The run file of a network, if there is to be one."""
+        return None if self.folder is None else f"{self.folder}/{job.file}"
+
+    def earlier(self, job: Job) -> str | None:
         """The run file that a network goes on from, if there is one."""
-        path = None if self.before is None else file_of(self.before, tile)
+        path = None if self.before is None else f"{self.before}/{job.file}"
         return path if path is not None and Path(path).is_file() else None
-
-
-def file_of(folder: str, tile: int) -> str:
-    """The run file of a network."""
-    return f"{folder}/{tile:02d}.h5"
 
 
 @dataclass(frozen=True)
@@ -128,7 +145,7 @@ class Outcome:
 
     Attributes
     ----------
-    tile : int
+    job : Job
     theta : ndarray
         Its parameters (n,), float64.
     history : dict of str to ndarray
@@ -136,17 +153,22 @@ class Outcome:
     reason : str
         Why it stopped.
     logits : dict of str to ndarray
-        Of the samples of each split, (B, K).
+        Of the samples of each split, (B, K); of a network of a fold of those left out, which it is tested on.
     accuracies : dict of str to float
         Fractions of them that are classified right.
     """
 
-    tile: int
+    job: Job
     theta: NDArray[np.float64]
     history: Mapping[str, NDArray[np.float64]]
     reason: str
     logits: Mapping[str, NDArray[Any]]
     accuracies: Mapping[str, float]
+
+    @property
+    def tile(self) -> int:
+        """Its number."""
+        return self.job.tile
 
     @property
     def work(self) -> float:
@@ -162,7 +184,7 @@ class Outcome:
         """What came out, in words."""
         iterations, loss = int(self.history["iteration"][-1]), self.history["loss"][-1]
         return (
-            f"tile {self.tile:>2}: {self.reason}. {iterations} iterations, loss {loss:.3e}, accuracy "
+            f"{self.job}: {self.reason}. {iterations} iterations, loss {loss:.3e}, accuracy "
             f"{self.accuracies['test']:.4f} ({self.accuracies['train']:.4f} of what it was trained on), work "
             f"{self.work:.1f}, {self.seconds:.1f} s"
         )
@@ -175,7 +197,7 @@ class LocalNet:
     ----------
     nets
         All networks.
-    tile
+    job
         Which one it is.
     dataset
         Its tile of all samples.
@@ -195,10 +217,10 @@ class LocalNet:
         A solver that there is not, or that refuses its options or the network.
     """
 
-    def __init__(self, nets: Nets, tile: int, dataset: DataSet, comm: MPI.Comm, start: Start) -> None:
-        self.nets, self.tile, self.comm, self.start = nets, tile, comm, start
+    def __init__(self, nets: Nets, job: Job, dataset: DataSet, comm: MPI.Comm, start: Start) -> None:
+        self.nets, self.job, self.comm = nets, job, comm
         self.gained = False
-        network, named = nets.modules[tile][0], nets.named(tile)
+        network, named = nets.modules[job.tile][0], nets.named(job)
         settings = SimpleNamespace(
             **vars(nets.settings) | {"solver": nets.settings.local_solver, "seed": named["seed"]}
         )
@@ -209,6 +231,10 @@ class LocalNet:
             for name, of in SPLITS.items()
             if (labels := getattr(dataset, f"{of}labels")) is not None
         }
+        if job.fold:
+            out = torch.from_numpy(nets.folds.left_out == job.fold)
+            whole = self.splits["train"]
+            self.splits = {name: whole.take(rows.nonzero()[:, 0]) for name, rows in (("train", ~out), ("test", out))}
         self.loss = ClassificationLoss(
             network.to(where), self.splits["train"], len(dataset.classes), settings.chunk or None
         )
@@ -229,10 +255,10 @@ class LocalNet:
         """Of its run file: what must be the same where it goes on."""
         settings, blocks = self.settings, self.training.blocks
         return {
-            **self.nets.named(self.tile), "driver": "classify", "problem": "classification",
+            **self.nets.named(self.job), "driver": "classify", "problem": "classification",
             "solver": settings.solver, "dtype": settings.dtype, "summation_blocks": blocks,
             "summation": "tree" if blocks else "by ranks", "tiles": repr(self.nets.tiles),
-            "data": settings.data, "samples": self.loss.count, "scaling": settings.scaling, "stopped": "",
+            "data": settings.data, "scaling": settings.scaling, "stopped": "",
         }  # fmt: skip
 
     def train(self) -> Outcome | None:
@@ -243,40 +269,20 @@ class LocalNet:
         InputError
             A loss that is not finite; a run file that cannot be read, is of another network, or cannot be written.
         """
-        before, folder = self.nets.earlier(self.tile), self.nets.folder
-        limits = SimpleNamespace(**vars(self.nets.limits))
-        limits.restart, limits.progress, limits.overwrite = before, "none", True
-        limits.output = None if folder is None else file_of(folder, self.tile)
+        made, tests, limits = self.training, self.splits["test"], SimpleNamespace(**vars(self.nets.limits))
+        limits.progress = "none"
         if limits.tensorboard:
-            limits.tensorboard = f"{limits.tensorboard}/{self.tile:02d}"
-        if not limits.error_interval:
-            interval = self.moving.interval if self.moving is not None else 1
-            between = 10 * len(self.splits["test"]) / 3  # a test sample costs a third of a training sample
-            limits.error_interval = interval * math.ceil(between / (interval * self.training.objective.loss.count))
-        made, restart = self.training, self.start.restart
-        measure = TestSet(self.loss, self.splits["test"], self.comm, made.blocks)
-        run = Run(
-            made.objective, made.tao, made.x, limits, self.attributes(), measure, self.moving, "accuracy",
-            solver=made.context, same_samples=restart.same_samples,
-        )  # fmt: skip
-        stopped = ""
-        if before is not None and not self.nets.again:
-            stopped = ended(before, self.comm)
-            run.done = run.done or bool(stopped)
+            limits.tensorboard = f"{limits.tensorboard}/{Path(self.job.file).stem}"
+        files = self.nets.file(self.job), self.nets.earlier(self.job)
+        measure = TestSet(self.loss, tests, self.comm, made.blocks)
+        run = InnerRun(made, self.moving, limits, files, self.attributes(), measure, len(tests), self.nets.again)
         try:
-            finished = run.execute()
-            self.gained = len(run.history) > 0 and run.history.last("iteration") > run.first_iteration
-            if run.failure:
-                raise RunFileError(run.failure)
-            if run.reason == SIGNAL:
-                return None
-            if not finished:
-                raise InputError(f"{run.reason} behind iteration {int(run.history.last('iteration'))}")
-            return self._outcome(run, stopped or run.reason)
+            return self._outcome(run) if run.to_its_end() else None
         finally:
-            run.last.destroy()
+            self.gained = run.gained
+            run.destroy()
 
-    def _outcome(self, run: Run, reason: str) -> Outcome:
+    def _outcome(self, run: InnerRun) -> Outcome:
         """What a run came to; the outputs are on the first rank."""
         theta = self.training.objective.parameters(run.last).clone()
         exact = self.training.layout.gather(run.last).numpy().copy()
@@ -286,7 +292,9 @@ class LocalNet:
             if self.comm.rank == 0:
                 accuracies[name] = float((logits[name].argmax(axis=1) == samples.targets.cpu().numpy()).mean())
         history = {name: run.history[name] for name in run.history.used()}
-        return Outcome(self.tile, exact, history, reason, logits, accuracies)
+        if self.job.fold:
+            del logits["train"]
+        return Outcome(self.job, exact, history, run.reason, logits, accuracies)
 
     def outputs(self, samples: Samples, theta: Tensor) -> NDArray[Any]:
         """The outputs (B, K) for some samples, on the first rank: block by block, the same on any number of ranks."""
@@ -299,11 +307,6 @@ class LocalNet:
         return torch.cat(together).numpy() if together else np.empty((0, 0))
 
 
-def ended(path: str, comm: MPI.Comm) -> str:
-    """Why the training of a network had come to its end when its run file was written; nothing if it had not."""
-    return str(run_file.inspect(path, comm).attributes.get("stopped", ""))
-
-
 def check_file(path: str, expected: Mapping[str, Any], comm: MPI.Comm) -> None:
     """Refuse a run file of another network than the one of these attributes. Collective.
 
@@ -313,9 +316,9 @@ def check_file(path: str, expected: Mapping[str, Any], comm: MPI.Comm) -> None:
         If it is, or is damaged.
     """
     found = run_file.inspect(path, comm).attributes
-    for name in ("tile", "tiles", "seed", "network", "dtype", "samples", "scaling"):
-        if found.get(name) != expected[name]:
+    for name in ("tile", "tiles", "seed", "network", "dtype", "fold", "samples", "scaling"):
+        if found.get(name) != expected.get(name):
             raise RunFileError(
-                f"{path} is of {name} {found.get(name)}, not {expected[name]}: it is of another run; give another "
+                f"{path} is of {name} {found.get(name)}, not {expected.get(name)}: it is of another run; give another "
                 "-output, or remove its folder"
             )

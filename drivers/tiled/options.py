@@ -20,12 +20,14 @@ from ddml.sampling.batches import OPTIONS as BATCHES
 from solvers import solver_class
 
 from . import coarse
+from .coherent import STEPS
 from .whole import PHASES
 
 SOLVER = "adam"  # of local networks: with a coarse net behind, better than tr (docs/images.md)
 ADAMS = 32  # samples of a batch of Adam (our choice)
 QUARTERS = 4  # batches of an epoch of trust regions (our choice)
 COHERENT = "coherent_"  # before the options of the coherent phase
+TRAINED, ELIMINATED = "trained", "eliminated"  # values of -coherent_coarse
 
 _LIMITS = tuple(o for o in limits.OPTIONS if o.name != "target_error")
 
@@ -52,6 +54,11 @@ OPTIONS = (
     *(replace(o, default=None, choices=(), changes=WITH_SOLVER) if o.name == "coarse_solver" else o
       for o in coarse.OPTIONS),
     Option(f"{COHERENT}solver", "tr", "Solver of the coherent phase, with coherent_ before its options, too."),
+    Option(f"{COHERENT}coarse", TRAINED, f"The coarse net in the coherent phase: trained beside the networks; or "
+           f"{ELIMINATED}, which is solved anew at each trial of the networks, for {COHERENT}solver tr: fewer "
+           "synchronisations, more work behind each.", choices=(TRAINED, ELIMINATED)),
+    Option(f"{COHERENT}coarse_iterations", None, f"With {COHERENT}coarse {ELIMINATED}: of L-BFGS at each trial (default "
+           f"{STEPS}).", kind=int, minimum=1),
     *(replace(o, name=COHERENT + o.name, help=f"Of the coherent phase. {o.help}", changes=FREELY)
       for o in (*BATCHES, *_LIMITS)),
 )  # fmt: skip
@@ -110,7 +117,25 @@ def check(settings: Any, undivided: str) -> list[str]:
         raise InputError("option -start is for the phases behind the local one: leave local out of -phase")
     if settings.freeze is not None and "coherent" not in found:
         raise InputError("option -freeze is for -phase coherent")
+    _check_elimination(settings)
     return found
+
+
+def _check_elimination(settings: Any) -> None:
+    if settings.coherent_coarse == TRAINED:
+        if settings.coherent_coarse_iterations is not None:
+            raise InputError(f"option -coherent_coarse_iterations is for -coherent_coarse {ELIMINATED}")
+        return
+    if settings.coherent_solver != "tr":
+        raise InputError(
+            f"option -coherent_coarse {ELIMINATED} is for -coherent_solver tr, which keeps the trial point that it "
+            f"evaluated last; got {settings.coherent_solver}"
+        )
+    if settings.freeze is not None:
+        raise InputError(
+            f"option -coherent_coarse {ELIMINATED} trains the networks and solves the coarse net: -freeze "
+            f"{settings.freeze} leaves one of both as it is"
+        )
 
 
 def batches(settings: Any, count: int) -> None:

@@ -106,7 +106,7 @@ def by_heart(found: Mapping[str, Accuracies]) -> list[str]:
     return [
         f"{int((train >= NEARLY).sum())} of {len(train)} local networks have {100 * NEARLY:.0f} % of their training "
         "samples right or more: of those they are surer than of others, and a coarse net that is trained on them "
-        "trusts them too much; -coarse_data held_out, with samples enough, does not"
+        "trusts them too much; -coarse_data folds, or held_out with samples enough, does not"
     ]
 
 

@@ -4,7 +4,8 @@ Its parameters are those of the last phase that is finished. Its state has
 
 - ``phases``: those that are finished, separated by commas;
 - ``nets``: of each local network its ``history`` by column, ``reason``, and accuracies by split;
-- ``logits``: by split, (N, B, K); ``labels``: by split, (B,);
+- ``logits``: by split, (N, B, K); ``labels``: by split, (B,); of ``folds`` those of the training samples by networks
+  that were trained without them, and their number;
 - ``coarse``: of the coarse net its ``words``, ``link``, ``decay`` and ``losses``;
 - ``local``, ``coarse_theta``: parameters behind those phases, where a later one has changed them.
 """
@@ -31,8 +32,9 @@ from ddml.runs import run_file
 from ddml.runs.history import History
 from ddml.vectors import write
 
+from .folds import FOLDS, Folds
 from .nets import Outcome
-from .outputs import Outputs
+from .outputs import TEST, TRAIN, Outputs
 
 PHASES = ("local", "coarse", "coherent")
 Vector = NDArray[np.float64]
@@ -65,6 +67,8 @@ class Whole:
         Of each local network its history, the reason why it stopped, and its accuracies.
     logits, labels : dict of str to ndarray
         Of each split, (N, B, K) and (B,).
+    folds : int
+        How many there are.
     coarse : dict
         What the coarse net is.
     history : History
@@ -78,6 +82,7 @@ class Whole:
     nets: list[dict[str, Any]] = field(default_factory=list)
     logits: dict[str, NDArray[Any]] = field(default_factory=dict)
     labels: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    folds: int = 0
     coarse: dict[str, Any] = field(default_factory=dict)
     history: History = field(default_factory=History)
 
@@ -130,7 +135,7 @@ class Whole:
         local, coarse = (state["local"], state["coarse_theta"]) if "coherent" in phases else both
         return cls(
             local, coarse, theta if "coherent" in phases else NONE, phases, state["nets"], state["logits"],
-            state["labels"], state["coarse"], history,
+            state["labels"], int(state.get("folds", 0)), state["coarse"], history,
         )  # fmt: skip
 
     def _check(self, path: str, networks: int) -> None:
@@ -200,14 +205,16 @@ class Whole:
         ):
             raise RunFileError(f"{path} was written with other samples, or other parts of them: their labels differ")
 
-    def take(self, outcomes: Sequence[Outcome], labels: Mapping[str, NDArray[np.int64]]) -> None:
+    def take(self, outcomes: Sequence[Outcome], labels: Mapping[str, NDArray[np.int64]], folds: Folds) -> None:
         """What the local phase has come to."""
-        self.local = np.concatenate([outcome.theta for outcome in outcomes])
-        self.nets = [
-            {"history": dict(o.history), "reason": o.reason, "accuracies": dict(o.accuracies)} for o in outcomes
-        ]
-        self.logits = {name: np.stack([outcome.logits[name] for outcome in outcomes]) for name in labels}
-        self.labels = dict(labels)
+        own = [outcome for outcome in outcomes if not outcome.job.fold]
+        self.local = np.concatenate([outcome.theta for outcome in own])
+        self.nets = [{"history": dict(o.history), "reason": o.reason, "accuracies": dict(o.accuracies)} for o in own]
+        self.logits = {name: np.stack([outcome.logits[name] for outcome in own]) for name in labels}
+        self.labels, self.folds = dict(labels), folds.number
+        if folds.number:
+            self.logits[FOLDS] = folds.joined({o.job: o.logits[TEST] for o in outcomes}, len(own))
+            self.labels[FOLDS] = labels[TRAIN]
 
     def write(
         self, path: str, modules: Sequence[nn.Module], coarse: nn.Module, attributes: Mapping[str, Any], comm: MPI.Comm
@@ -224,7 +231,7 @@ class Whole:
         x = layout.vector()
         state = {
             "phases": ",".join(self.phases), "nets": self.nets, "logits": self.logits, "labels": self.labels,
-            "coarse": self.coarse, "local": self.local if len(self.coherent) else NONE,
+            "folds": self.folds, "coarse": self.coarse, "local": self.local if len(self.coherent) else NONE,
             "coarse_theta": self.coarse_theta if len(self.coherent) else NONE,
         }  # fmt: skip
         try:

@@ -19,6 +19,7 @@ from benches.preconditioners import preconditioners
 from benches.prices import prices
 from benches.samples import samples
 from benches.synchronisations import map_worker, solver_map
+from benches.tile_schwarz import tiles_schwarz
 from benches.tiles import tiles
 from benches.training import overhead, rounding, solvers
 from benches.work import work
@@ -49,6 +50,7 @@ ASKED = {
     "samples": samples,
     "large": large,
     "tiles": tiles,
+    "tiles_schwarz": tiles_schwarz,
     "ranks_worker": ranks_worker,
     "map_worker": map_worker,
     "large_worker": large_worker,
@@ -56,7 +58,8 @@ ASKED = {
 OPTIONS = (
     Option("seconds", 60.0, "Budget of each solver in the sections solvers and map.", above=0.0),
     Option("only", ",".join(SECTIONS), "Sections to run."),
-    Option("delays", "0,3,10", "What a synchronisation costs more than it does here, in the section map (ms)."),
+    Option("delays", "0,3,10", "What a synchronisation costs more than it does here, in the sections map and "
+           "tiles_schwarz (ms)."),
     Option("map_cases", "burgers-20x8,klein_gordon-20x4,klein_gordon-50x6", "Problems and networks of the map; or as "
            "for -classifiers."),
     Option("classifiers", "digits:mlp:240", "Data, network, batch size and, if not all, samples in that section, as in "
@@ -85,6 +88,7 @@ OPTIONS = (
     Option("tiles_transfer_epochs", 4, "Epochs of its coherent nets behind a finished coarse phase; 0: there are none.",
            minimum=0),
     Option("tiles_links", "log_probabilities,logits", "Links with which its coherent nets begin at random values."),
+    Option("tiles_schwarz_iterations", 40, "Of the solvers of coherent nets in the section tiles_schwarz.", minimum=1),
     Option("tiles_figures", "", "Folder that its figures are written to (default: none are)."),
     Option("delay", 0.0, "Of map_worker (ms).", minimum=0.0),
     Option("driver", "pinn", "Of map_worker.", choices=("pinn", "classify")),

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ddml.runs.history import History
 from ddml.layout import ParameterLayout
+from ddml.objectives.branched import BranchedObjective
 from solvers.schwarz.schwarz import Schwarz
 
 from .classifiers import case_options
@@ -27,17 +28,17 @@ from .tools import BENCH, LAUNCH, finished_run
 def delayed(seconds: float) -> Iterator[Counter[str]]:
     """Let every synchronisation of several ranks take so much longer; the number of them.
 
-    Those are the gathering and the summing of vectors, and the two exchanges with subdomains that are treated side
-    by side. Sums of single numbers are not delayed.
+    Those are the gathering and the summing of vectors, the gathering of outputs of networks of tiles, and the two
+    exchanges with subdomains that are treated side by side. Sums of single numbers are not delayed.
     """
     count: Counter[str] = Counter()
 
     def slow(function: Callable[..., Any], ranks: Callable[[Any], int], times: int = 1) -> Callable[..., Any]:
-        def wrapper(this: Any, *args: Any) -> Any:
+        def wrapper(this: Any, *args: Any, **named: Any) -> Any:
             if ranks(this) > 1:
                 count["synchronisations"] += times
                 time.sleep(times * seconds)
-            return function(this, *args)
+            return function(this, *args, **named)
 
         return wrapper
 
@@ -45,6 +46,8 @@ def delayed(seconds: float) -> Iterator[Counter[str]]:
         for name in ("gather", "reduce", "sum_nodes"):
             changed = slow(getattr(ParameterLayout, name), lambda layout: layout.comm.size)
             stack.enter_context(mock.patch.object(ParameterLayout, name, changed))
+        changed = slow(BranchedObjective._gathered, lambda objective: objective.comm.size)
+        stack.enter_context(mock.patch.object(BranchedObjective, "_gathered", changed))
         changed = slow(Schwarz._side_by_side, lambda schwarz: schwarz.objective.comm.size, 2)
         stack.enter_context(mock.patch.object(Schwarz, "_side_by_side", changed))
         yield count

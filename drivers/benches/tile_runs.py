@@ -46,12 +46,19 @@ class Case(NamedTuple):
         return f"{folder}/{self.parts}-{self.overlap}-{seed}.h5"
 
 
+def common(settings: Any, seed: int) -> dict[str, Any]:
+    """Options of every run."""
+    return {
+        "data": settings.tiles_data, "network": settings.tiles_network, "seed": seed, "progress": "none",
+        "checkpoint_interval": 0,
+    }  # fmt: skip
+
+
 def run(settings: Any, steps: int, seed: int, output: str | None, *given: str) -> Finished:
     """A run of drivers/classify.py on one rank, tested once an epoch."""
-    limits = {"max_it": settings.tiles_epochs * steps, "error_interval": steps, "checkpoint_interval": 0}
     chosen = {
-        "data": settings.tiles_data, "network": settings.tiles_network, "batch_size": settings.tiles_batch,
-        "batch_steps": 1, "rate_schedule": "cosine", "seed": seed, "progress": "none", **limits,
+        **common(settings, seed), "batch_size": settings.tiles_batch, "batch_steps": 1, "rate_schedule": "cosine",
+        "max_it": settings.tiles_epochs * steps, "error_interval": steps,
     }  # fmt: skip
     words = [word for name, value in chosen.items() for word in (f"-{name}", str(value))]
     program = str(Path(classify.__file__))

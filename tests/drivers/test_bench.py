@@ -1,12 +1,14 @@
 """The bench's map of solvers, on a small network."""
 
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
 import calling  # noqa: F401  # the drivers' folder is on the path then
 import pytest
 from benches.tile_runs import Case
-from launch import launch
+from launch import ROOT, launch
 
 from ddml.errors import InputError
 
@@ -40,6 +42,26 @@ def test_the_map_of_classifiers() -> None:
     assert [tuple(row[2:5]) for row in rows] == expected
     assert max(float(row[-1]) for row in rows[2:]) < 1 / 0.005
     assert all(0.2 < float(row[-2]) <= 1 for row in rows)
+
+
+@pytest.mark.long
+def test_schwarz_methods_on_tiles_have_a_row_for_every_delay(tmp_path: Path) -> None:
+    data = str(tmp_path / "images.h5")
+    subprocess.run(
+        [sys.executable, ROOT / "data" / "synthetic.py", "enlarged", "digits", "-factor", "4", "-o", data], check=True
+    )
+    given = ("-tiles_cases", "2x2:4", "-tiles_epochs", "2", "-tiles_schwarz_iterations", "3", "-delays", "0,5")
+    rows = bench("-only", "tiles_schwarz", "-tiles_data", data, *given)[1:]
+    methods = ["tr", "tr, coarse net eliminated", "apts_weights", "apts_weights, coarse phase"]
+    assert [tuple(row[:2]) for row in rows] == [(delay, name) for delay in ("0", "5") for name in methods]
+    for row in rows:
+        assert 0 < float(row[2]) < 10
+        assert 10 < float(row[3]) <= 100
+        assert float(row[4]) == 3
+        assert row[5] == "never" or float(row[5]) >= 0
+    for first, second in zip(rows[:4], rows[4:], strict=True):
+        assert first[2:8] == second[2:8]  # a delay changes seconds only
+    assert float(rows[0][7]) >= 3
 
 
 def test_classifiers_have_a_row_for_every_method_that_is_asked_for() -> None:

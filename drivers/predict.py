@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from common.arguments import ANEW, run_and_options
+from common.arguments import ANEW, FUSION, run_and_options
 from ddml.data import files, tables
 from ddml.data.tables import Table
 from ddml.errors import InputError
@@ -38,6 +38,7 @@ OPTIONS = (
     Option("grid", None, "Points: so many along each coordinate, ends included, as in 200x200; one number is for all."),
     Option("o", None, f"File to write, {', '.join(tables.WRITERS)}, in the place of one that is there. The last three "
            "are for ParaView, with up to three coordinates as x, y and z; .vti and .vtr need -grid."),
+    FUSION,
     *ANEW,
 )  # fmt: skip
 
@@ -54,6 +55,8 @@ def main(comm: MPI.Comm) -> int:
     if run.attributes.get("driver") in ("classify", "logistic"):
         table = classified(run, settings, suffix)
     else:
+        if settings.fusion is not None:
+            raise InputError(f"option -fusion is for runs with -tiles; {path} is of no classifier")
         if (settings.at is None) == (settings.grid is None):
             raise InputError("give the points, either -at points.csv or -grid, as in 200x200")
         if settings.grid is None and suffix in (".vti", ".vtr"):
@@ -117,7 +120,7 @@ def classified(run: OpenedRun, settings: Any, suffix: str) -> Table:
     """The classes of the samples that the settings ask for, and their probabilities."""
     if settings.grid is not None or suffix.startswith(".vt"):
         raise InputError(f"{run.path} is of a classifier: give samples with -at, and write .csv or .npz")
-    anew = {"trust": settings.trust, "network": settings.network, "data": settings.data}
+    anew = {name: getattr(settings, name) for name in ("trust", "network", "data", "fusion")}
     labels = None
     if settings.at is None and run.attributes["driver"] == "logistic":
         raise InputError("option -at is missing: samples for the model of a run of logistic.py")

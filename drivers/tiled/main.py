@@ -21,7 +21,8 @@ from common.start import Start
 from ddml import options as tables
 from ddml import plugins
 from ddml.data import files as data
-from ddml.decomposition.tiles import Tiles, numbers
+from ddml.data.inputs import Inputs
+from ddml.decomposition.tiles import build_tiles
 from ddml.errors import InputError
 from ddml.networks import classifiers
 from ddml.networks.coarse import build_coarse
@@ -49,8 +50,7 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: Start, undivided: s
     settings.samples = source.count
     options.batches(settings, source.count)
     batches.check(settings, source.count)
-    overlap = numbers(settings.tile_overlap, "option -tile_overlap")
-    tiles = Tiles(source.shape, numbers(settings.tiles, "option -tiles"), overlap, settings.tiles_padded)
+    tiles = build_tiles(settings, source.shape)
     with agreed(comm), plugins.blamed(settings.network, classifiers.KNOWN, "network"), short_of_memory():
         nets = Nets.built(settings, limits, source, tiles, device)
     run = Phases(comm, settings, limits, start, nets, phases, device)
@@ -208,6 +208,7 @@ class Phases:
         if outcomes is None:
             return False
         self.whole.take(outcomes, self.labels)
+        self._describe([outcome.inputs for outcome in outcomes])
         spent = [cost * o.work / sum(self.nets.costs) for cost, o in zip(self.nets.costs, outcomes, strict=True)]
         seconds = self.queues.critical([outcome.seconds for outcome in outcomes])
         self.whole.finish("local", time=seconds, work=sum(spent), work_critical=self.queues.critical(spent))
@@ -240,8 +241,15 @@ class Phases:
             return False
         self.whole.finish("coherent", **run.row)
         self.whole.coherent = run.theta
+        self._describe(run.inputs)
         self._accuracy()
         return True
+
+    def _describe(self, tiles: list[str]) -> None:
+        """Note what the networks are given, for who opens the run file without the data."""
+        source = self.nets.source
+        image = Inputs(tuple(source.shape), tuple(source.classes), "none", (0.0,), (1.0,))
+        self.whole.inputs = {"image": str(image), "tiles": tiles}
 
     def _accuracy(self) -> None:
         """Write to the history how often the fusion that is asked for is right behind the local and coarse phase."""

@@ -5,6 +5,7 @@ Its parameters are those of the last phase that is finished. Its state has
 - ``phases``: those that are finished, separated by commas;
 - ``nets``: of each local network its ``history`` by column, ``reason``, and accuracies by split;
 - ``logits``: by split, (N, B, K); ``labels``: by split, (B,);
+- ``inputs``: of the ``image`` and of all ``tiles``, see `ddml.data.inputs.Inputs`;
 - ``coarse``: of the coarse net its ``words``, ``link``, ``decay`` and ``losses``;
 - ``local``, ``coarse_theta``: parameters behind those phases, where a later one has changed them.
 """
@@ -65,6 +66,8 @@ class Whole:
         Of each local network its history, the reason why it stopped, and its accuracies.
     logits, labels : dict of str to ndarray
         Of each split, (N, B, K) and (B,).
+    inputs : dict
+        What the networks are given.
     coarse : dict
         What the coarse net is.
     history : History
@@ -78,6 +81,7 @@ class Whole:
     nets: list[dict[str, Any]] = field(default_factory=list)
     logits: dict[str, NDArray[Any]] = field(default_factory=dict)
     labels: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
     coarse: dict[str, Any] = field(default_factory=dict)
     history: History = field(default_factory=History)
 
@@ -130,7 +134,7 @@ class Whole:
         local, coarse = (state["local"], state["coarse_theta"]) if "coherent" in phases else both
         return cls(
             local, coarse, theta if "coherent" in phases else NONE, phases, state["nets"], state["logits"],
-            state["labels"], state["coarse"], history,
+            state["labels"], state.get("inputs", {}), state["coarse"], history,
         )  # fmt: skip
 
     def _check(self, path: str, networks: int) -> None:
@@ -224,7 +228,7 @@ class Whole:
         x = layout.vector()
         state = {
             "phases": ",".join(self.phases), "nets": self.nets, "logits": self.logits, "labels": self.labels,
-            "coarse": self.coarse, "local": self.local if len(self.coherent) else NONE,
+            "inputs": self.inputs, "coarse": self.coarse, "local": self.local if len(self.coherent) else NONE,
             "coarse_theta": self.coarse_theta if len(self.coherent) else NONE,
         }  # fmt: skip
         try:

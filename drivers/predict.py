@@ -28,7 +28,7 @@ from ddml.runs.opened import OpenedRun, open_run
 from ddml.runs.progress import say
 
 COPIES = 4  # of the whole table that there must be memory for (our choice)
-BATCH = 1024  # samples that go through a classifier at a time (our choice)
+BATCH, VALUES = 1024, 1 << 25  # samples, and their values, that go through a classifier at a time (our choice)
 
 OPTIONS = (
     Option("at", None, "Points: a .csv file with a line of names, among them the coordinates, or an .npz file with an "
@@ -135,7 +135,8 @@ def classified(run: OpenedRun, settings: Any, suffix: str) -> Table:
         raise InputError(
             f"the data have samples of shape {samples.shape[1:]}, the network was trained for {module.shape}"
         )
-    found = [module.probabilities(torch.from_numpy(samples[i : i + BATCH])) for i in range(0, len(samples), BATCH)]
+    rows = max(min(BATCH, VALUES // math.prod(module.shape)), 1)
+    found = [module.probabilities(torch.from_numpy(samples[i : i + rows])) for i in range(0, len(samples), rows)]
     chances, names = torch.cat(found).numpy(), np.array(module.classes)
     columns = {"class": names[chances.argmax(axis=1)]}
     if labels is not None:

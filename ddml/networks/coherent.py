@@ -58,6 +58,8 @@ class Coherent(nn.Module):
     coarse : Module
     shapes : list of tuple of int
         Of the tiles.
+    learnt : list of Parameter
+        Those that the networks do not hold fixed themselves.
 
     Raises
     ------
@@ -86,6 +88,7 @@ class Coherent(nn.Module):
         self.nets, self.coarse = nn.ModuleList(nets), coarse
         self.tiles, self.link, self.scalings = tiles, link, scalings
         self.shapes = tiles.shapes
+        self.learnt = [p for p in self.parameters() if p.requires_grad]
 
     @property
     def modular_scale(self) -> float:

@@ -52,6 +52,13 @@ class Description:
     image: str
     inputs: list[str]
 
+    def part_of(self, header: Header) -> Header:
+        """The part of a run's header that is of this classifier: without a coarse net, where it has none."""
+        if self.fusion not in FUSIONS:
+            return header
+        entries = tuple(p for p in header.parameters if p.name.startswith("nets."))
+        return replace(header, parameters=entries, size=sum(math.prod(p.shape) for p in entries))
+
 
 def of_tiles(path: str, header: Header) -> bool:
     """Whether a run file is of a run with -tiles.
@@ -155,10 +162,9 @@ def classifier(path: str, header: Header, theta: Tensor, anew: rebuilt.Anew, des
     module: Coherent | Fused
     if description.fusion in FUSIONS:
         module = Fused(nets, cuts, description.fusion)
-        header = _of_nets(header)
     else:
         module = Coherent(nets, _coarse(path, header, len(nets), classes, nets[0]), cuts, description.link)
-    rebuilt.assign(path, header, module, theta)
+    rebuilt.assign(path, description.part_of(header), module, theta)
     for tile, given in enumerate(inputs):  # each is a classifier of its tile as it is stored
         module.nets[tile] = Classifier(nets[tile], given)
     return Classifier(module, image)
@@ -186,12 +192,6 @@ def _coarse(path: str, header: Header, networks: int, classes: int, like: nn.Mod
     sizes = [networks * classes, *widths, classes]
     rebuilt.check_size(path, header, sum(a * b for a, b in pairwise(sizes)))
     return classifiers.mlp((networks * classes,), classes, widths).to(next(like.parameters())).eval()
-
-
-def _of_nets(header: Header) -> Header:
-    """The part of a header that is of the networks of tiles."""
-    entries = tuple(p for p in header.parameters if p.name.startswith("nets."))
-    return replace(header, parameters=entries, size=sum(math.prod(p.shape) for p in entries))
 
 
 @contextmanager

@@ -112,14 +112,16 @@ def _check_archive(path: str | Path, file: IO[bytes]) -> None:
 
 def _torch(run: OpenedRun, module: Solution | Classifier) -> bytes:
     attributes = {name: value for name, value in run.attributes.items() if not name.startswith("origin ")}
-    description, file = divided.described_by(module), io.BytesIO()
+    description, header, file = divided.described_by(module), run.header, io.BytesIO()
+    if description is not None:
+        header = description.part_of(header)
     torch.save(
         {
             "format": FORMAT,
             "how": HOW,
             "state_dict": module.state_dict(),
             "attributes": attributes,
-            "parameters": [(p.name, tuple(p.shape), p.offset) for p in run.header.parameters],
+            "parameters": [(p.name, tuple(p.shape), p.offset) for p in header.parameters],
             **({} if description is None else {"tiles": asdict(description)}),
         },
         file,

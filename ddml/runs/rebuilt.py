@@ -222,6 +222,8 @@ def assign(path: str, header: Header, module: nn.Module, theta: Tensor) -> None:
     named = trained(module)
     table = parameter_table([(name, p.shape) for name, p in named])
     _check(path, header, table)
+    if len(theta) < header.size:
+        raise RunFileError(f"{path} holds {len(theta)} parameters where there should be {header.size}")
     with torch.no_grad():
         for (_, parameter), place in zip(named, table, strict=True):
             parameter.copy_(theta[place.range].view(place.shape))

@@ -148,7 +148,8 @@ class Phases:
         Raises
         ------
         InputError
-            A coarse phase without a local one; local networks that are to go on, whose run files have gone.
+            A coarse phase without a local one; local networks that are to go on, whose run files have gone; another
+            coarse net than the one that is trained, without its phase.
         """
         done, changed = self.whole.phases, self.start.restart.changed.keys()
         found = list[str]()
@@ -162,6 +163,14 @@ class Phases:
                     "option -phase coarse needs a local phase that is finished: -phase local,coarse, or -start local.h5"
                 )
             found.append("coarse")
+        if "coarse" not in phases and {"coarse", "coherent"} & set(done):
+            trained = self.whole.coarse.get("link", self.settings.link)
+            kept = changed & options.COARSE | ({"link"} if trained != self.settings.link else set())
+            if kept:
+                raise InputError(
+                    f"option -{min(kept)} is of the coarse net, which is trained already, with -link {trained}: leave "
+                    "it as it was, or train another one with coarse in -phase"
+                )
         of_coherent = any(name.startswith(options.COHERENT) or name == "freeze" for name in changed)
         if "coherent" in phases and (found or "coherent" not in done or of_coherent):
             found.append("coherent")

@@ -96,19 +96,13 @@ def net(shape, classes, width=4):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("freeze", ["None", "local", "coarse"])
+@pytest.mark.parametrize("freeze", ["local", "coarse"])
 def test_layers_that_a_users_network_holds_fixed(freeze: str, comm: MPI.Comm, shared_tmp: Path) -> None:
     if comm.rank == 0:
         (shared_tmp / "user.py").write_text(NETWORK)
     comm.barrier()
     words = ("-tiles", 2, "-network", f"{shared_tmp}/user.py:net", "-samples", 60, "-max_it", 10, "-coarse_decay", 1e-3)
-    more = (
-        "-phase",
-        "local,coarse,coherent",
-        "-coherent_max_it",
-        3,
-        *(("-freeze", freeze) if freeze != "None" else ()),
-    )
+    more = ("-phase", "local,coarse,coherent", "-coherent_max_it", 3, "-freeze", freeze)
     alone, together = shared_tmp / f"alone_{comm.rank}.h5", shared_tmp / "together.h5"
     run(alone, MPI.COMM_SELF, *words, *more)
     run(together, comm, *words, "-phase", "local,coarse")

@@ -69,7 +69,7 @@ def test_the_largest_of_their_probabilities_is_what_fusions_say(networks: int, s
 
 
 def test_means_that_differ_by_rounding_are_equal_probabilities() -> None:
-    logits = torch.tensor([[[0.0, 1e-13, -3e-13, -1.0]], [[1e-13, 0.0, 3e-13, -1.0]]], dtype=torch.float64)
+    logits = torch.tensor([[[0.0, 1e-13, -3e-13, -1.0]], [[1e-13, 0.0, 9e-13, -1.0]]], dtype=torch.float64)
     means = logits.softmax(dim=2).mean(dim=0)[0]
     assert 0 < means.max() - means[0] < 1e-12
     for fusion, first in (("average", 0), ("majority", 1)):  # votes are for 1 and 2

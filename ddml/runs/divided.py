@@ -45,12 +45,22 @@ class Description:
         The whole samples, see :class:`ddml.data.inputs.Inputs`.
     inputs : list of str
         What the network of each tile is given.
+
+    Raises
+    ------
+    ValueError
+        A fusion that there is not; what is no text.
     """
 
     fusion: str
     link: str
     image: str
     inputs: list[str]
+
+    def __post_init__(self) -> None:
+        texts = (self.fusion, self.link, self.image, *self.inputs)
+        if not all(isinstance(text, str) for text in texts) or self.fusion not in (*FUSIONS, COARSE, COHERENT):
+            raise ValueError(f"{texts[:2]} describe no classifier of tiles")
 
     def part_of(self, header: Header) -> Header:
         """The part of a run's header that is of this classifier: without a coarse net, where it has none."""
@@ -88,9 +98,7 @@ def described(path: str, header: Header, state: Mapping[str, Any], fusion: str |
     options = rebuilt.options(header.attributes)
     with _blamed(path):
         phases = state["phases"].split(",")
-        link = str(state["coarse"].get("link", options.get("link")))
-        given = state.get("inputs", {})
-        image, inputs = given.get("image"), given.get("tiles")
+        link, given = state["coarse"].get("link", options.get("link")), state.get("inputs")
     there = [*FUSIONS] if "local" in phases else []
     there += [name for name in (COARSE, COHERENT) if name in phases]
     if not there:
@@ -103,12 +111,13 @@ def described(path: str, header: Header, state: Mapping[str, Any], fusion: str |
         fusion = COHERENT if COHERENT in there else best if wanted == "None" else wanted
     if fusion not in there:
         raise InputError(f"{path} has no classifier by -fusion {fusion!r}: it has {', '.join(there)}")
-    if image is None or inputs is None:
+    if not given:
         raise InputError(
             f"{path} is of an older ddml and does not describe what its networks are given; run.theta has their "
             "parameters, one behind the other"
         )
-    return Description(fusion, link, str(image), [str(text) for text in inputs])
+    with _blamed(path):
+        return Description(fusion, link, given["image"], given["tiles"])
 
 
 def described_by(module: nn.Module) -> Description | None:

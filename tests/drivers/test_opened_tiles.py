@@ -259,10 +259,11 @@ def test_torch_files_of_others_are_refused(folder: Path, tmp_path: Path) -> None
     path = tmp_path / "net.pt"
     assert call("export", folder / "coarse.h5", "-o", path) == 0
     good = torch.load(path, weights_only=True)
-    for number, tiles in enumerate(
-        ({}, {"fusion": "coarse"}, good["tiles"] | {"link": "x", "fusion": "coarse"}, good["tiles"] | {"fusion": "x"},
-         good["tiles"] | {"inputs": []}, good["tiles"] | {"image": "x"}, 5)
-    ):  # fmt: skip
+    changes: tuple[dict[str, Any], ...] = (
+        {"link": "x", "fusion": "coarse"}, {"fusion": "x", "link": "logits"}, {"fusion": ["coarse"]}, {"image": "x"},
+        {"inputs": []}, {"inputs": [1] * 6},
+    )  # fmt: skip
+    for number, tiles in enumerate(({}, {"fusion": "coarse"}, 5, *(good["tiles"] | change for change in changes))):
         torch.save(good | {"tiles": tiles}, tmp_path / f"other{number}.pt")
         with pytest.raises(InputError) as said:
             ddml.open_network(tmp_path / f"other{number}.pt")
@@ -288,6 +289,10 @@ STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "fewer parameters": (lambda s: s.update(local=s["local"][1:]), "holds 2752 parameters where there should be 2753"),
     "fewer inputs": (lambda s: s["inputs"]["tiles"].pop(), "describes the inputs of 5 networks, its tiles are 2x3"),
     "inputs of another tile": (lambda s: s["inputs"]["tiles"].__setitem__(1, s["inputs"]["image"]), "inputs of other"),
+    "a number of inputs": (lambda s: s["inputs"].update(tiles=5), "does not say what its networks have come to"),
+    "inputs of numbers": (lambda s: s["inputs"].update(tiles=[5] * 6), "does not say what its networks have come to"),
+    "no image": (lambda s: s["inputs"].pop("image"), "does not say what its networks have come to"),
+    "inputs that are a number": (lambda s: s.update(inputs=5), "does not say what its networks have come to"),
     "no inputs": (lambda s: s["inputs"]["tiles"].__setitem__(1, "{}"), "not described by '{}'"),
     "another image": (lambda s: s["inputs"].update(image=s["inputs"]["tiles"][0]), "inputs of other networks"),
     "another link": (lambda s: s["coarse"].update(link="x"), "the link must be one of"),

@@ -200,7 +200,9 @@ def _coarse(path: str, header: Header, networks: int, classes: int, like: nn.Mod
     widths = [p.shape[0] for p in header.parameters if p.name.startswith("coarse.") and len(p.shape) == 2][:-1]
     sizes = [networks * classes, *widths, classes]
     rebuilt.check_size(path, header, sum(a * b for a, b in pairwise(sizes)))
-    return classifiers.mlp((networks * classes,), classes, widths).to(next(like.parameters())).eval()
+    with torch.random.fork_rng(devices=[]):
+        made = classifiers.mlp((networks * classes,), classes, widths)
+    return made.to(next(like.parameters())).eval()
 
 
 @contextmanager

@@ -180,7 +180,9 @@ def test_without_a_word_it_is_what_the_run_has_come_to(name: str, option: str, e
 
 def test_it_is_a_module_as_any_other(folder: Path) -> None:
     run, (images, _) = ddml.open_run(folder / "coarse.h5"), samples_of(folder, "coarse")
+    drawn = torch.get_rng_state()
     module, other = run.network(fusion="coarse"), ddml.open_run(folder / "coherent.h5").network()
+    assert torch.equal(torch.get_rng_state(), drawn)
     expected = module(images)
     other.load_state_dict(module.state_dict())  # scalings, too
     assert torch.equal(other(images), expected)
@@ -381,23 +383,3 @@ def test_bad_input_is_named_in_one_line(
         run.network()
     with pytest.raises(InputError, match="is of no classifier of tiles"):
         ddml.open_run(good).histories()
-
-
-@pytest.mark.parametrize(
-    ("words", "option"),
-    [(("-restart", "-phase", "local", "-link", "probabilities"), "link"),
-     (("-restart", "-phase", "local", "-coarse_net", "linear"), "coarse_net"),
-     (("-restart", "-phase", "local,coherent", "-coarse_decay", "1e-2"), "coarse_decay"),
-     (("-start", *DIGITS, "-phase", "coherent", "-coarse_net", "dense", "-coarse_widths", "5"), "link")],
-)  # fmt: skip
-def test_a_coarse_net_is_not_said_to_be_another(
-    words: tuple[object, ...], option: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    copy(folder / "coherent.h5", tmp_path / "run.h5")
-    where, *more = (str(word) for word in words)
-    target = ["-output", f"{tmp_path}/other.h5"] if where == "-start" else []
-    if where == "-start":
-        more.remove("25")
-        more.remove("-max_it")
-    expected = f"option -{option} is of the coarse net, which is trained already, with -link logits"
-    check_refusal("classify", [where, f"{tmp_path}/run.h5", *target, *more], expected, tmp_path, capfd)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from calling import call
+from calling import call, refusal
 from mpi4py import MPI
 from own_data import USER as SOLIDS
 from tiled.nets import tile_of
@@ -147,6 +147,17 @@ def test_a_change_does_anew_what_depends_on_it_and_nothing_else(comm: MPI.Comm, 
     comm.barrier()
     run(one, comm, "-fusion", "majority", where="-restart")
     assert content(one).theta.tobytes() == before.theta.tobytes()
+    comm.barrier()
+    said = "is of the coarse net, which is trained already, with -link log_probabilities"
+    for change in (
+        ("-phase", "local", "-link", "logits"), ("-phase", "local", "-coarse_net", "dense"),
+        ("-phase", "local,coherent", "-coarse_decay", 1e-2), ("-phase", "local,coherent", "-coarse_widths", 3),
+    ):  # fmt: skip
+        assert said in refusal("classify", "-restart", one, *change, comm=comm)
+    assert f"-link {said}" in refusal(
+        "classify", "-start", one, "-output", other, *LOCAL, "-phase", "coherent", comm=comm
+    )
+    assert content(one).theta.tobytes() == before.theta.tobytes() and not other.exists()
     comm.barrier()
     for change in (("-coarse_decay", 1e-2), ("-link", "logits"), ("-coarse_net", "dense"), ("-max_it", 50)):
         run(one, comm, *change, where="-restart")

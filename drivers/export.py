@@ -10,7 +10,7 @@ from common.program import run_program  # first: it initialises PETSc
 
 from mpi4py import MPI
 
-from common.arguments import ANEW, run_and_options
+from common.arguments import ANEW, FUSION, run_and_options
 from ddml.data.tables import check_target
 from ddml.errors import InputError
 from ddml.options import Option
@@ -22,6 +22,7 @@ OPTIONS = (
     Option("o", None, "File to write, in the place of one that is there: .pt, tensors by name with what builds the "
            "module (ddml.open_network, or torch.load); .pt2, a program of torch.export, for which neither ddml nor "
            "your classes are needed; .onnx, in single precision."),
+    FUSION,
     *ANEW,
 )  # fmt: skip
 
@@ -36,7 +37,8 @@ def main(comm: MPI.Comm) -> int:
     check_target(settings.o, list(exported.KINDS), [path])
     run = open_run(path)
     module = run.network(
-        trust=settings.trust, problem=settings.problem, network=settings.network, data=settings.data
+        trust=settings.trust, problem=settings.problem, network=settings.network, data=settings.data,
+        fusion=settings.fusion,
     )  # fmt: skip
     exported.save(settings.o, run, module)
     count = sum(p.numel() for p in module.parameters())

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from common.arguments import ANEW, run_and_options
+from common.arguments import ANEW, FUSION, run_and_options
 from ddml.data import files, tables
 from ddml.data.tables import Table
 from ddml.errors import InputError
@@ -28,7 +28,7 @@ from ddml.runs.opened import OpenedRun, open_run
 from ddml.runs.progress import say
 
 COPIES = 4  # of the whole table that there must be memory for (our choice)
-BATCH = 1024  # samples that go through a classifier at a time (our choice)
+BATCH, VALUES = 1024, 1 << 25  # samples, and their values, that go through a classifier at a time (our choice)
 
 OPTIONS = (
     Option("at", None, "Points: a .csv file with a line of names, among them the coordinates, or an .npz file with an "
@@ -38,6 +38,7 @@ OPTIONS = (
     Option("grid", None, "Points: so many along each coordinate, ends included, as in 200x200; one number is for all."),
     Option("o", None, f"File to write, {', '.join(tables.WRITERS)}, in the place of one that is there. The last three "
            "are for ParaView, with up to three coordinates as x, y and z; .vti and .vtr need -grid."),
+    FUSION,
     *ANEW,
 )  # fmt: skip
 
@@ -54,6 +55,8 @@ def main(comm: MPI.Comm) -> int:
     if run.attributes.get("driver") in ("classify", "logistic"):
         table = classified(run, settings, suffix)
     else:
+        if settings.fusion is not None:
+            raise InputError(f"option -fusion is for runs with -tiles; {path} is of no classifier")
         if (settings.at is None) == (settings.grid is None):
             raise InputError("give the points, either -at points.csv or -grid, as in 200x200")
         if settings.grid is None and suffix in (".vti", ".vtr"):
@@ -117,7 +120,7 @@ def classified(run: OpenedRun, settings: Any, suffix: str) -> Table:
     """The classes of the samples that the settings ask for, and their probabilities."""
     if settings.grid is not None or suffix.startswith(".vt"):
         raise InputError(f"{run.path} is of a classifier: give samples with -at, and write .csv or .npz")
-    anew = {"trust": settings.trust, "network": settings.network, "data": settings.data}
+    anew = {name: getattr(settings, name) for name in ("trust", "network", "data", "fusion")}
     labels = None
     if settings.at is None and run.attributes["driver"] == "logistic":
         raise InputError("option -at is missing: samples for the model of a run of logistic.py")
@@ -132,7 +135,8 @@ def classified(run: OpenedRun, settings: Any, suffix: str) -> Table:
         raise InputError(
             f"the data have samples of shape {samples.shape[1:]}, the network was trained for {module.shape}"
         )
-    found = [module.probabilities(torch.from_numpy(samples[i : i + BATCH])) for i in range(0, len(samples), BATCH)]
+    rows = max(min(BATCH, VALUES // math.prod(module.shape)), 1)
+    found = [module.probabilities(torch.from_numpy(samples[i : i + rows])) for i in range(0, len(samples), rows)]
     chances, names = torch.cat(found).numpy(), np.array(module.classes)
     columns = {"class": names[chances.argmax(axis=1)]}
     if labels is not None:

@@ -18,11 +18,21 @@ from torch import Tensor, nn
 
 from ddml.errors import InputError
 from ddml.losses.costs import multiplications
+from ddml.options import NEVER, Option
 from ddml.parallel import split
 
 KINDS = {3: "an image (C, H, W)", 4: "a volume (C, D, H, W)"}
 WRITTEN = {3: (0, 1), 4: (1, 2, 0)}  # axes of H x W, and of H x W x D, in an array
 EXAMPLES = {3: "4x4", 4: "4x4x2"}
+
+OPTIONS = (
+    Option("tiles", None, "Cut images into tiles, as in 4x4 (H x W), and volumes, as in 4x4x2 (H x W x D), or by one "
+           "number for all axes, and train a narrower network on each, side by side: see docs/images.md.",
+           changes=NEVER),
+    Option("tile_overlap", "0", "Pixels that a tile has more on each inner side, one number, or one for each axis as "
+           "in 8x4.", changes=NEVER),
+    Option("tiles_padded", False, "Give all tiles the shape of the largest, with zeros.", changes=NEVER),
+)  # fmt: skip
 
 
 def numbers(text: str, what: str) -> tuple[int, ...]:
@@ -245,6 +255,18 @@ class Tiles:
                 line += f", {size} parameters, {passed} multiplications"
             lines.append(line)
         return "\n".join(lines)
+
+
+def build_tiles(settings: Any, shape: Sequence[int]) -> Tiles:
+    """Those of samples of a shape that values of :data:`OPTIONS` ask for.
+
+    Raises
+    ------
+    InputError
+        Texts that are no numbers; see :class:`Tiles`.
+    """
+    overlap = numbers(settings.tile_overlap, "option -tile_overlap")
+    return Tiles(shape, numbers(settings.tiles, "option -tiles"), overlap, settings.tiles_padded)
 
 
 def _written(numbers: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Coherent nets: networks of all tiles and the coarse net behind them as one network of whole images."""
+"""Networks of all tiles, and the coarse net or the fusion behind them, as one network of whole images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ddml.data.scaling import Scaling
 from ddml.errors import InputError
 
-from .fusions import LINKS, joined, linked
+from .fusions import FUSIONS, LINKS, chances, joined, linked
 
 
 class Cuts(Protocol):
@@ -23,7 +23,8 @@ class Cuts(Protocol):
         Of the tiles.
     """
 
-    shapes: Sequence[tuple[int, ...]]
+    @property
+    def shapes(self) -> Sequence[tuple[int, ...]]: ...
 
     def __len__(self) -> int: ...
 
@@ -57,6 +58,8 @@ class Coherent(nn.Module):
     coarse : Module
     shapes : list of tuple of int
         Of the tiles.
+    learnt : list of Parameter
+        Those that the networks do not hold fixed themselves.
 
     Raises
     ------
@@ -85,6 +88,7 @@ class Coherent(nn.Module):
         self.nets, self.coarse = nn.ModuleList(nets), coarse
         self.tiles, self.link, self.scalings = tiles, link, scalings
         self.shapes = tiles.shapes
+        self.learnt = [p for p in self.parameters() if p.requires_grad]
 
     @property
     def modular_scale(self) -> float:
@@ -106,6 +110,39 @@ class Coherent(nn.Module):
         logits = torch.stack([net(self.tile(images, i)) for i, net in enumerate(self.nets)])
         outputs: Tensor = self.coarse(joined(logits, self.link))
         return outputs
+
+
+class Fused(nn.Module):
+    """A network for each tile, side by side, and a fusion without training behind them.
+
+    Parameters
+    ----------
+    nets
+        Of the tiles: each maps samples (B, C, ...) of its tile to logits (B, K).
+    tiles
+        Of the samples, as many.
+    fusion
+        One of :data:`ddml.networks.fusions.FUSIONS`.
+
+    Raises
+    ------
+    InputError
+        Another number of networks than of tiles; a fusion that there is not.
+    """
+
+    def __init__(self, nets: Sequence[nn.Module], tiles: Cuts, fusion: str) -> None:
+        super().__init__()
+        if fusion not in FUSIONS:
+            raise InputError(f"the fusion must be one of {', '.join(FUSIONS)}, got '{fusion}'")
+        if len(nets) != len(tiles):
+            raise InputError(f"{len(tiles)} tiles need as many networks, got {len(nets)}")
+        self.nets, self.tiles, self.fusion = nn.ModuleList(nets), tiles, fusion
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The logarithms (B, K) of :func:`ddml.networks.fusions.chances`, float64, for samples (B, C, ...)."""
+        logits = torch.stack([net(self.tiles.cut(images, i)) for i, net in enumerate(self.nets)])
+        found = chances(logits, self.fusion)
+        return found.clamp(min=torch.finfo(found.dtype).tiny).log()  # finite
 
 
 def _trained_layers(module: nn.Module) -> int:

@@ -51,14 +51,40 @@ def majority(logits: Tensor) -> Tensor:
     A network says the first of its largest outputs. Of classes with as many votes it is the one with the largest mean
     of probabilities; that, and what has no class, is as in :func:`average`.
     """
-    votes = torch.zeros(logits.shape[1:], dtype=torch.int64, device=logits.device)
-    for said in logits.argmax(dim=2):
-        votes.scatter_add_(1, said[:, None], torch.ones_like(said[:, None]))
+    votes = _votes(logits)
     most = votes == votes.amax(dim=1, keepdim=True)
     return _largest(logits, _means(logits).masked_fill(~most, -1.0))
 
 
 FUSIONS: dict[str, Callable[[Tensor], Tensor]] = {"average": average, "majority": majority}
+
+
+def chances(logits: Tensor, fusion: str) -> Tensor:
+    """The probabilities (B, K), float64, that a fusion gives the classes; its own class is the first of the largest.
+
+    Those of ``average`` are the means of the networks' probabilities, those of ``majority`` the parts that the classes
+    have of N + 1 votes, the means being one more, which is split (our choice). All are NaN where there is no class.
+
+    Parameters
+    ----------
+    logits
+        Of N networks, (N, B, K).
+    fusion
+        One of :data:`FUSIONS`.
+    """
+    classes, found = FUSIONS[fusion](logits)[:, None], _means(logits)
+    if fusion == "majority":
+        found = (_votes(logits) + found) / (len(logits) + 1)
+    found = found.scatter(1, classes.clamp(min=0), found.amax(dim=1, keepdim=True))  # of those that are equal
+    return found.where(classes >= 0, torch.nan)
+
+
+def _votes(logits: Tensor) -> Tensor:
+    """How many of the networks say each class, (B, K), int64."""
+    votes = torch.zeros(logits.shape[1:], dtype=torch.int64, device=logits.device)
+    for said in logits.argmax(dim=2):
+        votes.scatter_add_(1, said[:, None], torch.ones_like(said[:, None]))
+    return votes
 
 
 def _means(logits: Tensor) -> Tensor:

@@ -11,9 +11,15 @@ from torch import nn
 
 from ddml import plugins
 from ddml.errors import InputError
+from ddml.options import NEVER, Option
 
 from .classifiers import KNOWN, build_classifier, sizes_taken
 from .families import FAMILIES
+
+OPTIONS = (
+    Option("local_width", None, "The -width of the networks of tiles (default: that of the undivided one over the "
+           "most tiles along H or W).", kind=int, minimum=1, changes=NEVER),
+)  # fmt: skip
 
 
 def local_width(width: int, narrowing: int) -> int:
@@ -53,10 +59,7 @@ def build_local(
         A network of no width, one that ignores it, or one that does not fit a tile; a width below 1. See
         :func:`ddml.networks.classifiers.build_classifier`.
     """
-    globally = _global_width(settings, shapes[0])
-    width = local_width(globally, narrowing) if width is None else width
-    if width < 1:
-        raise InputError(f"local networks need a width of 1 or more, got {width}")
+    globally, width = _global_width(settings, shapes[0]), width_of(settings, shapes[0], narrowing, width)
 
     def built(shape: tuple[int, ...], width: int, seed: int) -> tuple[nn.Module, str]:
         changed = SimpleNamespace(**vars(settings) | {"width": width, "seed": seed})
@@ -76,6 +79,20 @@ def build_local(
                 f"parameters with a width of {globally} and of {width}"
             )
     return made
+
+
+def width_of(settings: Any, shape: tuple[int, ...], narrowing: int, width: int | None = None) -> int:
+    """The width that :func:`build_local` gives local networks, the first of which is for a tile of that shape.
+
+    Raises
+    ------
+    InputError
+        A network of no width; a width below 1.
+    """
+    width = local_width(_global_width(settings, shape), narrowing) if width is None else width
+    if width < 1:
+        raise InputError(f"local networks need a width of 1 or more, got {width}")
+    return width
 
 
 def _global_width(settings: Any, shape: tuple[int, ...]) -> int:

@@ -146,6 +146,7 @@ class Classifier(nn.Module):
 
     Attributes
     ----------
+    inputs : Inputs
     classes : tuple of str
         Names of the classes, in the order of the outputs.
     shape : tuple of int
@@ -157,7 +158,8 @@ class Classifier(nn.Module):
 
     def __init__(self, network: nn.Module, inputs: Inputs) -> None:
         super().__init__()
-        self.network, self.classes, self.shape = network, inputs.classes, inputs.shape
+        self.network, self.inputs = network, inputs
+        self.classes, self.shape = inputs.classes, inputs.shape
         shape = (1, -1, *[1] * (len(inputs.shape) - 1))
         for name in ("shift", "scale"):
             numbers = torch.tensor(getattr(inputs, name), dtype=torch.float64).view(shape)

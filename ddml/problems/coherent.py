@@ -29,7 +29,8 @@ def prepared(module: Coherent, theta: Tensor | None = None, frozen: Collection[s
     Parameters
     ----------
     theta
-        Of all networks in the order of the tiles, and then of the coarse net (default: as they are).
+        Of all networks in the order of the tiles, and then of the coarse net, without those that the networks hold
+        fixed themselves (default: as they are).
     frozen
         Some of :data:`FREEZABLE`.
 
@@ -38,16 +39,17 @@ def prepared(module: Coherent, theta: Tensor | None = None, frozen: Collection[s
     InputError
         Another number of parameters; parts that there are not, or all of them.
     """
-    size = sum(p.numel() for p in module.parameters())
+    size = sum(p.numel() for p in module.learnt)
     if theta is not None:
         if theta.numel() != size:
             raise InputError(f"the coherent net has {size} parameters, and there are {theta.numel()} to begin with")
-        nn.utils.vector_to_parameters(theta.reshape(-1).to(next(module.parameters())), module.parameters())
+        nn.utils.vector_to_parameters(theta.reshape(-1).to(next(module.parameters())), module.learnt)
     wrong = sorted(set(frozen) - set(FREEZABLE))
     if wrong or set(frozen) == set(FREEZABLE):
         raise InputError(f"one of {', '.join(FREEZABLE)} can be frozen, got {', '.join(wrong or frozen)}")
-    module.nets.requires_grad_("local" not in frozen)
-    module.coarse.requires_grad_("coarse" not in frozen)
+    still = {id(p) for name in frozen for p in {"local": module.nets, "coarse": module.coarse}[name].parameters()}
+    for parameter in module.learnt:
+        parameter.requires_grad_(id(parameter) not in still)
     return module
 
 

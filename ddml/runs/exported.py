@@ -10,6 +10,7 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +23,7 @@ from ddml.errors import InputError
 from ddml.problems.classification import Classifier
 from ddml.problems.pde.solution import Solution
 
-from . import rebuilt
+from . import divided, rebuilt
 from .extras import extra
 from .opened import OpenedRun
 from .run_file import Header, ParameterEntry
@@ -83,11 +84,17 @@ def open_network(
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise InputError(f"{path} is no network that drivers/export.py has written as .pt")
         parameters = tuple(ParameterEntry(name, tuple(shape), offset) for name, shape, offset in found["parameters"])
+        description = divided.Description(**found["tiles"]) if "tiles" in found else None
         header = Header(dict(found["attributes"]), parameters, sum(math.prod(p.shape) for p in parameters), 0)
         stored = sum(t.untyped_storage().nbytes() // t.element_size() for t in found["state_dict"].values())
         if header.size > stored or any(size < 0 for p in parameters for size in p.shape):
             raise InputError(f"cannot read {path}: it is to hold {header.size} parameters, and has {stored}")
-    module = rebuilt.network(str(path), header, torch.zeros(header.size), rebuilt.Anew(trust, problem, network))
+    zeros, anew = torch.zeros(header.size), rebuilt.Anew(trust, problem, network)
+    module: Solution | Classifier
+    if description is None:
+        module = rebuilt.network(str(path), header, zeros, anew)
+    else:
+        module = divided.classifier(str(path), header, zeros, anew, description)
     with readable(path):
         module.load_state_dict(found["state_dict"])  # frozen parameters and buffers, too
     return module
@@ -105,14 +112,17 @@ def _check_archive(path: str | Path, file: IO[bytes]) -> None:
 
 def _torch(run: OpenedRun, module: Solution | Classifier) -> bytes:
     attributes = {name: value for name, value in run.attributes.items() if not name.startswith("origin ")}
-    file = io.BytesIO()
+    description, header, file = divided.described_by(module), run.header, io.BytesIO()
+    if description is not None:
+        header = description.part_of(header)
     torch.save(
         {
             "format": FORMAT,
             "how": HOW,
             "state_dict": module.state_dict(),
             "attributes": attributes,
-            "parameters": [(p.name, tuple(p.shape), p.offset) for p in run.header.parameters],
+            "parameters": [(p.name, tuple(p.shape), p.offset) for p in header.parameters],
+            **({} if description is None else {"tiles": asdict(description)}),
         },
         file,
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from os import PathLike, fspath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
+from petsc4py import PETSc
 from torch import Tensor
 
 from ddml.decomposition.tiles import numbers, placed
@@ -20,7 +21,7 @@ from ddml.problems.pde.loss import PDELoss
 from ddml.problems.pde.solution import Solution
 from ddml.vectors import owned
 
-from . import rebuilt, run_file
+from . import divided, rebuilt, run_file
 from .extras import extra
 from .history import UNITS, History
 
@@ -81,10 +82,14 @@ class OpenedRun:
         problem: str | None = None,
         network: str | None = None,
         data: str | None = None,
+        fusion: str | None = None,
     ) -> Solution | Classifier:
         """What was trained, as a torch module: of points to fields, or of stored samples to outputs for the classes.
 
         Python files that the run file names are run only where they are given anew, or trusted.
+
+        The classifier of a run with -tiles takes whole samples; its ``network.nets`` are those of the tiles, each a
+        classifier of its tile.
 
         Parameters
         ----------
@@ -92,13 +97,26 @@ class OpenedRun:
             Whether to run the Python files that the run file names.
         problem, network, data
             As the options of those names, given anew: the same classes, wherever their files are now.
+        fusion
+            Of a run with -tiles: ``coherent``, all networks as that phase has left them; or what the phases before it
+            have come to, with a ``coarse`` net, by ``average`` or by ``majority``. By default it is the first, where
+            there is one, or what the run's -fusion says.
 
         Raises
         ------
         InputError
-            Python files that are named by the run file only; what differs from it; what cannot be built.
+            Python files that are named by the run file only; what differs from it; what cannot be built; a fusion that
+            the run does not have.
         """
-        return rebuilt.network(self.path, self.header, self.theta, rebuilt.Anew(trust, problem, network, data))
+        anew = rebuilt.Anew(trust, problem, network, data)
+        if divided.of_tiles(self.path, self.header):
+            state = self._state_of_tiles()
+            description = divided.described(self.path, self.header, state, fusion)
+            theta = divided.parameters(self.path, state, self.theta, description.fusion)
+            return divided.classifier(self.path, self.header, theta, anew, description)
+        if fusion is not None:
+            raise InputError(f"{self.path} is of no classifier of tiles: there is no fusion in it")
+        return rebuilt.network(self.path, self.header, self.theta, anew)
 
     def data(self, *, trust: bool = False, data: str | None = None) -> str:
         """The data set of a run of drivers/classify.py, for :func:`ddml.data.files.load`.
@@ -123,16 +141,7 @@ class OpenedRun:
         InputError
             A run of an undivided network, or one whose local phase is not finished; a split that there is not.
         """
-        parts = self.options.get("tiles", "None")
-        if self.attributes.get("driver") != "classify" or parts == "None":
-            raise InputError(f"{self.path} is of no classifier of tiles")
-        x = ParameterLayout(
-            parameter_table([(p.name, p.shape) for p in self.header.parameters]), MPI.COMM_SELF
-        ).vector()
-        try:
-            state, _ = run_file.read(self.path, x)
-        finally:
-            x.destroy()
+        parts, state = self.options.get("tiles", "None"), self._state_of_tiles()
         try:
             return placed([float(net["accuracies"][split]) for net in state["nets"]], numbers(parts, "option -tiles"))
         except (LookupError, TypeError, ValueError) as error:
@@ -140,6 +149,27 @@ class OpenedRun:
                 f"{self.path} has no accuracies of all {parts} local networks for {split} samples: its local phase has "
                 "not come to its end, or those are not there"
             ) from error
+
+    def histories(self) -> dict[str, History]:
+        """Those of all networks of a run with -tiles, and the losses of its coarse net: by name, as in its parameters.
+
+        That of the coherent phase is in a run file of its own, ``run.h5.nets/coherent.h5``.
+
+        Raises
+        ------
+        InputError
+            A run of an undivided network.
+        """
+        return divided.histories(self.path, self._state_of_tiles())
+
+    def _state_of_tiles(self) -> dict[str, Any]:
+        if not divided.of_tiles(self.path, self.header):
+            raise InputError(f"{self.path} is of no classifier of tiles")
+        x = _vector(self.header)
+        try:
+            return run_file.read(self.path, x)[0]
+        finally:
+            x.destroy()
 
     def xarray(self) -> xarray.Dataset:
         """The history as a data set over ``iteration``, the options as its attributes.
@@ -172,6 +202,11 @@ class OpenedRun:
         return table
 
 
+def _vector(header: run_file.Header) -> PETSc.Vec:
+    """A vector for the parameters of a run file, on this process."""
+    return ParameterLayout(parameter_table([(p.name, p.shape) for p in header.parameters]), MPI.COMM_SELF).vector()
+
+
 def open_run(path: str | PathLike[str]) -> OpenedRun:
     """Open a run file on this process alone; nothing is collective, and any number of ranks may have written it.
 
@@ -180,9 +215,9 @@ def open_run(path: str | PathLike[str]) -> OpenedRun:
     RunFileError
         When the file is missing, foreign, of a newer format or damaged, or holds values that no run has.
     """
-    path, comm = fspath(path), MPI.COMM_SELF
-    header = run_file.inspect(path, comm)
-    x = ParameterLayout(parameter_table([(p.name, p.shape) for p in header.parameters]), comm).vector()
+    path = fspath(path)
+    header = run_file.inspect(path, MPI.COMM_SELF)
+    x = _vector(header)
     try:
         _, history = run_file.read(path, x, with_state=False)
         run_file.check_values(path, x, history)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from mpi4py import MPI
@@ -73,12 +74,12 @@ def pde_loss(path: str, header: Header, anew: Anew) -> PDELoss:
     InputError
         A run of another driver; a file that is not trusted; what cannot be built, or is of other parameters.
     """
-    settings = _settings(path, header, "pinn", build.OPTIONS)
-    settings.problem = _chosen(path, "problem", str(header.attributes.get("problem")), anew.problem, anew)
-    settings.network = _chosen(path, "network", settings.network, anew.network, anew)
+    settings = settings_of(path, header, "pinn", build.OPTIONS)
+    settings.problem = chosen(path, "problem", str(header.attributes.get("problem")), anew.problem, anew)
+    settings.network = chosen(path, "network", settings.network, anew.network, anew)
     if ":" not in settings.network:
         width, depth = settings.width or 1, settings.depth or 1
-        _check_size(path, header, (depth - 1) * width**2 + width)
+        check_size(path, header, (depth - 1) * width**2 + width)
     scales = options(header.attributes).get("scales", "none")
     with plugins.blamed(settings.problem, PROBLEMS, "problem"):
         problem, network, _ = build_problem(settings)
@@ -96,24 +97,27 @@ def classifier(path: str, header: Header, theta: Tensor, anew: Anew) -> Classifi
     InputError
         As for :func:`pde_loss`; where an older run file does not describe the inputs, data that cannot be read.
     """
-    if options(header.attributes).get("tiles", "None") != "None":
-        raise InputError(f"{path} holds networks of tiles: run.theta has their parameters, one behind the other")
-    settings = _settings(path, header, "classify", classifiers.OPTIONS)
-    settings.network = _chosen(path, "network", settings.network, anew.network, anew)
+    settings = settings_of(path, header, "classify", classifiers.OPTIONS)
+    settings.network = chosen(path, "network", settings.network, anew.network, anew)
     inputs = _inputs(path, header, anew)
-    if settings.network == "mlp":
-        neurons = [math.prod(inputs.shape), *(int(n) for n in settings.widths.split(",") if n.isdecimal())]
-        _check_size(path, header, sum(a * b for a, b in pairwise(neurons)))
-    elif settings.network.startswith("euler"):
-        _check_size(path, header, settings.blocks * (settings.width or 0) ** 2)
-    elif settings.network in FAMILIES:
-        family = FAMILIES[settings.network]
-        sizes = family.sizes(inputs.shape, settings.width, settings.depth)
-        _check_size(path, header, family.plan(inputs.shape, len(inputs.classes), *sizes).parameters)
+    check_size(path, header, least_size(settings, inputs.shape, len(inputs.classes)))
     with plugins.blamed(settings.network, classifiers.KNOWN, "network"):
         network, _ = classifiers.build_classifier(settings, inputs.shape, len(inputs.classes))
-    _assign(path, header, network, theta)
+    assign(path, header, network, theta)
     return Classifier(network, inputs)
+
+
+def least_size(settings: Any, shape: tuple[int, ...], classes: int) -> int:
+    """Parameters that a network of ours for samples of that shape has, or fewer; of a user's 0."""
+    if settings.network == "mlp":
+        neurons = [math.prod(shape), *(int(n) for n in settings.widths.split(",") if n.isdecimal())]
+        return sum(a * b for a, b in pairwise(neurons))
+    if settings.network.startswith("euler"):
+        return int(settings.blocks * (settings.width or 0) ** 2)
+    if settings.network in FAMILIES:
+        family = FAMILIES[settings.network]
+        return family.plan(shape, classes, *family.sizes(shape, settings.width, settings.depth)).parameters
+    return 0
 
 
 def logistic(path: str, header: Header, theta: Tensor) -> Classifier:
@@ -131,7 +135,7 @@ def logistic(path: str, header: Header, theta: Tensor) -> Classifier:
     if sizes.get("weights") != math.prod(inputs.shape):
         raise InputError(f"{path} holds {sizes.get('weights')} weights for samples of shape {inputs.shape}")
     model = LogisticModel(sizes["weights"], "intercept" in sizes)
-    _assign(path, header, model, theta)
+    assign(path, header, model, theta)
     return Classifier(model, inputs)
 
 
@@ -143,7 +147,7 @@ def dataset_name(path: str, header: Header, anew: Anew) -> str:
     InputError
         A Python file that is not trusted; another data set.
     """
-    return _chosen(path, "data", str(header.attributes.get("data")), anew.data, anew)
+    return chosen(path, "data", str(header.attributes.get("data")), anew.data, anew)
 
 
 def _inputs(path: str, header: Header, anew: Anew) -> Inputs:
@@ -159,7 +163,7 @@ def _inputs(path: str, header: Header, anew: Anew) -> Inputs:
         dataset.free()
 
 
-def _settings(path: str, header: Header, driver: str, table: Iterable[Option]) -> SimpleNamespace:
+def settings_of(path: str, header: Header, driver: str, table: Iterable[Option]) -> SimpleNamespace:
     """Seed, precision and the values of some options of a run file of a driver."""
     attributes, texts = header.attributes, options(header.attributes)
     if attributes.get("driver") != driver:
@@ -169,14 +173,21 @@ def _settings(path: str, header: Header, driver: str, table: Iterable[Option]) -
         raise RunFileError(
             f"{path} does not say what its network was: dtype {dtype!r}, seed {attributes.get('seed')!r}"
         )
-    given = {o: texts.get(o.name, "None") for o in table}
+    given = {o: texts.get(o.name, str(o.default)) for o in table}
     for option, text in given.items():
         _check_text(path, option.name, text)
-    values = {o.name: o.default if text == "None" else o.parse(text) for o, text in given.items()}
+    values = {o.name: _value(o, text) for o, text in given.items()}
     return SimpleNamespace(seed=attributes["seed"], dtype=dtype, **values)
 
 
-def _chosen(path: str, option: str, named: str, given: str | None, anew: Anew) -> str:
+def _value(option: Option, text: str) -> Any:
+    """What a text of a run file stands for; None is a flag, or what was left open."""
+    if text == "None":
+        return True if option.type is bool else option.default
+    return option.parse(text)
+
+
+def chosen(path: str, option: str, named: str, given: str | None, anew: Anew) -> str:
     """What is given in the place of a name of the run file, if it is the same; the name itself, if it may be used."""
     _check_text(path, option, named)
     if given is not None and not same_reference(named, given):
@@ -194,7 +205,7 @@ def _check_text(path: str, option: str, text: str) -> None:
         raise RunFileError(f"{path} was not written with -{option} {text!r}, or is damaged")
 
 
-def _check_size(path: str, header: Header, least: int) -> None:
+def check_size(path: str, header: Header, least: int) -> None:
     """Refuse options that ask for more parameters than the file holds, before there is memory for them."""
     if least > header.size:
         raise InputError(f"{path} holds {header.size} parameters, its options ask for {least} or more")
@@ -206,11 +217,13 @@ def _check(path: str, header: Header, table: tuple[Parameter, ...]) -> None:
         raise InputError(f"{path} holds {header.size} parameters of another network than the one built of it, {size}")
 
 
-def _assign(path: str, header: Header, module: nn.Module, theta: Tensor) -> None:
+def assign(path: str, header: Header, module: nn.Module, theta: Tensor) -> None:
     """Write parameters (n,) into the trained ones of a module, if they are of the file."""
     named = trained(module)
     table = parameter_table([(name, p.shape) for name, p in named])
     _check(path, header, table)
+    if len(theta) < header.size:
+        raise RunFileError(f"{path} holds {len(theta)} parameters where there should be {header.size}")
     with torch.no_grad():
         for (_, parameter), place in zip(named, table, strict=True):
             parameter.copy_(theta[place.range].view(place.shape))

@@ -18,6 +18,10 @@ ANEW = (
     Option("data", None, "The run's data given anew, where its samples are needed."),
     Option("trust", False, "Whether files that the run file names are used, and run, where they are not given anew."),
 )
+FUSION = Option("fusion", None, "Of a run with -tiles: coherent, all networks as that phase has left them; or what the "
+                "phases before it have come to, with the coarse net, by the average or by the majority (default: the "
+                "first, where there is one, or what the run's -fusion says).",
+                choices=("coherent", "coarse", "average", "majority"))  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):

@@ -15,6 +15,7 @@ from torch import nn
 
 from common.start import Start
 from ddml.data.data_set import DataSet
+from ddml.data.inputs import Inputs
 from ddml.data.sample_sets import TensorSamples
 from ddml.data.scaling import Samples, Scaling
 from ddml.data.tiled import TiledSamples
@@ -37,10 +38,11 @@ Vector = NDArray[np.float64]
 
 
 class Done(NamedTuple):
-    """What the phase has come to: the parameters of all networks (n,), and the row of the history."""
+    """What the phase has come to: the parameters of all networks (n,), the row of the history, and their inputs."""
 
     theta: Vector
     row: dict[str, float]
+    inputs: list[str]
 
 
 class EndToEnd:
@@ -131,7 +133,13 @@ class EndToEnd:
 
         loss = self._loss(tile, torch.from_numpy(source.labels).to(where))
         made = self._made(loss, self.settings.batch_size)
+<<<<<<< HEAD
         moving, words = made.batches(), made.summation()
+=======
+        told = self.comm.allgather({i: str(Inputs.of(*both)) for i, both in kept.items()})
+        inputs = {i: text for here in told for i, text in here.items()}
+        moving, limits, words = made.batches(), SimpleNamespace(**vars(self.limits)), made.summation()
+>>>>>>> outof
         if self.comm.rank == 0:
             say(f"coherent net of {len(theta)} parameters, solver {self.settings.solver} {words}")
         tests = {
@@ -170,4 +178,11 @@ class EndToEnd:
             whole[cut:] = found
         else:
             whole[:cut] = found
+<<<<<<< HEAD
         return Done(whole, row)
+=======
+        run.last.destroy()
+        made.destroy()
+        self._melt()
+        return Done(whole, row, [inputs[i] for i in range(len(self.nets))])
+>>>>>>> outof

@@ -21,7 +21,8 @@ from common.start import Start
 from ddml import options as tables
 from ddml import plugins
 from ddml.data import files as data
-from ddml.decomposition.tiles import Tiles, numbers
+from ddml.data.inputs import Inputs
+from ddml.decomposition.tiles import build_tiles
 from ddml.errors import InputError
 from ddml.networks import classifiers
 from ddml.networks.coarse import build_coarse
@@ -50,8 +51,7 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: Start, undivided: s
     settings.samples = source.count
     options.batches(settings, source.count)
     batches.check(settings, source.count)
-    overlap = numbers(settings.tile_overlap, "option -tile_overlap")
-    tiles = Tiles(source.shape, numbers(settings.tiles, "option -tiles"), overlap, settings.tiles_padded)
+    tiles = build_tiles(settings, source.shape)
     with agreed(comm), plugins.blamed(settings.network, classifiers.KNOWN, "network"), short_of_memory():
         nets = Nets.built(settings, limits, source, tiles, device)
     run = Phases(comm, settings, limits, start, nets, phases, device)
@@ -152,8 +152,13 @@ class Phases:
         Raises
         ------
         InputError
+<<<<<<< HEAD
             A coarse phase without a local one, or one of these folds; local networks that are to go on, whose run files
             have gone.
+=======
+            A coarse phase without a local one; local networks that are to go on, whose run files have gone; another
+            coarse net than the one that is trained, without its phase.
+>>>>>>> outof
         """
         done, changed = self.whole.phases, self.start.restart.changed.keys()
         found = list[str]()
@@ -173,6 +178,14 @@ class Phases:
                     f"{had}: -phase local,coarse, or their number as -folds"
                 )
             found.append("coarse")
+        if "coarse" not in phases and {"coarse", "coherent"} & set(done):
+            trained = self.whole.coarse.get("link", self.settings.link)
+            kept = changed & options.COARSE | ({"link"} if trained != self.settings.link else set())
+            if kept:
+                raise InputError(
+                    f"option -{min(kept)} is of the coarse net, which is trained already, with -link {trained}: leave "
+                    "it as it was, or train another one with coarse in -phase"
+                )
         of_coherent = any(name.startswith(options.COHERENT) or name == "freeze" for name in changed)
         if "coherent" in phases and (found or "coherent" not in done or of_coherent):
             found.append("coherent")
@@ -218,8 +231,14 @@ class Phases:
         phase.destroy()
         if outcomes is None:
             return False
+<<<<<<< HEAD
         self.whole.take(outcomes, self.labels, self.nets.folds)
         spent = self.nets.work(outcomes)
+=======
+        self.whole.take(outcomes, self.labels)
+        self._describe([outcome.inputs for outcome in outcomes])
+        spent = [cost * o.work / sum(self.nets.costs) for cost, o in zip(self.nets.costs, outcomes, strict=True)]
+>>>>>>> outof
         seconds = self.queues.critical([outcome.seconds for outcome in outcomes])
         self.whole.finish("local", time=seconds, work=sum(spent), work_critical=self.queues.critical(spent))
         self._accuracy()
@@ -251,8 +270,15 @@ class Phases:
             return False
         self.whole.finish("coherent", **run.row)
         self.whole.coherent = run.theta
+        self._describe(run.inputs)
         self._accuracy()
         return True
+
+    def _describe(self, tiles: list[str]) -> None:
+        """Note what the networks are given, for who opens the run file without the data."""
+        source = self.nets.source
+        image = Inputs(tuple(source.shape), tuple(source.classes), "none", (0.0,), (1.0,))
+        self.whole.inputs = {"image": str(image), "tiles": tiles}
 
     def _accuracy(self) -> None:
         """Write to the history how often the fusion that is asked for is right behind the local and coarse phase."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from common.device import Device
 from common.start import Start
 from ddml.data.data_set import DataSet
+from ddml.data.inputs import Inputs
 from ddml.data.scaling import Samples, Scaling
 from ddml.data.sources import Source
 from ddml.decomposition.tiles import Tiles
@@ -156,6 +157,8 @@ class Outcome:
         Of the samples of each split, (B, K); of a network of a fold of those left out, which it is tested on.
     accuracies : dict of str to float
         Fractions of them that are classified right.
+    inputs : str
+        What it is given, see :class:`ddml.data.inputs.Inputs`.
     """
 
     job: Job
@@ -164,6 +167,7 @@ class Outcome:
     reason: str
     logits: Mapping[str, NDArray[Any]]
     accuracies: Mapping[str, float]
+    inputs: str
 
     @property
     def tile(self) -> int:
@@ -225,6 +229,7 @@ class LocalNet:
             **vars(nets.settings) | {"solver": nets.settings.local_solver, "seed": named["seed"]}
         )
         scaling, where = Scaling(dataset, settings.scaling, comm), nets.device.torch
+        self.inputs = str(Inputs.of(dataset, scaling))
         dtype = getattr(torch, settings.dtype)
         self.splits = {
             name: Samples(getattr(dataset, f"{of}inputs"), labels, scaling, dtype, where)
@@ -292,9 +297,13 @@ class LocalNet:
             if self.comm.rank == 0:
                 accuracies[name] = float((logits[name].argmax(axis=1) == samples.targets.cpu().numpy()).mean())
         history = {name: run.history[name] for name in run.history.used()}
+<<<<<<< HEAD
         if self.job.fold:
             del logits["train"]
         return Outcome(self.job, exact, history, run.reason, logits, accuracies)
+=======
+        return Outcome(self.tile, exact, history, reason, logits, accuracies, self.inputs)
+>>>>>>> outof
 
     def outputs(self, samples: Samples, theta: Tensor) -> NDArray[Any]:
         """The outputs (B, K) for some samples, on the first rank: block by block, the same on any number of ranks."""

@@ -11,9 +11,11 @@ from typing import Any
 
 from petsc4py import PETSc
 
+from ddml.decomposition import tiles
 from ddml.errors import InputError
+from ddml.networks import local
 from ddml.networks.fusions import FUSIONS
-from ddml.options import EACH_START, FREELY, NEVER, WITH_SOLVER, Option
+from ddml.options import EACH_START, FREELY, WITH_SOLVER, Option
 from ddml.problems.coherent import FREEZABLE
 from ddml.runs import board, checkpoints, limits, progress
 from ddml.sampling.batches import OPTIONS as BATCHES
@@ -32,14 +34,8 @@ TRAINED, ELIMINATED = "trained", "eliminated"  # values of -coherent_coarse
 _LIMITS = tuple(o for o in limits.OPTIONS if o.name != "target_error")
 
 OPTIONS = (
-    Option("tiles", None, "Cut images into tiles, as in 4x4 (H x W), and volumes, as in 4x4x2 (H x W x D), or by one "
-           "number for all axes, and train a narrower network on each, side by side: see docs/images.md.",
-           changes=NEVER),
-    Option("tile_overlap", "0", "Pixels that a tile has more on each inner side, one number, or one for each axis as "
-           "in 8x4.", changes=NEVER),
-    Option("tiles_padded", False, "Give all tiles the shape of the largest, with zeros.", changes=NEVER),
-    Option("local_width", None, "The -width of the networks of tiles (default: that of the undivided one over the "
-           "most tiles along H or W).", kind=int, minimum=1, changes=NEVER),
+    *tiles.OPTIONS,
+    *local.OPTIONS,
     Option("local_solver", None, f"With -tiles: what trains the networks of tiles (default {SOLVER}). Its options, "
            "-batch_size and others of batches, -max_it and all other limits hold for each of them."),
     Option("phase", "local,coarse", "With -tiles, what is done: local, the networks of tiles are trained; coarse, a "

@@ -6,6 +6,7 @@ Its parameters are those of the last phase that is finished. Its state has
 - ``nets``: of each local network its ``history`` by column, ``reason``, and accuracies by split;
 - ``logits``: by split, (N, B, K); ``labels``: by split, (B,); of ``folds`` those of the training samples by networks
   that were trained without them, and their number;
+- ``inputs``: of the ``image`` and of all ``tiles``, see `ddml.data.inputs.Inputs`;
 - ``coarse``: of the coarse net its ``words``, ``link``, ``decay`` and ``losses``;
 - ``local``, ``coarse_theta``: parameters behind those phases, where a later one has changed them.
 """
@@ -69,6 +70,8 @@ class Whole:
         Of each split, (N, B, K) and (B,).
     folds : int
         How many there are.
+    inputs : dict
+        What the networks are given.
     coarse : dict
         What the coarse net is.
     history : History
@@ -83,6 +86,7 @@ class Whole:
     logits: dict[str, NDArray[Any]] = field(default_factory=dict)
     labels: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     folds: int = 0
+    inputs: dict[str, Any] = field(default_factory=dict)
     coarse: dict[str, Any] = field(default_factory=dict)
     history: History = field(default_factory=History)
 
@@ -135,7 +139,7 @@ class Whole:
         local, coarse = (state["local"], state["coarse_theta"]) if "coherent" in phases else both
         return cls(
             local, coarse, theta if "coherent" in phases else NONE, phases, state["nets"], state["logits"],
-            state["labels"], int(state.get("folds", 0)), state["coarse"], history,
+            state["labels"], int(state.get("folds", 0)), state.get("inputs", {}), state["coarse"], history,
         )  # fmt: skip
 
     def _check(self, path: str, networks: int) -> None:
@@ -231,7 +235,8 @@ class Whole:
         x = layout.vector()
         state = {
             "phases": ",".join(self.phases), "nets": self.nets, "logits": self.logits, "labels": self.labels,
-            "folds": self.folds, "coarse": self.coarse, "local": self.local if len(self.coherent) else NONE,
+            "folds": self.folds, "inputs": self.inputs, "coarse": self.coarse,
+            "local": self.local if len(self.coherent) else NONE,
             "coarse_theta": self.coarse_theta if len(self.coherent) else NONE,
         }  # fmt: skip
         try:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from calling import call
+from calling import call, refusal
 from mpi4py import MPI
 from own_data import USER as SOLIDS
 from tiled.nets import tile_of
@@ -84,6 +84,39 @@ def test_a_coherent_net_of_volumes_from_random_values(comm: MPI.Comm, shared_tmp
     comm.barrier()
 
 
+NETWORK = """
+from torch import nn
+
+
+def net(shape, classes, width=4):
+    pixels = shape[1] * shape[2]
+    first = nn.Linear(pixels, pixels).requires_grad_(False)
+    return nn.Sequential(nn.Flatten(), first, nn.Tanh(), nn.Linear(pixels, width), nn.Tanh(), nn.Linear(width, classes))
+"""
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("freeze", ["local", "coarse"])
+def test_layers_that_a_users_network_holds_fixed(freeze: str, comm: MPI.Comm, shared_tmp: Path) -> None:
+    if comm.rank == 0:
+        (shared_tmp / "user.py").write_text(NETWORK)
+    comm.barrier()
+    words = ("-tiles", 2, "-network", f"{shared_tmp}/user.py:net", "-samples", 60, "-max_it", 10, "-coarse_decay", 1e-3)
+    more = ("-phase", "local,coarse,coherent", "-coherent_max_it", 3, "-freeze", freeze)
+    alone, together = shared_tmp / f"alone_{comm.rank}.h5", shared_tmp / "together.h5"
+    run(alone, MPI.COMM_SELF, *words, *more)
+    run(together, comm, *words, "-phase", "local,coarse")
+    comm.barrier()
+    run(together, comm, *more, "-trust", where="-restart")
+    assert_same(alone, together)
+    found = content(together)
+    assert not [name for name in found.names if name.startswith("nets.0.1.")] and "nets.0.3.weight" in found.names
+    size = len(found.state["local"])
+    assert np.array_equal(found.theta[:size], found.state["local"]) == (freeze == "local")
+    assert np.array_equal(found.theta[size:], found.state["coarse_theta"]) == (freeze == "coarse")
+    comm.barrier()
+
+
 def test_the_run_file_has_the_coherent_net(comm: MPI.Comm, shared_tmp: Path) -> None:
     path = shared_tmp / "run.h5"
     run(path, comm, *LOCAL, *LATER, "-phase", "local,coarse,coherent")
@@ -114,6 +147,17 @@ def test_a_change_does_anew_what_depends_on_it_and_nothing_else(comm: MPI.Comm, 
     comm.barrier()
     run(one, comm, "-fusion", "majority", where="-restart")
     assert content(one).theta.tobytes() == before.theta.tobytes()
+    comm.barrier()
+    said = "is of the coarse net, which is trained already, with -link log_probabilities"
+    for change in (
+        ("-phase", "local", "-link", "logits"), ("-phase", "local", "-coarse_net", "dense"),
+        ("-phase", "local,coherent", "-coarse_decay", 1e-2), ("-phase", "local,coherent", "-coarse_widths", 3),
+    ):  # fmt: skip
+        assert said in refusal("classify", "-restart", one, *change, comm=comm)
+    assert f"-link {said}" in refusal(
+        "classify", "-start", one, "-output", other, *LOCAL, "-phase", "coherent", comm=comm
+    )
+    assert content(one).theta.tobytes() == before.theta.tobytes() and not other.exists()
     comm.barrier()
     for change in (("-coarse_decay", 1e-2), ("-link", "logits"), ("-coarse_net", "dense"), ("-max_it", 50)):
         run(one, comm, *change, where="-restart")

@@ -16,8 +16,8 @@ from ddml.data.scaling import Scaling
 from ddml.decomposition.tiles import Tiles
 from ddml.errors import InputError
 from ddml.networks.classifiers import mlp
-from ddml.networks.coherent import Coherent
-from ddml.networks.fusions import LINKS
+from ddml.networks.coherent import Coherent, Fused
+from ddml.networks.fusions import FUSIONS, LINKS
 from ddml.norms.build import modular_norm
 from ddml.problems.classification import ClassificationLoss
 from solvers import minimise
@@ -171,3 +171,28 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(InputError, match=words):
             Coherent(*arguments)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_fusions_without_training_are_modules_too(fusion: str) -> None:
+    tiles = Tiles((1, 5, 6), (2, 3), 1)
+    module = Fused(nets(tiles.shapes), tiles, fusion).float()
+    images = numbers(9, 1, 5, 6).float()
+    logits = torch.stack([net(tiles.cut(images, i)) for i, net in enumerate(module.nets)])
+    outputs = module(images)
+    assert outputs.argmax(dim=1).tolist() == FUSIONS[fusion](logits).tolist() and outputs.dtype == torch.float64
+    np.testing.assert_allclose(outputs.detach().exp().sum(dim=1), 1, rtol=1e-14)
+    with torch.no_grad():
+        module.nets[0][-1].bias[0] += 2000.0  # all other classes of that network underflow
+        assert module(images).isfinite().all()
+
+
+def test_fusions_that_cannot_be_are_refused() -> None:
+    tiles = Tiles((1, 4, 4), 2)
+    made = nets(tiles.shapes)
+    for arguments, expected in (
+        ((made[:3], tiles, "average"), "4 tiles need as many networks, got 3"),
+        ((made, tiles, "coarse"), "the fusion must be one of average, majority, got 'coarse'"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            Fused(*arguments)

@@ -10,7 +10,7 @@ import torch
 from ddml.errors import InputError
 from ddml.networks.classifiers import mlp
 from ddml.networks.coarse import OPTIONS, build_coarse, coarse_seed
-from ddml.networks.fusions import FUSIONS, LEAST, LINKS, joined, linked
+from ddml.networks.fusions import FUSIONS, LEAST, LINKS, chances, joined, linked
 from ddml.networks.local import local_seeds
 
 INF = float("inf")
@@ -50,6 +50,39 @@ def test_fusions_are_those_of_numpy(networks: int, samples: int, classes: int, d
         assert means != votes
         order = rng.permutation(networks)
         assert (said("average", logits[order], dtype), said("majority", logits[order], dtype)) == (means, votes)
+
+
+@pytest.mark.parametrize(("networks", "samples", "classes"), [(1, 7, 2), (4, 500, 3), (16, 90, 38), (3, 1, 10)])
+def test_the_largest_of_their_probabilities_is_what_fusions_say(networks: int, samples: int, classes: int) -> None:
+    rng = np.random.default_rng(classes)
+    logits = rng.integers(-1, 2, (networks, samples, classes)) + 0.25  # which tie in many samples
+    means, votes = softmax(logits).mean(axis=0), np.zeros((samples, classes))
+    for said_of in logits.argmax(axis=2):
+        votes[np.arange(samples), said_of] += 1
+    for dtype in (torch.float64, torch.float32):
+        given = torch.tensor(logits, dtype=dtype)
+        eps = 1e-14 if dtype == torch.float64 else 1e-7
+        for fusion, expected in (("average", means), ("majority", (votes + means) / (networks + 1))):
+            found = chances(given, fusion)
+            np.testing.assert_allclose(found, expected, rtol=0, atol=eps)
+            assert found.dtype == torch.float64 and found.numpy().argmax(axis=1).tolist() == said(fusion, logits, dtype)
+
+
+def test_means_that_differ_by_rounding_are_equal_probabilities() -> None:
+    logits = torch.tensor([[[0.0, 1e-13, -3e-13, -1.0]], [[1e-13, 0.0, 9e-13, -1.0]]], dtype=torch.float64)
+    means = logits.softmax(dim=2).mean(dim=0)[0]
+    assert 0 < means.max() - means[0] < 1e-12
+    for fusion, first in (("average", 0), ("majority", 1)):  # votes are for 1 and 2
+        found = chances(logits, fusion)[0]
+        assert int(FUSIONS[fusion](logits)) == int(found.argmax()) == first and found[first] == found.max()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), INF, -INF])
+def test_there_are_no_probabilities_where_there_is_no_class(bad: float) -> None:
+    logits = torch.tensor([[[0.0, 1.0], [2.0, 1.0]], [[0.0, bad], [3.0, 1.0]]])
+    for fusion in FUSIONS:
+        found = chances(logits, fusion)
+        assert found[0].isnan().all() and found[1].isfinite().all() and FUSIONS[fusion](logits).tolist() == [-1, 0]
 
 
 @pytest.mark.parametrize(

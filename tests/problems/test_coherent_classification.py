@@ -67,6 +67,33 @@ def test_frozen_networks_stay_and_the_coarse_net_learns_on_any_number_of_ranks(c
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("frozen", [(), ("local",), ("coarse",)])
+def test_what_the_networks_hold_fixed_themselves_is_no_part_of_it(frozen: tuple[str, ...], comm: MPI.Comm) -> None:
+    module = coherent(**CASES[NAME])
+    still = [module.nets[0][0], module.nets[2][-1], *([] if "local" in frozen else [module.coarse[1]])]
+    for layer in still:
+        layer.requires_grad_(False)
+    module = Coherent(list(module.nets), module.coarse, module.tiles, module.link)
+    fixed = {id(p) for layer in still for p in layer.parameters()}
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    size = sum(p.numel() for p in module.parameters() if id(p) not in fixed)
+    with pytest.raises(InputError, match=f"has {size} parameters, and there are 815"):
+        prepared(module, torch.zeros(815), frozen)
+    theta = torch.cat([p.detach().reshape(-1) for p in module.parameters() if id(p) not in fixed])
+    for name in ("coarse", "local"):  # what was frozen before goes on
+        prepared(module, None, (name,))
+    prepared(module, theta, frozen)
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+    loss = made(comm, module=module)
+    found = minimise(loss, "lbfgs", comm, iterations=5)
+    loss.assign(found.theta)
+    assert found.losses[-1] < found.losses[0]
+    for name, p in module.named_parameters():
+        part = "local" if name.startswith("nets.") else "coarse"
+        assert torch.equal(p, before[name]) == (id(p) in fixed or part in frozen), name
+
+
+@pytest.mark.ranks
 def test_refusals_are_those_of_all_ranks(comm: MPI.Comm) -> None:
     module, samples = coherent(**CASES[NAME]), images(CASES[NAME]["shape"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from common import training  # first: it initialises PETSc
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -133,13 +134,7 @@ class EndToEnd:
 
         loss = self._loss(tile, torch.from_numpy(source.labels).to(where))
         made = self._made(loss, self.settings.batch_size)
-<<<<<<< HEAD
         moving, words = made.batches(), made.summation()
-=======
-        told = self.comm.allgather({i: str(Inputs.of(*both)) for i, both in kept.items()})
-        inputs = {i: text for here in told for i, text in here.items()}
-        moving, limits, words = made.batches(), SimpleNamespace(**vars(self.limits)), made.summation()
->>>>>>> outof
         if self.comm.rank == 0:
             say(f"coherent net of {len(theta)} parameters, solver {self.settings.solver} {words}")
         tests = {
@@ -157,15 +152,17 @@ class EndToEnd:
         paths = output, None if anew else before
         run = InnerRun(made, moving, self.limits, paths, attributes, measure, len(source.test_labels), changed)
         try:
-            return self._outcome(run, made, theta) if run.to_its_end() else None
+            return self._outcome(run, made, theta, kept) if run.to_its_end() else None
         finally:
             self.gained = run.gained
             run.destroy()
             made.destroy()
             self._melt()
 
-    def _outcome(self, run: InnerRun, made: training.Training, theta: Vector) -> Done:
-        """What a run came to that began at these parameters."""
+    def _outcome(
+        self, run: InnerRun, made: training.Training, theta: Vector, kept: Mapping[int, tuple[DataSet, Scaling]]
+    ) -> Done:
+        """What a run came to that began at these parameters, and what was read of the tiles of this rank."""
         found = made.layout.gather(run.last).numpy().copy()
         row = {"time": run.history.last("time"), "loss": run.history.last("loss"), "work": made.objective.work.total,
                "work_critical": made.objective.work.critical}  # fmt: skip
@@ -178,11 +175,6 @@ class EndToEnd:
             whole[cut:] = found
         else:
             whole[:cut] = found
-<<<<<<< HEAD
-        return Done(whole, row)
-=======
-        run.last.destroy()
-        made.destroy()
-        self._melt()
+        told = self.comm.allgather({i: str(Inputs.of(*both)) for i, both in kept.items()})
+        inputs = {i: text for here in told for i, text in here.items()}
         return Done(whole, row, [inputs[i] for i in range(len(self.nets))])
->>>>>>> outof

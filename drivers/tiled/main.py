@@ -152,13 +152,8 @@ class Phases:
         Raises
         ------
         InputError
-<<<<<<< HEAD
             A coarse phase without a local one, or one of these folds; local networks that are to go on, whose run files
-            have gone.
-=======
-            A coarse phase without a local one; local networks that are to go on, whose run files have gone; another
-            coarse net than the one that is trained, without its phase.
->>>>>>> outof
+            have gone; another coarse net than the one that is trained, without its phase.
         """
         done, changed = self.whole.phases, self.start.restart.changed.keys()
         found = list[str]()
@@ -231,14 +226,9 @@ class Phases:
         phase.destroy()
         if outcomes is None:
             return False
-<<<<<<< HEAD
         self.whole.take(outcomes, self.labels, self.nets.folds)
+        self._describe([outcome.inputs for outcome in outcomes if not outcome.job.fold])
         spent = self.nets.work(outcomes)
-=======
-        self.whole.take(outcomes, self.labels)
-        self._describe([outcome.inputs for outcome in outcomes])
-        spent = [cost * o.work / sum(self.nets.costs) for cost, o in zip(self.nets.costs, outcomes, strict=True)]
->>>>>>> outof
         seconds = self.queues.critical([outcome.seconds for outcome in outcomes])
         self.whole.finish("local", time=seconds, work=sum(spent), work_critical=self.queues.critical(spent))
         self._accuracy()

@@ -297,13 +297,9 @@ class LocalNet:
             if self.comm.rank == 0:
                 accuracies[name] = float((logits[name].argmax(axis=1) == samples.targets.cpu().numpy()).mean())
         history = {name: run.history[name] for name in run.history.used()}
-<<<<<<< HEAD
         if self.job.fold:
             del logits["train"]
-        return Outcome(self.job, exact, history, run.reason, logits, accuracies)
-=======
-        return Outcome(self.tile, exact, history, reason, logits, accuracies, self.inputs)
->>>>>>> outof
+        return Outcome(self.job, exact, history, run.reason, logits, accuracies, self.inputs)
 
     def outputs(self, samples: Samples, theta: Tensor) -> NDArray[Any]:
         """The outputs (B, K) for some samples, on the first rank: block by block, the same on any number of ranks."""

@@ -146,6 +146,8 @@ class Whole:
             raise RunFileError(
                 f"{path} has outputs of {min(found)} networks, there are {networks}: restart from a copy"
             )
+        if (self.folds > 0) != (FOLDS in self.logits):
+            raise RunFileError(f"{path} has {self.folds} folds and other outputs: restart from a copy")
 
     @property
     def theta(self) -> Vector:

@@ -1,6 +1,8 @@
 """classify.py -tiles: local networks are the same on any number of ranks and in any order, and nobody waits."""
 
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from launch import kill, launch, start, started, warm
 from mpi4py import MPI
 from own_data import USER as SOLIDS
 from tiled import options
+from tiled.folds import Folds
 from tiled.local import LocalPhase
 from tiled.nets import Nets
 from tiled.queues import Queues
@@ -58,6 +61,82 @@ def test_networks_are_the_same_on_any_number_of_ranks_and_through_a_restart(
         assert list(net["history"]["iteration"]) == list(range(10))
         assert net["history"]["loss"][-1] < net["history"]["loss"][0] or solver.startswith("adam")
     comm.barrier()
+
+
+# tiles and folds, and what trains their networks
+FOLDED = {
+    "1x2": (3, ("-rate_schedule", "cosine", "-rate_iterations", 7)),
+    "1x1": (2, ("-local_solver", "tr")),
+}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("tiles", FOLDED)
+def test_networks_of_folds_are_the_same_on_any_number_of_ranks_and_by_restarts(
+    tiles: str, comm: MPI.Comm, shared_tmp: Path
+) -> None:
+    number, more = FOLDED[tiles]
+    words, folds = (*DIGITS, "-tiles", tiles, *more), ("-coarse_data", "folds", "-folds", number)
+    alone, added, taken = (shared_tmp / f"{name}.h5" for name in (f"alone_{comm.rank}", "added", "taken"))
+    train(alone, MPI.COMM_SELF, 7, *words, *folds)
+    train(added, comm, 7, *words)  # on all samples only
+    train(added, comm, 7, *folds)
+    assert_same(alone, added)
+    train(taken, comm, 3, *words, "-coarse_data", "folds", "-folds", 2)
+    train(taken, comm, 7, "-folds", number)  # those of another number have gone
+    assert_same(alone, taken)
+    left = {path.name.partition(".")[2] for path in (shared_tmp / "taken.h5.nets").glob("*of*.h5")}
+    assert left == {f"{fold}of{number}.h5" for fold in range(1, number + 1)}
+    comm.barrier()
+
+
+def test_a_network_of_a_fold_is_that_of_the_other_samples(comm: MPI.Comm, shared_tmp: Path) -> None:
+    """Whose outputs for those left out, and whose work, are in the run file."""
+    path, other = shared_tmp / "run.h5", shared_tmp / "other.h5"
+    left = Folds.drawn(3, files.digits().labels[:120], "0123456789", 0).left_out == 2
+    if comm.rank == 0:
+        (shared_tmp / "rest.py").write_text(REST)
+        np.save(shared_tmp / "left.npy", left)
+    comm.barrier()
+    words = (*DIGITS, "-scaling", "none", "-summation_blocks", 1, "-error_interval", 8)
+    train(path, comm, 8, *words, "-coarse_data", "folds")
+    train(other, comm, 8, *words, "-data", f"{shared_tmp}/rest.py:rest", "-samples", 80)
+    found, rest = content(path), content(other)
+    for tile in range(4):
+        fold = content(shared_tmp / f"run.h5.nets/{tile:02d}.2of3.h5")
+        assert fold.theta.tobytes() == content(shared_tmp / f"other.h5.nets/{tile:02d}.h5").theta.tobytes()
+        assert fold.attributes["samples"] == 80 and fold.attributes["fold"] == "2 of 3"
+        said = found.state["logits"]["folds"][tile]
+        assert said[left].tobytes() == rest.state["logits"]["test"][tile].tobytes()
+        assert said[~left].tobytes() != found.state["logits"]["train"][tile][~left].tobytes()
+    assert np.array_equal(found.state["labels"]["folds"], found.state["labels"]["train"])
+    assert found.state["folds"] == 3
+    spent = {p.name: content(p) for p in (shared_tmp / "run.h5.nets").glob("*.h5")}
+    assert len(spent) == 16
+    work = sum(net.history["work"][-1] * net.attributes["samples"] for net in spent.values()) / 4 / 120
+    assert found.history["work"][-1] == pytest.approx(work)  # tiles of one shape
+    assert work / comm.size * 0.99 < found.history["work_critical"][-1] <= work * 1.0001
+    comm.barrier()
+    if comm.rank == 0:
+        shutil.copy(shared_tmp / "run.h5.nets/01.1of3.h5", shared_tmp / "run.h5.nets/01.2of3.h5")
+    comm.barrier()
+    assert "01.2of3.h5 is of fold 1 of 3, not 2 of 3" in refusal("classify", "-restart", path, "-max_it", 9)
+
+
+REST = """
+from pathlib import Path
+
+import numpy as np
+
+from ddml.data import files
+
+
+def rest():
+    d, left = files.digits(), np.load(Path(__file__).parent / "left.npy")
+    x, y = d.inputs[:120], d.labels[:120]
+    test = {"test_inputs": x[left], "test_labels": y[left]}
+    return {"inputs": x[~left], "labels": y[~left], **test, "classes": d.classes}
+"""
 
 
 @pytest.mark.ranks
@@ -111,7 +190,7 @@ for name in COLLECTIVE.split():
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("order", ["dearest first", "reversed", "by number"])
+@pytest.mark.parametrize("order", ["dearest first", "reversed", "by number", "folds"])
 def test_nobody_waits_for_others_and_the_order_does_not_matter(order: str, comm: MPI.Comm, shared_tmp: Path) -> None:
     words = (*DIGITS, "-tiles", "2x3", "-local_width", 2, "-phase", "local")
     with begun(comm, *words, "-max_it", 6) as (settings, limits, begin):
@@ -121,7 +200,9 @@ def test_nobody_waits_for_others_and_the_order_does_not_matter(order: str, comm:
         options.batches(settings, source.count)
         tiles = Tiles(source.shape, (2, 3), 1)
         nets = Nets.built(settings, limits, source, tiles, bind(comm, "cpu"))
-        queues = Queues.of(nets.costs, comm.size)
+        if order == "folds":
+            nets = replace(nets, folds=Folds.drawn(2, source.labels, source.classes, 0))
+        queues = Queues.of([nets.costs[job.tile] for job in nets.jobs], comm.size)
         if order == "reversed":
             queues = Queues(tuple(queue[::-1] for queue in queues.nets[::-1]), queues.edges)
         if order == "by number":
@@ -131,8 +212,9 @@ def test_nobody_waits_for_others_and_the_order_does_not_matter(order: str, comm:
         Counting.calls = 0
         outcomes, failures = phase.train()
         assert Counting.calls == 0 and not failures
-        assert [outcome.tile for outcome in outcomes] == list(phase.queue)
-        everything = {o.tile: o.theta.tobytes() for here in comm.allgather(outcomes) for o in here}
+        assert [outcome.job for outcome in outcomes] == [nets.jobs[number] for number in phase.queue]
+        assert not phase.tiles
+        everything = {o.tile: o.theta.tobytes() for here in comm.allgather(outcomes) for o in here if not o.job.fold}
         phase.destroy()
         path = shared_tmp / "run.h5"
         train(path, comm, 6, *words)
@@ -176,17 +258,20 @@ def test_a_kill_in_the_middle_of_a_network_is_no_loss(tmp_path: Path) -> None:
     assert_same(whole, killed)
 
 
+@pytest.mark.parametrize("folds", [(), ("-coarse_data", "folds", "-folds", 2)], ids=["", "in a fold"])
 def test_a_signal_stops_the_queue_and_a_restart_goes_on(
-    user: Path, comm: MPI.Comm, shared_tmp: Path, capfd: pytest.CaptureFixture[str]
+    folds: tuple[object, ...], user: Path, comm: MPI.Comm, shared_tmp: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    words = (*DIGITS[:4], "-samples", 120, "-network", f"{user}:Net", "-width", 8, "-max_it", 60, "-phase", "local")
+    words = (*DIGITS[:4], "-samples", 120, "-network", f"{user}:Net", "-width", 8, "-max_it", 30, "-phase", "local",
+             *folds)  # fmt: skip
     whole, parts = shared_tmp / "whole.h5", shared_tmp / "parts.h5"
-    train(whole, comm, 60, *words)
-    if comm.rank == 0:
-        (user.parent / "stop").touch()
+    train(whole, comm, 30, *words)
+    if comm.rank == 0:  # of 32 calls of each of 12 networks, or 4, and a few before
+        (user.parent / f"stop_{os.getpid()}").write_text(str(280 // comm.size if folds else 60))
     comm.barrier()
     assert call("classify", *words, "-output", parts, "-interrupted_code", 40) == 40
-    assert not (user.parent / "stop").exists()
+    assert not list(user.parent.glob("stop*"))
+    assert any(shared_tmp.glob("parts.h5.nets/*of2.h5")) == bool(folds)
     said = capfd.readouterr().out
     assert (
         comm.rank
@@ -194,7 +279,7 @@ def test_a_signal_stops_the_queue_and_a_restart_goes_on(
         in said
     )
     assert content(parts).state["phases"] == b""
-    train(parts, comm, 60, "-network", f"{user}:Net")
+    train(parts, comm, 30, "-network", f"{user}:Net")
     assert_same(whole, parts)
     comm.barrier()
 

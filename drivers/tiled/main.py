@@ -126,7 +126,7 @@ class Phases:
             folds = Folds.drawn(settings.folds, nets.source.labels, nets.source.classes, settings.seed)
         self.going = self._going(phases, folds.number)
         nets = replace(nets, folder=self.files.folder, before=self.files.before, again=self.again, folds=folds)
-        self.nets, self.queues = nets, Queues.of([nets.costs[job.tile] for job in nets.jobs], comm.size)
+        self.nets, self.queues = nets, Queues.of(nets.job_costs, comm.size)
         self.local: LocalPhase | None = None
         if "local" in self.going:
             self.local = LocalPhase(nets, comm, start, self.queues)

@@ -114,6 +114,12 @@ class Nets:
         """All that is to be trained."""
         return self.folds.jobs(len(self))
 
+    @property
+    def job_costs(self) -> list[int]:
+        """Of each job those of its network: with batches all have as much to do."""
+        costs = self.costs
+        return [costs[job.tile] for job in self.jobs]
+
     def samples(self, job: Job) -> int:
         """How many it is trained on."""
         return self.source.count - (int((self.folds.left_out == job.fold).sum()) if job.fold else 0)

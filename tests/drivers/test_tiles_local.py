@@ -202,7 +202,7 @@ def test_nobody_waits_for_others_and_the_order_does_not_matter(order: str, comm:
         nets = Nets.built(settings, limits, source, tiles, bind(comm, "cpu"))
         if order == "folds":
             nets = replace(nets, folds=Folds.drawn(2, source.labels, source.classes, 0))
-        queues = Queues.of([nets.costs[job.tile] for job in nets.jobs], comm.size)
+        queues = Queues.of(nets.job_costs, comm.size)
         if order == "reversed":
             queues = Queues(tuple(queue[::-1] for queue in queues.nets[::-1]), queues.edges)
         if order == "by number":
@@ -266,8 +266,8 @@ def test_a_signal_stops_the_queue_and_a_restart_goes_on(
              *folds)  # fmt: skip
     whole, parts = shared_tmp / "whole.h5", shared_tmp / "parts.h5"
     train(whole, comm, 30, *words)
-    if comm.rank == 0:  # of 32 calls of each of 12 networks, or 4, and a few before
-        (user.parent / f"stop_{os.getpid()}").write_text(str(280 // comm.size if folds else 60))
+    if comm.rank == 0:  # of 50 calls of each of 12 networks, or 4
+        (user.parent / f"stop_{os.getpid()}").write_text(str(480 // comm.size if folds else 60))
     comm.barrier()
     assert call("classify", *words, "-output", parts, "-interrupted_code", 40) == 40
     assert not list(user.parent.glob("stop*"))

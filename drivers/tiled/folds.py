@@ -1,4 +1,4 @@
-"""Folds: every local network is trained again without a part of the samples, of which its outputs tell what it knows."""
+"""Folds: every local network is trained again without a part of the samples, which its outputs are asked for."""
 
 from __future__ import annotations
 
@@ -85,3 +85,6 @@ class Folds:
             if job.fold:
                 found[job.tile, self.left_out == job.fold] = said
         return found
+
+
+NONE = Folds()

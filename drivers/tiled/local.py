@@ -118,7 +118,9 @@ class LocalPhase:
         return outcomes, failures
 
     def execute(self) -> list[Outcome] | None:
-        """Train all networks, in the order of the jobs; None where a signal has stopped some. Collective on all ranks at its end.
+        """Train all networks; None where a signal has stopped some. Collective on all ranks at its end.
+
+        They are in the order of the jobs.
 
         Raises
         ------

@@ -32,7 +32,7 @@ from ddml.runs import run_file
 from ddml.sampling.batches import Batches
 from solvers import solver_class
 
-from .folds import Folds, Job
+from .folds import NONE, Folds, Job
 from .inner import InnerRun
 
 # Samples of a block, and blocks, of an evaluation of a local network: few, as small networks take no less time for
@@ -82,7 +82,7 @@ class Nets:
     folder: str | None = None
     before: str | None = None
     again: bool = False
-    folds: Folds = Folds()
+    folds: Folds = NONE
 
     @classmethod
     def built(cls, settings: Any, limits: Any, source: Source, tiles: Tiles, device: Device) -> Nets:

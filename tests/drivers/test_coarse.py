@@ -149,7 +149,7 @@ def test_samples_that_decide_are_drawn_from_every_class() -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"coarse_data": "folds"}, "folds needs networks that were trained again, without parts of the samples"),
+        ({"coarse_data": "folds"}, "folds needs networks that were trained again, without parts of them"),
         ({"coarse_data": "held_out"}, "-coarse_data held_out is for data that have held-out samples"),
         ({"coarse_data": "both"}, "-coarse_data both is for data that have held-out samples"),
         ({"coarse_decay": "-1"}, "option -coarse_decay must be 'auto', '0' or a number above 0, got '-1'"),

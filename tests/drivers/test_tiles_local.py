@@ -267,7 +267,7 @@ def test_a_signal_stops_the_queue_and_a_restart_goes_on(
     whole, parts = shared_tmp / "whole.h5", shared_tmp / "parts.h5"
     train(whole, comm, 30, *words)
     if comm.rank == 0:  # of 50 calls of each of 12 networks, or 4
-        (user.parent / f"stop_{os.getpid()}").write_text(str(480 // comm.size if folds else 60))
+        (user.parent / f"stop_{os.getpid()}").write_text(str(480 // comm.size if folds else 40))
     comm.barrier()
     assert call("classify", *words, "-output", parts, "-interrupted_code", 40) == 40
     assert not list(user.parent.glob("stop*"))

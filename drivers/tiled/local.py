@@ -110,7 +110,7 @@ class LocalPhase:
             except Interrupted:
                 break
             except (InputError, NonFiniteError) as error:
-                failures[number] = f"{' '.join(str(job).split())}: {error}"
+                failures[number] = f"{job}: {error}"
             finally:
                 if net is not None:
                     self.gained |= net.gained

@@ -190,7 +190,7 @@ class Outcome:
         """What came out, in words."""
         iterations, loss = int(self.history["iteration"][-1]), self.history["loss"][-1]
         return (
-            f"{self.job}: {self.reason}. {iterations} iterations, loss {loss:.3e}, accuracy "
+            f"tile {self.tile:>2}{self.job.without}: {self.reason}. {iterations} iterations, loss {loss:.3e}, accuracy "
             f"{self.accuracies['test']:.4f} ({self.accuracies['train']:.4f} of what it was trained on), work "
             f"{self.work:.1f}, {self.seconds:.1f} s"
         )

@@ -215,7 +215,7 @@ class Whole:
         self.logits = {name: np.stack([outcome.logits[name] for outcome in own]) for name in labels}
         self.labels, self.folds = dict(labels), folds.number
         if folds.number:
-            self.logits[FOLDS] = folds.joined({o.job: o.logits[TEST] for o in outcomes}, len(own))
+            self.logits[FOLDS] = folds.joined({o.job: o.logits[TEST] for o in outcomes if o.job.fold}, len(own))
             self.labels[FOLDS] = labels[TRAIN]
 
     def write(

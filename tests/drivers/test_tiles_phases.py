@@ -5,12 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from calling import call, refusal
+from calling import call
 from mpi4py import MPI
 from own_data import USER as SOLIDS
-from tiled import coarse, options
 from tiled.nets import tile_of
-from tiled.outputs import Outputs
 from tiled_runs import DIGITS, assert_same, begun, content
 
 from ddml.data import files
@@ -70,31 +68,20 @@ def test_phases_in_one_go_one_by_one_and_elsewhere_are_the_same(kind: str, comm:
     comm.barrier()
 
 
-@pytest.mark.ranks
-def test_a_coarse_net_of_outputs_of_folds(comm: MPI.Comm, shared_tmp: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    words, folds = (*DIGITS, "-max_it", 20, "-rate", 1e-2, "-progress", "none"), ("-coarse_data", "folds", "-folds", 2)
-    alone, started = shared_tmp / f"alone_{comm.rank}.h5", shared_tmp / "started.h5"
-    run(alone, MPI.COMM_SELF, *words, *folds, "-coarse_decay", 1e-3)
-    said = capfd.readouterr().out
-    assert "12 networks on 1 rank" in said and "as many without each of 2 folds" in said
-    assert said.split("\naccuracy")[1].split()[:3] == ["train", "test", "folds"]
-    found = content(alone)
-    with begun(MPI.COMM_SELF, *words, "-coarse_decay", 1e-3, "-coarse_data", "folds") as (settings, _, _):
-        options.check(settings, "tr")
-        splits = {n: Outputs(found.state["logits"][n], found.state["labels"][n]) for n in found.state["logits"]}
-        made = coarse.train(settings, splits, list("0123456789"), MPI.COMM_SELF)
-    assert np.array_equal(found.theta[-len(made.theta) :], made.theta.numpy())
+def test_a_coarse_net_that_was_trained_is_eliminated_from_then_on(comm: MPI.Comm, shared_tmp: Path) -> None:
+    path, net = shared_tmp / "run.h5", shared_tmp / "run.h5.nets/coherent.h5"
+    run(path, comm, *LOCAL, *LATER, "-phase", "local,coarse,coherent", "-coherent_max_it", 3)
+    for more, reached in ((("-coherent_coarse", "eliminated"), 5), (("-coherent_coarse_iterations", 2), 7)):
+        before = content(net)
+        comm.barrier()
+        run(path, comm, *more, "-coherent_max_it", reached, where="-restart")
+        after = content(net)
+        assert list(after.history["iteration"]) == list(range(reached + 1))
+        assert after.history["loss"][-1] < before.history["loss"][-1]
+        assert after.attributes["solver"].startswith("tr, coarse net eliminated by")
+        work = np.diff(after.history["work"])
+        assert work[-1] > 1.1 * work[0]  # the coarse net's, too
     comm.barrier()
-    run(started, comm, *words, *folds, "-coarse_decay", 1e-3, "-phase", "coarse", "-start", shared_tmp / "alone_0.h5")
-    assert_same(alone, started)
-    before = found.theta
-    comm.barrier()
-    run(started, comm, "-coarse_data", "train", "-phase", "coarse", where="-restart")
-    assert content(started).theta.tobytes() != before.tobytes()
-    comm.barrier()
-    run(started, comm, "-coarse_data", "folds", where="-restart")
-    assert_same(alone, started)
-    assert "and these were on 2 folds: -phase local,coarse" in refusal("classify", "-restart", started, "-folds", 4)
 
 
 @pytest.mark.ranks

@@ -29,30 +29,29 @@ def rest():
     return {"inputs": x[~left], "labels": y[~left], **test, "classes": d.classes}
 """
 
-# tiles and folds, and what trains their networks
-FOLDED = {
-    "1x2": (3, ("-rate_schedule", "cosine", "-rate_iterations", 7)),
-    "1x1": (2, ("-local_solver", "tr")),
+FOLDS = ("-coarse_data", "folds", "-folds")
+# tiles, what trains their networks, folds, and what has been done before
+BEFORE = {
+    "all samples": ("1x2", ("-local_solver", "tr"), 2, (7, "-coarse_data", "train")),
+    "fewer iterations of fewer folds": ("1x1", ("-rate_schedule", "cosine", "-rate_iterations", 7), 3, (3, *FOLDS, 2)),
+    "fewer iterations": ("1x1", ("-rate_schedule", "cosine", "-rate_iterations", 7), 2, (3, *FOLDS, 2)),
 }
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("tiles", FOLDED)
+@pytest.mark.parametrize("before", BEFORE)
 def test_networks_of_folds_are_the_same_on_any_number_of_ranks_and_by_restarts(
-    tiles: str, comm: MPI.Comm, shared_tmp: Path
+    before: str, comm: MPI.Comm, shared_tmp: Path
 ) -> None:
-    number, more = FOLDED[tiles]
-    words, folds = (*DIGITS, "-tiles", tiles, *more), ("-coarse_data", "folds", "-folds", number)
-    alone, added, taken = (shared_tmp / f"{name}.h5" for name in (f"alone_{comm.rank}", "added", "taken"))
+    tiles, more, number, (iterations, *done) = BEFORE[before]
+    words, folds = (*DIGITS, "-tiles", tiles, *more), (*FOLDS, number)
+    alone, together = shared_tmp / f"alone_{comm.rank}.h5", shared_tmp / "together.h5"
     train(alone, MPI.COMM_SELF, 7, *words, *folds)
-    train(added, comm, 7, *words)  # on all samples only
-    train(added, comm, 7, *folds)
-    assert_same(alone, added)
-    train(taken, comm, 3, *words, "-coarse_data", "folds", "-folds", 2)
-    train(taken, comm, 7, "-folds", number)  # those of another number have gone
-    assert_same(alone, taken)
-    left = {path.name.partition(".")[2] for path in (shared_tmp / "taken.h5.nets").glob("*of*.h5")}
-    assert left == {f"{fold}of{number}.h5" for fold in range(1, number + 1)}
+    train(together, comm, iterations, *words, *done)
+    train(together, comm, 7, *folds)
+    assert_same(alone, together)
+    left = {path.name.partition(".")[2] for path in (shared_tmp / "together.h5.nets").glob("*of*.h5")}
+    assert left == {f"{fold}of{number}.h5" for fold in range(1, number + 1)}  # those of another number have gone
     comm.barrier()
 
 
@@ -97,11 +96,11 @@ def run(path: Path, comm: MPI.Comm, *options: object, where: str = "-output") ->
 
 @pytest.mark.ranks
 def test_a_coarse_net_of_outputs_of_folds(comm: MPI.Comm, shared_tmp: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    words, folds = (*DIGITS, "-max_it", 20, "-rate", 1e-2, "-progress", "none"), ("-coarse_data", "folds", "-folds", 2)
+    words, folds = (*DIGITS, "-tiles", "1x2", "-max_it", 20, "-rate", 1e-2, "-progress", "none"), (*FOLDS, 2)
     alone, started = shared_tmp / f"alone_{comm.rank}.h5", shared_tmp / "started.h5"
     run(alone, MPI.COMM_SELF, *words, *folds, "-coarse_decay", 1e-3)
     said = capfd.readouterr().out
-    assert "12 networks on 1 rank" in said and "as many without each of 2 folds" in said
+    assert "6 networks on 1 rank" in said and "as many without each of 2 folds" in said
     assert said.split("\naccuracy")[1].split()[:3] == ["train", "test", "folds"]
     found = content(alone)
     with begun(MPI.COMM_SELF, *words, "-coarse_decay", 1e-3, "-coarse_data", "folds") as (settings, _, _):

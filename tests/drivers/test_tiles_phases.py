@@ -93,7 +93,7 @@ def test_a_coarse_net_that_was_trained_is_eliminated_from_then_on(comm: MPI.Comm
     after = content(net)
     assert list(after.history["iteration"]) == [0, 1, 2, 3, 4]
     assert after.history["loss"][-1] < before.history["loss"][-1]
-    assert after.attributes["solver"].startswith("tr, coarse net eliminated by 10")
+    assert after.attributes["solver"].startswith("tr, coarse net eliminated by 5")
     assert after.history["work"][-1] - after.history["work"][-2] > 1.1  # the coarse net's, too
     comm.barrier()
 

@@ -31,8 +31,8 @@ from solvers import Minimisation, minimise
 
 __all__ = ["FREEZABLE", "TiledTestSet", "coherent_loss", "eliminated", "prepared"]
 
-# of L-BFGS for the coarse net at each trial, our choice: on faces of 48x42 pixels in 4x4 tiles, two seeds and samples that
-# were held out, the best held-out loss at equal training loss among 5, 10, 20 and 40 (docs/results/tiles.md)
+# of L-BFGS for the coarse net at each trial, our choice: on faces of 48x42 pixels in 4x4 tiles, two seeds and two local
+# phases, on average the least loss of held-out samples at equal training loss among 5, 10, 20, 40 (docs/results/tiles.md)
 STEPS = 5
 
 

@@ -32,7 +32,7 @@ from solvers import Minimisation, minimise
 __all__ = ["FREEZABLE", "TiledTestSet", "coherent_loss", "eliminated", "prepared"]
 
 # of L-BFGS for the coarse net at each trial, our choice: on faces of 48x42 pixels in 4x4 tiles, two seeds and two local
-# phases, on average the least loss of held-out samples at equal training loss among 5, 10, 20, 40 (docs/results/tiles.md)
+# phases, on average the least loss of held-out samples at equal training loss of 5, 10, 20, 40 (docs/results/tiles.md)
 STEPS = 5
 
 

@@ -74,7 +74,7 @@ BY_NAME = (
     *("drivers/test_given_options.py", "drivers/test_logistic_driver.py", "drivers/test_pinn_levels.py"),
     *("drivers/test_opened.py", "drivers/test_foreign_files.py"),
     *("drivers/test_volumes.py", "decomposition/test_tiles.py", "drivers/test_coarse.py"),
-    *(f"drivers/test_tiles_{name}.py" for name in ("bad_input", "local", "phases")),
+    *(f"drivers/test_tiles_{name}.py" for name in ("bad_input", "local", "phases", "folds")),
     "solvers/test_networks_as_subdomains.py",
     *("runs/test_run_file_harm.py", "data/test_data_harm.py", "data/test_sources.py"),
     # whose equality over ranks others claim: of scaled problems test_ranks.py, of local curvature that of

@@ -71,8 +71,8 @@ class EliminatedObjective(BranchedObjective):
     def value_compact(self, x: PETSc.Vec, ready: Callable[[], None] = lambda: None) -> tuple[float, Compact]:
         """See :meth:`.Objective.value_compact`; who asks for it does not keep the point, which moves."""
         raise InputError(
-            "the coarse net cannot be eliminated where a solver spares memory, which keeps no trial point: of this many "
-            "parameters it does in float32 and the modular norm"
+            "the coarse net cannot be eliminated by a solver that spares memory, and so keeps no trial point: -norm 2 "
+            "keeps it"
         )
 
     def settle(self, x: PETSc.Vec, theta: Tensor, logits: Tensor) -> None:

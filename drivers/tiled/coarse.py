@@ -123,12 +123,14 @@ def train(settings: Any, splits: Mapping[str, Outputs], classes: Sequence[str], 
     Raises
     ------
     InputError
-        On all ranks: see :func:`check`; outputs that are not finite; a decay that is to be chosen where no class has
-        samples to spare.
+        On all ranks: see :func:`check`; folds that there are not; outputs that are not finite; a decay that is to be
+        chosen where no class has samples to spare.
     """
     check(settings, list(splits))
     module, words = coarse.build_coarse(settings, len(splits[TRAIN].logits), len(classes))
     names = [TRAIN, HELD_OUT] if settings.coarse_data == "both" else [settings.coarse_data]
+    if FOLDS in names and FOLDS not in splits:
+        raise InputError("option -coarse_data folds needs networks that were trained again, without parts of them")
     for name in names:
         splits[name].refuse_not_finite(name)
     used = splits[names[0]] if len(names) == 1 else splits[TRAIN].with_those(splits[HELD_OUT])

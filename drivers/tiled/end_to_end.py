@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from common import training  # first: it initialises PETSc
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -72,7 +72,8 @@ class EndToEnd:
         self.module = prepared(Coherent(modules, coarse, nets.tiles, settings.link).to(where), None, frozen)
         dtype, none = getattr(torch, settings.dtype), torch.zeros(2, dtype=torch.int64, device=where)
         few = [TensorSamples(torch.zeros(2, *s, dtype=dtype, device=where), none) for s in nets.tiles.shapes]
-        self.elimination, self.branched = "", partial(BranchedObjective)  # of which the solver makes one
+        self.elimination = ""
+        self.branched: Callable[..., BranchedObjective] = BranchedObjective
         if self.settings.coherent_coarse == options.ELIMINATED:
             steps = self.settings.coherent_coarse_iterations or STEPS
             self.elimination = f", coarse net eliminated by {steps} iterations of L-BFGS"

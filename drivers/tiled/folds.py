@@ -1,4 +1,4 @@
-"""Folds: every local network is trained again without a part of the samples, of which its outputs tell what it knows."""
+"""Folds: every local network is trained again without a part of the samples, which its outputs are asked for."""
 
 from __future__ import annotations
 
@@ -36,8 +36,13 @@ class Job(NamedTuple):
         """The name of its run file."""
         return f"{self.tile:02d}.{self.fold}of{self.folds}.h5" if self.fold else f"{self.tile:02d}.h5"
 
+    @property
+    def without(self) -> str:
+        """What it is trained without, in words behind others."""
+        return f" without fold {self.fold} of {self.folds}" if self.fold else ""
+
     def __str__(self) -> str:
-        return f"tile {self.tile:>2}" + (f" without fold {self.fold} of {self.folds}" if self.fold else "")
+        return f"tile {self.tile}{self.without}"
 
 
 PATTERN = "*.*of*.h5"  # of the run files of folds
@@ -77,11 +82,13 @@ class Folds:
     def joined(self, logits: Mapping[Job, NDArray[Any]], tiles: int) -> NDArray[Any]:
         """Outputs (N, B, K) of each sample, by the networks that were trained without it.
 
-        ``logits`` has those of each job of a fold, (left out, K).
+        ``logits`` has those of the jobs of all folds, (left out, K).
         """
         first = logits[Job(0, 1, self.number)]
         found = np.empty((tiles, len(self.left_out), first.shape[1]), first.dtype)
         for job, said in logits.items():
-            if job.fold:
-                found[job.tile, self.left_out == job.fold] = said
+            found[job.tile, self.left_out == job.fold] = said
         return found
+
+
+NONE = Folds()

@@ -110,7 +110,7 @@ class LocalPhase:
             except Interrupted:
                 break
             except (InputError, NonFiniteError) as error:
-                failures[number] = f"{' '.join(str(job).split())}: {error}"
+                failures[number] = f"{job}: {error}"
             finally:
                 if net is not None:
                     self.gained |= net.gained
@@ -118,7 +118,9 @@ class LocalPhase:
         return outcomes, failures
 
     def execute(self) -> list[Outcome] | None:
-        """Train all networks, in the order of the jobs; None where a signal has stopped some. Collective on all ranks at its end.
+        """Train all networks; None where a signal has stopped some. Collective on all ranks at its end.
+
+        They are in the order of the jobs.
 
         Raises
         ------

@@ -33,7 +33,7 @@ from solvers import solver_class
 from . import coarse, options, outputs
 from .end_to_end import EndToEnd
 from .files import Files
-from .folds import FOLDS, Folds
+from .folds import FOLDS, NONE, Folds
 from .local import LocalPhase
 from .nets import SPLITS, Nets
 from .queues import Queues
@@ -121,12 +121,12 @@ class Phases:
             self.whole.check_like(before, self.attributes, self.labels, comm)
         if settings.start is not None:
             self.whole.forget(phases[0])
-        folds = Folds()
+        folds = NONE
         if settings.coarse_data == FOLDS:
             folds = Folds.drawn(settings.folds, nets.source.labels, nets.source.classes, settings.seed)
         self.going = self._going(phases, folds.number)
         nets = replace(nets, folder=self.files.folder, before=self.files.before, again=self.again, folds=folds)
-        self.nets, self.queues = nets, Queues.of([nets.costs[job.tile] for job in nets.jobs], comm.size)
+        self.nets, self.queues = nets, Queues.of(nets.job_costs, comm.size)
         self.local: LocalPhase | None = None
         if "local" in self.going:
             self.local = LocalPhase(nets, comm, start, self.queues)

@@ -33,7 +33,7 @@ from ddml.runs import run_file
 from ddml.sampling.batches import Batches
 from solvers import solver_class
 
-from .folds import Folds, Job
+from .folds import NONE, Folds, Job
 from .inner import InnerRun
 
 # Samples of a block, and blocks, of an evaluation of a local network: few, as small networks take no less time for
@@ -83,7 +83,7 @@ class Nets:
     folder: str | None = None
     before: str | None = None
     again: bool = False
-    folds: Folds = Folds()
+    folds: Folds = NONE
 
     @classmethod
     def built(cls, settings: Any, limits: Any, source: Source, tiles: Tiles, device: Device) -> Nets:
@@ -114,6 +114,12 @@ class Nets:
     def jobs(self) -> list[Job]:
         """All that is to be trained."""
         return self.folds.jobs(len(self))
+
+    @property
+    def job_costs(self) -> list[int]:
+        """Of each job those of its network: with batches all have as much to do."""
+        costs = self.costs
+        return [costs[job.tile] for job in self.jobs]
 
     def samples(self, job: Job) -> int:
         """How many it is trained on."""
@@ -188,7 +194,7 @@ class Outcome:
         """What came out, in words."""
         iterations, loss = int(self.history["iteration"][-1]), self.history["loss"][-1]
         return (
-            f"{self.job}: {self.reason}. {iterations} iterations, loss {loss:.3e}, accuracy "
+            f"tile {self.tile:>2}{self.job.without}: {self.reason}. {iterations} iterations, loss {loss:.3e}, accuracy "
             f"{self.accuracies['test']:.4f} ({self.accuracies['train']:.4f} of what it was trained on), work "
             f"{self.work:.1f}, {self.seconds:.1f} s"
         )

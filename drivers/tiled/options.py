@@ -51,10 +51,10 @@ OPTIONS = (
       for o in coarse.OPTIONS),
     Option(f"{COHERENT}solver", "tr", "Solver of the coherent phase, with coherent_ before its options, too."),
     Option(f"{COHERENT}coarse", TRAINED, f"The coarse net in the coherent phase: trained beside the networks; or "
-           f"{ELIMINATED}, which is solved anew at each trial of the networks, for {COHERENT}solver tr: fewer "
+           f"{ELIMINATED}, which is solved anew at each trial of the networks, for -{COHERENT}solver tr: fewer "
            "synchronisations, more work behind each.", choices=(TRAINED, ELIMINATED)),
-    Option(f"{COHERENT}coarse_iterations", None, f"With {COHERENT}coarse {ELIMINATED}: of L-BFGS at each trial (default "
-           f"{STEPS}).", kind=int, minimum=1),
+    Option(f"{COHERENT}coarse_iterations", None, f"With -{COHERENT}coarse {ELIMINATED}: of L-BFGS at each trial "
+           f"(default {STEPS}).", kind=int, minimum=1),
     *(replace(o, name=COHERENT + o.name, help=f"Of the coherent phase. {o.help}", changes=FREELY)
       for o in (*BATCHES, *_LIMITS)),
 )  # fmt: skip

@@ -150,6 +150,8 @@ class Whole:
             raise RunFileError(
                 f"{path} has outputs of {min(found)} networks, there are {networks}: restart from a copy"
             )
+        if (self.folds > 0) != (FOLDS in self.logits):
+            raise RunFileError(f"{path} has {self.folds} folds and other outputs: restart from a copy")
 
     @property
     def theta(self) -> Vector:
@@ -217,7 +219,7 @@ class Whole:
         self.logits = {name: np.stack([outcome.logits[name] for outcome in own]) for name in labels}
         self.labels, self.folds = dict(labels), folds.number
         if folds.number:
-            self.logits[FOLDS] = folds.joined({o.job: o.logits[TEST] for o in outcomes}, len(own))
+            self.logits[FOLDS] = folds.joined({o.job: o.logits[TEST] for o in outcomes if o.job.fold}, len(own))
             self.labels[FOLDS] = labels[TRAIN]
 
     def write(

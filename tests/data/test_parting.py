@@ -56,3 +56,34 @@ def test_a_test_part_is_what_it_was() -> None:
     for wrong in (0.0, 1.0, float("nan"), 0.01, -1):
         with pytest.raises(InputError, match="leaves none on one side"):
             parting.cut(20, wrong, 5)
+
+
+@pytest.mark.parametrize("number", [2, 3, 5, 20])
+@pytest.mark.parametrize("counts", [(50, 50), (60, 30, 10), (7, 3, 10), (18, 2), (20, 0, 20)])
+def test_folds_have_their_share_of_each_class(number: int, counts: tuple[int, ...]) -> None:
+    labels = np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts))
+    found = parting.folds(labels, number, "abc", 3)
+    assert np.ptp(np.bincount(found, minlength=number)) <= 1
+    for k in range(len(counts)):
+        assert np.ptp(np.bincount(found[labels == k], minlength=number)) <= 1
+        assert len(set(found[labels == k])) > 1 or not counts[k]  # so that it is in the rest of each fold
+    assert np.array_equal(found, parting.folds(labels, number, "abc", 3))
+    assert not np.array_equal(found, parting.folds(labels, number, "abc", 4))
+    assert not np.array_equal(found, np.arange(len(labels)) % number)
+
+
+@pytest.mark.parametrize(
+    ("labels", "number", "expected"),
+    [
+        ([0, 0, 1, 1], 1, "1 folds of 4 samples: there must be 2 or more"),
+        ([0, 0, 1, 1], 0, "0 folds of 4 samples"),
+        ([0, 0, 1, 1], -3, "-3 folds of 4 samples"),
+        ([0, 0, 1, 1], 5, "5 folds of 4 samples: there must be 2 or more, and a sample for each"),
+        ([0, 0, 1, 0], 2, "class b has one sample only"),
+        ([2, 0, 0, 0], 4, "class c has one sample only"),
+        ([0], 2, "2 folds of 1 samples"),
+    ],
+)
+def test_folds_that_cannot_be_are_refused(labels: list[int], number: int, expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        parting.folds(labels, number, "abc", 0)

@@ -93,7 +93,8 @@ def test_it_learns_what_each_local_net_means() -> None:
 
 def test_which_samples_it_is_trained_on() -> None:
     found = splits(held=60)
-    for data, expected in (("train", found["train"]), ("held_out", found["held_out"])):
+    found["folds"] = outputs(201, 5)
+    for data, expected in (("train", found["train"]), ("held_out", found["held_out"]), ("folds", found["folds"])):
         alone = {"train": expected, "test": found["test"]}
         assert torch.equal(
             trained(found, coarse_data=data, coarse_decay="0.01").theta, trained(alone, coarse_decay="0.01").theta
@@ -148,7 +149,7 @@ def test_samples_that_decide_are_drawn_from_every_class() -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"coarse_data": "folds"}, "folds needs local nets that were trained again and again"),
+        ({"coarse_data": "folds"}, "folds needs networks that were trained again, without parts of them"),
         ({"coarse_data": "held_out"}, "-coarse_data held_out is for data that have held-out samples"),
         ({"coarse_data": "both"}, "-coarse_data both is for data that have held-out samples"),
         ({"coarse_decay": "-1"}, "option -coarse_decay must be 'auto', '0' or a number above 0, got '-1'"),
@@ -171,12 +172,12 @@ def test_one_sample_a_class_decides_on_no_decay() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize(("split", "sample"), [("train", 0), ("train", 150), ("held_out", 59)])
+@pytest.mark.parametrize(("split", "sample"), [("train", 0), ("train", 150), ("held_out", 59), ("folds", 200)])
 def test_outputs_that_are_not_finite_are_refused(bad: float, split: str, sample: int) -> None:
-    found = splits(held=60)
+    found = splits(held=60) | {"folds": outputs(201, 5)}
     found[split].logits[2, sample, 1] = bad
     with pytest.raises(InputError, match=f"network 2 gives NaN or infinity for sample {sample} of the {split}"):
-        trained(found, coarse_data="both")
+        trained(found, coarse_data="folds" if split == "folds" else "both")
 
 
 def test_accuracies_are_counted_by_hand() -> None:

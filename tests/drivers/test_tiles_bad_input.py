@@ -90,9 +90,41 @@ WRONG = {
     "unknown link": ("-link squares", "option -link must be one of"),
     "unknown coarse solver": ("-coarse_solver adam", "option -coarse_solver must be one of lbfgs, tr"),
     "held-out samples that there are not": ("-phase local,coarse -coarse_data held_out", "that have held-out samples"),
+    "one fold": ("-phase local,coarse -coarse_data folds -folds 1", "option -folds must be 2 or more, got 1"),
+    "fewer than no folds": ("-coarse_data folds -folds -2", "option -folds must be 2 or more"),
+    "folds in words": ("-coarse_data folds -folds some", "option -folds must be an integer"),
+    "more folds than samples": ("-coarse_data folds -folds 121", "121 folds of 120 samples"),
+    "folds of a class of one sample": ("-coarse_data folds -samples 10", "class 0 has one sample only"),
+    "folds without tiles": ("-no_tiles -folds 4", "option -folds is for -tiles"),
+    "outputs of folds without tiles": ("-no_tiles -coarse_data folds", "option -coarse_data is for -tiles"),
+    "start of networks without folds": (
+        "-start {run} -phase coarse -coarse_data folds", "trained on 3 folds, and these were on all samples only"),
+    "restart of networks without folds": (
+        "-restart {run} -phase coarse -coarse_data folds -folds 2", "trained on 2 folds, and these were on all"),
+    "folds and other outputs": ("-restart {folded}", "folded.h5 has 3 folds and other outputs"),
     "dense net of no neurons": ("-coarse_net dense -coarse_widths 0", "-coarse_widths must be integers above 0"),
     "unknown coherent solver": ("-coherent_solver sgd", "unknown solver 'sgd'"),
     "coherent batch of too many": ("-phase coherent -coherent_batch_size 121", "-coherent_batch_size must be at most"),
+    "coarse net eliminated by lbfgs": (
+        "-phase coherent -coherent_coarse eliminated -coherent_solver lbfgs", "is for -coherent_solver tr"),
+    "coarse net eliminated by adam": (
+        "-phase coherent -coherent_coarse eliminated -coherent_solver adam", "evaluated last; got adam"),
+    "coarse net eliminated by a Schwarz method": (
+        "-phase coherent -coherent_coarse eliminated -coherent_solver apts_weights", "got apts_weights"),
+    "coarse net eliminated and frozen": (
+        "-phase coherent -coherent_coarse eliminated -freeze coarse", "-freeze coarse leaves one of both as it is"),
+    "coarse net eliminated of frozen networks": (
+        "-phase coherent -coherent_coarse eliminated -freeze local", "-freeze local leaves one of both"),
+    "coarse net eliminated of a large net": (
+        "-phase coherent -coherent_coarse eliminated -coarse_net dense -coarse_widths 25000", "keeps no trial point"),
+    "coarse net eliminated without tiles": ("-no_tiles -coherent_coarse eliminated", "option -coherent_coarse is for"),
+    "coarse net of another word": ("-coherent_coarse solved", "must be one of trained, eliminated"),
+    "iterations without elimination": (
+        "-phase coherent -coherent_coarse_iterations 5", "-coherent_coarse_iterations is for -coherent_coarse elim"),
+    "no iterations": (
+        "-coherent_coarse eliminated -coherent_coarse_iterations 0", "coarse_iterations must be 1 or more"),
+    "iterations in words": (
+        "-coherent_coarse eliminated -coherent_coarse_iterations many", "coarse_iterations must be an integer"),
     "option of another coherent solver": ("-phase coherent -coherent_sub_memory 3", "unknown option -coherent_sub"),
     "a damaged network": ("-restart {damaged}", "damaged.h5.nets/02.h5 is damaged"),
     "networks of another run": ("-restart {mixed}", "mixed.h5.nets/00.h5 is of seed 4, not 0"),
@@ -132,7 +164,7 @@ def made(module_tmp: Path) -> Path:
         nets = {path.name: path.read_bytes() for path in sorted((module_tmp / "run.h5.nets").glob("*.h5"))}
         header = run_file.inspect(str(module_tmp / "run.h5"), MPI.COMM_SELF)
         modules = build_modules()
-        for name in ("damaged", "mixed", "silent", "fewer", "forgetful", "left"):
+        for name in ("damaged", "mixed", "silent", "fewer", "forgetful", "folded", "left"):
             whole = Whole.read(str(module_tmp / "run.h5"), modules, MPI.COMM_SELF)
             if name in ("damaged", "mixed"):
                 whole.phases = []
@@ -140,6 +172,8 @@ def made(module_tmp: Path) -> Path:
                 whole.logits["test"] = whole.logits["test"][:3]
             if name == "forgetful":
                 whole.nets = whole.nets[:3]
+            if name == "folded":
+                whole.folds = 3
             if name == "silent":
                 whole.nets = None  # type: ignore[assignment]
             attributes = {k: v for k, v in header.attributes.items() if not k.endswith("version") and k != "ranks"}
@@ -158,7 +192,7 @@ def made(module_tmp: Path) -> Path:
 
 def command(made: Path, text: str) -> list[str]:
     """The command line."""
-    names = ("run", "undivided", "damaged", "mixed", "silent", "fewer", "forgetful")
+    names = ("run", "undivided", "damaged", "mixed", "silent", "fewer", "forgetful", "folded")
     files = {name: made / f"{name}.h5" for name in names}
     words = text.format(folder=made, user=made / "mine.py", networks=made / "networks.py", **files).split()
     pairs = [] if "-restart" in words else list(zip(DIGITS[::2], DIGITS[1::2], strict=True))

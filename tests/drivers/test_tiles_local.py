@@ -1,6 +1,8 @@
 """classify.py -tiles: local networks are the same on any number of ranks and in any order, and nobody waits."""
 
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from launch import kill, launch, start, started, warm
 from mpi4py import MPI
 from own_data import USER as SOLIDS
 from tiled import options
+from tiled.folds import Folds
 from tiled.local import LocalPhase
 from tiled.nets import Nets
 from tiled.queues import Queues
@@ -111,7 +114,7 @@ for name in COLLECTIVE.split():
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("order", ["dearest first", "reversed", "by number"])
+@pytest.mark.parametrize("order", ["dearest first", "reversed", "by number", "folds"])
 def test_nobody_waits_for_others_and_the_order_does_not_matter(order: str, comm: MPI.Comm, shared_tmp: Path) -> None:
     words = (*DIGITS, "-tiles", "2x3", "-local_width", 2, "-phase", "local")
     with begun(comm, *words, "-max_it", 6) as (settings, limits, begin):
@@ -121,7 +124,9 @@ def test_nobody_waits_for_others_and_the_order_does_not_matter(order: str, comm:
         options.batches(settings, source.count)
         tiles = Tiles(source.shape, (2, 3), 1)
         nets = Nets.built(settings, limits, source, tiles, bind(comm, "cpu"))
-        queues = Queues.of(nets.costs, comm.size)
+        if order == "folds":
+            nets = replace(nets, folds=Folds.drawn(2, source.labels, source.classes, 0))
+        queues = Queues.of(nets.job_costs, comm.size)
         if order == "reversed":
             queues = Queues(tuple(queue[::-1] for queue in queues.nets[::-1]), queues.edges)
         if order == "by number":
@@ -131,8 +136,9 @@ def test_nobody_waits_for_others_and_the_order_does_not_matter(order: str, comm:
         Counting.calls = 0
         outcomes, failures = phase.train()
         assert Counting.calls == 0 and not failures
-        assert [outcome.tile for outcome in outcomes] == list(phase.queue)
-        everything = {o.tile: o.theta.tobytes() for here in comm.allgather(outcomes) for o in here}
+        assert [outcome.job for outcome in outcomes] == [nets.jobs[number] for number in phase.queue]
+        assert not phase.tiles
+        everything = {o.tile: o.theta.tobytes() for here in comm.allgather(outcomes) for o in here if not o.job.fold}
         phase.destroy()
         path = shared_tmp / "run.h5"
         train(path, comm, 6, *words)
@@ -176,17 +182,20 @@ def test_a_kill_in_the_middle_of_a_network_is_no_loss(tmp_path: Path) -> None:
     assert_same(whole, killed)
 
 
+@pytest.mark.parametrize("folds", [(), ("-coarse_data", "folds", "-folds", 2)], ids=["", "in a fold"])
 def test_a_signal_stops_the_queue_and_a_restart_goes_on(
-    user: Path, comm: MPI.Comm, shared_tmp: Path, capfd: pytest.CaptureFixture[str]
+    folds: tuple[object, ...], user: Path, comm: MPI.Comm, shared_tmp: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    words = (*DIGITS[:4], "-samples", 120, "-network", f"{user}:Net", "-width", 8, "-max_it", 60, "-phase", "local")
+    words = (*DIGITS[:4], "-samples", 120, "-network", f"{user}:Net", "-width", 8, "-max_it", 30, "-phase", "local",
+             *folds)  # fmt: skip
     whole, parts = shared_tmp / "whole.h5", shared_tmp / "parts.h5"
-    train(whole, comm, 60, *words)
-    if comm.rank == 0:
-        (user.parent / "stop").touch()
+    train(whole, comm, 30, *words)
+    if comm.rank == 0:  # of 50 calls of each of 12 networks, or 4
+        (user.parent / f"stop_{os.getpid()}").write_text(str(480 // comm.size if folds else 40))
     comm.barrier()
     assert call("classify", *words, "-output", parts, "-interrupted_code", 40) == 40
-    assert not (user.parent / "stop").exists()
+    assert not list(user.parent.glob("stop*"))
+    assert any(shared_tmp.glob("parts.h5.nets/*of2.h5")) == bool(folds)
     said = capfd.readouterr().out
     assert (
         comm.rank
@@ -194,7 +203,7 @@ def test_a_signal_stops_the_queue_and_a_restart_goes_on(
         in said
     )
     assert content(parts).state["phases"] == b""
-    train(parts, comm, 60, "-network", f"{user}:Net")
+    train(parts, comm, 30, "-network", f"{user}:Net")
     assert_same(whole, parts)
     comm.barrier()
 

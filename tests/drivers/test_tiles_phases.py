@@ -68,6 +68,37 @@ def test_phases_in_one_go_one_by_one_and_elsewhere_are_the_same(kind: str, comm:
 
 
 @pytest.mark.ranks
+def test_a_coarse_net_is_eliminated_on_any_number_of_ranks_and_through_a_restart(
+    comm: MPI.Comm, shared_tmp: Path
+) -> None:
+    first, alone, parts = (shared_tmp / f"{name}.h5" for name in ("first", f"alone_{comm.rank}", "parts"))
+    run(first, comm, *LOCAL, *LATER)
+    words = ("-phase", "coherent", "-start", first, "-coherent_coarse", "eliminated", "-coherent_coarse_iterations", 3)
+    run(alone, MPI.COMM_SELF, *LOCAL, *LATER, *words)
+    run(parts, comm, *LOCAL, *LATER, *words, "-coherent_max_it", 2)
+    run(parts, comm, "-coherent_max_it", 6, where="-restart")
+    assert_same(alone, parts)
+    assert_same(*(path.with_name(f"{path.name}.nets") / "coherent.h5" for path in (alone, parts)))
+    found, before = content(parts), content(first)
+    assert (found.theta != before.theta).any() and found.attributes["option coherent_coarse"] == "eliminated"
+    comm.barrier()
+
+
+def test_a_coarse_net_that_was_trained_is_eliminated_from_then_on(comm: MPI.Comm, shared_tmp: Path) -> None:
+    path, net = shared_tmp / "run.h5", shared_tmp / "run.h5.nets/coherent.h5"
+    run(path, comm, *LOCAL, *LATER, "-phase", "local,coarse,coherent", "-coherent_max_it", 2)
+    before = content(net)
+    comm.barrier()
+    run(path, comm, "-coherent_coarse", "eliminated", "-coherent_max_it", 4, where="-restart")
+    after = content(net)
+    assert list(after.history["iteration"]) == [0, 1, 2, 3, 4]
+    assert after.history["loss"][-1] < before.history["loss"][-1]
+    assert after.attributes["solver"].startswith("tr, coarse net eliminated by 5")
+    assert after.history["work"][-1] - after.history["work"][-2] > 1.1  # the coarse net's, too
+    comm.barrier()
+
+
+@pytest.mark.ranks
 def test_a_coherent_net_of_volumes_from_random_values(comm: MPI.Comm, shared_tmp: Path) -> None:
     if comm.rank == 0:
         (shared_tmp / "data.py").write_text(SOLIDS)

@@ -15,7 +15,7 @@ from mpi4py import MPI
 DIGITS = ("-tiles", "2x2", "-tile_overlap", "1", "-network", "vgg", "-depth", "1", "-width", "4", "-samples", "120")
 SIXTEEN = (*DIGITS[4:], "-tiles", "4x4", "-tile_overlap", "2")
 
-# a network that stops the run, or fails, at the so many-th call, where a file asks for it
+# networks that stop their process after so many calls of all of them, or one that fails, where a file asks for it
 USER = """
 import os
 import signal
@@ -24,6 +24,7 @@ from pathlib import Path
 from torch import nn
 
 HERE = Path(__file__).parent
+CALLS = []
 
 
 class Net(nn.Sequential):
@@ -34,8 +35,12 @@ class Net(nn.Sequential):
 
     def forward(self, x):
         self.calls += 1
-        if self.calls > 30 and (HERE / "stop").exists():
-            (HERE / "stop").unlink()
+        stop = HERE / f"stop_{os.getpid()}"
+        if stop.exists():
+            CALLS.append(self)
+        if len(CALLS) > 0 and len(CALLS) >= int(stop.read_text()):
+            stop.unlink()
+            CALLS.clear()
             os.kill(os.getpid(), signal.SIGTERM)
         poison = HERE / "poison"
         bad = self.calls > 30 and poison.exists() and poison.read_text() == str(self.shape)

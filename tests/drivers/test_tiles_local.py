@@ -11,6 +11,7 @@ from calling import call, refusal
 from common.device import bind
 from launch import kill, launch, start, started, warm
 from mpi4py import MPI
+from one_rank import on_one_rank
 from own_data import USER as SOLIDS
 from tiled import options
 from tiled.local import LocalPhase
@@ -48,8 +49,8 @@ def test_networks_are_the_same_on_any_number_of_ranks_and_through_a_restart(
     solver: str, tiles: str, comm: MPI.Comm, shared_tmp: Path
 ) -> None:
     words = (*DIGITS, "-tiles", tiles, *TREES[solver], "-rate_iterations" if "cosine" in solver else "-seed", 9)
-    alone, together = shared_tmp / f"alone_{comm.rank}.h5", shared_tmp / "together.h5"
-    train(alone, MPI.COMM_SELF, 9, *words)
+    alone, together = shared_tmp / "alone.h5", shared_tmp / "together.h5"
+    on_one_rank(lambda one: train(alone, one, 9, *words))
     train(together, comm, 4, *words)
     train(together, comm, 9)
     assert_same(alone, together)
@@ -67,8 +68,8 @@ def test_volumes_and_padded_tiles(comm: MPI.Comm, shared_tmp: Path) -> None:
     comm.barrier()
     words = ("-data", f"{shared_tmp}/data.py:solids", "-tiles", "2x1x2", "-tile_overlap", "1x0x2", "-tiles_padded",
              "-network", "resnet", "-width", 4, "-depth", 1, "-local_width", 3)  # fmt: skip
-    alone, together = shared_tmp / f"alone_{comm.rank}.h5", shared_tmp / "together.h5"
-    train(alone, MPI.COMM_SELF, 30, *words)
+    alone, together = shared_tmp / "alone.h5", shared_tmp / "together.h5"
+    on_one_rank(lambda one: train(alone, one, 30, *words))
     train(together, comm, 30, *words)
     assert_same(alone, together)
     found = content(together)
@@ -326,9 +327,9 @@ def test_undivided_networks_have_solvers_with_local_and_coarse_ones_as_ever(
 ) -> None:
     whole, parts = shared_tmp / "whole.h5", shared_tmp / "parts.h5"
     options = ("-solver", *words.split(), "-samples", 90, "-widths", 6, "-summation_blocks", 4, "-dtype", "float64")
-    train(whole, comm, 4, *options)
+    train(whole, comm, 3, *options)
     train(parts, comm, 2, *options)
-    train(parts, comm, 4)
+    train(parts, comm, 3)
     one, other = content(whole), content(parts)
     assert one.theta.tobytes() == other.theta.tobytes()
     assert one.history["loss"].tobytes() == other.history["loss"].tobytes()

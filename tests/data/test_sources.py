@@ -153,7 +153,7 @@ def cost(source: Source, ranges: tuple[slice, ...]) -> tuple[int, int, int]:
 
 
 counted = pytest.mark.skipif(not os.access("/proc/self/io", os.R_OK), reason="counts by /proc")
-LARGE = {"image": ((1, 96, 84), 300, 4, 8), "volume": ((1, 32, 32, 32), 80, (4, 4, 2), 2)}
+LARGE = {"image": ((1, 96, 84), 150, 4, 8), "volume": ((1, 32, 32, 32), 40, (4, 4, 2), 2)}
 WORKED_WITH = 400_000  # bytes, whatever the size of a tile
 
 

@@ -1,5 +1,6 @@
 """What all tests share; the suite runs on any number of ranks, the same tests in the same order on each."""
 
+import gc
 import itertools
 import os
 import resource
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from mpi4py import MPI
+from one_rank import on_one_rank
 from petsc4py import PETSc
 from torch import Tensor
 
@@ -26,12 +28,15 @@ torch.set_num_threads(1)
 
 # What runs where -----------------------------------------------------------------------------------------------------
 #
-#               one rank             two ranks           three ranks
-# make check    all but long; STARTS -                   SAMPLE
-# make test     all but long         ranks, their ends   all but long, SERIAL and what BY_NAME and ENDS leave out
-# make test-long  all                all but SERIAL      all but SERIAL
+#                 one rank              two ranks           three ranks
+# make check      ends of make test's   -                   SAMPLE
+# make test       no long, no SEVERAL   ranks, their ends   no long, no SERIAL, nor what BY_NAME and ENDS leave out
+# make test-long  all                   all but SERIAL      all but SERIAL
 #
 # --suite chooses the row (long where DDML_LONG is set), mpiexec the column. Tests marked long are skipped elsewhere.
+# Ends are of the many cases of a test the first and the last one. So make check has a case or two of everything that is
+# said of one rank, but for LENGTHY and, of programs that are started or called, all but STARTS; of several ranks it has
+# SAMPLE. What it leaves out: the other cases, two ranks, the solvers and refusals on three that are not in SAMPLE.
 
 SUITES = ("check", "test", "long")
 
@@ -65,6 +70,22 @@ SERIAL = (
     "solvers/test_napts.py::test_combined_corrections_promise_no_less_and_save_the_global_step",
     "data/test_data.py::test_damage_by_chance_is_noticed_or_is_one_of_numbers",
 )
+
+# What holds a run against the same run on one rank, with nothing between them: on several ranks only.
+SEVERAL = (
+    "losses/test_work.py::test_the_work_of_a_solver_does_not_depend_on_the_number_of_ranks",
+    "objectives/test_branched_objective.py::test_solvers_have_the_same_trajectory_on_any_number_of_ranks",
+    *(f"solvers/test_{name}.py::test_the_trajectory_is_that_on_one_rank" for name in ("apts", "napts", "trust_region")),
+    *(f"solvers/test_{name}.py::test_the_iterates_are_the_same_on_any_number_of_ranks"
+      for name in ("astrom", "newton")),
+    *(f"solvers/test_{name}.py::test_with_blocks_a_run_has_the_same_bits_on_any_number_of_ranks"
+      for name in ("gauss_newton", "self_scaled", "spqn")),
+    *(f"solvers/test_{name}.py::test_without_blocks_a_run_is_the_same_to_rounding"
+      for name in ("gauss_newton", "self_scaled", "spqn")),
+    "solvers/test_nested_schwarz.py",
+    "solvers/test_networks_as_subdomains.py::test_schwarz_methods_have_the_same_bits_on_any_number_of_ranks",
+    "solvers/test_torch_optimizer.py::test_losses_are_the_same_on_any_number_of_ranks",
+)  # fmt: skip
 
 # On several ranks, of these, only the tests that have "ranks" in their names: those claim something of them.
 BY_NAME = (
@@ -100,11 +121,20 @@ ENDS = (
       for name in ("the_promise_is_the_true_decrease", "the_loss_never_increases", "corrections_stay_in_the_trust")),
     "solvers/test_gauss_newton.py::test_steps_are_those_of_dense_least_squares",
     *(f"solvers/test_spqn.py::test_{name}"
-      for name in ("an_iteration_takes_the_documented", "exact_local_solves_make")),
+      for name in ("an_iteration_takes_the_documented", "exact_local_solves_make", "variants_decrease_the_loss")),
+    "solvers/test_gauss_newton.py::test_schwarz_is_its_dense_formula",
+    "solvers/test_lifetime.py::test_states_keep_their_keys",
+    "solvers/test_quasi_newton.py::test_iterates_are_those_of_a_dense_implementation",
+    "solvers/test_secant.py::test_product_is_that_of_the_dense_recursion",
+    *(f"solvers/test_subproblem.py::test_{name}" for name in ("random_matrices", "the_hard_case")),
+    "solvers/test_trust_radius.py::test_trials_that_are_not_finite_shrink_the_radius",
     "objectives/test_composed.py::test_residuals_are_those_of_the_composition",
     "losses/test_modules.py::test_training_moves_what_is_trained_only",
     "solvers/test_minimisation.py::test_a_module_is_trained",
     "drivers/test_interruptions.py::test_a_run_goes_on_to_a_checkpoint_that_can_be_written",
+    # what is the same in test_ranks.py, and in test_bad_input.py
+    "drivers/test_field_problems.py::test_a_slip_with_a_meaning_is_solved",
+    "runs/test_restart_options.py::test_what_cannot_change_is_refused_before_any_change",
 )  # fmt: skip
 
 # make check: a solver of each family on three ranks, and through a restart
@@ -129,7 +159,7 @@ STARTS = (
 )
 
 # long enough to be left out of make check
-LENGTHY = ("objectives/test_composed.py::test_compositions_are_what_they_say", "problems/test_references.py")
+LENGTHY = ("problems/test_references.py", "runs/test_run_file_damage.py")
 
 HERE = Path(__file__).parent
 
@@ -153,6 +183,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         name = f"{item.path.relative_to(HERE)}::{item.name}"
         if size > 1 and name.partition("[")[0] in SERIAL:
             return False
+        if size == 1 and suite != "long" and name.startswith(SEVERAL):
+            return False
         if suite == "check":
             if size > 1 or name.startswith("drivers"):
                 return name.startswith(SAMPLE if size > 1 else STARTS)
@@ -162,11 +194,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return suite == "long" or size != 2 or item.get_closest_marker("ranks") is not None
 
     chosen = [item for item in items if runs(item)]
-    if size > 1 and suite == "test":
+    if (size > 1) == (suite == "test") and suite != "long":
         tests: dict[str, list[pytest.Item]] = {}
-        for item in chosen:
+        for item in (item for item in chosen if not item.get_closest_marker("long")):
             tests.setdefault(f"{item.path.relative_to(HERE)}::{item.name.partition('[')[0]}", []).append(item)
-        ends = ENDS if size > 2 else ""
+        ends = ENDS if size > 2 else ""  # of all
         inner = {item for name, cases in tests.items() if name.startswith(ends) for item in cases[1:-1]}
         chosen = [item for item in chosen if item not in inner]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
@@ -175,6 +207,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason="long: DDML_LONG=1 runs it"))
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass by what thousands of tests and their imports hold: 0.4 s each time otherwise."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -295,13 +333,21 @@ def copied() -> Callable[[Any], Any]:
 
 @pytest.fixture
 def train() -> Callable[..., SimpleNamespace]:
-    """Run a solver; what the monitor saw, iteration by iteration, is the same on all ranks."""
+    """Run a solver; what the monitor saw, iteration by iteration, is the same on all ranks.
 
-    def run(
+    With ``MPI.COMM_SELF`` the first rank makes the run, and calls ``watch``, alone for all.
+    """
+
+    def run(loss: Loss, solver: Any, iterations: int, comm: MPI.Comm = MPI.COMM_WORLD, *more: Any, **named: Any) -> Any:
+        if comm == MPI.COMM_SELF:
+            return on_one_rank(lambda one: made(loss, solver, iterations, one, *more, **named))
+        return made(loss, solver, iterations, comm, *more, **named)
+
+    def made(
         loss: Loss,
         solver: Any,
         iterations: int,
-        comm: MPI.Comm = MPI.COMM_WORLD,
+        comm: MPI.Comm,
         blocks: int = 0,
         start: Any = None,
         state: dict[str, Any] | None = None,
@@ -312,8 +358,8 @@ def train() -> Callable[..., SimpleNamespace]:
         for key, value in settings.items():
             database.setValue(name + key, value)
         whole = Subdomains.by_layers(loss, 1)
-        made = Minimisation(loss, solver, comm, name, subdomains=whole, blocks=blocks)
-        layout, objective, x, tao, context = made.layout, made.objective, made.x, made.tao, made.context
+        parts = Minimisation(loss, solver, comm, name, subdomains=whole, blocks=blocks)
+        layout, objective, x, tao, context = parts.layout, parts.objective, parts.x, parts.tao, parts.context
         if start is not None:
             begin, end = x.getOwnershipRange()
             x.setArray(start[begin:end])
@@ -334,7 +380,7 @@ def train() -> Callable[..., SimpleNamespace]:
             context.restore(state)
         tao.solve()
         reason = tao.getConvergedReason()
-        made.destroy()
+        parts.destroy()
         for key in settings:
             database.delValue(name + key)
         return SimpleNamespace(**{key: np.array(column) for key, column in vars(seen).items()}, reason=reason)

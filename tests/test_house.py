@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -276,12 +276,15 @@ def imported(name: str) -> Any:
     raise LookupError(name)
 
 
+source_of = cache(inspect.getsource)
+
+
 def attribute(found: Any, names: list[str]) -> Any:
     """An attribute of an attribute; of a class also what its methods assign, which has no value here."""
     for name in names:
         if not hasattr(found, name):
             classes = found.__mro__ if inspect.isclass(found) else ()
-            texts = [inspect.getsource(c) for c in classes if c.__module__.partition(".")[0] in ("ddml", "solvers")]
+            texts = [source_of(c) for c in classes if c.__module__.partition(".")[0] in ("ddml", "solvers")]
             if any(re.search(rf"(self\.|^    ){name}\b[^(=]*[:=]", text, re.MULTILINE) for text in texts):
                 return None
             raise LookupError(name)
@@ -330,7 +333,8 @@ def test_references_in_docstrings_lead_somewhere(importable: None) -> None:
 
 def test_the_lists_of_what_runs_where_name_what_there_is(pytestconfig: pytest.Config) -> None:
     lists = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
-    for entry in (*lists.SERIAL, *lists.BY_NAME, *lists.ENDS, *lists.SAMPLE, *lists.STARTS, *lists.LENGTHY):
+    names = ("SERIAL", "SEVERAL", "BY_NAME", "ENDS", "SAMPLE", "STARTS", "LENGTHY")
+    for entry in (entry for name in names for entry in getattr(lists, name)):
         path, _, test = entry.partition("::")
         assert (ROOT / "tests" / path).exists(), entry
         assert not test or f"def {test.partition('[')[0]}" in (ROOT / "tests" / path).read_text(), entry

@@ -54,8 +54,14 @@ def test_what_is_no_exit_code_is_refused(value: str, tmp_path: Path) -> None:
     assert "option -interrupted_code must be" in refusal("pinn", *RUN, "-interrupted_code", value)
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
-@pytest.mark.parametrize("blocked", [True, False])
+@pytest.mark.parametrize(
+    ("driver", "blocked"),
+    [
+        pytest.param(driver, blocked, marks=[pytest.mark.long] * (not blocked and driver != "pinn"))
+        for driver in DRIVERS
+        for blocked in (True, False)
+    ],
+)
 def test_a_signal_while_modules_are_imported_is_remembered(driver: str, blocked: bool, tmp_path: Path) -> None:
     """From the first moment where the signal is blocked until there are handlers, and behind these anyway."""
     hold = ["env", "--block-signal=TERM,USR1,HUP"] if blocked else []

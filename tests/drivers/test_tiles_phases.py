@@ -7,6 +7,7 @@ import pytest
 import torch
 from calling import call, refusal
 from mpi4py import MPI
+from one_rank import on_one_rank
 from own_data import USER as SOLIDS
 from tiled.nets import tile_of
 from tiled_runs import DIGITS, assert_same, begun, content
@@ -18,8 +19,8 @@ from ddml.networks.coarse import build_coarse
 from ddml.networks.coherent import Coherent
 from ddml.networks.local import build_local
 
-LOCAL = (*DIGITS, "-max_it", 40, "-rate", 1e-2, "-progress", "none")
-LATER = ("-link", "log_probabilities", "-coarse_decay", 1e-3, "-coherent_max_it", 6)
+LOCAL = (*DIGITS, "-max_it", 12, "-rate", 1e-2, "-progress", "none")
+LATER = ("-link", "log_probabilities", "-coarse_decay", 1e-2, "-coherent_max_it", 6)
 KINDS = {
     "tr": (),
     "adam on batches": ("-coherent_solver", "adam", "-coherent_batch_size", 25, "-coherent_batch_steps", 1),
@@ -38,8 +39,8 @@ def run(path: Path, comm: MPI.Comm, *options: object, where: str = "-output") ->
 @pytest.mark.parametrize("kind", KINDS)
 def test_phases_in_one_go_one_by_one_and_elsewhere_are_the_same(kind: str, comm: MPI.Comm, shared_tmp: Path) -> None:
     words, all_ = (*LATER, *KINDS[kind]), "local,coarse,coherent"
-    alone, parts, started = (shared_tmp / f"{name}.h5" for name in (f"alone_{comm.rank}", "parts", "started"))
-    run(alone, MPI.COMM_SELF, *LOCAL, *words, "-phase", all_)
+    alone, parts, started = (shared_tmp / f"{name}.h5" for name in ("alone", "parts", "started"))
+    on_one_rank(lambda one: run(alone, one, *LOCAL, *words, "-phase", all_))
     run(parts, comm, *LOCAL, "-phase", "local")
     first = content(parts)
     comm.barrier()
@@ -48,14 +49,14 @@ def test_phases_in_one_go_one_by_one_and_elsewhere_are_the_same(kind: str, comm:
     run(parts, comm, *free, "-phase", "local,coarse", where="-restart")
     second = content(parts)
     comm.barrier()
-    short = [w if w != 6 else 2 for w in words]
+    run(parts, comm, *(w if w != 6 else 2 for w in words), "-phase", all_, where="-restart")
+    assert content(parts).history["accuracy"].shape == (4,)
+    comm.barrier()
+    run(parts, comm, "-coherent_max_it", 6, where="-restart")
+    run(started, comm, *words, "-phase", "coarse,coherent", where="-restart")
     for path in (parts, started):
-        run(path, comm, *short, "-phase", all_ if path is parts else "coarse,coherent", where="-restart")
-        assert content(path).history["accuracy"].shape == (4,)
-        comm.barrier()
-        run(path, comm, "-coherent_max_it", 6, where="-restart")
         assert_same(alone, path)
-        comm.barrier()
+    comm.barrier()
     found = content(parts)
     size = len(first.theta)
     assert np.array_equal(second.theta[:size], first.theta)
@@ -105,8 +106,8 @@ def test_a_coherent_net_of_volumes_from_random_values(comm: MPI.Comm, shared_tmp
     comm.barrier()
     words = ("-data", f"{shared_tmp}/data.py:solids", "-tiles", "2x1x2", "-tile_overlap", 1, "-tiles_padded",
              "-network", "vgg", "-width", 8, "-depth", 1, "-phase", "coherent", "-link", "logits")  # fmt: skip
-    alone, together = shared_tmp / f"alone_{comm.rank}.h5", shared_tmp / "together.h5"
-    run(alone, MPI.COMM_SELF, *words, "-coherent_max_it", 30)
+    alone, together = shared_tmp / "alone.h5", shared_tmp / "together.h5"
+    on_one_rank(lambda one: run(alone, one, *words, "-coherent_max_it", 30))
     run(together, comm, *words, "-coherent_max_it", 30)
     assert_same(alone, together)
     found = content(together)
@@ -190,11 +191,11 @@ def test_a_change_does_anew_what_depends_on_it_and_nothing_else(comm: MPI.Comm, 
     )
     assert content(one).theta.tobytes() == before.theta.tobytes() and not other.exists()
     comm.barrier()
-    for change in (("-coarse_decay", 1e-2), ("-link", "logits"), ("-coarse_net", "dense"), ("-max_it", 50)):
+    for change in (("-coarse_decay", 0.1), ("-link", "logits"), ("-coarse_net", "dense"), ("-max_it", 16)):
         run(one, comm, *change, where="-restart")
     after = content(one)
     assert after.theta.shape != before.theta.shape and list(after.history["iteration"]) == [0, 1, 2, 3]
     comm.barrier()
-    words = ("-link", "logits", "-coarse_net", "dense", "-coarse_decay", 1e-2, "-coherent_max_it", 6)
-    run(other, comm, *LOCAL, *words, "-max_it", 50, "-phase", "local,coarse,coherent", "-fusion", "majority")
+    words = ("-link", "logits", "-coarse_net", "dense", "-coarse_decay", 0.1, "-coherent_max_it", 6)
+    run(other, comm, *LOCAL, *words, "-max_it", 16, "-phase", "local,coarse,coherent", "-fusion", "majority")
     assert_same(one, other)

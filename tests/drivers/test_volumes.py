@@ -8,6 +8,7 @@ import torch
 from calling import call
 from launch import content
 from mpi4py import MPI
+from one_rank import on_one_rank
 from own_data import USER
 
 import ddml
@@ -42,8 +43,8 @@ def test_runs_have_the_same_bits_on_any_number_of_ranks_and_through_a_restart(
 ) -> None:
     where = ("-data", f"{user}:solids" if data == "solids" else data)
     options = (*where, *NETWORKS[network], "-samples", 60, "-summation_blocks", 4)
-    alone, together = shared_tmp / f"alone_{comm.rank}.h5", shared_tmp / "together.h5"
-    train(alone, MPI.COMM_SELF, 4, *options)
+    alone, together = shared_tmp / "alone.h5", shared_tmp / "together.h5"
+    on_one_rank(lambda one: train(alone, one, 4, *options))
     train(together, comm, 2, *options)
     train(together, comm, 4, *where)
     one, other = content(alone), content(together)

@@ -19,12 +19,20 @@ from ddml.objectives.residual import ResidualObjective
 from ddml.objectives.restricted import RestrictedObjective, restricted
 
 # on several ranks each letter inside each other one; words of three add what happens between two of their letters
-ON_RANKS = WORDS if MPI.COMM_WORLD.size == 1 or os.environ.get("DDML_LONG") else [w for w in WORDS if len(w) < 3]
+SEVERAL = MPI.COMM_WORLD.size > 1
+ON_RANKS = [word for word in WORDS if len(word) < 3] if SEVERAL and not os.environ.get("DDML_LONG") else WORDS
 
 
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("letters", ON_RANKS)
-def test_compositions_are_what_they_say(comm: MPI.Comm, name: str, letters: str) -> None:
+# words of three, and on several ranks all, by turns on one of the losses
+@pytest.mark.parametrize(
+    ("letters", "name"),
+    [
+        pytest.param(word, name, marks=[pytest.mark.long] * ((len(word) == 3 or SEVERAL) and (i + j) % 2))
+        for i, word in enumerate(ON_RANKS)
+        for j, name in enumerate(LOSSES)
+    ],
+)
+def test_compositions_are_what_they_say(comm: MPI.Comm, letters: str, name: str) -> None:
     objective, dense = whole(name, comm, 0 if letters.count("S") % 2 else 5)
     top = Node(objective, dense, letters)
     for seed in (0, 1):  # what was made before a point was frozen goes with it

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from mpi4py import MPI
+from one_rank import on_one_rank
 from petsc4py import PETSc
 from whole_runs import Training
 
@@ -265,8 +266,7 @@ def test_every_solver_follows_the_points_and_restarts_exactly(
     for stop in (3, 4, 6):  # between two draws, at one, behind one
         trained(comm, prefix, solver, max_it=stop, output=file, overwrite=True).result()
         assert trained(comm, prefix, solver, max_it=9, restart=file).result() == expected
-    alone = trained(MPI.COMM_SELF, prefix, solver, max_it=9).result()
-    assert alone == expected
+    assert on_one_rank(lambda comm: trained(comm, prefix, solver, max_it=9).result()) == expected
 
 
 @pytest.mark.ranks
@@ -275,15 +275,15 @@ def test_matrices_restart_on_another_number_of_ranks(
     comm: MPI.Comm, prefix: str, shared_tmp: Path, solver: str, local_steps: Callable[[str], None]
 ) -> None:
     local_steps(solver)
-    expected = trained(MPI.COMM_SELF, prefix, solver, max_it=7).result()
-    mine, ours = str(shared_tmp / f"{comm.rank}.h5"), str(shared_tmp / "run.h5")
-    trained(MPI.COMM_SELF, prefix, solver, max_it=5, output=mine).result()
+    expected = on_one_rank(lambda one: trained(one, prefix, solver, max_it=7).result())
+    mine, ours = str(shared_tmp / "mine.h5"), str(shared_tmp / "run.h5")
+    on_one_rank(lambda one: trained(one, prefix, solver, max_it=5, output=mine).result())
     trained(comm, prefix, solver, max_it=5, output=ours).result()
-    from_one = trained(comm, prefix, solver, max_it=7, restart=str(shared_tmp / "0.h5"), output=ours, overwrite=True)
+    from_one = trained(comm, prefix, solver, max_it=7, restart=mine, output=ours, overwrite=True)
     assert from_one.result() == expected
     trained(comm, prefix, solver, max_it=5, output=ours, overwrite=True).result()
-    from_many = trained(MPI.COMM_SELF, prefix, solver, max_it=7, restart=ours, output=mine, overwrite=True)
-    assert from_many.result() == expected
+    settings = {"restart": ours, "output": mine, "overwrite": True}
+    assert on_one_rank(lambda one: trained(one, prefix, solver, max_it=7, **settings).result()) == expected
 
 
 @pytest.mark.parametrize("solver", ["lmvm", "bntr"])

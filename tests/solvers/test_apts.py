@@ -200,19 +200,29 @@ class Promises:
         self.count += min(decreases) > 1e-3
 
 
-@pytest.mark.parametrize("local", [{"local_solver": "lmvm"}, {"sub_tao_type": "bntr"}, {"local_solver": "bncg"},
-                                   {"local_solver": "lbfgs"}, {"local_solver": "ssbroyden"}, {}])  # fmt: skip
+LOCAL: list[dict[str, Any]] = [
+    *({"local_solver": name} for name in ("lmvm", "bncg", "lbfgs", "ssbroyden")),
+    *({"sub_tao_type": "bntr"}, {}),
+]
+PROMISED: list[tuple[str, dict[str, Any]]] = [
+    ("apts_weights", {}),
+    ("apts_weights", {"norm": "2", "decomposition": "layers"}),
+    ("apts_data", {}),
+    ("apts_data", {"norm": "2", "subdomains": 3, "sample_overlap": 0.2}),
+    ("napts", {}),
+]
+
+
+# by turns with a radius that shortens local steps and one that does not
 @pytest.mark.parametrize(
-    ("solver", "settings"),
+    ("solver", "settings", "local", "delta0"),
     [
-        ("apts_weights", {}),
-        ("apts_weights", {"norm": "2", "decomposition": "layers"}),
-        ("apts_data", {}),
-        ("apts_data", {"norm": "2", "subdomains": 3, "sample_overlap": 0.2}),
-        ("napts", {}),
+        pytest.param(solver, settings, local, delta0, marks=[pytest.mark.long] * ((i + j + k) % 2))
+        for i, (solver, settings) in enumerate(PROMISED)
+        for j, local in enumerate(LOCAL)
+        for k, delta0 in enumerate((0.5, 20.0))
     ],
 )
-@pytest.mark.parametrize("delta0", [0.5, 20.0])
 def test_the_promise_is_the_true_decrease(
     train: Train, solver: str, settings: dict[str, Any], local: dict[str, Any], delta0: float
 ) -> None:

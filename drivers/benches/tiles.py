@@ -68,6 +68,7 @@ def tiles(settings: Any) -> None:
     steps = -(-source.count // settings.tiles_batch)  # an epoch
     rate, local_rate = settings.tiles_rates.split(":")
     print(f"\n## {source!r}; {settings.tiles_epochs} epochs of Adam, rates {rate}, local {local_rate}; medians\n")
+    fewer = {(case, kind): _fewer(settings, source, case, kind) for case in cases for kind in KINDS}  # or it is refused
     whole = [run(settings, steps, seed, None, "-solver", "adam", "-rate", rate).history for seed in seeds]
     curve = zip(*_medians(whole), strict=True)
     print("Undivided, by epochs: " + ", ".join(f"{100 * a:.1f} % ({t:.1f} s)" for t, a in curve) + "\n")
@@ -85,7 +86,7 @@ def tiles(settings: Any) -> None:
                 done = run(settings, steps, seed, case.file(folder, seed), *options)
                 found[case].append(_divided(source, done.state, seed))
             for kind in KINDS:
-                print_row(case, kind, found[case], whole, _fewer(settings, source, case, kind))
+                print_row(case, kind, found[case], whole, fewer[case, kind])
         joined: dict[str, list[Joined]] = {}
         if settings.tiles_transfer_epochs:
             spent = {case: [one.critical(KINDS[0]) for one in runs] for case, runs in found.items()}

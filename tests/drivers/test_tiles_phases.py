@@ -183,7 +183,7 @@ def test_a_change_does_anew_what_depends_on_it_and_nothing_else(comm: MPI.Comm, 
     said = "is of the coarse net, which is trained already, with -link log_probabilities"
     for change in (
         ("-phase", "local", "-link", "logits"), ("-phase", "local", "-coarse_net", "dense"),
-        ("-phase", "local,coherent", "-coarse_decay", 1e-2), ("-phase", "local,coherent", "-coarse_widths", 3),
+        ("-phase", "local,coherent", "-coarse_decay", 0.1), ("-phase", "local,coherent", "-coarse_widths", 3),
     ):  # fmt: skip
         assert said in refusal("classify", "-restart", one, *change, comm=comm)
     assert f"-link {said}" in refusal(

@@ -92,6 +92,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy(run, path / "coherent.h5")
     train("-output", path / "solids.h5", "-data", f"{user}:solids", "-network", f"{user}:Net", "-dtype", "float64",
           "-tiles", "2x1x2", "-tile_overlap", "1x0x2", "-max_it", 25, "-phase", ALL, "-coherent_max_it", 3,
+          "-coherent_coarse", "eliminated",
           "-coarse_decay", 1e-3, "-progress", "none")  # fmt: skip
     train("-output", path / "random.h5", "-tiles", 2, "-network", "vgg", "-depth", 1, "-width", 4, "-samples", 60,
           "-scaling", "unit", "-phase", "coherent", "-coherent_max_it", 3, "-coherent_solver", "adam",

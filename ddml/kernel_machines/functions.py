@@ -159,11 +159,13 @@ def check_symmetry(kernel: Kernel, x: Tensor) -> None:
     Raises
     ------
     InputError
-        If it is not symmetric to rounding, or the diagonal is not positive.
+        If it is not finite or not symmetric to rounding, or the diagonal is not positive.
     """
     some = x[:: max(len(x) // TRIED, 1)][:TRIED]
     values = kernel(some, some.clone())
     scale = float(values.abs().max())
+    if not math.isfinite(scale):
+        raise InputError(f"kernel '{kernel}' gives values that are not finite: scale the samples, or use another width")
     if not torch.allclose(values, values.T, rtol=0, atol=1e-5 * scale):
         raise InputError(f"kernel '{kernel}' is not symmetric: k(x, y) and k(y, x) differ")
     if not (values.diagonal() > 0).all():

@@ -107,12 +107,11 @@ class SampleLayout:
 
     def everywhere(self, rows: NDArray[Any]) -> NDArray[Any]:
         """The matrix (n, k), by place, of which each rank has its rows. Collective."""
+        rows = np.ascontiguousarray(rows)  # what a product rounds depends on the order in memory
         if self.comm.size == 1:
             return rows
-        columns = rows.shape[1]
-        whole = np.empty((self.size, columns), rows.dtype)
-        counts = np.diff(self.ranges) * columns
-        self.comm.Allgatherv(np.ascontiguousarray(rows), [whole, counts])
+        whole = np.empty((self.size, rows.shape[1]), rows.dtype)
+        self.comm.Allgatherv(rows, [whole, np.diff(self.ranges) * rows.shape[1]])
         return whole
 
     def inner(self, X: Array, Y: Array) -> Array:

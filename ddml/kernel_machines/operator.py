@@ -20,6 +20,7 @@ from .functions import Kernel, check_symmetry
 from .layout import SampleLayout
 
 TEMPORARIES = 4  # arrays of a block's size that computing it takes, itself among them (at most, of our kernels)
+AT_ONCE = 512  # points that are predicted together (our choice)
 Values = NDArray[Any]
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
@@ -164,6 +165,15 @@ class KernelOperator:
             for number, block in enumerate(self.blocks()):
                 product[block] += (self._rows(block, inputs) if kept is None else kept[number]) @ whole
         return product
+
+    def predict(self, coefficients: Array, points: Any) -> Array:
+        """The sums (m, k) of coefficients (n, k), by sample, times k(x_i, p_j) of points (m, ...), in float64.
+
+        The same bits on any number of ranks. Collective.
+        """
+        mine = coefficients[self.layout.rows]
+        parts = self.prepared(points).split(AT_ONCE)
+        return np.concatenate([self.layout.inner(self.columns(part), mine) for part in parts])
 
     def createVecs(self, mat: PETSc.Mat) -> tuple[PETSc.Vec, PETSc.Vec]:
         """What PETSc multiplies, and where it writes the product."""

@@ -2,8 +2,6 @@ r"""Pivots: samples whose columns of K make a low-rank approximation :math:`F F^
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from scipy import linalg
@@ -28,20 +26,20 @@ class Pivots:
     operator
         Of the samples.
     points
-        (r, ...), any: inducing points, or the samples of :func:`chosen`.
+        (r, d), as the operator has them: inducing points of which it has :meth:`~KernelOperator.prepared` a table, or
+        some of its samples.
 
     Raises
     ------
     InputError
-        If there are none, or more than samples.
+        If there are more than samples.
     """
 
-    def __init__(self, operator: KernelOperator, points: Any) -> None:
-        self.operator = operator
-        self.points = operator.prepared(points)
-        if len(self.points) > operator.layout.size:
-            raise InputError(f"{operator.layout.size} samples have as many pivots at most, got {len(self.points)}")
-        gram = operator.kernel(self.points, self.points).numpy()
+    def __init__(self, operator: KernelOperator, points: torch.Tensor) -> None:
+        if len(points) > operator.layout.size:
+            raise InputError(f"{operator.layout.size} samples have as many pivots at most, got {len(points)}")
+        self.operator, self.points = operator, points
+        gram = operator.kernel(points, points.clone()).numpy()
         self.factor = cholesky(gram, np.finfo(float).eps * len(gram) * float(gram.diagonal().max()))
 
     def __len__(self) -> int:
@@ -59,8 +57,8 @@ class Pivots:
         return linalg.solve_triangular(self.factor, columns.T, lower=True, check_finite=False).T
 
 
-def chosen(operator: KernelOperator, count: int, kind: str = "uniform", seed: int = 0) -> Any:
-    """The numbers of ``count`` samples as pivots, the same on any number of ranks. Collective.
+def chosen(operator: KernelOperator, count: int, kind: str = "uniform", seed: int = 0) -> torch.Tensor:
+    """``count`` samples (r, d) as pivots, the same on any number of ranks. Collective.
 
     ``uniform``: at random, all alike. ``cholesky``: randomly pivoted Cholesky factorisation (Chen, Epperly, Tropp,
     Webber 2023, algorithm 2.1), each with a probability in proportion to the diagonal of K - F F^T of the pivots
@@ -78,11 +76,12 @@ def chosen(operator: KernelOperator, count: int, kind: str = "uniform", seed: in
         raise InputError(f"pivots must be one of {', '.join(KINDS)}; got '{kind}'")
     rng = np.random.default_rng(seed)
     if kind == "uniform":
-        return np.sort(rng.choice(n, count, replace=False))
-    return _pivoted(operator, count, rng)
+        return operator.samples[operator.layout.places[np.sort(rng.choice(n, count, replace=False))]]
+    return operator.samples[_pivoted(operator, count, rng)]
 
 
-def _pivoted(operator: KernelOperator, count: int, rng: np.random.Generator) -> Any:
+def _pivoted(operator: KernelOperator, count: int, rng: np.random.Generator) -> list[int]:
+    """The places of pivots."""
     layout = operator.layout
     mine = operator.samples[layout.begin : layout.end]
     factor = np.zeros((len(mine), count))
@@ -104,4 +103,4 @@ def _pivoted(operator: KernelOperator, count: int, rng: np.random.Generator) -> 
             places.append(place)
         if layout.begin <= place < layout.end:
             diagonal[place - layout.begin] = 0.0
-    return layout.domain.order[places]
+    return places

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .gauss_newton.newton import Newton
     from .gauss_newton.nystrom import NystromPC
     from .gauss_newton.schwarz_pc import SchwarzPC
+    from .kernel_machines.exchange import exchange_in_turn
     from .kernel_machines.fit import fit_kernel
     from .kernel_machines.nystrom_pc import KernelNystromPC
     from .kernel_machines.schwarz_pc import KernelSchwarzPC
@@ -69,6 +70,7 @@ _HOMES = {
     "TO_ROUNDING": "solvers.registry",
     "TrustRegion": "solvers.trust_region.trust_region",
     "configure": "solvers.registry",
+    "exchange_in_turn": "solvers.kernel_machines.exchange",
     "fit_kernel": "solvers.kernel_machines.fit",
     "minimise": "solvers.minimisation",
     "solver_class": "solvers.registry",
@@ -86,5 +88,5 @@ __all__ = [
     "SSBFGS", "SVRG", "TO_ROUNDING", "APTSData", "APTSWeights", "AdaGrad", "Adam", "Cascade", "DenseMSPQN",
     "GaussNewton", "GradientDescent", "KernelNystromPC", "KernelSchwarzPC", "Minimisation", "Minimizer",
     "MultilevelAdaGrad", "Newton", "NystromPC", "Result", "SSBroyden", "SchwarzAdaGrad", "SchwarzPC", "Solver",
-    "SubsampledNewton", "TrustRegion", "configure", "fit_kernel", "minimise", "solver_class",
+    "SubsampledNewton", "TrustRegion", "configure", "exchange_in_turn", "fit_kernel", "minimise", "solver_class",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from petsc4py import PETSc
 from ddml.errors import InputError
 from ddml.parallel import agreed
 
-from .cuts import Array
+from .cuts import Array, Numbers
 from .domain import table
 from .functions import Kernel, check_symmetry
 from .layout import SampleLayout
@@ -142,10 +142,11 @@ class KernelOperator:
         return self.kernel(inputs[begin + block.start : begin + block.stop], inputs).numpy()
 
     def columns(self, points: torch.Tensor) -> Array:
-        """This rank's rows of k(x_i, p_j), (n, m), of points (m, d) that are :meth:`prepared`, in float64."""
+        """This rank's rows of k(x_i, p_j), (n, m), of points (m, d) as ``samples`` are. Collective."""
         begin = self.layout.begin
         pieces = map(self.layout.piece, self.layout.units)
-        parts = [self.kernel(self.samples[begin + p.start : begin + p.stop], points).numpy() for p in pieces]
+        with agreed(self.layout.comm):
+            parts = [self.kernel(self.samples[begin + p.start : begin + p.stop], points).numpy() for p in pieces]
         return np.concatenate([np.empty((0, len(points))), *parts])
 
     def multiply(self, V: Array) -> Array:
@@ -159,11 +160,27 @@ class KernelOperator:
 
     def _multiply(self, V: Array, inputs: torch.Tensor, kept: list[Values] | None) -> Array:
         self.products += V.shape[1]
-        whole = self.layout.everywhere(V).astype(np.float64 if inputs.dtype == torch.float64 else np.float32)
+        whole = self.layout.everywhere(V).astype(str(inputs.dtype).removeprefix("torch."))
         product = self.shift * V
         with agreed(self.layout.comm):
             for number, block in enumerate(self.blocks()):
                 product[block] += (self._rows(block, inputs) if kept is None else kept[number]) @ whole
+        return product
+
+    def multiply_columns(self, places: Numbers, V: Array) -> Array:
+        """This rank's rows of A's columns at some places times V (m, k), which is the same on all ranks. Collective."""
+        product = np.zeros((self.layout.end - self.layout.begin, V.shape[1]))
+        if not len(places):
+            return product
+        some, given = self._inputs[places], V.astype(self.dtype)
+        begin = self.layout.begin
+        with agreed(self.layout.comm):
+            for number, block in enumerate(self.blocks()):
+                mine = self._inputs[begin + block.start : begin + block.stop]
+                rows = self.kernel(mine, some).numpy() if self.kept is None else self.kept[number][:, places]
+                product[block] = rows @ given
+        inside = (places >= begin) & (places < self.layout.end)
+        product[places[inside] - begin] += self.shift * V[inside]
         return product
 
     def predict(self, coefficients: Array, points: Any) -> Array:

@@ -22,7 +22,8 @@ from .preconditioner import KernelPreconditioner
 from .schwarz_pc import KernelSchwarzPC
 
 PRECONDITIONERS = {"schwarz": KernelSchwarzPC, "nystrom": KernelNystromPC}
-REFINEMENTS = 5  # solves for the residual that is left, at most (our choice)
+# our choices: solves for the residual that is left, at most, and iterations of each whose norms are kept
+REFINEMENTS, REMEMBERED = 5, 100_000
 SYMMETRIC_ONLY = ("cg", "pipecg", "groppcg", "pipecr", "fcg", "cr", "minres", "symmlq", "stcg", "gltr", "nash")
 
 
@@ -37,7 +38,8 @@ class KernelFit:
     iterations : int
         Of KSP, over all solves.
     history : ndarray
-        Norms of the residuals that KSP knew in each iteration, relative to those of Y, one solve behind the other.
+        Norms of the residuals that KSP knew before the first and after each iteration, relative to those of Y, one
+        solve behind the other.
     residuals : ndarray
         (k,), the true ones of alpha in float64, of each column relative to that of Y.
     converged : bool
@@ -95,28 +97,35 @@ def fit_kernel(
         If a residual is not finite.
     """
     n = operator.layout.size
-    targets = _columns("Y", Y, n)
-    alpha = np.zeros_like(targets) if start is None else _columns("start", start, n).copy()
+    targets = columns_of("Y", Y, n)
+    alpha = np.zeros_like(targets) if start is None else columns_of("start", start, n).copy()
     if alpha.shape != targets.shape:
         raise InputError(f"start must be {targets.shape} as Y, got {alpha.shape}")
     norms = np.linalg.norm(targets, axis=0)
     scales = np.where(norms > 0, norms, 1.0)
     rows, columns = operator.layout.rows, targets.shape[1]
     mine, found = targets[rows] / scales, alpha[rows] / scales
-    left, history = np.empty_like(mine), []
+    left, history, iterations = np.empty_like(mine), [np.empty(0)], 0
     groups = [slice(0, columns)] if together else [slice(j, j + 1) for j in range(columns)]
     with _krylov(operator, columns if together else 1, preconditioner, prefix, options) as ksp:
         rtol, converged = ksp.getTolerances()[0], True
         for group in groups:
-            found[:, group], left[:, group], norms = _solved(ksp, operator, mine[:, group], found[:, group], rtol)
-            converged &= _norm(operator, left[:, group]) <= rtol * _norm(operator, mine[:, group])
-            history += norms
+            found[:, group], left[:, group], count, seen = _solved(ksp, operator, mine[:, group], found[:, group], rtol)
+            converged &= norm(operator, left[:, group]) <= rtol * norm(operator, mine[:, group])
+            iterations, history = iterations + count, history + seen
     residuals = np.sqrt(np.diagonal(operator.layout.inner(left, left)))
     whole = operator.layout.everywhere(found)[operator.layout.places] * scales
-    return KernelFit(whole, sum(map(len, history)) - len(history), np.concatenate([[], *history]), residuals, converged)
+    return KernelFit(whole, iterations, np.concatenate(history), residuals, converged)
 
 
-def _columns(name: str, values: Any, n: int) -> Array:
+def columns_of(name: str, values: Any, n: int) -> Array:
+    """Values (n, k) or (n,) as a matrix (n, k).
+
+    Raises
+    ------
+    InputError
+        If they have another shape or are not finite.
+    """
     found = np.asarray(values, dtype=np.float64)
     found = found[:, None] if found.ndim == 1 else found
     if found.ndim != 2 or len(found) != n or not found.shape[1]:
@@ -126,8 +135,14 @@ def _columns(name: str, values: Any, n: int) -> Array:
     return found
 
 
-def _norm(operator: KernelOperator, rows: Array) -> float:
-    """Of all columns together, of which each rank has its rows. Collective."""
+def norm(operator: KernelOperator, rows: Array) -> float:
+    """The norm of a matrix (n, k), of which each rank has its rows. Collective.
+
+    Raises
+    ------
+    NonFiniteError
+        If it is not finite.
+    """
     found = math.sqrt(np.trace(operator.layout.inner(rows, rows)))
     if not math.isfinite(found):
         raise NonFiniteError(f"a residual of the kernel machine is {found}")
@@ -136,27 +151,29 @@ def _norm(operator: KernelOperator, rows: Array) -> float:
 
 def _solved(
     ksp: PETSc.KSP, operator: KernelOperator, Y: Array, alpha: Array, rtol: float
-) -> tuple[Array, Array, list[Array]]:
-    """The rows of alpha and of the residual, and the norms that KSP saw in each solve."""
+) -> tuple[Array, Array, int, list[Array]]:
+    """The rows of alpha and of the residual, the number of iterations, and the norms that KSP saw in each solve."""
     history: list[Array] = []
+    iterations = 0
     left = operator.residual(Y, alpha) if operator.layout.comm.allreduce(bool(alpha.any()), MPI.LOR) else Y
-    norm, size = _norm(operator, Y), _norm(operator, left)
+    whole, size = norm(operator, Y), norm(operator, left)
     x, y = ksp.getOperators()[0].createVecs()
-    while size > rtol * norm and len(history) <= REFINEMENTS:
+    while size > rtol * whole and len(history) <= REFINEMENTS:
         with x as array:
             array[:] = left.ravel()
-        ksp.setTolerances(rtol=rtol * norm / size)
+        ksp.setTolerances(rtol=rtol * whole / size)
         with understood():
             ksp.solve(x, y)
         alpha = alpha + operator.layout.matrix(y)
-        history.append(ksp.getConvergenceHistory() / norm)
+        iterations += ksp.getIterationNumber()
+        history.append(ksp.getConvergenceHistory() / whole)
         left = operator.residual(Y, alpha)
-        before, size = size, _norm(operator, left)
+        before, size = size, norm(operator, left)
         if size > before / 2 or ksp.getConvergedReason() < 0:
             break  # no digit is gained any more, or there are no iterations left
     for vec in (x, y):
         vec.destroy()
-    return alpha, left, history
+    return alpha, left, iterations, history
 
 
 @contextmanager
@@ -176,7 +193,6 @@ def _krylov(
         ksp.setOperators(matrix)
         ksp.setType("cg")
         ksp.setNormType(PETSc.KSP.NormType.UNPRECONDITIONED)
-        ksp.setConvergenceHistory()
         pc = ksp.getPC()
         pc.setType("none" if context is None else "python")
         if context is not None:
@@ -189,6 +205,7 @@ def _krylov(
             raise InputError(f"there is no option {', '.join(unknown)} of this preconditioner, or of PETSc's KSP")
         if context is not None and not context.symmetric and ksp.getType() in SYMMETRIC_ONLY:
             raise InputError(f"-{prefix}ksp_type {ksp.getType()} needs a symmetric preconditioner: use gmres or fgmres")
+        ksp.setConvergenceHistory(min(ksp.getTolerances()[3], REMEMBERED) + 1)
         with understood():
             ksp.setUp()
         yield ksp

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from scipy import linalg
 
@@ -18,8 +21,8 @@ class LocalSolves:
 
     :math:`S_i = R_i (K - F F^T + \mu I) R_i^T`, or without F. With :math:`D_i` one over the number of subdomains that a
     sample is in: ``symmetric``: :math:`W_i = V_i = D_i^{1/2}`; ``plain``: :math:`W_i = V_i = I`; ``restricted``:
-    :math:`V_i = I`, and :math:`W_i` is one in the core of i and zero outside (Cai and Sarkis 1999), which is not
-    symmetric. Collective.
+    :math:`V_i = I`, and :math:`W_i` is one in the core of i and zero outside (Cai and Sarkis 1999); ``unity``:
+    :math:`W_i = D_i, V_i = I`. The last two are not symmetric. Collective.
 
     Parameters
     ----------
@@ -28,7 +31,9 @@ class LocalSolves:
     pivots
         Those of F, or None.
     weights
-        ``symmetric``, ``plain`` or ``restricted``.
+        ``symmetric``, ``plain``, ``restricted`` or ``unity``.
+    damping
+        What is added to the diagonal of each S_i: an array (n_i,) or a number for each subdomain.
 
     Raises
     ------
@@ -37,7 +42,7 @@ class LocalSolves:
         memory.
     """
 
-    def __init__(self, operator: KernelOperator, pivots: Pivots | None, weights: str) -> None:
+    def __init__(self, operator: KernelOperator, pivots: Pivots | None, weights: str, damping: Sequence[Any]) -> None:
         layout = self.layout = operator.layout
         domain = layout.domain
         needed = sum(8 * len(domain.sets[i]) ** 2 for i in layout.mine)
@@ -51,9 +56,9 @@ class LocalSolves:
                 one = np.ones((len(domain.sets[i]), 1))
                 half = np.sqrt(domain.weights(i))[:, None]
                 core = np.isin(domain.sets[i], domain.cores[i]).astype(float)[:, None]
-                self.factors.append(_factor(operator, pivots, i))
-                self.left.append({"symmetric": half, "plain": one, "restricted": core}[weights])
-                self.right.append({"symmetric": half, "plain": one, "restricted": one}[weights])
+                self.factors.append(_factor(operator, pivots, i, damping[i]))
+                self.left.append({"symmetric": half, "plain": one, "restricted": core, "unity": half**2}[weights])
+                self.right.append(half if weights == "symmetric" else one)
 
     def solve(self, rows: Array) -> Array:
         """This rank's rows of D^-1 X, of those of X (n, k). Collective."""
@@ -66,25 +71,28 @@ class LocalSolves:
     def _solve(self, rows: Array, left: list[Array], right: list[Array]) -> Array:
         parts = self.exchange.restrict(rows)
         local = zip(parts, self.factors, left, right, strict=True)
-        return self.exchange.extend([W * _solved(factor, V * part) for part, factor, W, V in local], rows.shape[1])
+        return self.exchange.extend([W * solved(factor, V * part) for part, factor, W, V in local], rows.shape[1])
 
 
-def _solved(factor: Array, right: Array) -> Array:
+def solved(factor: Array, right: Array) -> Array:
+    """S^-1 X (m, k) by the lower Cholesky factor of S (m, m)."""
     return linalg.cho_solve((factor, True), right, check_finite=False) if len(factor) else right
 
 
-def _factor(operator: KernelOperator, pivots: Pivots | None, i: int) -> Array:
+def _factor(operator: KernelOperator, pivots: Pivots | None, i: int, damping: Any) -> Array:
     """The Cholesky factor of S_i."""
-    layout = operator.layout
-    samples = operator.samples[layout.places[layout.domain.sets[i]]]
+    places = operator.layout.places[operator.layout.domain.sets[i]]
+    if not len(places):
+        return np.empty((0, 0))
+    samples = operator.samples[places]
     system = operator.kernel(samples, samples.clone()).numpy()
-    largest = float(system.diagonal().max(initial=0.0))
+    largest = float(system.diagonal().max())
     if pivots is not None:
         F = pivots.rows(samples)
         system = system - F @ F.T
-    system[np.diag_indices(len(system))] += operator.shift
+    system[np.diag_indices(len(system))] += operator.shift + damping
     try:
-        factor = linalg.cholesky(system, lower=True, overwrite_a=True, check_finite=False) if len(system) else system
+        factor = linalg.cholesky(system, lower=True, check_finite=False)
     except linalg.LinAlgError:
         factor = np.zeros_like(system)
     # a pivot of the size of its rounding errors is as bad as none

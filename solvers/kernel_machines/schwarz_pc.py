@@ -53,6 +53,8 @@ class KernelSchwarzPC(KernelPreconditioner):
         Option("pivots", "uniform", "Samples drawn at random, or by randomly pivoted Cholesky factorisation.",
                choices=KINDS),
         Option("pivots_seed", 0, "Seed of the pivots.", minimum=0),
+        Option("omega", 0.0, "What is added to the diagonal of each subdomain's matrix, for Richardson's iteration.",
+               minimum=0),
     )  # fmt: skip
 
     def __init__(self, points: Any = None) -> None:
@@ -78,7 +80,8 @@ class KernelSchwarzPC(KernelPreconditioner):
         if pivots is not None:
             needed = 8 * len(pivots) * (3 * (layout.end - layout.begin) + 2 * len(pivots))
             check_memory(layout.comm, needed, f"a coarse space of {len(pivots)} pivots", "use a lower -coarse_rank")
-        self.local = LocalSolves(operator, pivots if form == "woodbury" else None, self.settings.schwarz)
+        damping = [self.settings.omega] * len(layout.domain)
+        self.local = LocalSolves(operator, pivots if form == "woodbury" else None, self.settings.schwarz, damping)
         if pivots is None:
             return
         F = self.F = pivots.mine()

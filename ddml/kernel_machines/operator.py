@@ -187,7 +187,16 @@ class KernelOperator:
         """The sums (m, k) of coefficients (n, k), by sample, times k(x_i, p_j) of points (m, ...), in float64.
 
         The same bits on any number of ranks. Collective.
+
+        Raises
+        ------
+        InputError
+            If there are no coefficients for each sample, or points are not finite or of another shape.
         """
+        if np.shape(coefficients)[:1] != (self.layout.size,) or np.ndim(coefficients) != 2:
+            raise InputError(
+                f"{self.layout.size} samples need a row of coefficients each, got {np.shape(coefficients)}"
+            )
         mine = coefficients[self.layout.rows]
         parts = self.prepared(points).split(AT_ONCE)
         return np.concatenate([self.layout.inner(self.columns(part), mine) for part in parts])

@@ -230,6 +230,9 @@ def test_points_of_another_shape_and_equal_samples_without_a_width_are_refused()
     operator = made(MPI.COMM_SELF, CLOUD)
     with pytest.raises(InputError, match="samples have 4 numbers here, got 3"):
         operator.prepared(CLOUD[:, :3])
+    for coefficients in (np.zeros((300, 2)), np.zeros((302, 2)), np.zeros(301), np.zeros((301, 2, 2))):
+        with pytest.raises(InputError, match="301 samples need a row of coefficients each"):
+            operator.predict(coefficients, CLOUD)
     for samples in (np.ones((20, 3)), np.ones((1, 3)), np.repeat([[0.0], [1.0]], [30, 2], axis=0)):
         with pytest.raises(InputError, match="median distance of the samples is 0"):
             median_distance(samples)

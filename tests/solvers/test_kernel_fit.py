@@ -17,7 +17,7 @@ from ddml.data.files import digits
 from ddml.errors import InputError
 from ddml.kernel_machines import KernelOperator, SampleDomain, SampleLayout, median_distance, named
 from ddml.kernel_machines.pivots import Pivots, chosen
-from solvers import KernelNystromPC, KernelSchwarzPC, fit_kernel
+from solvers import KernelNystromPC, KernelSchwarzPC, exchange_in_turn, fit_kernel
 from solvers.kernel_machines.fit import KernelFit
 
 OFFICIAL = Path(os.environ.get("DDML_DATA", Path(__file__).parents[3] / "shared" / "data")) / "mnist"
@@ -254,6 +254,50 @@ def test_lambda_may_be_zero_where_samples_differ(coarse: str) -> None:
     found = fit_kernel(operator, Y, coarse=coarse)
     assert found.converged
     assert np.abs(operator.predict(found.coefficients, X) - Y).max() < 1e-5
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_few_samples_are_solved_on_any_ranks(comm: MPI.Comm, n: int) -> None:
+    layout = SampleLayout(SampleDomain.by_tree(X[:n], 1 if n < 3 else 2, 0.4), comm)
+    operator = KernelOperator(named("laplace", 2.0), X[:n], 0.1, layout)
+    exact = np.linalg.solve(dense(operator), Y[:n][layout.domain.order])[layout.places]
+    for name in ("schwarz", "nystrom", "none"):
+        assert fit_kernel(operator, Y[:n], name, ksp_rtol=1e-12).coefficients == pytest.approx(exact, abs=1e-10)
+    assert exchange_in_turn(operator, Y[:n], rtol=1e-13).coefficients == pytest.approx(exact, abs=1e-10)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", ["KernelSchwarzPC", "KernelNystromPC"])
+def test_petscs_options_name_the_preconditioner(comm: MPI.Comm, prefix: str, name: str) -> None:
+    operator = made(comm)
+    matrix, database = operator.matrix(10), PETSc.Options()
+    for key, value in {"pc_type": "python", "pc_python_type": f"solvers.{name}", "ksp_rtol": 1e-9}.items():
+        database.setValue(prefix + key, value)
+    ksp = PETSc.KSP().create(comm)
+    ksp.setOptionsPrefix(prefix)
+    ksp.setOperators(matrix)
+    ksp.setType("cg")
+    ksp.setFromOptions()
+    x, y = matrix.createVecs()
+    operator.layout.set(x, Y)
+    ksp.solve(x, y)
+    exact = fit_kernel(operator, Y, ksp_rtol=1e-10).coefficients
+    assert np.linalg.norm(operator.layout.get(y) - exact) < 1e-6 * np.linalg.norm(exact)
+    for thing in (ksp, matrix, x, y):
+        thing.destroy()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("kind", [KernelSchwarzPC, KernelNystromPC])
+def test_matrices_of_others_are_refused(comm: MPI.Comm, kind: type[Any]) -> None:
+    matrix, pc = PETSc.Mat().createAIJ((30, 30), comm=comm), PETSc.PC().create(comm)
+    pc.setOperators(matrix)
+    pc.setType("python")
+    pc.setPythonContext(kind())
+    with pytest.raises(PETSc.Error) as raised:
+        pc.setUp()
+    assert "preconditions systems of kernel machines only" in str(raised.value.__cause__)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

@@ -208,10 +208,12 @@ def _range(sizes: Sequence[int]) -> str:
 
 
 def _numbers(values: Any, size: int) -> Numbers:
-    found = np.unique(np.asarray(values, dtype=np.int64))
-    if len(found) != len(values) or (len(found) and not 0 <= found[0] <= found[-1] < size):
-        raise InputError(f"a subdomain must have different samples from 0 to {size - 1}")
-    return found
+    given = np.asarray(values) if len(values) else np.empty(0, np.int64)
+    found = np.unique(given)
+    whole = np.issubdtype(given.dtype, np.integer) and len(found) == len(given)
+    if not whole or (len(found) and not 0 <= found[0] <= found[-1] < size):
+        raise InputError(f"a subdomain must have different samples, integers from 0 to {size - 1}")
+    return found.astype(np.int64)
 
 
 def _checked(samples: Any, overlap: float) -> Array:

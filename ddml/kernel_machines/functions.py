@@ -147,8 +147,8 @@ def users(function: Callable[[Tensor, Tensor], Any], name: str) -> Kernel:
         return found.detach()
 
     def diagonal(x: Tensor) -> Tensor:
-        parts = [checked(part, part).diagonal() for part in x.split(TRIED)]
-        return torch.cat(parts)
+        parts = [checked(part, part).diagonal() for part in x.split(TRIED) if len(part)]
+        return torch.cat([x.new_empty(0), *parts])
 
     return Kernel(name, checked, diagonal, False)
 

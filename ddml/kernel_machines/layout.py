@@ -60,8 +60,8 @@ class SampleLayout:
 
     def __init__(self, domain: SampleDomain, comm: MPI.Comm) -> None:
         self.domain, self.comm, self.size = domain, comm, domain.size
-        print_ = zlib.crc32(np.concatenate([domain.order, *domain.sets]).tobytes())
-        if len(set(comm.allgather(print_))) > 1:
+        checksum = zlib.crc32(np.concatenate([domain.order, *domain.sets]).tobytes())
+        if len(set(comm.allgather(checksum))) > 1:
             raise InputError("the ranks have cut the samples differently: cut on one of them and broadcast")
         count = leaves(self.size, UNIT)
         self.edges = split(self.size, count)

@@ -8,6 +8,7 @@ from scipy import linalg
 
 from ddml.errors import InputError
 from ddml.linalg.small import cholesky
+from ddml.parallel import agreed
 
 from .cuts import Array
 from .operator import KernelOperator
@@ -85,7 +86,8 @@ def _pivoted(operator: KernelOperator, count: int, rng: np.random.Generator) -> 
     layout = operator.layout
     mine = operator.samples[layout.begin : layout.end]
     factor = np.zeros((len(mine), count))
-    diagonal = operator.kernel.diagonal(mine).numpy().copy()
+    with agreed(layout.comm):
+        diagonal = operator.kernel.diagonal(mine).numpy().copy()
     whole = layout.everywhere(diagonal[:, None])[:, 0].sum()
     places: list[int] = []
     while len(places) < count:

@@ -106,7 +106,7 @@ def exchange_in_turn(
     sweeps
         At most; 0: local minimisers without exchange, put together by the partition of unity.
     start
-        First guess (n, k) of alpha; zero by default.
+        First guess (n, k) of alpha, where there are sweeps; zero by default.
 
     Raises
     ------
@@ -115,7 +115,7 @@ def exchange_in_turn(
     """
     layout = operator.layout
     domain, p = layout.domain, len(layout.domain)
-    omegas = [float(value) for value in ([omega] * p if isinstance(omega, int | float) else omega)]
+    omegas = [float(value) for value in np.broadcast_to(omega, p if np.ndim(omega) == 0 else np.shape(omega)).ravel()]
     if len(omegas) != p or not all(0 <= value < math.inf for value in omegas):
         raise InputError(f"omega must be 0 or more, one number or one for each of {p} subdomains; got {omega}")
     if not (rtol >= 0 and agreement >= 0 and sweeps >= 0):

@@ -43,7 +43,8 @@ class KernelFit:
     residuals : ndarray
         (k,), the true ones of alpha in float64, of each column relative to that of Y.
     converged : bool
-        Whether the true residual of all columns is within the tolerance.
+        Whether the norm of the true residual of all columns, or of each where they were solved for apart, is within
+        the tolerance.
     """
 
     coefficients: Array

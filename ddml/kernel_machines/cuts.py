@@ -60,7 +60,8 @@ def tree(samples: Array, count: int, overlap: float, axis: Callable[[Array], Arr
 
     Each core is cut at the median of its coordinates along ``axis`` of itself, so that cores differ by one sample at
     most. Each half of all samples of the part gets those of the other half that are nearest to the cut, ``overlap``
-    times as many as it has.
+    times as many as it has; and samples that equal the last of them, up to as many again (our choice): equal samples in
+    different subdomains cost many iterations where lambda is small.
 
     Raises
     ------
@@ -71,29 +72,45 @@ def tree(samples: Array, count: int, overlap: float, axis: Callable[[Array], Arr
         below = 1 << (count.bit_length() - 1)
         raise InputError(f"a tree cuts in two: the number of subdomains must be {below} or {2 * below}, got {count}")
     everything = np.arange(len(samples))
+    # any direction: it puts equal samples side by side where other values are equal, too
+    second = _steps(samples @ np.random.default_rng(0).standard_normal(samples.shape[1]))
     parts = [(everything, everything)]
     while len(parts) < count:
-        parts = [half for core, wide in parts for half in _halves(samples, core, wide, overlap, axis)]
+        parts = [
+            half
+            for core, wide in parts
+            for half in _halves(core, wide, _steps(samples[wide] @ axis(samples[core])[:, 0]), second[wide], overlap)
+        ]
     return parts
 
 
-def _halves(samples: Array, core: Numbers, wide: Numbers, overlap: float, axis: Callable[[Array], Array]) -> Parts:
-    values = samples[wide] @ axis(samples[core])[:, 0]
-    places = np.searchsorted(wide, core)  # of the core
-    order = np.argsort(values[places], kind="stable")
+def _steps(values: Array) -> Array:
+    """Values without their last digits, so that those of equal samples are equal."""
+    return np.round(values * (1e9 / (np.abs(values).max() or 1.0)))
+
+
+def _halves(core: Numbers, wide: Numbers, first: Array, second: Array, overlap: float) -> Parts:
+    order = np.lexsort((second, first))  # of all samples of the part
+    first, second, m = first[order], second[order], len(wide)
+    ranks = np.flatnonzero(np.isin(wide[order], core))
     middle = len(core) // 2
-    cut = values[places[order[middle - 1 : middle + 1]]].mean()
-    left = values < cut
-    left[places[order[:middle]]], left[places[order[middle:]]] = True, False  # where values are equal
-    distance = np.abs(values - cut)
-    halves = []
-    for inside, numbers in ((left, order[:middle]), (~left, order[middle:])):
-        beyond = np.flatnonzero(~inside)
-        nearest = beyond[np.argsort(distance[beyond], kind="stable")[: round(overlap * inside.sum())]]
-        inside = inside.copy()
-        inside[nearest] = True
-        halves.append((np.sort(core[numbers]), wide[inside]))
-    return halves
+    cut = int(ranks[middle])
+
+    def beyond(side: int, step: int) -> int:
+        """How many samples from the cut on are the overlap of a side of so many."""
+        there = range(cut, m) if step > 0 else range(cut - 1, -1, -1)
+        count = wanted = min(round(overlap * side), len(there))
+        while 0 < count < min(2 * wanted, len(there)):
+            last, following = there[count - 1], there[count]
+            if (first[last], second[last]) != (first[following], second[following]):
+                break
+            count += 1
+        return count
+
+    low, high = np.sort(wide[order[ranks[:middle]]]), np.sort(wide[order[ranks[middle:]]])
+    left = wide[order[: cut + beyond(cut, 1)]]
+    right = wide[order[cut - beyond(m - cut, -1) :]]
+    return [(low, np.sort(left)), (high, np.sort(right))]
 
 
 def boxes(samples: Array, parts: Sequence[int], overlap: float) -> Parts:

@@ -139,6 +139,19 @@ def test_the_first_cut_is_at_the_median(directions: str) -> None:
     assert set(domain.sets[1]) - set(domain.cores[1]) == set(order[:115][-12:])
 
 
+@pytest.mark.parametrize("directions", ["principal", "coordinate"])
+def test_equal_samples_stay_together_as_far_as_the_share_allows(directions: str) -> None:
+    """A cut in two: whoever equals a sample of an overlap is in it, too, up to twice the share."""
+    values = np.random.default_rng(2).integers(0, 2, (300, 9)).astype(float)
+    domain = SampleDomain.by_tree(values, 2, 0.1, directions)
+    for core, wide in zip(domain.cores, domain.sets, strict=True):
+        band = np.setdiff1d(wide, core)
+        assert 15 <= len(band) <= 30
+        equal = (values[:, None] == values[band]).all(axis=2).any(axis=1)
+        assert set(np.flatnonzero(equal)) <= set(wide) or len(band) == 30
+    assert len(SampleDomain.by_tree(np.ones((100, 2)), 2, 0.1, directions).sets[0]) == 50 + 2 * 5
+
+
 def test_boxes_are_of_equal_size_and_may_be_empty() -> None:
     domain = SampleDomain.by_boxes(CLOUD, (4, 4), 0.2)
     values = (CLOUD - CLOUD.mean(axis=0)) @ principal_directions(CLOUD, 2)

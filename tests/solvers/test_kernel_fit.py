@@ -248,6 +248,18 @@ def test_equal_samples_work_with_a_lambda_and_are_refused_without(comm: MPI.Comm
         fit_kernel(KernelOperator(kernel, twins, 0.0, layout), Y, coarse=coarse)
 
 
+@pytest.mark.parametrize("directions", ["principal", "coordinate"])
+def test_equal_samples_that_a_cut_parts_cost_no_iterations(directions: str) -> None:
+    """Of yes and no, with a small lambda: as many as if each sample were there once."""
+    once = np.unique(np.random.default_rng(1).integers(0, 2, (500, 14)), axis=0).astype(float)
+    twice, counts = np.concatenate([once, once[::3]]), []
+    for samples in (once, twice):
+        layout = SampleLayout(SampleDomain.by_tree(samples, 16, 0.1, directions), MPI.COMM_SELF)
+        operator = KernelOperator(named("laplace", median_distance(samples)), samples, 1e-4, layout)
+        counts.append(fit_kernel(operator, np.sin(samples.sum(axis=1)), coarse_rank=60).iterations)
+    assert counts[1] <= 1.5 * counts[0]
+
+
 @pytest.mark.parametrize("coarse", ["balanced", "none"])
 def test_lambda_may_be_zero_where_samples_differ(coarse: str) -> None:
     operator = made(MPI.COMM_SELF, kernel="laplace", shift=0.0)

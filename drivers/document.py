@@ -15,7 +15,7 @@ import pinn
 import predict
 from common.training import PREFIXES
 from ddml.options import Option
-from solvers import SOLVERS, NystromPC, SchwarzPC
+from solvers import SOLVERS, KernelNystromPC, KernelSchwarzPC, NystromPC, SchwarzPC
 
 HEAD = """# Options
 
@@ -66,6 +66,8 @@ def page() -> str:
     for pc in (NystromPC, SchwarzPC):
         parts += [f"## -gn_pc_type python -gn_pc_python_type solvers.{pc.__name__}", "With `gn_` before them."]
         parts.append(table(pc.options))
+    for kind in (KernelSchwarzPC, KernelNystromPC):
+        parts += [f"## solvers.{kind.__name__}", "Of [kernel machines](kernel_machines.md).", table(kind.options)]
     return "\n\n".join(parts) + "\n"
 
 

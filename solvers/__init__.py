@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from .gauss_newton.newton import Newton
     from .gauss_newton.nystrom import NystromPC
     from .gauss_newton.schwarz_pc import SchwarzPC
+    from .kernel_machines.exchange import exchange_in_turn
+    from .kernel_machines.fit import fit_kernel
+    from .kernel_machines.nystrom_pc import KernelNystromPC
+    from .kernel_machines.schwarz_pc import KernelSchwarzPC
     from .minimisation import Minimisation, Result, minimise
     from .multilevel.adagrad import MultilevelAdaGrad
     from .multilevel.depth import MGOPT, RMTR, Cascade
@@ -39,6 +43,8 @@ _HOMES = {
     "DenseMSPQN": "solvers.schwarz.spqn",
     "GaussNewton": "solvers.gauss_newton.gauss_newton",
     "GradientDescent": "solvers.quasi_newton.gradient",
+    "KernelNystromPC": "solvers.kernel_machines.nystrom_pc",
+    "KernelSchwarzPC": "solvers.kernel_machines.schwarz_pc",
     "LBFGS": "solvers.quasi_newton.lbfgs",
     "MGOPT": "solvers.multilevel.depth",
     "MLVR": "solvers.multilevel.samples",
@@ -64,6 +70,8 @@ _HOMES = {
     "TO_ROUNDING": "solvers.registry",
     "TrustRegion": "solvers.trust_region.trust_region",
     "configure": "solvers.registry",
+    "exchange_in_turn": "solvers.kernel_machines.exchange",
+    "fit_kernel": "solvers.kernel_machines.fit",
     "minimise": "solvers.minimisation",
     "solver_class": "solvers.registry",
 }
@@ -78,7 +86,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "ASPQN", "ASTROM", "LBFGS", "MGOPT", "MLVR", "MSPQN", "NAPTS", "PETSC_TYPES", "RMTR", "SARAH", "SOLVERS",
     "SSBFGS", "SVRG", "TO_ROUNDING", "APTSData", "APTSWeights", "AdaGrad", "Adam", "Cascade", "DenseMSPQN",
-    "GaussNewton", "GradientDescent", "Minimisation", "Minimizer", "MultilevelAdaGrad", "Newton", "NystromPC", "Result",
-    "SSBroyden", "SchwarzAdaGrad", "SchwarzPC", "Solver", "SubsampledNewton", "TrustRegion", "configure",
-    "minimise", "solver_class",
+    "GaussNewton", "GradientDescent", "KernelNystromPC", "KernelSchwarzPC", "Minimisation", "Minimizer",
+    "MultilevelAdaGrad", "Newton", "NystromPC", "Result", "SSBroyden", "SchwarzAdaGrad", "SchwarzPC", "Solver",
+    "SubsampledNewton", "TrustRegion", "configure", "exchange_in_turn", "fit_kernel", "minimise", "solver_class",
 ]  # fmt: skip

@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 from petsc4py import PETSc
-from scipy import linalg
 
-from ddml.linalg.small import cholesky
+from ddml.linalg.nystrom import eigenpairs, gaussian, less_identity
 from ddml.objectives.linearisation import Linearisation
 from ddml.objectives.objective import Objective
 from ddml.options import Option
@@ -53,16 +52,10 @@ class NystromPC(Preconditioner):
         rank = min(self.settings.rank, n)
         test = self.basis
         if test is None or test.shape[1] != rank:
-            test = np.random.default_rng(self.settings.rank_seed).standard_normal((n, rank))
-            test = linalg.qr(test, mode="economic", check_finite=False)[0]
+            test = gaussian(n, rank, self.settings.rank_seed)
         product = everywhere(self.objective, at.gram_product(test))
         self.objective.compute(DECOMPOSED * n * rank**2)
-        # a small shift, undone below, keeps the Cholesky factorisation positive definite
-        shift = np.finfo(float).eps * np.sqrt(n) * linalg.norm(product, 2)
-        factor = cholesky(test.T @ product, shift)
-        half = linalg.solve_triangular(factor, (product + shift * test).T, lower=True, check_finite=False).T
-        basis, singular, _ = linalg.svd(half, full_matrices=False, check_finite=False)
-        self._take(basis, np.maximum(singular**2 - shift, 0.0))
+        self._take(*eigenpairs(test, product))
 
     def _take(self, basis: Array, values: Array) -> None:
         # in one order: what a product rounds depends on it
@@ -74,8 +67,7 @@ class NystromPC(Preconditioner):
         assert self.matrix is not None
         self.objective.compute(0.0, 2 * self.objective.layout.size * len(self.values))
         small = self.matrix.transpose_times(x.array_r)
-        least = max(self.values[-1] + self.damping, np.finfo(float).tiny)
-        small *= least / (self.values + self.damping) - 1
+        small *= less_identity(self.values, self.damping)
         y.array[:] = self.matrix.times(small) + x.array_r
 
     def state(self) -> dict[str, Any]:

@@ -1,0 +1,108 @@
+r"""Pivots: samples whose columns of K make a low-rank approximation :math:`F F^T` of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy import linalg
+
+from ddml.errors import InputError
+from ddml.linalg.small import cholesky
+from ddml.parallel import agreed
+
+from .cuts import Array
+from .operator import KernelOperator
+
+KINDS = ("uniform", "cholesky")
+
+
+class Pivots:
+    r"""Points P with :math:`F = K_{XP} L^{-T}, L L^T = K_{PP}`, so that :math:`F F^T \le K`, equal in P's columns.
+
+    Where the points' kernel matrix is singular to rounding, a few roundings are added to its diagonal, and F F^T stays
+    below K. Collective.
+
+    Parameters
+    ----------
+    operator
+        Of the samples.
+    points
+        (r, d), as the operator has them: inducing points of which it has :meth:`~KernelOperator.prepared` a table, or
+        some of its samples.
+
+    Raises
+    ------
+    InputError
+        If there are more than samples.
+    """
+
+    def __init__(self, operator: KernelOperator, points: torch.Tensor) -> None:
+        if len(points) > operator.layout.size:
+            raise InputError(f"{operator.layout.size} samples have as many pivots at most, got {len(points)}")
+        self.operator, self.points = operator, points
+        gram = operator.kernel(points, points.clone()).numpy()
+        self.factor = cholesky(gram, np.finfo(float).eps * len(gram) * float(gram.diagonal().max()))
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def rows(self, samples: torch.Tensor) -> Array:
+        """The rows of F (m, r) of samples (m, d), as the operator has them."""
+        return self._solved(self.operator.kernel(samples, self.points).numpy())
+
+    def mine(self) -> Array:
+        """This rank's rows of F."""
+        return self._solved(self.operator.columns(self.points))
+
+    def _solved(self, columns: Array) -> Array:
+        return linalg.solve_triangular(self.factor, columns.T, lower=True, check_finite=False).T
+
+
+def chosen(operator: KernelOperator, count: int, kind: str = "uniform", seed: int = 0) -> torch.Tensor:
+    """``count`` samples (r, d) as pivots, the same on any number of ranks. Collective.
+
+    ``uniform``: at random, all alike. ``cholesky``: randomly pivoted Cholesky factorisation (Chen, Epperly, Tropp,
+    Webber 2023, algorithm 2.1), each with a probability in proportion to the diagonal of K - F F^T of the pivots
+    before; it ends early where nothing is left of that to rounding.
+
+    Raises
+    ------
+    InputError
+        If the count is not 1 to n, or there is no such kind.
+    """
+    n = operator.layout.size
+    if not 1 <= count <= n:
+        raise InputError(f"{n} samples have 1 to {n} pivots, got {count}")
+    if kind not in KINDS:
+        raise InputError(f"pivots must be one of {', '.join(KINDS)}; got '{kind}'")
+    rng = np.random.default_rng(seed)
+    if kind == "uniform":
+        return operator.samples[operator.layout.places[np.sort(rng.choice(n, count, replace=False))]]
+    return operator.samples[_pivoted(operator, count, rng)]
+
+
+def _pivoted(operator: KernelOperator, count: int, rng: np.random.Generator) -> list[int]:
+    """The places of pivots."""
+    layout = operator.layout
+    mine = operator.samples[layout.begin : layout.end]
+    factor = np.zeros((len(mine), count))
+    with agreed(layout.comm):
+        diagonal = operator.kernel.diagonal(mine).numpy().copy()
+    whole = layout.everywhere(diagonal[:, None])[:, 0].sum()
+    places: list[int] = []
+    while len(places) < count:
+        masses = layout.everywhere(diagonal[:, None])[:, 0].cumsum()
+        if masses[-1] <= len(masses) * np.finfo(float).eps * whole:
+            break
+        place = int(np.searchsorted(masses, rng.random() * masses[-1], side="right"))
+        owner = int(np.searchsorted(layout.ranges, place, side="right")) - 1
+        row = layout.comm.bcast(factor[place - layout.begin] if owner == layout.comm.rank else None, owner)
+        column = operator.columns(operator.samples[place : place + 1]) - layout.times(factor, row[:, None])
+        pivot = layout.comm.bcast(float(column[place - layout.begin, 0]) if owner == layout.comm.rank else None, owner)
+        if pivot > 0:
+            factor[:, len(places)] = column[:, 0] / np.sqrt(pivot)
+            diagonal = np.maximum(diagonal - factor[:, len(places)] ** 2, 0.0)
+            places.append(place)
+        if layout.begin <= place < layout.end:
+            diagonal[place - layout.begin] = 0.0
+    return places

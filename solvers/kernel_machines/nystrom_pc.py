@@ -1,0 +1,39 @@
+"""The Nystrom preconditioner of kernel machines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from ddml.kernel_machines.cuts import Array
+from ddml.kernel_machines.operator import KernelOperator
+from ddml.linalg.nystrom import eigenpairs, gaussian, less_identity
+from ddml.options import Option
+
+from .preconditioner import KernelPreconditioner
+
+
+class KernelNystromPC(KernelPreconditioner):
+    r"""Randomised Nystrom preconditioner of :math:`K + \mu I` (Frangella, Tropp, Udell 2023), as of Gauss-Newton's.
+
+    It takes a product of K with ``rank`` columns; each rank does what is small for itself.
+    """
+
+    options: ClassVar[Sequence[Option]] = (
+        Option("rank", 300, "Rank l (at most n).", minimum=1),
+        Option("rank_seed", 0, "Seed of the test matrix.", minimum=0),
+    )
+
+    def build(self, operator: KernelOperator) -> None:
+        """See :meth:`KernelPreconditioner.build`."""
+        self.layout = layout = operator.layout
+        mine = slice(layout.begin, layout.end)
+        test = gaussian(layout.size, min(self.settings.rank, layout.size), self.settings.rank_seed)
+        product = layout.everywhere(operator.multiply(test[mine]) - operator.shift * test[mine])
+        basis, values = eigenpairs(test, product)
+        self.basis, self.factors = basis[mine], less_identity(values, operator.shift)
+
+    def solve(self, rows: Array) -> Array:
+        """See :meth:`KernelPreconditioner.solve`."""
+        small = self.layout.inner(self.basis, rows)
+        return rows + self.layout.times(self.basis, self.factors[:, None] * small)

@@ -20,6 +20,8 @@ export OMP_NUM_THREADS = 1
 export OPENBLAS_NUM_THREADS = 1
 # more ranks than cores take turns
 export OMPI_MCA_mpi_yield_when_idle = 1
+# of programs that mpiexec starts side by side each would have the first core
+export OMPI_MCA_hwloc_base_binding_policy = none
 
 .PHONY: env demo check check-one check-three test test-long test-one test-ranks test-slurm slurm-test bench gpu lint docs clean
 

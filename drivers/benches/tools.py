@@ -33,7 +33,8 @@ from solvers import Minimisation
 
 CASES = (("burgers", 20, 8), ("klein_gordon", 50, 6))
 NETWORKS = ("mlp", "residual")
-LAUNCH = ("mpiexec", "--oversubscribe", *(("--allow-run-as-root",) if os.geteuid() == 0 else ()))
+# unbound: of programs side by side each would have the first core
+LAUNCH = ("mpiexec", "--oversubscribe", "--bind-to", "none", *(("--allow-run-as-root",) if os.geteuid() == 0 else ()))
 BENCH = str(Path(__file__).parents[1] / "bench.py")
 
 

@@ -32,6 +32,7 @@ def surroundings() -> dict[str, str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(_FOREIGN)}
     environment["OMP_NUM_THREADS"] = environment["OPENBLAS_NUM_THREADS"] = "1"
     environment["OMPI_MCA_mpi_yield_when_idle"] = "1"  # tests run on busy machines
+    environment["OMPI_MCA_hwloc_base_binding_policy"] = "none"  # or programs side by side share the first core
     return environment
 
 

@@ -163,7 +163,7 @@ WORKED_WITH = 400_000  # bytes, whatever the size of a tile
 def test_a_tile_costs_its_share_of_the_file(tmp_path: Path, name: str, kind: str) -> None:
     shape, count, parts, overlap = LARGE[kind]
     arrays = content(shape, np.float32, {"": count, "test_": count // 2})
-    make = chunked(40) if name == "in chunks" else STORED[name]
+    make = chunked(20) if name == "in chunks" else STORED[name]
     source = files.source(make(tmp_path / "a.h5", arrays, SELF), SELF)
     read, held, size = cost(source, Tiles(shape, parts, overlap).ranges[5])
     assert 0.99 * size < read < 1.1 * size and held < 1.05 * size + WORKED_WITH, (read, held, size)

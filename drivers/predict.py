@@ -52,7 +52,7 @@ def main(comm: MPI.Comm) -> int:
         raise InputError("option -o is missing: the file to write; -help explains the options")
     suffix = tables.check_target(settings.o, list(tables.WRITERS), [path, *([settings.at] if settings.at else [])])
     run = open_run(path)
-    if run.attributes.get("driver") in ("classify", "logistic"):
+    if run.attributes.get("driver") in ("classify", "logistic", "kernel"):
         table = classified(run, settings, suffix)
     else:
         if settings.fusion is not None:

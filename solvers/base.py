@@ -77,6 +77,8 @@ class Solver(Owner, ABC):
         Whether it works in as little memory as it can, as the network is large; set by :meth:`prepare`.
     notes : list of str
         What a user should know of the method as it has been set up.
+    reason : str
+        Why it has ended, where PETSc has no reason for that.
     remembers : bool
         Whether :meth:`solve` begins with what the last one, of an objective that may have changed since, has
         learnt of curvature, instead of afresh; :meth:`state` is then that alone.
@@ -98,6 +100,7 @@ class Solver(Owner, ABC):
         self.settings = SimpleNamespace(**{o.name: o.default for o in self.options})
         self.prefix = ""
         self.notes: list[str] = []
+        self.reason = ""
         self.objective: Objective
         self.vectors: dict[str, PETSc.Vec] = {}
         self.f, self.iteration, self._version = 0.0, 0, 0

@@ -149,6 +149,28 @@ class SampleDomain:
     def __len__(self) -> int:
         return len(self.cores)
 
+    def state(self) -> dict[str, Any]:
+        """What :meth:`restored` makes the same domain of: kinds that :mod:`ddml.states` can write."""
+        return {
+            "origin": self.origin,
+            "core_sizes": np.array([len(core) for core in self.cores], np.int64), "cores": self.order,
+            "set_sizes": np.array([len(wide) for wide in self.sets], np.int64), "sets": np.concatenate(self.sets),
+        }  # fmt: skip
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> SampleDomain:
+        """The domain that gave a :meth:`state`.
+
+        Raises
+        ------
+        InputError
+            If none did.
+        """
+        cores, sets = (
+            np.split(np.asarray(state[f"{name}s"]), np.cumsum(state[f"{name}_sizes"])[:-1]) for name in ("core", "set")
+        )
+        return cls(len(state["cores"]), cores, sets, str(state["origin"]))
+
     @cached_property
     def order(self) -> Numbers:
         """All samples (n,), core by core."""

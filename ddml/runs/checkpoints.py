@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +14,14 @@ from petsc4py import PETSc
 from torch import Tensor
 
 from ddml.errors import InputError, RunFileError
-from ddml.objectives.objective import Objective
+from ddml.losses.work import WorkCounter
 from ddml.options import EACH_START, Option, same_reference
+from ddml.parallel import StopRequest
 from ddml.states import vectors_in
 
 from . import run_file
 from .history import History
+from .run_file import Parameter
 
 OPTIONS = (
     Option("checkpoint_interval", "60s", "Iterations between checkpoints, or seconds, as in 100 or 60s; 0 is never."),
@@ -34,11 +36,43 @@ OPTIONS = (
 )  # fmt: skip
 
 
+class Table(Protocol):
+    """Which parameters a vector is made of."""
+
+    @property
+    def parameters(self) -> Sequence[Parameter]: ...
+    @property
+    def size(self) -> int: ...
+
+
+class Explaining(Protocol):
+    """What a run asks of a loss."""
+
+    def explain(self, theta: Tensor) -> str:
+        """Why the loss is not finite at parameters (n,), in words."""
+
+
+class Minimised(Protocol):
+    """What a run asks of what is minimised: of an :class:`ddml.objectives.objective.Objective`, say."""
+
+    comm: MPI.Comm
+    work: WorkCounter
+    stop: StopRequest | None
+
+    @property
+    def layout(self) -> Table: ...
+    @property
+    def loss(self) -> Explaining: ...
+    def parameters(self, x: PETSc.Vec) -> Tensor:
+        """All parameters (n,), on every rank. Collective."""
+
+
 class ResumableSolver(Protocol):
     """What a run asks of a solver that goes on to the last bit, as :class:`ddml.runs.run.Run` is given it."""
 
     notes: list[str]
     spent: list[float]  # on each level, the coarsest first
+    reason: str  # why it has ended, in words, where PETSc has none for that
 
     def state(self) -> dict[str, Any]:
         """What the next iteration needs besides the parameters, its number ``iteration`` among it. Collective."""
@@ -171,7 +205,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        objective: Objective,
+        objective: Minimised,
         solver: ResumableSolver | None,
         moving: Moving | None,
         settings: Any,

@@ -21,11 +21,12 @@ COLUMNS = (
     "accuracy",
 )
 
-UNITS = {"time": "s", "work": "full gradients", "work_critical": "full gradients"}  # of columns that have one
+UNITS = {"time": "s", "work": "full gradients", "work_critical": "full gradients", "communication": "numbers"}  # of columns that have one
 
 MOST_LEVELS = 10  # of a hierarchy, that have a column (our choice)
 WORK_OF_LEVELS = tuple(f"work_level_{number}" for number in range(MOST_LEVELS))
-_NAMES = (*COLUMNS, *WORK_OF_LEVELS)
+OF_SYSTEMS = ("residual", "disagreement", "communication")  # columns of runs that solve a linear system
+_NAMES = (*COLUMNS, *WORK_OF_LEVELS, *OF_SYSTEMS)
 
 
 def _index(name: str) -> int:
@@ -44,7 +45,9 @@ class History:
     ``gradient_norm``, ``step`` (radius or step length), ``work`` (work units, summed over subdomains and levels),
     ``work_critical`` (work units along the critical path), ``error`` (relative L2 error against the reference),
     ``error_network_norm`` (the same measured in the norm of the network's own outputs) and ``accuracy`` (0 to 1). What
-    was not given is NaN. Solvers on levels also give ``work_level_0``, that of the coarsest, and so on.
+    was not given is NaN. Solvers on levels also give ``work_level_0``, that of the coarsest, and so on; those of a
+    system its relative ``residual``, the relative ``disagreement`` of subdomains on what they share, and
+    ``communication``, the numbers that subdomains have been sent.
 
     Nothing here is collective: that all ranks append the same numbers is up to the caller.
     """

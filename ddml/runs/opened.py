@@ -21,7 +21,7 @@ from ddml.problems.pde.loss import PDELoss
 from ddml.problems.pde.solution import Solution
 from ddml.vectors import owned
 
-from . import divided, rebuilt, run_file
+from . import divided, machines, rebuilt, run_file
 from .extras import extra
 from .history import UNITS, History
 
@@ -114,6 +114,8 @@ class OpenedRun:
             description = divided.described(self.path, self.header, state, fusion)
             theta = divided.parameters(self.path, state, self.theta, description.fusion)
             return divided.classifier(self.path, self.header, theta, anew, description)
+        if self.attributes.get("driver") == machines.DRIVER:
+            return machines.classifier(self.path, self.header, self.theta, anew)
         if fusion is not None:
             raise InputError(f"{self.path} is of no classifier of tiles: there is no fusion in it")
         return rebuilt.network(self.path, self.header, self.theta, anew)

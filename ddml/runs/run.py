@@ -12,13 +12,12 @@ from petsc4py import PETSc
 from torch import Tensor
 
 from ddml.errors import InputError, NonFiniteError, RunFileError
-from ddml.objectives.objective import Objective
 from ddml.options import Option
 from ddml.parallel import Interrupted, agreed, cause
 
 from . import board, checkpoints, limits, progress
 from .board import Board
-from .checkpoints import Checkpoints, Moving, ResumableSolver
+from .checkpoints import Checkpoints, Minimised, Moving, ResumableSolver
 from .history import WORK_OF_LEVELS
 from .limits import SIGNAL, Limits
 from .progress import Progress
@@ -57,6 +56,10 @@ class Run:
         PETSc's own.
     same_samples
         Whether a restart goes on with the samples of the run file, where they move, or begins with those at hand.
+    more
+        What every row of the history has besides, behind an iteration.
+    prepared
+        Seconds that have gone into what is minimised, and count.
 
     Attributes
     ----------
@@ -79,7 +82,7 @@ class Run:
 
     def __init__(
         self,
-        objective: Objective,
+        objective: Minimised,
         tao: PETSc.TAO,
         x: PETSc.Vec,
         settings: Any,
@@ -90,9 +93,11 @@ class Run:
         *,
         solver: ResumableSolver | None,
         same_samples: bool = True,
+        more: Callable[[], Mapping[str, float]] = dict,
+        prepared: float = 0.0,
     ) -> None:
         self.objective, self.tao, self.x, self.comm = objective, tao, x, objective.comm
-        self.measure, self.moving, self.shown, self.solver = measure, moving, shown, solver
+        self.measure, self.moving, self.shown, self.solver, self.more = measure, moving, shown, solver, more
         self.limits, self.mode = Limits.of(settings), settings.progress if objective.comm.rank == 0 else "none"
         self.error_interval: int = settings.error_interval or 1
         self.reason = self.failure = ""
@@ -102,7 +107,7 @@ class Run:
             self.board = Board(settings.tensorboard if self.comm.rank == 0 else None)
         self.checkpoints = Checkpoints(objective, solver, moving, settings, attributes)
         begin = self.checkpoints.restore(x, same_samples)
-        self.history, self.before = begin.history, begin.seconds
+        self.history, self.before = begin.history, begin.seconds + prepared
         self.first_iteration, self.offset = begin.iteration, begin.offset
         self.notes = [*(solver.notes if solver is not None else ()), *begin.notes]
         self.last = x.duplicate()
@@ -147,7 +152,7 @@ class Run:
         if iteration % self.error_interval == 0:
             columns = dict(self.measure(self.objective.parameters(self.x)))
         work, levels = self.objective.work, self.solver.spent if self.solver is not None else ()
-        columns |= dict(zip(WORK_OF_LEVELS, levels, strict=False))
+        columns |= {**dict(zip(WORK_OF_LEVELS, levels, strict=False)), **self.more()}
         self.history.append(
             iteration=iteration, time=now, loss=f, gradient_norm=gnorm, step=step,
             work=work.total, work_critical=work.critical, **columns,
@@ -230,7 +235,8 @@ class Run:
                 self.progress.note(self.board.failure)
             self.progress.close()
         reason = self.tao.getConvergedReason()
-        self.reason = self.reason or limits.in_words(reason)
+        ended = self.solver.reason if self.solver is not None else ""
+        self.reason = self.reason or ended or limits.in_words(reason)
         if not self.failure:
             self._end()
         if len(self.history) and self.history.last("iteration") % self.error_interval:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,12 +100,16 @@ class Start:
 
 @contextmanager
 def started(
-    comm: MPI.Comm, driver: str, table: Sequence[Option], limits: Sequence[Option]
+    comm: MPI.Comm,
+    driver: str,
+    table: Sequence[Option],
+    limits: Sequence[Option],
+    options_of: Callable[[str], Sequence[Option]] = lambda name: solver_class(name).options,
 ) -> Iterator[tuple[Any, Any, Start]]:
     """A driver's settings, the limits of its run and what else it begins with, for the block that runs. Collective.
 
     Options come from where PETSc looks for them, and behind ``-restart`` from the run file
-    (:mod:`ddml.runs.restart`); torch's threads are set. Within the block signals ask the run to stop, and nobody else
+    (:mod:`ddml.runs.restart`), where ``options_of`` says which are a solver's; torch's threads are set. Within the block signals ask the run to stop, and nobody else
     can begin with the same run file.
 
     Raises
@@ -133,9 +137,8 @@ def started(
                 if files.restart is not None:
                     weak = {} if found.of.get("restart") in found.ambient else found.around()
                     restart = ddml.runs.restart.take_over(
-                        files.restart, comm, driver, (*table, *limits), lambda name: solver_class(name).options, weak,
-                        files.trust,
-                    )  # fmt: skip
+                        files.restart, comm, driver, (*table, *limits), options_of, weak, files.trust
+                    )
                 settings = options.read(table)
                 settings.solver = chosen_solver(settings.solver)
                 torch.set_num_threads(settings.threads)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from mpi4py import MPI
+from petsc4py import PETSc
 from torch import Tensor
 
 import ddml.runs.run
@@ -22,7 +23,7 @@ from ddml.numbers import read
 from ddml.objectives.branched import BranchedObjective
 from ddml.options import EACH_START, NEVER, Option, for_runs, names_code
 from ddml.parallel import agreed, split
-from ddml.runs.checkpoints import Moving
+from ddml.runs.checkpoints import Minimised, Moving, ResumableSolver
 from ddml.runs.limits import SIGNAL
 from ddml.runs.progress import say
 from ddml.sampling.batches import Batches
@@ -100,7 +101,102 @@ def described(
     }  # fmt: skip
 
 
-class Training:
+class Conducted:
+    """What is run from its header to its last line: all that a run needs to be made; collective.
+
+    Parameters
+    ----------
+    comm, settings, start
+        Of the driver; the settings have ``solver``, ``seed``, ``dtype``, ``view`` and ``check``.
+    objective, tao, x, context
+        As :class:`ddml.runs.run.Run` takes them.
+    blocks
+        Of samples whose sums are added in a fixed order; 0: by ranks.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Comm,
+        settings: Any,
+        start: Start,
+        objective: Minimised,
+        tao: PETSc.TAO,
+        x: PETSc.Vec,
+        context: ResumableSolver | None,
+        blocks: int,
+    ) -> None:
+        self.comm, self.settings, self.start = comm, settings, start
+        self.objective, self.tao, self.x, self.solver, self.blocks = objective, tao, x, context, blocks
+
+    def run(
+        self,
+        limits: Any,
+        attributes: Mapping[str, Any],
+        measure: Callable[[Tensor], Mapping[str, float]],
+        moving: Moving | None,
+        header: str,
+        closing: Callable[[ddml.runs.run.Run], Iterable[str]] = lambda _: (),
+        shown: str = "error",
+        more: Callable[[], Mapping[str, float]] = dict,
+        prepared: float = 0.0,
+    ) -> int:
+        """Run to the end; the exit code. Collective.
+
+        ``limits``, ``measure``, ``moving``, ``shown``, ``more`` and ``prepared`` are those of
+        :class:`ddml.runs.run.Run`; ``attributes`` of the run file come beside those that every driver writes, and
+        ``closing`` gives what is printed behind the summary.
+
+        Raises
+        ------
+        InputError
+            Options that nothing has read; what :class:`ddml.runs.run.Run` refuses; at the end a run file that could
+            not be written.
+        """
+        settings, restart = self.settings, self.start.restart
+        notes = self.start.unread()
+        given = self.start.options()
+        sums = {"summation_blocks": self.blocks, "summation": "by ranks" if not self.blocks else "tree"}
+        in_force, attributes = described(settings, limits, self.start, {**sums, **attributes})
+        run = ddml.runs.run.Run(
+            self.objective, self.tao, self.x, limits, attributes, measure, moving, shown,
+            solver=self.solver, same_samples=restart.same_samples, more=more, prepared=prepared,
+        )  # fmt: skip
+        lines = [header, *self.start.elsewhere()]
+        lines += [
+            f"note: {note}" for note in [*self.start.notes, *restart.notes, *restart.unread(), *notes, *run.notes]
+        ]
+        self._say(lines)
+        if settings.view:
+            self.tao.view()
+            self._say([repr(self.objective.layout), "Options, and where they come from:"])
+            self._say(
+                f"  -{k} {v or ''} ({origin or 'the run file'})" for k, (v, origin) in given.items() if for_runs(k)
+            )
+        if settings.check:
+            return 0
+        self.start.stop.check(self.comm)
+        begin = run.first_iteration
+        with short_of_memory():
+            finished = run.execute()
+        self._say([run.summary(), *(closing(run) if self.comm.rank == 0 else ())])
+        if run.failure:
+            raise CollectiveError(run.failure)
+        if run.output and len(run.history) and run.exact:
+            trust = any(names_code(k, str(v)) for k, v in in_force.items() if for_runs(k) and k not in _EACH_START)
+            beside = " -trust" * trust + " and a larger limit" * (run.reason != SIGNAL)
+            self._say([f"to go on: the same driver with -restart {run.output}{beside}"])
+        if run.reason == SIGNAL:
+            return self.start.interrupted(len(run.history) > 0 and run.history.last("iteration") > begin)
+        return 0 if finished else 1
+
+    def _say(self, lines: Iterable[str]) -> None:
+        """Print lines once."""
+        if self.comm.rank == 0:
+            for line in lines:
+                say(line)
+
+
+class Training(Conducted):
     """A loss on the ranks and the solver that the options ask for, set up; collective.
 
     Parameters
@@ -141,7 +237,7 @@ class Training:
         prefix: str = "",
         branched: Callable[..., BranchedObjective] = BranchedObjective,
     ) -> None:
-        self.comm, self.settings, self.start, self.loss = comm, settings, start, loss
+        self.comm, self.settings, self.loss = comm, settings, loss
         start.stop.check(comm)  # the data have been read
         self._try(samples or loss.count)
         if loss.large:
@@ -152,9 +248,9 @@ class Training:
                 samples=samples, limit=settings.summation_limit, stop=start.stop, record=self._recorder(),
                 vectors=vectors, branched=branched, fmin=fmin,
             )  # fmt: skip
-        self.made = made
-        self.layout, self.objective, self.x, self.tao = made.layout, made.objective, made.x, made.tao
-        self.blocks, self.context = made.objective.parts.blocks, made.context
+        self.made, self.layout, self.context = made, made.layout, made.context
+        blocks = made.objective.parts.blocks
+        super().__init__(comm, settings, start, made.objective, made.tao, made.x, made.context, blocks)
         if self.context is not None and self.context.spares_memory:
             loss.drop_initial()
 
@@ -224,69 +320,3 @@ class Training:
         if settings.batch_growth > 1 and not solver_class(settings.solver).judges_batches:
             raise InputError(f"option -batch_growth is for solvers with a trust region, not '{settings.solver}'")
         return Batches(self.objective, settings, settings.seed)
-
-    def run(
-        self,
-        limits: Any,
-        attributes: Mapping[str, Any],
-        measure: Callable[[Tensor], Mapping[str, float]],
-        moving: Moving | None,
-        header: str,
-        closing: Callable[[ddml.runs.run.Run], Iterable[str]] = lambda _: (),
-        shown: str = "error",
-    ) -> int:
-        """Run to the end; the exit code. Collective.
-
-        ``limits``, ``measure``, ``moving`` and ``shown`` are those of :class:`ddml.runs.run.Run`; ``attributes`` of the
-        run file come beside those that every driver writes, and ``closing`` gives what is printed behind the summary.
-
-        Raises
-        ------
-        InputError
-            Options that nothing has read; what :class:`ddml.runs.run.Run` refuses; at the end a run file that could
-            not be written.
-        """
-        settings, restart = self.settings, self.start.restart
-        notes = self.start.unread()
-        given = self.start.options()
-        more = {
-            "summation_blocks": self.blocks, "summation": "by ranks" if not self.blocks else "tree", **attributes,
-        }  # fmt: skip
-        in_force, attributes = described(settings, limits, self.start, more)
-        run = ddml.runs.run.Run(
-            self.objective, self.tao, self.x, limits, attributes, measure, moving, shown,
-            solver=self.context, same_samples=restart.same_samples,
-        )  # fmt: skip
-        lines = [header, *self.start.elsewhere()]
-        lines += [
-            f"note: {note}" for note in [*self.start.notes, *restart.notes, *restart.unread(), *notes, *run.notes]
-        ]
-        self._say(lines)
-        if settings.view:
-            self.tao.view()
-            self._say([repr(self.layout), "Options, and where they come from:"])
-            self._say(
-                f"  -{k} {v or ''} ({origin or 'the run file'})" for k, (v, origin) in given.items() if for_runs(k)
-            )
-        if settings.check:
-            return 0
-        self.start.stop.check(self.comm)
-        begin = run.first_iteration
-        with short_of_memory():
-            finished = run.execute()
-        self._say([run.summary(), *(closing(run) if self.comm.rank == 0 else ())])
-        if run.failure:
-            raise CollectiveError(run.failure)
-        if run.output and len(run.history) and run.exact:
-            trust = any(names_code(k, str(v)) for k, v in in_force.items() if for_runs(k) and k not in _EACH_START)
-            more = " -trust" * trust + " and a larger limit" * (run.reason != SIGNAL)
-            self._say([f"to go on: the same driver with -restart {run.output}{more}"])
-        if run.reason == SIGNAL:
-            return self.start.interrupted(len(run.history) > 0 and run.history.last("iteration") > begin)
-        return 0 if finished else 1
-
-    def _say(self, lines: Iterable[str]) -> None:
-        """Print lines once."""
-        if self.comm.rank == 0:
-            for line in lines:
-                say(line)

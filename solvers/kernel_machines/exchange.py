@@ -115,9 +115,7 @@ def exchange_in_turn(
     """
     layout = operator.layout
     domain, p = layout.domain, len(layout.domain)
-    omegas = [float(value) for value in np.broadcast_to(omega, p if np.ndim(omega) == 0 else np.shape(omega)).ravel()]
-    if len(omegas) != p or not all(0 <= value < math.inf for value in omegas):
-        raise InputError(f"omega must be 0 or more, one number or one for each of {p} subdomains; got {omega}")
+    omegas = omegas_of(omega, p)
     if not (rtol >= 0 and agreement >= 0 and sweeps >= 0):
         raise InputError(f"tolerances and sweeps must be 0 or more, got {rtol}, {agreement} and {sweeps}")
     targets = columns_of("Y", Y, domain.size)
@@ -130,7 +128,7 @@ def exchange_in_turn(
     if not sweeps:
         alpha = local.solve(mine)
     left = operator.residual(mine, alpha)
-    turns, whole = _Turns(operator, local.factors), norm(operator, mine) or 1.0
+    turns, whole = Turns(operator, local.factors), norm(operator, mine) or 1.0
     residuals, values = [norm(operator, left) / whole], [descent(operator, mine, alpha, left)]
     disagreements: list[float] = []
     converged = sweeps > 0 and residuals[0] <= rtol
@@ -154,8 +152,31 @@ def exchange_in_turn(
     )
 
 
-class _Turns:
-    """Local solves one after another."""
+def omegas_of(omega: float | Sequence[float], count: int) -> list[float]:
+    """An omega for each of so many subdomains.
+
+    Raises
+    ------
+    InputError
+        If it is negative or not finite, or there are neither one nor as many.
+    """
+    shape = count if np.ndim(omega) == 0 else np.shape(omega)
+    found = [float(value) for value in np.broadcast_to(omega, shape).ravel()]
+    if len(found) != count or not all(0 <= value < math.inf for value in found):
+        raise InputError(f"omega must be 0 or more, one number or one for each of {count} subdomains; got {omega}")
+    return found
+
+
+class Turns:
+    """Local solves one after another, each with what those before it have changed. Collective.
+
+    Parameters
+    ----------
+    operator
+        K + mu I.
+    factors
+        Lower Cholesky factors of the matrices of this rank's subdomains.
+    """
 
     def __init__(self, operator: KernelOperator, factors: Sequence[Array]) -> None:
         self.operator, layout = operator, operator.layout

@@ -13,6 +13,7 @@ from ddml.kernel_machines.cuts import Array
 from ddml.kernel_machines.operator import KernelOperator
 from ddml.kernel_machines.pivots import Pivots
 from ddml.kernel_machines.restrictions import Exchange
+from ddml.kernel_machines.system import Operations
 from ddml.parallel import agreed, check_memory
 
 
@@ -43,6 +44,7 @@ class LocalSolves:
     """
 
     def __init__(self, operator: KernelOperator, pivots: Pivots | None, weights: str, damping: Sequence[Any]) -> None:
+        self.operator = operator
         layout = self.layout = operator.layout
         domain = layout.domain
         needed = sum(8 * len(domain.sets[i]) ** 2 for i in layout.mine)
@@ -59,6 +61,16 @@ class LocalSolves:
                 self.factors.append(_factor(operator, pivots, i, damping[i]))
                 self.left.append({"symmetric": half, "plain": one, "restricted": core, "unity": half**2}[weights])
                 self.right.append(half if weights == "symmetric" else one)
+
+    def set_up_operations(self, rank: int) -> Operations:
+        """Multiply-adds of matrices and factors, with so many pivots."""
+        d = self.operator.samples.shape[1]
+        sizes = [float(len(wide)) for wide in self.layout.domain.sets]
+        return Operations.side_by_side([m * m * (d + rank + m / 6) for m in sizes])
+
+    def operations(self, columns: int) -> Operations:
+        """Multiply-adds of solving with so many columns."""
+        return Operations.side_by_side([float(len(wide) ** 2 * columns) for wide in self.layout.domain.sets])
 
     def solve(self, rows: Array) -> Array:
         """This rank's rows of D^-1 X, of those of X (n, k). Collective."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from ddml.kernel_machines.cuts import Array
 from ddml.kernel_machines.operator import KernelOperator
+from ddml.kernel_machines.system import Operations
 from ddml.linalg.nystrom import eigenpairs, gaussian, less_identity
 from ddml.options import Option
 
@@ -37,3 +38,20 @@ class KernelNystromPC(KernelPreconditioner):
         """See :meth:`KernelPreconditioner.solve`."""
         small = self.layout.inner(self.basis, rows)
         return rows + self.layout.times(self.basis, self.factors[:, None] * small)
+
+    def set_up_operations(self) -> Operations:
+        """See :meth:`KernelPreconditioner.set_up_operations`."""
+        n, rank = self.layout.size, self.basis.shape[1]
+        d = self.operator.samples.shape[1] if self.operator is not None and not self.operator.kept else 0
+        share = max(map(len, self.layout.domain.cores)) / n
+        product, small = float(n * n * (rank + d)), float(3 * n * rank**2)
+        return Operations(product + small, product * share + small)
+
+    def operations(self, columns: int) -> Operations:
+        """See :meth:`KernelPreconditioner.operations`."""
+        rank = self.basis.shape[1]
+        return Operations.side_by_side([2.0 * len(core) * rank * columns for core in self.layout.domain.cores])
+
+    def received(self, columns: int) -> float:
+        """See :meth:`KernelPreconditioner.received`."""
+        return float(len(self.layout.domain) * self.basis.shape[1] * columns)

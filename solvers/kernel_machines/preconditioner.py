@@ -12,6 +12,7 @@ from petsc4py import PETSc
 from ddml.errors import InputError
 from ddml.kernel_machines.cuts import Array
 from ddml.kernel_machines.operator import KernelOperator
+from ddml.kernel_machines.system import Operations
 from ddml.options import Option, read
 
 
@@ -57,6 +58,18 @@ class KernelPreconditioner(ABC):
     @abstractmethod
     def solve(self, rows: Array) -> Array:
         """This rank's rows of M^-1 X, of those of X (n, k). Collective."""
+
+    @abstractmethod
+    def set_up_operations(self) -> Operations:
+        """What building it has taken."""
+
+    @abstractmethod
+    def operations(self, columns: int) -> Operations:
+        """What an application to so many columns takes."""
+
+    @abstractmethod
+    def received(self, columns: int) -> float:
+        """Numbers that subdomains are sent in an application, if each is on a process of its own."""
 
     def apply(self, pc: PETSc.PC, x: PETSc.Vec, y: PETSc.Vec) -> None:
         """Write M^-1 x to y. Collective."""

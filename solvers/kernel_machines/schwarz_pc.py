@@ -11,6 +11,7 @@ from scipy import linalg
 from ddml.kernel_machines.cuts import Array
 from ddml.kernel_machines.operator import KernelOperator
 from ddml.kernel_machines.pivots import KINDS, Pivots, chosen
+from ddml.kernel_machines.system import Operations
 from ddml.linalg.small import cholesky
 from ddml.options import Option
 from ddml.parallel import check_memory
@@ -119,3 +120,34 @@ class KernelSchwarzPC(KernelPreconditioner):
         found = self.local.solve(rows - layout.times(self.image, self.coarse(projected)))
         small = self.coarse(projected - layout.inner(self.image, found))
         return found + layout.times(self.F, small)
+
+    @property
+    def rank(self) -> int:
+        """Pivots; 0 without a coarse space."""
+        return 0 if self.settings.coarse == "none" else int(self.F.shape[1])
+
+    def set_up_operations(self) -> Operations:
+        """See :meth:`KernelPreconditioner.set_up_operations`."""
+        rank, domain, operator = self.rank, self.layout.domain, self.local.operator
+        d = operator.samples.shape[1]
+        sums = [rank * len(core) * (d + 1.5 * rank) for core in domain.cores]
+        found = self.local.set_up_operations(rank if self.settings.coarse == "woodbury" else 0)
+        found = found + Operations.side_by_side(sums) + Operations(rank**3 / 6, rank**3 / 6)
+        if self.settings.coarse == "woodbury":
+            return found + self.local.operations(rank)
+        n = self.layout.size
+        image = float(n * rank * (n + (0 if operator.kept else d)))
+        return found + Operations(image, image * max(map(len, domain.cores)) / n)
+
+    def operations(self, columns: int) -> Operations:
+        """See :meth:`KernelPreconditioner.operations`."""
+        passes = {"none": 0, "woodbury": 2, "balanced": 4}[self.settings.coarse]
+        coarse = [float(passes * len(core) * self.rank * columns) for core in self.layout.domain.cores]
+        small = float(self.rank**2 * columns)
+        return self.local.operations(columns) + Operations.side_by_side(coarse) + Operations(small, small)
+
+    def received(self, columns: int) -> float:
+        """See :meth:`KernelPreconditioner.received`."""
+        domain = self.layout.domain
+        overlaps = sum(map(len, domain.sets)) - domain.size
+        return float(columns * (2 * overlaps + len(domain) * self.rank))

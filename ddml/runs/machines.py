@@ -1,0 +1,90 @@
+"""Kernel machines of run files: how their samples were cut, and the machine as a torch module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from ddml.data import classified
+from ddml.data.inputs import Inputs
+from ddml.errors import InputError, RunFileError
+from ddml.kernel_machines import functions
+from ddml.kernel_machines.domain import SampleDomain
+from ddml.kernel_machines.expansion import KernelExpansion
+from ddml.layout import ParameterLayout
+from ddml.parameters import parameter_table
+from ddml.problems.classification import Classifier
+from ddml.states import vectors_in
+
+from . import run_file
+from .rebuilt import Anew, assign, chosen, options
+from .run_file import Header
+
+DRIVER = "kernel"
+
+
+def domain_of(path: str) -> SampleDomain:
+    """How the samples of a run of drivers/kernel.py were cut; nothing is collective.
+
+    Raises
+    ------
+    InputError
+        A file that is missing, foreign or damaged, or does not say it.
+    """
+    header = run_file.inspect(path, MPI.COMM_SELF)
+    x = ParameterLayout(parameter_table([(p.name, p.shape) for p in header.parameters]), MPI.COMM_SELF).vector()
+    try:
+        state: dict[str, Any] = run_file.read(path, x)[0]
+        for vec in vectors_in(state, "state", x).values():
+            vec.destroy()
+    finally:
+        x.destroy()
+    try:
+        return SampleDomain.restored(state["solver"]["domain"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise RunFileError(f"{path} does not say how its samples were cut") from error
+
+
+def samples_of(path: str, header: Header, anew: Anew) -> classified.Classified:
+    """The samples that a run of drivers/kernel.py was trained on, read again; nothing is collective.
+
+    Raises
+    ------
+    InputError
+        Data that are not trusted, cannot be read, or are others than those of the run.
+    """
+    texts = options(header.attributes)
+    name = chosen(path, "data", str(header.attributes.get("data")), anew.data, anew)
+    try:
+        count = int(str(header.attributes["samples"]))
+        scaling, base = texts["scaling"], texts["index_base"]
+    except (LookupError, ValueError) as error:
+        raise RunFileError(f"{path} does not say what its samples were") from error
+    found = classified.load(name, MPI.COMM_SELF, count, scaling, base=base)
+    if found.problem != header.attributes.get("problem"):
+        raise InputError(f"{path} was written for {header.attributes.get('problem')}, {name} has {found.problem}")
+    return found
+
+
+def classifier(path: str, header: Header, theta: Tensor, anew: Anew) -> Classifier:
+    """The machine of a run of drivers/kernel.py with coefficients (n k,), for samples as they are stored.
+
+    Raises
+    ------
+    InputError
+        See :func:`samples_of`; a kernel in a file that is not trusted.
+    """
+    texts, attributes = options(header.attributes), header.attributes
+    if "inputs" not in attributes or len(header.parameters) != 1 or len(header.parameters[0].shape) != 2:
+        raise RunFileError(f"{path} does not describe a kernel machine")
+    name = texts.get("kernel", "")
+    if ":" in name and not anew.trust:
+        raise InputError(f"{path} names a program, '{name}': -trust runs what it names")
+    kernel = functions.named(name, float(attributes.get("width") or 1.0), int(texts.get("kernel_degree", "3")))
+    points = samples_of(path, header, anew).samples[domain_of(path).order]
+    module = KernelExpansion(kernel, torch.as_tensor(points), header.parameters[0].shape[1])
+    assign(path, header, module, theta)
+    return Classifier(module, Inputs.parsed(str(attributes["inputs"])))

@@ -47,7 +47,7 @@ exec((HERE / "ddml/version.py").read_text(), ABOUT)
 PETSC4PY = "petsc4py>=" + ".".join(map(str, ABOUT["PETSC4PY"]))
 
 # The programs of drivers/ that people start; in a wheel they are modules of ddml_drivers, behind console commands.
-PROGRAMS = ("pinn", "classify", "logistic", "plot", "predict", "export")
+PROGRAMS = ("pinn", "classify", "logistic", "kernel", "plot", "predict", "export")
 
 setup(
     name="ddml",

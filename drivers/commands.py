@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mpi4py.run import set_abort_status
 
-TRAINING = ("pinn", "classify", "logistic")  # what signals stop with a run file written
+TRAINING = ("pinn", "classify", "logistic", "kernel")  # what signals stop with a run file written
 
 
 def start(name: str) -> None:
@@ -28,6 +28,7 @@ def start(name: str) -> None:
 pinn = partial(start, "pinn")
 classify = partial(start, "classify")
 logistic = partial(start, "logistic")
+kernel = partial(start, "kernel")
 plot = partial(start, "plot")
 predict = partial(start, "predict")
 export = partial(start, "export")

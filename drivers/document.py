@@ -10,6 +10,7 @@ from mpi4py import MPI
 
 import classify
 import export
+import kernel
 import logistic
 import pinn
 import predict
@@ -48,6 +49,8 @@ def page() -> str:
     of_logistic = (*logistic.OPTIONS, *logistic.LIMITS)
     gone = ", ".join(f"`-{name}`" for name in _gone(of_classify, of_logistic))
     parts += ["## drivers/logistic.py", _and(of_logistic, of_classify, "drivers/classify.py", gone)]
+    of_kernel = table((*kernel.OPTIONS, *kernel.LIMITS))
+    parts += ["## drivers/kernel.py", "See [kernel machines](kernel_machines.md).", of_kernel]
     parts += ["## drivers/predict.py", OF_RUN_FILES, table(predict.OPTIONS, of_runs=False)]
     parts += ["## drivers/export.py", OF_RUN_FILES, table(export.OPTIONS, of_runs=False)]
     before: list[str] = []
@@ -67,7 +70,8 @@ def page() -> str:
         parts += [f"## -gn_pc_type python -gn_pc_python_type solvers.{pc.__name__}", "With `gn_` before them."]
         parts.append(table(pc.options))
     for kind in (KernelSchwarzPC, KernelNystromPC):
-        parts += [f"## solvers.{kind.__name__}", "Of [kernel machines](kernel_machines.md).", table(kind.options)]
+        name = f"## solvers.{kind.__name__}"
+        parts += [name, "Of [kernel machines](kernel_machines.md), also of `drivers/kernel.py`.", table(kind.options)]
     return "\n\n".join(parts) + "\n"
 
 

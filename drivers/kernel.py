@@ -17,7 +17,6 @@ if __name__ == "__main__":
 from common.program import run_program  # it initialises PETSc
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -40,7 +39,7 @@ from ddml.kernel_machines.cuts import PARTITIONERS, Array
 from ddml.kernel_machines.domain import DIRECTIONS
 from ddml.kernel_machines.rules import WIDTH, best_shift
 from ddml.kernel_machines.system import KernelSystem
-from ddml.options import EACH_START, NEVER, Option
+from ddml.options import NEVER, Option
 from ddml.parallel import agreed
 from ddml.plugins import blamed, load
 from ddml.runs import machines
@@ -151,7 +150,6 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> 
     )
     settings.samples = len(data.samples)
     start.stop.check(comm)
-    begin = time.perf_counter()
     wanted = targets(data.labels, len(data.inputs.classes))
     with agreed(comm):
         kernel = build_kernel(settings, data.samples)
@@ -167,17 +165,19 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> 
         tao.setPythonContext(context)
         tao.setSolution(x)
         tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
-        tao.setUp()
+        with tables.understood():
+            tao.setUp()
         measure = Test(data, system)
         limits.error_interval = limits.error_interval or measure.interval
         made = training.Conducted(comm, settings, start, system, tao, x, context, layout.tree.count)
         attributes = {
             "driver": "kernel", "network": f"kernel machine, {kernel!r}, lambda {shift:g}", "data": settings.data,
-            "problem": data.problem, "samples": settings.samples, "inputs": str(data.inputs), "width": settings.kernel_width or 0.0,
+            "problem": data.problem, "samples": settings.samples, "inputs": str(data.inputs),
+            "width": settings.kernel_width or 0.0,
         }  # fmt: skip
         return made.run(
             limits, attributes, measure, None, header(settings, data, operator, context), shown="accuracy",
-            more=context.columns, prepared=time.perf_counter() - begin,
+            more=context.columns,
         )  # fmt: skip
     finally:
         tao.destroy()

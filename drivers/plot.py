@@ -1,8 +1,8 @@
-"""Draw run files: python drivers/plot.py run.h5 [more.h5 ...] -o figure.png [-no_maps|-problem file.py:Class|-trust].
+"""Draw run files: plot.py run.h5 [more.h5 ...] -o figure.png [-no_maps|-trust|-problem file.py:Class|-data file].
 
 Convergence of all runs against work, critical work and time; for a PINN's first run file, unless
--no_maps is given, also the solution, the reference and the error; of a first run file with levels what these took, and
-of one with tiles how often the network of each is right.
+-no_maps is given, also the solution, the reference and the error; of a first run file with levels what these took, of
+one with tiles how often the network of each is right, and of a kernel machine its residual and its subdomains.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from ddml.data.tables import written
 from ddml.errors import InputError
 from ddml.problems import PDELoss
 from ddml.problems.pde.accuracy import reference
-from ddml.runs import figures, tile_figures
+from ddml.runs import figures, machine_figures, machines, tile_figures
 from ddml.runs.opened import OpenedRun, open_run
 from ddml.runs.progress import say
+from ddml.runs.rebuilt import Anew
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,8 +36,8 @@ def main(comm: MPI.Comm) -> int:
     parser.add_argument("runs", nargs="+", metavar="run.h5")
     parser.add_argument("-o", "--output", default="figure.png", help="figure to write; a .maps file goes beside it")
     parser.add_argument("-labels", nargs="*", default=None, help="names of the runs in the legend")
-    parser.add_argument("-no_maps", action="store_true", help="leave out the maps of the solution")
-    for option in ANEW[:2]:
+    parser.add_argument("-no_maps", action="store_true", help="leave out maps of the solution or of samples")
+    for option in ANEW[:3]:
         parser.add_argument(f"-{option.name}", help=option.help)
     parser.add_argument("-trust", action="store_true", help=ANEW[-1].help)
     arguments = parser.parse_args()
@@ -61,6 +62,12 @@ def main(comm: MPI.Comm) -> int:
         target = output.with_name(f"{output.stem}.tiles{output.suffix}")
         drawn[target] = figures.new_figure()
         tile_figures.local_accuracies(drawn[target], opened[0].local_accuracies())
+    if not arguments.no_maps and opened[0].attributes.get("driver") == machines.DRIVER:
+        target = output.with_name(f"{output.stem}.machine{output.suffix}")
+        drawn[target] = figures.new_figure()
+        anew = Anew(arguments.trust, data=arguments.data)
+        samples = machines.samples_of(opened[0].path, opened[0].header, anew).samples
+        machine_figures.machine(drawn[target], opened[0].history, samples, machines.domain_of(opened[0].path))
     if not arguments.no_maps and opened[0].attributes.get("driver") == "pinn":
         loss = opened[0].loss(trust=arguments.trust, problem=arguments.problem, network=arguments.network)
         drawn[output.with_name(f"{output.stem}.maps{output.suffix}")] = maps(opened[0], loss)

@@ -136,7 +136,7 @@ def classified(run: OpenedRun, settings: Any, suffix: str) -> Table:
             f"the data have samples of shape {samples.shape[1:]}, the network was trained for {module.shape}"
         )
     rows = max(min(BATCH, VALUES // math.prod(module.shape)), 1)
-    found = [module.probabilities(torch.from_numpy(samples[i : i + rows])) for i in range(0, len(samples), rows)]
+    found = [module.probabilities(torch.tensor(samples[i : i + rows])) for i in range(0, len(samples), rows)]
     chances, names = torch.cat(found).numpy(), np.array(module.classes)
     columns = {"class": names[chances.argmax(axis=1)]}
     if labels is not None:

@@ -1,8 +1,8 @@
 """Runs of a sweep, one a line of a file: python drivers/sweep.py options.txt [-table NAME].
 
-A line has what drivers/job.sbatch takes: pinn (the default), classify or logistic, and options, with blanks between
-them; empty lines and those that begin with # are no runs. Every line is checked as its driver would, up to the first
-evaluation. With -table, what the run files NAME_1.h5, NAME_2.h5, ... hold is printed instead, one row a line.
+A line has what drivers/job.sbatch takes: pinn (the default), classify, logistic or kernel, and options, with blanks
+between them; empty lines and those that begin with # are no runs. Every line is checked as its driver would, up to the
+first evaluation. With -table, what the run files NAME_1.h5, NAME_2.h5, ... hold is printed instead, one row a line.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 import classify
+import kernel
 import logistic
 import pinn
 from common.arguments import Parser
 from ddml.errors import InputError
 from ddml.runs.opened import open_run
 
-MAINS = {"pinn": pinn.main, "classify": classify.main, "logistic": logistic.main}
+MAINS = {"pinn": pinn.main, "classify": classify.main, "logistic": logistic.main, "kernel": kernel.main}
 COLUMNS = ("iteration", "loss", "error", "accuracy", "work", "time")
 SCRIPTS = ("output", "restart", "overwrite", "interrupted_code")  # what drivers/job.sbatch gives or works out
 

@@ -23,7 +23,7 @@ import ddml
 from ddml.version import refuse_old
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("ddml-pinn", "ddml-classify", "ddml-logistic", "ddml-plot", "ddml-predict", "ddml-export")
+COMMANDS = ("ddml-pinn", "ddml-classify", "ddml-logistic", "ddml-kernel", "ddml-plot", "ddml-predict", "ddml-export")
 MPIEXEC = ("mpiexec", "--oversubscribe", *(["--allow-run-as-root"] if os.getuid() == 0 else []))
 CONTAINERS = sorted((ROOT / "containers").iterdir())
 

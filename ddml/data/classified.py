@@ -16,7 +16,6 @@ from ddml.errors import InputError
 from ddml.parallel import agreed, check_memory
 
 from . import files, libsvm
-from .data_set import DataSet
 from .inputs import Inputs
 from .scaling import Scaling
 
@@ -140,19 +139,19 @@ def _of_libsvm(name: str, comm: MPI.Comm, count: int | None, test: str | None, b
                 )
             wanted = len(tables[0].labels) if count is None else count
             if wanted > len(tables[0].labels):
-                raise InputError(
-                    f"{wanted} training samples were asked for, {name} has {len(tables[0].labels)}"
-                )
-            others = np.setdiff1d(tables[1].labels, values) if test is not None else []
+                raise InputError(f"{wanted} training samples were asked for, {name} has {len(tables[0].labels)}")
+            others = np.setdiff1d(tables[-1].labels, values)
             if len(others):
                 raise InputError(f"test file {test} has the label {others[0]:g}, the training file has not")
         needed = 8 * sum(len(t.labels) * t.features for t in tables)
         check_memory(comm, needed, f"the samples of {name} on each rank", "take fewer ranks")
-        pairs = [(_dense(t.matrix(slice(0, n))), np.searchsorted(values, t.labels[:n]))
-                 for t, n in zip(tables, (wanted, *(len(t.labels) for t in tables[1:])), strict=True)]  # fmt: skip
+        pairs = [
+            (_dense(t.matrix(slice(0, n))), np.searchsorted(values, t.labels[:n]).astype(np.int64))
+            for t, n in zip(tables, (wanted, *(len(t.labels) for t in tables[1:])), strict=True)
+        ]
         inputs = Inputs((tables[0].features,), tuple(f"{v:g}" for v in values), "none", (0.0,), (1.0,))
         tested = pairs[1] if test is not None else (None, None)
-        return Classified(*pairs[0], *tested, inputs, repr(tables[0]))
+        return Classified(pairs[0][0], pairs[0][1], tested[0], tested[1], inputs, repr(tables[0]))
     finally:
         for table in tables:
             table.free()
@@ -167,5 +166,3 @@ def targets(labels: NDArray[np.int64], classes: int) -> Floats:
     if classes == 2:
         return np.where(labels == 1, 1.0, -1.0)[:, None]
     return np.asarray(np.eye(classes)[labels] - 1 / classes)
-
-

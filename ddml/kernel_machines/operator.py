@@ -60,8 +60,8 @@ class KernelOperator:
         (n, d), in the layout's order, :meth:`prepared`.
     block : int
         Samples in a block, at most.
-    kept : list of ndarray or None
-        This rank's rows of K, block by block, if all ranks keep theirs.
+    keeps : bool
+        Whether all ranks keep their rows of K.
     products : int
         Columns that A was multiplied with so far.
     """
@@ -91,17 +91,29 @@ class KernelOperator:
             self.block = self._block()
         self._inputs = self.samples.to(DTYPES[dtype])
         needed = self.row_bytes * (layout.end - layout.begin) + (TEMPORARIES - 1) * 8 * layout.size * self.block
-        self.kept: list[Values] | None = None
-        if layout.comm.allreduce(needed <= memory, MPI.LAND):
-            with agreed(layout.comm):
-                self.kept = [self._rows(piece, self._inputs) for piece in self.blocks()]
+        self.keeps = bool(layout.comm.allreduce(needed <= memory, MPI.LAND))
+        self._kept: list[Values] | None = None
 
     def __repr__(self) -> str:
-        where = "kept" if self.kept else f"computed in each product by blocks of {self.block}"
+        where = "kept" if self.keeps else f"computed in each product by blocks of {self.block}"
         return (
             f"K + {self.shift:g} I of {self.layout.size} samples, kernel {self.kernel}: {where}, {self.dtype}, within "
             f"{self.memory:.3g} bytes a rank"
         )
+
+    @property
+    def kept(self) -> list[Values] | None:
+        """This rank's rows of K, block by block, if all ranks keep theirs: computed when first asked for. Collective.
+
+        Raises
+        ------
+        InputError
+            On all ranks, if the kernel gives anything that it must not.
+        """
+        if self.keeps and self._kept is None:
+            with agreed(self.layout.comm):
+                self._kept = [self._rows(piece, self._inputs) for piece in self.blocks()]
+        return self._kept
 
     def prepared(self, samples: Any) -> torch.Tensor:
         """Other samples (m, ...) as the kernel is to get them: a table in float64, moved where that changes nothing.
@@ -173,11 +185,11 @@ class KernelOperator:
         if not len(places):
             return product
         some, given = self._inputs[places], V.astype(self.dtype)
-        begin = self.layout.begin
+        begin, kept = self.layout.begin, self.kept
         with agreed(self.layout.comm):
             for number, block in enumerate(self.blocks()):
                 mine = self._inputs[begin + block.start : begin + block.stop]
-                rows = self.kernel(mine, some).numpy() if self.kept is None else self.kept[number][:, places]
+                rows = self.kernel(mine, some).numpy() if kept is None else kept[number][:, places]
                 product[block] = rows @ given
         inside = (places >= begin) & (places < self.layout.end)
         product[places[inside] - begin] += self.shift * V[inside]

@@ -47,7 +47,7 @@ class Coefficients:
 
     @property
     def size(self) -> int:
-        """n k."""
+        """How many there are."""
         return self.parameters[0].size
 
 
@@ -106,7 +106,7 @@ class KernelSystem:
         return torch.from_numpy(self.operator.layout.everywhere(self.operator.layout.matrix(x)).flatten())
 
     def by_sample(self, theta: torch.Tensor) -> Array:
-        """alpha (n, k) by sample, of :meth:`parameters`."""
+        """The coefficients (n, k) by sample, of what :meth:`parameters` gave."""
         found: Array = theta.numpy().reshape(self.operator.layout.size, self.columns)[self.operator.layout.places]
         return found
 
@@ -122,7 +122,7 @@ class KernelSystem:
     def product(self, columns: int) -> Operations:
         """Of a product of A with so many columns."""
         n, d = self.operator.samples.shape
-        total = n * n * (columns + (0.0 if self.operator.kept else d))
+        total = n * n * (columns + (0.0 if self.operator.keeps else d))
         return Operations(total, total * self.largest)
 
     def charge(self, spent: Operations, products: int = 0, received: float = 0.0) -> None:

@@ -21,7 +21,12 @@ COLUMNS = (
     "accuracy",
 )
 
-UNITS = {"time": "s", "work": "full gradients", "work_critical": "full gradients", "communication": "numbers"}  # of columns that have one
+UNITS = {  # of columns that have one
+    "time": "s",
+    "work": "full gradients",
+    "work_critical": "full gradients",
+    "communication": "numbers",
+}
 
 MOST_LEVELS = 10  # of a hierarchy, that have a column (our choice)
 WORK_OF_LEVELS = tuple(f"work_level_{number}" for number in range(MOST_LEVELS))

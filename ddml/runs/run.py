@@ -58,8 +58,6 @@ class Run:
         Whether a restart goes on with the samples of the run file, where they move, or begins with those at hand.
     more
         What every row of the history has besides, behind an iteration.
-    prepared
-        Seconds that have gone into what is minimised, and count.
 
     Attributes
     ----------
@@ -94,7 +92,6 @@ class Run:
         solver: ResumableSolver | None,
         same_samples: bool = True,
         more: Callable[[], Mapping[str, float]] = dict,
-        prepared: float = 0.0,
     ) -> None:
         self.objective, self.tao, self.x, self.comm = objective, tao, x, objective.comm
         self.measure, self.moving, self.shown, self.solver, self.more = measure, moving, shown, solver, more
@@ -107,7 +104,7 @@ class Run:
             self.board = Board(settings.tensorboard if self.comm.rank == 0 else None)
         self.checkpoints = Checkpoints(objective, solver, moving, settings, attributes)
         begin = self.checkpoints.restore(x, same_samples)
-        self.history, self.before = begin.history, begin.seconds + prepared
+        self.history, self.before = begin.history, begin.seconds
         self.first_iteration, self.offset = begin.iteration, begin.offset
         self.notes = [*(solver.notes if solver is not None else ()), *begin.notes]
         self.last = x.duplicate()

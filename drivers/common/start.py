@@ -109,8 +109,8 @@ def started(
     """A driver's settings, the limits of its run and what else it begins with, for the block that runs. Collective.
 
     Options come from where PETSc looks for them, and behind ``-restart`` from the run file
-    (:mod:`ddml.runs.restart`), where ``options_of`` says which are a solver's; torch's threads are set. Within the block signals ask the run to stop, and nobody else
-    can begin with the same run file.
+    (:mod:`ddml.runs.restart`), where ``options_of`` says which are a solver's; torch's threads are set. Within the
+    block signals ask the run to stop, and nobody else can begin with the same run file.
 
     Raises
     ------

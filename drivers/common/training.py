@@ -138,13 +138,12 @@ class Conducted:
         closing: Callable[[ddml.runs.run.Run], Iterable[str]] = lambda _: (),
         shown: str = "error",
         more: Callable[[], Mapping[str, float]] = dict,
-        prepared: float = 0.0,
     ) -> int:
         """Run to the end; the exit code. Collective.
 
-        ``limits``, ``measure``, ``moving``, ``shown``, ``more`` and ``prepared`` are those of
-        :class:`ddml.runs.run.Run`; ``attributes`` of the run file come beside those that every driver writes, and
-        ``closing`` gives what is printed behind the summary.
+        ``limits``, ``measure``, ``moving``, ``shown`` and ``more`` are those of :class:`ddml.runs.run.Run`;
+        ``attributes`` of the run file come beside those that every driver writes, and ``closing`` gives what is
+        printed behind the summary.
 
         Raises
         ------
@@ -159,7 +158,7 @@ class Conducted:
         in_force, attributes = described(settings, limits, self.start, {**sums, **attributes})
         run = ddml.runs.run.Run(
             self.objective, self.tao, self.x, limits, attributes, measure, moving, shown,
-            solver=self.solver, same_samples=restart.same_samples, more=more, prepared=prepared,
+            solver=self.solver, same_samples=restart.same_samples, more=more,
         )  # fmt: skip
         lines = [header, *self.start.elsewhere()]
         lines += [

@@ -109,6 +109,8 @@ def fit_kernel(
     left, history, iterations = np.empty_like(mine), [np.empty(0)], 0
     groups = [slice(0, columns)] if together else [slice(j, j + 1) for j in range(columns)]
     with krylov(operator, columns if together else 1, preconditioner, prefix, options) as ksp:
+        with understood():
+            ksp.setUp()
         rtol, converged = ksp.getTolerances()[0], True
         for group in groups:
             found[:, group], left[:, group], count, seen = _solved(ksp, operator, mine[:, group], found[:, group], rtol)
@@ -181,7 +183,7 @@ def _solved(
 def krylov(
     operator: KernelOperator, columns: int, name: str | KernelPreconditioner, prefix: str, options: dict[str, Any]
 ) -> Iterator[PETSc.KSP]:
-    """PETSc's solver of the columns' system, set up, with its preconditioner; destroyed at the end. Collective.
+    """PETSc's solver of the columns' system, with its preconditioner, not set up; destroyed at the end. Collective.
 
     Errors as of :func:`fit_kernel`.
     """
@@ -210,8 +212,6 @@ def krylov(
         if context is not None and not context.symmetric and ksp.getType() in SYMMETRIC_ONLY:
             raise InputError(f"-{prefix}ksp_type {ksp.getType()} needs a symmetric preconditioner: use gmres or fgmres")
         ksp.setConvergenceHistory(min(ksp.getTolerances()[3], REMEMBERED) + 1)
-        with understood():
-            ksp.setUp()
         yield ksp
     finally:
         ksp.destroy()

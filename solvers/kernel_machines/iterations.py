@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -57,13 +58,17 @@ class KernelIterations(Owner, ABC):
         self.vectors: dict[str, PETSc.Vec] = {}
 
     def setUp(self, tao: PETSc.TAO) -> None:
-        """Build what the method needs. Collective."""
+        """Read options and make vectors: whatever is wrong is to be known before :meth:`solve` builds. Collective."""
         with self.building():
             self.vectors = {name: self.own(self.system.vector()) for name in self.saved}
-            self.prepare()
+            self.configure()
+
+    def configure(self) -> None:
+        """Read the method's options. Collective."""
+        return
 
     def prepare(self) -> None:
-        """Build what else the method needs, and charge it. Collective."""
+        """Build what the method needs, and charge it. Collective."""
         return
 
     @abstractmethod
@@ -117,6 +122,8 @@ class KernelIterations(Owner, ABC):
     def solve(self, tao: PETSc.TAO) -> None:
         """Iterate. Collective."""
         x = tao.getSolution()
+        with self.system.work.unpaid() if self.resumes else nullcontext():
+            self.prepare()
         if self.resumes:
             tao.setIterationNumber(self.iteration)
             self.resumes, going = False, tao.getMaximumIterations() > self.iteration

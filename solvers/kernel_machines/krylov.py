@@ -7,7 +7,7 @@ from typing import Any
 
 from petsc4py import PETSc
 
-from ddml.kernel_machines.system import KernelSystem, Operations
+from ddml.kernel_machines.system import KernelSystem
 from ddml.options import understood
 
 from .fit import krylov
@@ -39,8 +39,8 @@ class KrylovIterations(KernelIterations):
         super().__init__(system, rtol)
         self.preconditioner, self.prefix = preconditioner, prefix
 
-    def prepare(self) -> None:
-        """See :meth:`KernelIterations.prepare`."""
+    def configure(self) -> None:
+        """See :meth:`KernelIterations.configure`."""
         stack = ExitStack()
         options = {"ksp_rtol": self.rtol}
         opened = krylov(self.operator, self.system.columns, self.preconditioner, self.prefix, options)
@@ -49,6 +49,11 @@ class KrylovIterations(KernelIterations):
         self.rtol = self.ksp.getTolerances()[0]
         pc = self.ksp.getPC()
         self.context: KernelPreconditioner | None = pc.getPythonContext() if pc.getType() == "python" else None
+
+    def prepare(self) -> None:
+        """See :meth:`KernelIterations.prepare`."""
+        with understood():
+            self.ksp.setUp()
         if self.context is not None:
             self.system.charge(self.context.set_up_operations())
 
@@ -88,7 +93,6 @@ class ConjugateGradients(KrylovIterations):
     def begin(self, x: PETSc.Vec) -> None:
         """See :meth:`KernelIterations.begin`."""
         self.base, self.product = self.size, 0.0
-        self._turn()
 
     def _turn(self) -> None:
         """The next direction, from the residual."""
@@ -108,6 +112,8 @@ class ConjugateGradients(KrylovIterations):
     def iterate(self, x: PETSc.Vec) -> float:
         """See :meth:`KernelIterations.iterate`."""
         left, direction = self.vectors["left"], self.vectors["direction"]
+        if not self.product:
+            self._turn()
         image = direction.duplicate()
         with image as array:
             array[:] = self.operator.multiply(self.mine("direction")).ravel()
@@ -130,7 +136,7 @@ class ConjugateGradients(KrylovIterations):
                 self.reason = NO_GAIN
             else:
                 self.base, self.product = self.size, 0.0
-        if not self.reason:
+        elif not self.reason:
             self._turn()
         return float(step)
 
@@ -141,9 +147,8 @@ class ConjugateGradients(KrylovIterations):
     def take_state(self, state: dict[str, Any]) -> None:
         """See :meth:`KernelIterations.take_state`."""
         self.base, self.product = float(state["base"]), float(state["product"])
-        if state["reason"] and state["size"] > self.rtol * self.system.scale:  # the tolerance has become smaller
+        if state["reason"]:  # the tolerance has become smaller, or nothing is left to do
             self.base, self.product = state["size"], 0.0
-            self._turn()
 
 
 class KrylovCycles(KrylovIterations):
@@ -153,9 +158,9 @@ class KrylovCycles(KrylovIterations):
     that the next one needs. ``-ksp_max_it`` says how many iterations a cycle has.
     """
 
-    def prepare(self) -> None:
-        """See :meth:`KernelIterations.prepare`."""
-        super().prepare()
+    def configure(self) -> None:
+        """See :meth:`KernelIterations.configure`."""
+        super().configure()
         asked = PETSc.Options().hasName(f"{self.prefix}ksp_max_it")
         self.cycle = self.ksp.getTolerances()[3] if asked else CYCLE
         self.y = self.own(self.system.vector())

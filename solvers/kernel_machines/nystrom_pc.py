@@ -42,7 +42,7 @@ class KernelNystromPC(KernelPreconditioner):
     def set_up_operations(self) -> Operations:
         """See :meth:`KernelPreconditioner.set_up_operations`."""
         n, rank = self.layout.size, self.basis.shape[1]
-        d = self.operator.samples.shape[1] if self.operator is not None and not self.operator.kept else 0
+        d = self.operator.samples.shape[1] if self.operator is not None and not self.operator.keeps else 0
         share = max(map(len, self.layout.domain.cores)) / n
         product, small = float(n * n * (rank + d)), float(3 * n * rank**2)
         return Operations(product + small, product * share + small)

@@ -136,7 +136,7 @@ class KernelSchwarzPC(KernelPreconditioner):
         if self.settings.coarse == "woodbury":
             return found + self.local.operations(rank)
         n = self.layout.size
-        image = float(n * rank * (n + (0 if operator.kept else d)))
+        image = float(n * rank * (n + (0 if operator.keeps else d)))
         return found + Operations(image, image * max(map(len, domain.cores)) / n)
 
     def operations(self, columns: int) -> Operations:

@@ -92,7 +92,7 @@ class ExchangeInTurn(KernelIterations):
     def _charge(self, columns: int) -> None:
         """Subdomains one after another: the critical path has all of their solves, and a share of what they change."""
         n, share = self.operator.layout.size, self.system.largest
-        d = 0 if self.operator.kept else self.operator.samples.shape[1]
+        d = 0 if self.operator.keeps else self.operator.samples.shape[1]
         sizes = [len(wide) for wide in self.operator.layout.domain.sets]
         solves = float(sum(size**2 * columns for size in sizes))
         columns_of = float(sum(n * size * (columns + d) for size in sizes))

@@ -16,13 +16,14 @@ from ddml.errors import InputError
 sys.path.insert(0, str(ROOT / "drivers"))
 import classify
 import export
+import kernel
 import logistic
 import pinn
 import plot
 import predict
 import sweep
 
-MAIN = {"pinn": pinn.main, "classify": classify.main, "logistic": logistic.main}
+MAIN = {"pinn": pinn.main, "classify": classify.main, "logistic": logistic.main, "kernel": kernel.main}
 # without options of PETSc
 OF_RUN_FILES = {"plot": plot.main, "predict": predict.main, "export": export.main, "sweep": sweep.main}
 

@@ -184,7 +184,7 @@ def test_a_users_kernel_that_cannot_be_one_is_refused_on_all_ranks(comm: MPI.Com
     function, words = BAD[name]
     layout = SampleLayout(SampleDomain.by_tree(CLOUD, 4), comm)
     with pytest.raises(InputError, match=words):
-        KernelOperator(users(function, "mine.py:k"), CLOUD, 0.3, layout)
+        _ = KernelOperator(users(function, "mine.py:k"), CLOUD, 0.3, layout).kept
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,9 @@ def dense(width: float, shift: float, count: int) -> tuple[np.ndarray, float]:
     ],
     ids=str,
 )  # fmt: skip
-def test_the_machine_is_that_of_a_dense_solution(options: tuple[object, ...], comm: MPI.Comm, shared_tmp: Path) -> None:
+def test_the_machine_is_that_of_a_dense_solution_on_any_number_of_ranks(
+    options: tuple[object, ...], comm: MPI.Comm, shared_tmp: Path
+) -> None:
     path = shared_tmp / "run.h5"
     given = ("-kernel_width", 1.2, "-lambda", 0.3, "-rtol", 1e-11, "-max_it", 5000)
     assert call("kernel", *RUN, *given, *options, "-output", path) == 0

@@ -228,7 +228,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_wrong_is_named_in_one_line(name: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_is_wrong_is_named_in_one_line_on_all_ranks(
+    name: str, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     options, words = BAD[name]
     files = {path.name for path in folder.iterdir()}
     given = [f"{folder}/{word}" if str(word).partition(":")[0] in files else str(word) for word in options]

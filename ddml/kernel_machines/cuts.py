@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,18 +74,18 @@ def tree(samples: Array, count: int, overlap: float, axis: Callable[[Array], Arr
         raise InputError(f"a tree cuts in two: the number of subdomains must be {below} or {2 * below}, got {count}")
     everything = np.arange(len(samples))
     # any direction: it puts equal samples side by side where other values are equal, too
-    second = _steps(samples @ np.random.default_rng(0).standard_normal(samples.shape[1]))
+    second = steps(samples @ np.random.default_rng(0).standard_normal(samples.shape[1]))
     parts = [(everything, everything)]
     while len(parts) < count:
         parts = [
             half
             for core, wide in parts
-            for half in _halves(core, wide, _steps(samples[wide] @ axis(samples[core])[:, 0]), second[wide], overlap)
+            for half in _halves(core, wide, steps(samples[wide] @ axis(samples[core])[:, 0]), second[wide], overlap)
         ]
     return parts
 
 
-def _steps(values: Array) -> Array:
+def steps(values: Array) -> Array:
     """Values without their last digits, so that those of equal samples are equal."""
     return np.round(values * (1e9 / (np.abs(values).max() or 1.0)))
 
@@ -113,12 +114,19 @@ def _halves(core: Numbers, wide: Numbers, first: Array, second: Array, overlap: 
     return [(low, np.sort(left)), (high, np.sort(right))]
 
 
-def boxes(samples: Array, parts: Sequence[int], overlap: float) -> Parts:
-    """Boxes of equal size over the first principal directions of samples (n, d), as many along each as ``parts`` says.
+@dataclass(frozen=True)
+class Grid:
+    """How many boxes there are along each of some directions (d, k); the last one counts fastest."""
 
-    The last direction counts fastest. The overlap is a share of a box's side, on each side. A box may be empty.
+    parts: tuple[int, ...]
+    axes: Array
+
+
+def boxes(values: Array, parts: Sequence[int], overlap: float) -> Parts:
+    """Boxes of equal size over all coordinates of values (n, k), as many along each as ``parts`` says.
+
+    The last coordinate counts fastest. The overlap is a share of a box's side, on each side. A box may be empty.
     """
-    values = samples @ principal_directions(samples, len(parts))
     low, high = values.min(axis=0), values.max(axis=0)
     side = np.where(high > low, high - low, 1.0) / np.array(parts)
     scaled = (values - low) / side

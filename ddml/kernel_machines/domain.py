@@ -16,7 +16,7 @@ import numpy as np
 
 from ddml.errors import InputError
 
-from .cuts import Array, Numbers, boxes, partition, principal_directions, tree, widest_coordinate
+from .cuts import Array, Grid, Numbers, boxes, partition, principal_directions, tree, widest_coordinate
 
 DIRECTIONS = {"principal": principal_directions, "coordinate": widest_coordinate}
 
@@ -36,6 +36,10 @@ class SampleDomain:
         All samples of each, its core among them (default: the cores).
     origin
         How they were cut, in words.
+    grid
+        The boxes that the subdomains are or were, if they are any.
+    share
+        How many samples sets are meant to have beyond their cores, over those of the cores (default: what they have).
 
     Raises
     ------
@@ -49,9 +53,15 @@ class SampleDomain:
     """
 
     def __init__(
-        self, size: int, cores: Sequence[Any], sets: Sequence[Any] | None = None, origin: str = "given"
+        self,
+        size: int,
+        cores: Sequence[Any],
+        sets: Sequence[Any] | None = None,
+        origin: str = "given",
+        grid: Grid | None = None,
+        share: float | None = None,
     ) -> None:
-        self.size, self.origin = size, origin
+        self.size, self.origin, self.grid = size, origin, grid
         self.cores = [_numbers(core, size) for core in cores]
         self.sets = self.cores if sets is None else [_numbers(wide, size) for wide in sets]
         if len(self.sets) != len(self.cores):
@@ -63,6 +73,7 @@ class SampleDomain:
         for i, (core, wide) in enumerate(zip(self.cores, self.sets, strict=True)):
             if not np.isin(core, wide).all():
                 raise InputError(f"the set of subdomain {i} does not have all samples of its core")
+        self.share = sum(map(len, self.sets)) / size - 1 if share is None else share
 
     @classmethod
     def by_tree(cls, samples: Any, count: int, overlap: float = 0.1, directions: str = "principal") -> SampleDomain:
@@ -116,8 +127,9 @@ class SampleDomain:
         if not 1 <= len(parts) <= points.shape[1] or any(part < 1 for part in parts):
             raise InputError(f"boxes need 1 to {points.shape[1]} numbers of 1 or more, as in 4,4; got {tuple(parts)}")
         words = f"{'x'.join(map(str, parts))} boxes over principal directions, overlap {overlap:g}"
-        cores, sets = zip(*boxes(points, parts, overlap), strict=True)
-        return cls(len(points), cores, sets, words)
+        grid = Grid(tuple(parts), principal_directions(points, len(parts)))
+        cores, sets = zip(*boxes(points @ grid.axes, parts, overlap), strict=True)
+        return cls(len(points), cores, sets, words, grid)
 
     @classmethod
     def of_labels(cls, labels: Any, origin: str = "given") -> SampleDomain:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from petsc4py import PETSc
 from ddml.errors import InputError
 from ddml.layout import ONE_BY_ONE
 from ddml.options import preset
-from ddml.parallel import split
+from ddml.parallel import agreed, split
 from ddml.summation import Tree, fix_order, leaves
 from ddml.vectors import vector
 
@@ -36,11 +38,14 @@ class SampleLayout:
         What is laid out.
     comm
         Ranks that share it.
+    shares
+        How many of the samples each rank is to have, relative to the others, 0 or more: by its speed
+        (:class:`~ddml.kernel_machines.speeds.Speeds`). Alike by default.
 
     Raises
     ------
     InputError
-        If ranks have cut the samples differently.
+        If ranks have cut the samples differently, or shares are not one for each rank, or not finite.
 
     Attributes
     ----------
@@ -58,14 +63,15 @@ class SampleLayout:
         The subdomains on this rank.
     """
 
-    def __init__(self, domain: SampleDomain, comm: MPI.Comm) -> None:
+    def __init__(self, domain: SampleDomain, comm: MPI.Comm, shares: Sequence[float] | None = None) -> None:
         self.domain, self.comm, self.size = domain, comm, domain.size
         checksum = zlib.crc32(np.concatenate([domain.order, *domain.sets]).tobytes())
         if len(set(comm.allgather(checksum))) > 1:
             raise InputError("the ranks have cut the samples differently: cut on one of them and broadcast")
+        _check_shares(comm, shares)
         count = leaves(self.size, UNIT)
         self.edges = split(self.size, count)
-        self.tree = Tree(count, comm.size)
+        self.tree = Tree(count, comm.size, shares)
         self.ranges = [self.edges[unit] for unit in self.tree.edges]
         self.begin, self.end = self.ranges[comm.rank : comm.rank + 2]
         self.rows = domain.order[self.begin : self.end]
@@ -126,3 +132,12 @@ class SampleLayout:
         """This rank's rows of X W, of those of X (n, k) and W (k, m)."""
         parts = [X[self.piece(unit)] @ weights for unit in self.units]
         return np.concatenate([np.empty((0, weights.shape[1])), *parts])
+
+
+def _check_shares(comm: MPI.Comm, shares: Sequence[float] | None) -> None:
+    with agreed(comm):
+        given = None if shares is None else [float(share) for share in shares]
+        if given is not None and not (len(given) == comm.size and min(given) >= 0 and 0 < sum(given) < math.inf):
+            raise InputError(f"{comm.size} ranks need a share of the samples each, 0 or more, not all 0; got {given}")
+    if any(other != given for other in comm.allgather(given)):
+        raise InputError("the ranks were given different shares of the samples: gather them on all of them")

@@ -61,6 +61,7 @@ setup(
     packages=[
         *find_packages(include=["ddml", "ddml.*", "solvers", "solvers.*"]),
         "ddml_drivers.common",
+        "ddml_drivers.kernel_machines",
         "ddml_drivers.tiled",
     ],
     package_dir={"ddml_drivers": "drivers"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,10 @@ class Classified:
     test_labels: NDArray[np.int64] | None
     inputs: Inputs
     origin: str
+
+    def first(self, count: int) -> Classified:
+        """Only the first so many training samples."""
+        return replace(self, samples=self.samples[:count], labels=self.labels[:count])
 
     @property
     def problem(self) -> str:
@@ -104,6 +108,39 @@ def load(
     if len(np.unique(found.labels)) < 2:
         raise InputError(f"the {len(found.labels)} samples of {name} are of one class: there is nothing to tell apart")
     return found
+
+
+def joined(first: Classified, name: str, comm: MPI.Comm, base: str = "auto") -> Classified:
+    """Samples with those of other data behind them, which are scaled as they are. Collective on ``comm``.
+
+    Parameters
+    ----------
+    first
+        What there is.
+    name, base
+        As for :func:`load`; its samples to test with are left out.
+
+    Raises
+    ------
+    InputError
+        On all ranks: what :func:`load` refuses; samples of another shape or of other classes.
+    """
+    other = load(name, comm, None, "none", None, base)
+    inputs = first.inputs
+    unknown = [name for name in other.inputs.classes if name not in inputs.classes]
+    if other.inputs.shape != inputs.shape or unknown:
+        has = f"samples of shape {other.inputs.shape}" if not unknown else f"the class {unknown[0]}"
+        raise InputError(
+            f"{name} has {has}; those before it have shape {inputs.shape} and classes {', '.join(inputs.classes)}"
+        )
+    shift, scale = (np.reshape(values, (1, -1, 1)) for values in (inputs.shift, inputs.scale))
+    values = other.samples.reshape(len(other.samples), inputs.shape[0], -1)
+    scaled = ((values - shift) / scale).reshape(len(values), -1)
+    numbers = np.array([inputs.classes.index(name) for name in other.inputs.classes])
+    return replace(
+        first, samples=np.concatenate([first.samples, scaled]),
+        labels=np.concatenate([first.labels, numbers[other.labels]]), origin=f"{first.origin}; {other.origin}",
+    )  # fmt: skip
 
 
 def _of_set(name: str, comm: MPI.Comm, count: int | None, scaling: str) -> Classified:

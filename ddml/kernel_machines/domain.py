@@ -163,8 +163,10 @@ class SampleDomain:
 
     def state(self) -> dict[str, Any]:
         """What :meth:`restored` makes the same domain of: kinds that :mod:`ddml.states` can write."""
+        grid = self.grid
         return {
-            "origin": self.origin,
+            "origin": self.origin, "share": float(self.share), "parts": list(grid.parts) if grid else [],
+            "axes": grid.axes if grid else np.zeros((0, 0)),
             "core_sizes": np.array([len(core) for core in self.cores], np.int64), "cores": self.order,
             "set_sizes": np.array([len(wide) for wide in self.sets], np.int64), "sets": np.concatenate(self.sets),
         }  # fmt: skip
@@ -181,7 +183,8 @@ class SampleDomain:
         cores, sets = (
             np.split(np.asarray(state[f"{name}s"]), np.cumsum(state[f"{name}_sizes"])[:-1]) for name in ("core", "set")
         )
-        return cls(len(state["cores"]), cores, sets, str(state["origin"]))
+        grid = Grid(tuple(state["parts"]), state["axes"]) if state["parts"] else None
+        return cls(len(state["cores"]), cores, sets, str(state["origin"]), grid, float(state["share"]))
 
     @cached_property
     def order(self) -> Numbers:

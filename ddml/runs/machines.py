@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from mpi4py import MPI
+from numpy.typing import NDArray
+from petsc4py import PETSc
 from torch import Tensor
 
 from ddml.data import classified
@@ -14,6 +17,7 @@ from ddml.errors import InputError, RunFileError
 from ddml.kernel_machines import functions
 from ddml.kernel_machines.domain import SampleDomain
 from ddml.kernel_machines.expansion import KernelExpansion
+from ddml.kernel_machines.shapes import carried
 from ddml.layout import ParameterLayout
 from ddml.parameters import parameter_table
 from ddml.problems.classification import Classifier
@@ -34,8 +38,7 @@ def domain_of(path: str) -> SampleDomain:
     InputError
         A file that is missing, foreign or damaged, or does not say it.
     """
-    header = run_file.inspect(path, MPI.COMM_SELF)
-    x = ParameterLayout(parameter_table([(p.name, p.shape) for p in header.parameters]), MPI.COMM_SELF).vector()
+    x = _vector(path)
     try:
         state: dict[str, Any] = run_file.read(path, x)[0]
         for vec in vectors_in(state, "state", x).values():
@@ -48,6 +51,31 @@ def domain_of(path: str) -> SampleDomain:
         raise RunFileError(f"{path} does not say how its samples were cut") from error
 
 
+def coefficients_of(path: str, size: int) -> NDArray[np.float64]:
+    """The coefficients (size, k), by sample, of a run of drivers/kernel.py, 0 for samples behind its own.
+
+    Raises
+    ------
+    InputError
+        See :func:`domain_of`.
+    """
+    domain, x = domain_of(path), _vector(path)
+    try:
+        run_file.read(path, x, with_state=False)
+        theta = x.array_r.reshape(domain.size, -1)
+        found = np.empty_like(theta)
+        found[domain.order] = theta
+        return carried(found, size)
+    finally:
+        x.destroy()
+
+
+def _vector(path: str) -> PETSc.Vec:
+    """A vector for the coefficients of a run file, on this process."""
+    header = run_file.inspect(path, MPI.COMM_SELF)
+    return ParameterLayout(parameter_table([(p.name, p.shape) for p in header.parameters]), MPI.COMM_SELF).vector()
+
+
 def samples_of(path: str, header: Header, anew: Anew) -> classified.Classified:
     """The samples that a run of drivers/kernel.py was trained on, read again; nothing is collective.
 
@@ -57,13 +85,16 @@ def samples_of(path: str, header: Header, anew: Anew) -> classified.Classified:
         Data that are not trusted, cannot be read, or are others than those of the run.
     """
     texts = options(header.attributes)
-    name = chosen(path, "data", str(header.attributes.get("data")), anew.data, anew)
+    name = chosen(path, "data", texts.get("data", ""), anew.data, anew)
     try:
         count = int(str(header.attributes["samples"]))
         scaling, base = texts["scaling"], texts["index_base"]
     except (LookupError, ValueError) as error:
         raise RunFileError(f"{path} does not say what its samples were") from error
-    found = classified.load(name, MPI.COMM_SELF, count, scaling, base=base)
+    later = texts.get("later", "None")
+    found = classified.load(name, MPI.COMM_SELF, None if later != "None" else count, scaling, base=base)
+    if later != "None":
+        found = classified.joined(found, chosen(path, "later", later, None, anew), MPI.COMM_SELF, base)
     if found.problem != header.attributes.get("problem"):
         raise InputError(f"{path} was written for {header.attributes.get('problem')}, {name} has {found.problem}")
     return found

@@ -196,6 +196,49 @@ def test_equal_samples_need_a_lambda(folder: Path) -> None:
     assert "not positive definite to rounding with lambda 0" in refusal("kernel", *words, "-lambda", 0)
 
 
+@pytest.mark.ranks
+def test_samples_that_come_later_are_balanced_and_the_machine_goes_on_on_any_number_of_ranks(
+    folder: Path, comm: MPI.Comm, shared_tmp: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ("-data", "digits", "-subdomains", "4x2", "-progress", "none", "-kernel_width", 1.2, "-lambda", 0.3)
+    grown, whole = shared_tmp / "grown.h5", shared_tmp / "whole.h5"
+    assert call("kernel", *words, "-samples", 500, "-balance", 0.98, "-output", shared_tmp / "then.h5") == 0
+    assert call("kernel", *words, "-samples", 600, "-output", whole) == 0
+    capfd.readouterr()
+    kept = (*words[:6], "-samples", 600, "-start", shared_tmp / "then.h5", "-rank_speeds", "-output", grown)
+    assert call("kernel", *kept) == 0
+    out = capfd.readouterr().out
+    assert comm.rank > 0 or ("100 samples have come since" in out and "samples in another subdomain" in out)
+    comm.barrier()
+    exact, _ = dense(1.2, 0.3, 600)
+    order = np.argsort(h5py.File(grown)["solver/solver/domain/cores"][:])
+    found = open_run(grown).theta.numpy().reshape(600, 10)[order]
+    assert np.linalg.norm(found - exact) < 1e-5 * np.linalg.norm(exact)
+    sizes = h5py.File(grown)["solver/solver/domain/core_sizes"][:]
+    assert sizes.min() >= 0.98 * sizes.max()
+    first, other = (content(path).history["residual"] for path in (grown, whole))
+    assert first[0] < 0.8 < other[0]
+    assert "do not begin with" in refusal("kernel", *words, "-samples", 400, "-start", shared_tmp / "then.h5")
+    assert "has the class" in refusal("kernel", *words, "-later", folder / "two")
+    comm.barrier()
+
+
+@pytest.mark.skipif(MPI.COMM_WORLD.size > 1, reason="one rank is enough")
+def test_a_second_file_is_as_if_the_first_one_had_its_samples(folder: Path, tmp_path: Path) -> None:
+    lines = (folder / "two").read_text().splitlines(keepends=True)
+    (tmp_path / "a").write_text("".join(lines[:40]))
+    (tmp_path / "b").write_text("".join(lines[40:]))
+    words = ("-kernel_width", 2, "-lambda", 0.1, "-progress", "none")
+    for name, data in (("whole", (folder / "two",)), ("parts", (tmp_path / "a", "-later", tmp_path / "b"))):
+        assert call("kernel", "-data", *data, *words, "-output", tmp_path / f"{name}.h5") == 0
+    assert_same(tmp_path / "whole.h5", tmp_path / "parts.h5")
+    run = open_run(tmp_path / "parts.h5")
+    module = run.network(data=str(tmp_path / "a"), trust=True)
+    values = torch.tensor([[float(word.split(":")[1]) for word in line.split()[1:]] for line in lines])
+    signs = torch.tensor([float(line.split()[0]) for line in lines])
+    assert float((module(values).diff(dim=1)[:, 0].sign() == signs).double().mean()) > 0.95
+
+
 BAD = {
     "more subdomains than samples": (("-samples", 3, "-subdomains", 4), "can be cut into 1 to 3"),
     "no number of a tree": (("-subdomains", 3), "must be 2 or 4"),

@@ -1,0 +1,1 @@
+"""What drivers/kernel.py is made of."""

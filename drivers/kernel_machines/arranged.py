@@ -1,0 +1,103 @@
+"""How the samples of a run of drivers/kernel.py are arranged: cut, taken over, grown, balanced."""
+
+from __future__ import annotations
+
+from common import training  # noqa: F401  # first: it initialises PETSc
+
+import math
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from ddml.data.classified import Classified
+from ddml.errors import InputError
+from ddml.kernel_machines import SampleDomain
+from ddml.kernel_machines.balance import balanced
+from ddml.kernel_machines.cuts import Array
+from ddml.kernel_machines.domain import DIRECTIONS
+from ddml.kernel_machines.shapes import grown
+from ddml.plugins import blamed, load
+from ddml.runs import machines, run_file
+from ddml.runs.rebuilt import options
+
+from .options import BALANCE, CORE, MOST, OPTIONS
+
+
+def take_over(settings: Any) -> None:
+    """Put width and lambda of the machine to start with into the settings, where they leave them open."""
+    then = options(run_file.inspect(settings.start, MPI.COMM_SELF).attributes)
+    for name in ("kernel_width", "lambda"):
+        if vars(settings)[name] is None and then.get(name, "None") != "None":
+            vars(settings)[name] = next(o for o in OPTIONS if o.name == name).parse(then[name])
+
+
+def arranged(settings: Any, data: Classified, restart: str | None) -> tuple[SampleDomain, list[str]]:
+    """The subdomains of a run, as they are in its file, have grown or are cut anew, balanced; and what to know of them.
+
+    Raises
+    ------
+    InputError
+        See :func:`cut`; a machine to start with of other samples.
+    """
+    if restart is not None:
+        return machines.domain_of(restart), []
+    notes, wanted = [], settings.balance
+    if settings.start is None:
+        domain = cut(settings, data.samples)
+    else:
+        before = machines.domain_of(settings.start)
+        then = run_file.inspect(settings.start, MPI.COMM_SELF).attributes
+        if before.size > len(data.samples) or data.first(before.size).problem != then.get("problem"):
+            raise InputError(
+                f"{settings.start} is a machine of {then.get('problem')}, which these {len(data.samples)} do not begin "
+                "with"
+            )
+        domain = grown(before, data.samples)
+        notes.append(f"{domain.size - before.size} samples have come since {settings.start}")
+        wanted = BALANCE if wanted is None else wanted
+    if wanted is not None:
+        costs = None
+        if settings.loads == "operations":
+            sizes = np.array([len(wide) for wide in domain.sets], np.float64)
+            costs = sizes**2 * (sizes / 6 + data.samples.shape[1])
+        found = balanced(domain, data.samples, costs, wanted=wanted)
+        domain = found.domain
+        notes.append(repr(found))
+    return domain, notes
+
+
+def cut(settings: Any, samples: Array) -> SampleDomain:
+    """The subdomains that the settings ask for.
+
+    Raises
+    ------
+    InputError
+        Numbers and cuts that there are not, or do not go together.
+    """
+    n, text = len(samples), settings.subdomains
+    count = min(1 << max(int(math.log2(n / CORE)), 0), MOST) if n >= CORE else 1
+    parts = [count] if text is None else numbers(text)
+    how = settings.cut or ("boxes" if len(parts) > 1 else "principal")
+    if len(parts) > 1 and how != "boxes":
+        raise InputError(f"option -subdomains {text} is for -cut boxes, not for -cut {how}")
+    if how == "boxes":
+        return SampleDomain.by_boxes(samples, parts, settings.overlap)
+    if how in DIRECTIONS:
+        return SampleDomain.by_tree(samples, parts[0], settings.overlap, how)
+    if ":" not in how:
+        return SampleDomain.partitioned(samples, parts[0], how)
+    function = load(how, {}, "cut")
+    with blamed(how, {}, "cut"):
+        labels = np.asarray(function(samples.copy()))
+    if labels.shape != (n,):
+        raise InputError(f"cut '{how}' must give a number for each of {n} samples, got {labels.shape}")
+    return SampleDomain.of_labels(labels, f"cut {how}")
+
+
+def numbers(text: str) -> list[int]:
+    """The numbers of subdomains in the value of -subdomains."""
+    words = text.split("x")
+    if not all(word.isascii() and word.isdecimal() and 0 < len(word) < 10 and int(word) for word in words):
+        raise InputError(f"option -subdomains must be a number, or boxes as in 4x4; got '{text}'")
+    return [int(word) for word in words]

@@ -13,6 +13,7 @@ import torch
 from benches.classifiers import classifiers
 from benches.closures import closures
 from benches.evaluations import balance, evaluation, ranks, ranks_worker, restricted
+from benches.kernel_balance import kernels_balance, kernels_balance_worker
 from benches.large import large, large_worker
 from benches.levels import levels
 from benches.preconditioners import preconditioners
@@ -51,6 +52,8 @@ ASKED = {
     "large": large,
     "tiles": tiles,
     "tiles_schwarz": tiles_schwarz,
+    "kernels_balance": kernels_balance,
+    "kernels_balance_worker": kernels_balance_worker,
     "ranks_worker": ranks_worker,
     "map_worker": map_worker,
     "large_worker": large_worker,
@@ -90,6 +93,10 @@ OPTIONS = (
     Option("tiles_links", "log_probabilities,logits", "Links with which its coherent nets begin at random values."),
     Option("tiles_schwarz_iterations", 40, "Of the solvers of coherent nets in the section tiles_schwarz.", minimum=1),
     Option("tiles_figures", "", "Folder that its figures are written to (default: none are)."),
+    Option("kernels_balance_data", "digits", "Data of the section kernels_balance: as for classify.py, or LIBSVM "
+           "files."),
+    Option("kernels_balance_samples", 20_000, "Samples that it moves, at most.", minimum=1),
+    Option("kernels_balance_solved", 4096, "Samples that it solves for, at most.", minimum=64),
     Option("delay", 0.0, "Of map_worker (ms).", minimum=0.0),
     Option("driver", "pinn", "Of map_worker.", choices=("pinn", "classify")),
     Option("repeats", 7, "Timings of each short measurement.", minimum=1),

@@ -101,6 +101,7 @@ BY_NAME = (
     *(f"drivers/test_tiles_{name}.py" for name in ("bad_input", "local", "phases", "folds")),
     "solvers/test_networks_as_subdomains.py",
     *("runs/test_run_file_harm.py", "data/test_data_harm.py", "data/test_sources.py"),
+    *("kernel_machines/test_balance.py", "kernel_machines/test_arrivals.py"),
     # whose equality over ranks others claim: of scaled problems test_ranks.py, of local curvature that of
     # test_curvature_fraction.py, of models of the Hessian test_the_trajectory_is_that_on_one_rank
     *(f"drivers/test_scaled.py::test_{name}" for name in ("problems_in_users", "a_long_time", "a_run_that_stalls")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +13,12 @@ from .cuts import Array
 from .layout import SampleLayout
 from .operator import KernelOperator
 
+LEAST = 0.1  # of a rank's time grows with its rows, at least, whatever was measured (our choice)
+
 
 @dataclass(frozen=True)
 class Speeds:
-    """What ranks took for their rows of products.
+    """What ranks took for their rows of products, and a model of it: so much, and so much for each row.
 
     Attributes
     ----------
@@ -23,14 +26,18 @@ class Speeds:
         Samples of each rank.
     seconds : tuple of float
         What each took for a column of a product, without waiting for others.
+    fixed, each : tuple of float
+        Of that, what does not depend on its rows, and what a row takes.
     """
 
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
+    fixed: tuple[float, ...]
+    each: tuple[float, ...]
 
     @classmethod
-    def measured(cls, operator: KernelOperator) -> Speeds:
-        """From the products that an operator has made so far. Collective.
+    def measured(cls, operator: KernelOperator, before: Speeds | None = None) -> Speeds:
+        """From the products that an operator has made so far; see :meth:`of`. Collective.
 
         Raises
         ------
@@ -40,22 +47,51 @@ class Speeds:
         if not operator.products:
             raise InputError("the operator has made no products yet: the speeds of ranks are not known")
         seconds = operator.layout.comm.allgather(operator.seconds / operator.products)
-        return cls(tuple(np.diff(operator.layout.ranges).tolist()), tuple(seconds))
+        return cls.of(np.diff(operator.layout.ranges).tolist(), seconds, before)
 
-    @property
-    def rates(self) -> Array:
-        """Rows that each rank multiplies in a second (P,).
+    @classmethod
+    def of(cls, rows: Sequence[int], seconds: Sequence[float], before: Speeds | None = None) -> Speeds:
+        """From what ranks took with their rows, and what they took with others before.
 
-        Of a rank without rows it is not known, and taken to be the mean of the others' (our choice).
+        All grows with the rows where that is the only measurement. A rank that has no rows now is taken to be what it
+        was before, or the mean of the others.
+
+        Raises
+        ------
+        InputError
+            If a rank took no time for its rows, or there were other ranks before.
         """
-        rows, seconds = np.array(self.rows), np.array(self.seconds)
-        found = np.divide(rows, seconds, out=np.zeros(len(rows)), where=rows > 0)
-        return np.where(rows > 0, found, found.sum() / np.count_nonzero(rows))
+        m, t = np.array(rows, dtype=np.float64), np.array(seconds, dtype=np.float64)
+        if not (t[m > 0] > 0).all() or (before is not None and len(before.rows) != len(m)):
+            raise InputError(f"{len(m)} ranks need seconds above 0 each for their rows, now and before; got {seconds}")
+        each = np.divide(t, m, out=np.zeros(len(m)), where=m > 0)
+        if before is not None:
+            other, took = np.array(before.rows), np.array(before.seconds)
+            both = (m > 0) & (other > 0) & (m != other)
+            slope = np.divide(t - took, m - other, out=np.zeros(len(m)), where=both)
+            each = np.where(both, np.clip(slope, LEAST * each, each), each)
+        fixed = t - each * m
+        for r in np.flatnonzero(m == 0):
+            fixed[r], each[r] = (before.fixed[r], before.each[r]) if before else (0.0, each[m > 0].mean())
+        return cls(tuple(rows), tuple(seconds), tuple(fixed.tolist()), tuple(each.tolist()))
+
+    def _dealt(self) -> tuple[Array, float]:
+        """The rows of each rank with which the slowest takes the least time, and that time."""
+        fixed, each = np.array(self.fixed), np.array(self.each)
+        some = np.argsort(fixed, kind="stable")
+        while True:
+            took = (sum(self.rows) + (fixed[some] / each[some]).sum()) / (1 / each[some]).sum()
+            if took >= fixed[some[-1]] or len(some) == 1:
+                break
+            some = some[:-1]  # the rank is slower without any row than the others with all
+        rows = np.zeros(len(each))
+        rows[some] = (took - fixed[some]) / each[some]
+        return rows, float(took)
 
     @property
     def shares(self) -> list[float]:
         """What part of the samples each rank is to have, for a new :class:`.SampleLayout`."""
-        return [float(share) for share in self.rates / self.rates.sum()]
+        return [float(rows) for rows in self._dealt()[0] / sum(self.rows)]
 
     @property
     def balance(self) -> float:
@@ -65,11 +101,15 @@ class Speeds:
     @property
     def gain(self) -> float:
         """The time of a product with the rows dealt by :attr:`shares`, over that of now; 1 if nothing is gained."""
-        return float(sum(self.rows) / self.rates.sum() / max(self.seconds))
+        return self._dealt()[1] / max(self.seconds)
 
     def subdomains(self, layout: SampleLayout) -> Array:
-        """The speed (p,) of the rank that each subdomain is on, for :func:`~ddml.kernel_machines.balance.balanced`."""
-        return np.asarray(self.rates[layout.owners])
+        """Speeds (p,) of subdomains, for :func:`~ddml.kernel_machines.balance.balanced`.
+
+        With them the cores of each rank have its share of the samples, or next to nothing if that is 0.
+        """
+        shares = np.maximum(self.shares, 1 / layout.size)
+        return np.asarray((shares / np.maximum(np.bincount(layout.owners, minlength=len(shares)), 1))[layout.owners])
 
     def __repr__(self) -> str:
         least, most = min(self.seconds), max(self.seconds)

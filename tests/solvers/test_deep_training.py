@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from deep_cases import X, Y, evaluated, expansion, network, objective
+from deep_cases import X, Y, evaluated, network, objective
 from mpi4py import MPI
 from petsc4py import PETSc
 
@@ -81,7 +81,7 @@ def run(made: DeepKernelObjective, solver: str, last: int, kept: Any = None, at:
 @pytest.mark.parametrize(
     ("solver", "kind"), [("tr", "tikhonov"), ("tr", "held"), ("ssbroyden", "tikhonov"), ("ssbroyden", "left")]
 )
-def test_a_resumed_run_goes_on_to_the_last_bit(comm: MPI.Comm, solver: str, kind: str) -> None:
+def test_a_resumed_run_goes_on_to_the_last_bit_on_any_number_of_ranks(comm: MPI.Comm, solver: str, kind: str) -> None:
     made, again = objective(kind, comm), objective(kind, comm)
     whole, kept = run(made, solver, 9, at=4)
     rest, _ = run(again, solver, 9, kept)
@@ -144,7 +144,7 @@ def test_other_preconditioners_serve(comm: MPI.Comm, name: str) -> None:
 
 def test_a_system_that_is_not_solved_is_refused(comm: MPI.Comm) -> None:
     made = objective("tikhonov", comm, inner=InnerSolver("none", ksp_max_it=2), rtol=1e-8, least=1e-8)
-    with pytest.raises(InputError, match="the inner system is solved to .* only"):
+    with pytest.raises(InputError, match=r"the inner system is solved to .* only"):
         evaluated(made)
 
 

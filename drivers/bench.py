@@ -83,7 +83,7 @@ OPTIONS = (
     Option("large_batch", 1000, "Samples of its batches.", minimum=1),
     Option("deep_data", "mnist.h5", "Data file of the section kernels_deep."),
     Option("deep_samples", "2000", "Its numbers of samples."),
-    Option("deep_networks", "mlp,cnn", "Its classifiers."),
+    Option("deep_networks", "mlp,cnn", "Its classifiers, of the seeds that -seeds names."),
     Option("deep_iterations", 60, "Iterations of tr that these are trained for.", minimum=1),
     Option("tiles_data", "yale.h5", "Data file of the section tiles, of images or volumes."),
     Option("tiles_network", "vgg", "Its network."),

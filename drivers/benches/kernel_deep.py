@@ -32,7 +32,7 @@ from solvers.kernel_machines.inner import InnerSolver
 # Tikhonov term, subdomains, evaluations
 MU, WIDTH, CENTRES, FEATURES, RHO, PARTS, EVALUATIONS = 0.1, 0.5, 300, 12, 1e-4, 16, 30
 HELD = 0.25  # part of the samples that is held out (our choice)
-LEFT = 2000  # samples up to which leave-one-out is run (our choice)
+LEFT = 2000  # samples above which the first cases are run only (our choice)
 
 Array = NDArray[Any]
 
@@ -89,9 +89,10 @@ def deep(
         functional = LeaveOneOut(kernel, MU, layout, data.y)
     else:
         system = InexactSystem(kernel, MU, layout, InnerSolver(), rtol=rtol, least=least)
-        functional = ReducedTikhonov(system, data.y)
         if kind == "held out":
             functional = HeldOut(system, data.y, np.arange(count), np.arange(count, n))
+        else:
+            functional = ReducedTikhonov(system, data.y)
 
     def accuracy(theta: Tensor) -> float:
         found, points = loss.features(theta).numpy(), loss.of_inputs(theta, data.test_x).numpy()
@@ -143,14 +144,16 @@ def deep_kernels(settings: Any) -> None:
             accuracy = f"{100 * run.before:.2f} -> {100 * run.after:.2f}"
             inner = "direct" if kind == "leave one out" else f"{rtol:.0e}" + (" at first" if least < rtol else "")
             products = run.products[-1] if run.products[-1] else "-"
-            print(f"| {kind}, {rho:g} | {solver} | {inner} | {ended} | {products} | {accuracy} | {run.seconds:.1f} |")
+            row = f"{kind}, {rho:g} | {solver} | {inner} | {ended} | {products} | {accuracy} | {run.seconds:.1f}"
+            print(f"| {row} |", flush=True)
         right = machine(data.x, data.y, data.test_x) == data.test_labels
         print(f"| single kernel | | | | | {100 * right.mean():.2f} | |", flush=True)
         for solver in ("tr", "ssbroyden"):
             pair = [runs.get(("tikhonov", RHO, solver, rtol)) for rtol in (FIRST, LEAST)]
             if pair[1] is not None:
                 _compare(solver, [run for run in pair if run is not None])
-    hidden_layers(settings)
+        if settings.deep_networks:
+            hidden_layers(data, settings)
 
 
 def _compare(solver: str, pair: Sequence[Run]) -> None:
@@ -162,10 +165,11 @@ def _compare(solver: str, pair: Sequence[Run]) -> None:
 
 def _cases(count: int) -> Sequence[tuple[str, float, str, float, float]]:
     found = [("tikhonov", RHO, solver, FIRST, LEAST) for solver in ("tr", "ssbroyden")]
-    found += [("tikhonov", RHO, solver, LEAST, LEAST) for solver in ("tr", "ssbroyden")] if count <= LEFT else []
-    found += [("tikhonov", 10 * RHO, "ssbroyden", FIRST, LEAST), ("held out", RHO, "ssbroyden", FIRST, LEAST)]
-    found += [("leave one out", RHO, "ssbroyden", FIRST, LEAST)] if count <= LEFT else []
-    return found
+    if count > LEFT:
+        return found
+    found += [("tikhonov", RHO, solver, LEAST, LEAST) for solver in ("tr", "ssbroyden")]
+    further = (("tikhonov", 10 * RHO), ("held out", RHO), ("held out", 10 * RHO), ("leave one out", RHO))
+    return found + [(kind, rho, "ssbroyden", FIRST, LEAST) for kind, rho in further]
 
 
 def classifier(kind: str, seed: int) -> nn.Sequential:
@@ -183,15 +187,14 @@ def classifier(kind: str, seed: int) -> nn.Sequential:
         return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
-def hidden_layers(settings: Any) -> None:
+def hidden_layers(data: Images, settings: Any) -> None:
     """Print what a kernel on the last hidden layer of a classifier trained by ``tr`` gains."""
-    count = max(map(int, settings.deep_samples.split(",")))
-    data = images(settings.deep_data, count)
-    print(f"\nKernel on the last hidden layer of a classifier trained by tr, {count} samples, medians of three seeds\n")
+    count, seeds = len(data.x), [int(seed) for seed in settings.seeds.split(",")]
+    print(f"\nKernel on the last hidden layer of a classifier trained by tr, {count} samples, seeds {settings.seeds}\n")
     print("| network | classifier | kernel on its hidden layer | single kernel |\n| --- | --- | --- | --- |")
     single = (machine(data.x, data.y, data.test_x) == data.test_labels).mean()
     for kind in settings.deep_networks.split(","):
-        pairs = [_pair(data, classifier(kind, seed), settings.deep_iterations) for seed in range(3)]
+        pairs = [_pair(data, classifier(kind, seed), settings.deep_iterations) for seed in seeds]
         alone, under = (100 * statistics.median(column) for column in zip(*pairs, strict=True))
         print(f"| {kind} | {alone:.2f} | {under:.2f} | {100 * single:.2f} |", flush=True)
 

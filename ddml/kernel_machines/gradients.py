@@ -36,7 +36,11 @@ class SmoothKernel(Kernel):
 
     def __init__(self, kernel: Kernel, pull: Pull) -> None:
         super().__init__(kernel.name, kernel.function, kernel.diagonal, kernel.translates)
-        self.pull = pull
+        self.kernel, self.pull = kernel, pull
+
+    def __call__(self, x: Tensor, y: Tensor, *norms: Any) -> Tensor:
+        """See :class:`Kernel`."""
+        return self.kernel(x, y, *norms)
 
 
 def _rbf(s: Tensor) -> Tensor:

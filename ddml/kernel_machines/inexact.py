@@ -13,7 +13,7 @@ from ddml.errors import InputError
 from .cuts import Array
 from .gradients import SmoothKernel
 from .layout import SampleLayout
-from .operator import TEMPORARIES, KernelOperator
+from .operator import KernelOperator
 
 # our choices: the tolerance at first, at last; the part of the outer progress that an error may be, and by what the
 # tolerance falls from one value to the next at most
@@ -144,8 +144,9 @@ class InexactSystem:
             If the residual cannot be made small.
         """
         start = self._known[name][0] if name in self._known else None
-        found = self._judged(Y, start, self._due)
-        if self._bad(found) and not self._due:
+        built = self._due
+        found = self._judged(Y, start, built)
+        if self._bad(found) and not built:
             found = self._judged(Y, found.coefficients, True)
         if self._bad(found):
             raise InputError(
@@ -165,10 +166,8 @@ class InexactSystem:
     def _judged(self, Y: Array, start: Array | None, build: bool) -> Solved:
         """A solve, which says whether the preconditioner is to be built before the next one."""
         source = self.operator if build else None
-        if self._lost and not build:  # its K is not kept: that at the present features takes the memory
-            layout = self.layout
-            least = TEMPORARIES * 8.0 * layout.size * int(np.diff(layout.edges).max())
-            source = KernelOperator(self.kernel, self._source, self.shift, layout, least)
+        if self._lost and not build:  # with the same memory, which options may depend on: for once there are two
+            source = KernelOperator(self.kernel, self._source, self.shift, self.layout, self.memory)
         self._lost = False
         found = self._solve(self.operator, Y, start, self.rtol, source)
         digits = math.log10(found.history[0] / _size(found)) if len(found.history) and _size(found) else 0.0

@@ -65,7 +65,7 @@ class InnerSolver:
     preconditioner
         ``schwarz``, ``nystrom``, ``none`` or an object.
     prefix
-        Of PETSc's options, and those of the preconditioner; ``ksp_rtol`` there is in force always.
+        Of PETSc's options, and those of the preconditioner, without ``ksp_rtol``: the tolerance is asked for.
     **options
         Options under the prefix where they are not given on the command line.
 

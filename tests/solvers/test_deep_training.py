@@ -136,6 +136,23 @@ def test_the_preconditioner_is_kept_until_iterations_have_grown(comm: MPI.Comm) 
     assert (np.diff(tolerances) <= 0).all()
 
 
+class Careless(Recorded):
+    """Solves nothing well unless the preconditioner is built."""
+
+    def __call__(self, operator: Any, Y: Any, start: Any, rtol: float, source: Any) -> Any:
+        return super().__call__(operator, Y, start, 0.9 if source is None else rtol, source)
+
+
+def test_a_solve_that_failed_is_repeated_with_a_new_preconditioner(comm: MPI.Comm) -> None:
+    inner = Careless(coarse_rank=15)
+    made, plain = objective("tikhonov", comm, inner=inner), objective("tikhonov", comm, rtol=1e-10, least=1e-10)
+    theta = made.loss.initial()
+    evaluated(made, theta)
+    value = evaluated(made, theta.roll(17) * 3)[0]
+    assert [built for _, _, built in inner.seen] == [True, False, True]
+    assert value == pytest.approx(evaluated(plain, theta.roll(17) * 3)[0], rel=0.01)
+
+
 @pytest.mark.parametrize("name", ["nystrom", "none"])
 def test_other_preconditioners_serve(comm: MPI.Comm, name: str) -> None:
     made = objective("tikhonov", comm, inner=InnerSolver(name), rtol=1e-10, least=1e-10)

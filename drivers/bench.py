@@ -14,6 +14,7 @@ from benches.classifiers import classifiers
 from benches.closures import closures
 from benches.evaluations import balance, evaluation, ranks, ranks_worker, restricted
 from benches.kernel_balance import kernels_balance, kernels_balance_worker
+from benches.kernel_deep import deep_kernels
 from benches.large import large, large_worker
 from benches.levels import levels
 from benches.preconditioners import preconditioners
@@ -50,6 +51,7 @@ ASKED = {
     "closures": closures,
     "samples": samples,
     "large": large,
+    "kernels_deep": deep_kernels,
     "tiles": tiles,
     "tiles_schwarz": tiles_schwarz,
     "kernels_balance": kernels_balance,
@@ -82,6 +84,10 @@ OPTIONS = (
     Option("large_data", "", "Data file of the section large (default: random numbers)."),
     Option("large_widths", "2048,2048,2048", "Hidden layers of its network."),
     Option("large_batch", 1000, "Samples of its batches.", minimum=1),
+    Option("deep_data", "mnist.h5", "Data file of the section kernels_deep."),
+    Option("deep_samples", "2000", "Its numbers of samples."),
+    Option("deep_networks", "mlp,cnn", "Its classifiers, of the seeds that -seeds names."),
+    Option("deep_iterations", 60, "Iterations of tr that these are trained for.", minimum=1),
     Option("tiles_data", "yale.h5", "Data file of the section tiles, of images or volumes."),
     Option("tiles_network", "vgg", "Its network."),
     Option("tiles_cases", "4x4:0,4x4:4,4x4:8,2x2:0", "Its splits, each with an overlap."),

@@ -193,7 +193,7 @@ class Minimisation(Owner):
 
 
 def minimise(
-    loss: Loss,
+    loss: Loss | Objective,
     solver: str | Solver = "tr",
     comm: MPI.Comm = MPI.COMM_WORLD,
     options: Mapping[str, Any] | None = None,
@@ -236,9 +236,10 @@ def minimise(
     prefix = next(prefixes)
     with given(prefix, options or {}):
         batched = tables.read(BATCHES, prefix)
-        if batched.batch_size > loss.count:
-            raise InputError(f"batch_size must be at most {loss.count}, the samples; got {batched.batch_size}")
-        if batched.batch_size == loss.count:
+        count = loss.loss.count if isinstance(loss, Objective) else loss.count
+        if batched.batch_size > count:
+            raise InputError(f"batch_size must be at most {count}, the samples; got {batched.batch_size}")
+        if batched.batch_size == count:
             batched.batch_size = 0  # all of them, all the time
         made = Minimisation(
             loss, solver, comm, prefix, subdomains=subdomains, blocks=blocks, samples=batched.batch_size,

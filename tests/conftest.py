@@ -43,6 +43,7 @@ SUITES = ("check", "test", "long")
 # What knows nothing of ranks, or starts programs of its own: on one rank only. A folder, a file, or a test of a file.
 SERIAL = (
     *("jets", "networks", "data/test_samples.py", "linalg/test_polar.py", "norms/test_modular.py"),
+    "kernel_machines/test_gradients.py",
     "losses/test_branched.py",
     *("losses/test_kronecker.py", "losses/test_loss.py", "losses/test_module_factors.py"),
     *("losses/test_module_refusals.py", "losses/test_pde_modules.py", "losses/test_restrictions.py"),
@@ -100,6 +101,7 @@ BY_NAME = (
     *("drivers/test_volumes.py", "decomposition/test_tiles.py", "drivers/test_coarse.py"),
     *(f"drivers/test_tiles_{name}.py" for name in ("bad_input", "local", "phases", "folds")),
     "solvers/test_networks_as_subdomains.py",
+    *("objectives/test_deep.py", "solvers/test_deep_training.py"),
     *("runs/test_run_file_harm.py", "data/test_data_harm.py", "data/test_sources.py"),
     *("kernel_machines/test_balance.py", "kernel_machines/test_arrivals.py"),
     # whose equality over ranks others claim: of scaled problems test_ranks.py, of local curvature that of

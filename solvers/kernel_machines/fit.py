@@ -42,6 +42,8 @@ class KernelFit:
         solve behind the other.
     residuals : ndarray
         (k,), the true ones of alpha in float64, of each column relative to that of Y.
+    remainder : ndarray
+        This rank's rows of Y - A alpha (n, k).
     converged : bool
         Whether the norm of the true residual of all columns, or of each where they were solved for apart, is within
         the tolerance.
@@ -51,6 +53,7 @@ class KernelFit:
     iterations: int
     history: Array
     residuals: Array
+    remainder: Array
     converged: bool
 
 
@@ -118,7 +121,24 @@ def fit_kernel(
             iterations, history = iterations + count, history + seen
     residuals = np.sqrt(np.diagonal(operator.layout.inner(left, left)))
     whole = operator.layout.everywhere(found)[operator.layout.places] * scales
-    return KernelFit(whole, iterations, np.concatenate(history), residuals, converged)
+    return KernelFit(whole, iterations, np.concatenate(history), residuals, left * scales, converged)
+
+
+def preconditioner_named(name: str | KernelPreconditioner) -> KernelPreconditioner | None:
+    """The preconditioner of that name, or the object; nothing for ``none``.
+
+    Raises
+    ------
+    InputError
+        If there is no such preconditioner.
+    """
+    if isinstance(name, KernelPreconditioner):
+        return name
+    if name == "none":
+        return None
+    if name not in PRECONDITIONERS:
+        raise InputError(f"unknown preconditioner '{name}'; there are {', '.join(PRECONDITIONERS)}, none")
+    return PRECONDITIONERS[name]()
 
 
 def columns_of(name: str, values: Any, n: int) -> Array:
@@ -187,11 +207,7 @@ def krylov(
 
     Errors as of :func:`fit_kernel`.
     """
-    context = name if isinstance(name, KernelPreconditioner) else None
-    if context is None and name != "none":
-        if name not in PRECONDITIONERS:
-            raise InputError(f"unknown preconditioner '{name}'; there are {', '.join(PRECONDITIONERS)}, none")
-        context = PRECONDITIONERS[str(name)]()
+    context = preconditioner_named(name)
     matrix = operator.matrix(columns)
     ksp = PETSc.KSP().create(operator.layout.comm)
     try:

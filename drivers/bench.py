@@ -2,7 +2,7 @@
 
 Prints tables with medians and ratios; what is compared is measured side by side in the same
 process, alternately where it is short. Sections: evaluation, restricted, ranks, overhead, balance,
-rounding, solvers, preconditioners; others, which -only map,classifiers,... names, are run only where it does.
+rounding, solvers, preconditioners, kernels; others, which -only map,classifiers,... names, are run only where it does.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 from benches.classifiers import classifiers
 from benches.closures import closures
 from benches.evaluations import balance, evaluation, ranks, ranks_worker, restricted
+from benches.kernel_machines import kernels, kernels_iterations
+from benches.kernel_scaling import kernels_scaling, kernels_scaling_worker
 from benches.large import large, large_worker
 from benches.levels import levels
 from benches.preconditioners import preconditioners
@@ -38,6 +40,7 @@ SECTIONS = {
     "rounding": rounding,
     "solvers": solvers,
     "preconditioners": preconditioners,
+    "kernels": kernels,
 }
 # only where -only names them
 ASKED = {
@@ -51,9 +54,12 @@ ASKED = {
     "large": large,
     "tiles": tiles,
     "tiles_schwarz": tiles_schwarz,
+    "kernels_iterations": kernels_iterations,
+    "kernels_scaling": kernels_scaling,
     "ranks_worker": ranks_worker,
     "map_worker": map_worker,
     "large_worker": large_worker,
+    "kernels_scaling_worker": kernels_scaling_worker,
 }
 OPTIONS = (
     Option("seconds", 60.0, "Budget of each solver in the sections solvers and map.", above=0.0),
@@ -90,6 +96,21 @@ OPTIONS = (
     Option("tiles_links", "log_probabilities,logits", "Links with which its coherent nets begin at random values."),
     Option("tiles_schwarz_iterations", 40, "Of the solvers of coherent nets in the section tiles_schwarz.", minimum=1),
     Option("tiles_figures", "", "Folder that its figures are written to (default: none are)."),
+    Option("kernels_data", "digits", "Data of the sections kernels and kernels_scaling: as for classify.py, or LIBSVM "
+           "files to train and test, as in a9a.gz:a9a.t.gz."),
+    Option("kernels_sizes", "1400", "Numbers of samples in the sections kernels, which takes the first so many; "
+           "kernels_scaling takes the first number."),
+    Option("kernels_kernel", "rbf", "Kernel of the sections kernels and kernels_scaling."),
+    Option("kernels_width", 0.5, "Its width, over the median distance.", above=0.0),
+    Option("kernels_lambda", 0.1, "Regularisation there.", above=0.0),
+    Option("kernels_tests", 10_000, "Samples to test with, at most.", minimum=1),
+    Option("kernels_repeats", 1, "Runs of each method.", minimum=1),
+    Option("kernels_methods", "", "Words; methods whose names have one of them are in the section kernels, and "
+           "KernelRidge is."),
+    Option("kernels_sets", "digits", "Data of the section kernels_iterations."),
+    Option("kernels_kernels", "rbf:0.5,laplace:1", "Its kernels, each with a width."),
+    Option("kernels_lambdas", "0.1,1e-3", "Its regularisations."),
+    Option("kernels_counts", "4,16,64", "Its numbers of subdomains."),
     Option("delay", 0.0, "Of map_worker (ms).", minimum=0.0),
     Option("driver", "pinn", "Of map_worker.", choices=("pinn", "classify")),
     Option("repeats", 7, "Timings of each short measurement.", minimum=1),

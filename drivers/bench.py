@@ -107,6 +107,7 @@ OPTIONS = (
     Option("kernels_repeats", 1, "Runs of each method.", minimum=1),
     Option("kernels_methods", "", "Words; methods whose names have one of them are in the section kernels, and "
            "KernelRidge is."),
+    Option("kernels_ranks", "0.025,0.05,0.1,0.2", "Ranks of Nystrom's preconditioner, over the number of samples."),
     Option("kernels_sets", "digits", "Data of the section kernels_iterations."),
     Option("kernels_kernels", "rbf:0.5,laplace:1", "Its kernels, each with a width."),
     Option("kernels_lambdas", "0.1,1e-3", "Its regularisations."),

@@ -26,11 +26,10 @@ from .kernel_rivals import (
 )  # fmt: skip
 from .samples import row
 
-# our choices: samples of a core and subdomains at least, where their number is not given; the overlap; ranks of
-# Nystrom's preconditioner, one of which is also tried in other ways; within what of the exact solution's accuracy
+# our choices: samples of a core and subdomains at least, where their number is not given, and the overlap
 CORE, FEWEST, OVERLAP = 512, 4, 0.1
-SHARES, SHARE = (0.025, 0.05, 0.1, 0.2), 0.1
-NEAR = 0.001
+SHARE = 0.1  # the rank over n where iterations are compared
+NEAR = 0.001  # of the exact solution's accuracy
 BLOCKS = 16  # iterates that are judged together
 ROUNDING = 1 + 1e-6  # of a residual that two programs compute
 
@@ -51,20 +50,21 @@ class Task:
         Raises
         ------
         InputError
-            If there are not so many, or the kernel has no width.
+            If there are not so many, they are of one class, or the kernel has no width.
         """
         if kernel not in DISTANCES:
             raise InputError(f"kernels are compared that depend on distances: {', '.join(DISTANCES)}; got '{kernel}'")
-        X, labels, others, known = tables(data)
-        if size > len(X):
-            raise InputError(f"{size} samples were asked for, '{data}' has {len(X)}")
-        X, mean = X[:size], X[:size].mean(axis=0)
+        X, labels, others, known = tables(data, size, tests)
+        mean = X.mean(axis=0)
         classes = np.unique(labels)
-        columns = np.eye(len(classes))[np.searchsorted(classes, labels[:size])] - 1 / len(classes)
+        if len(classes) == 1:
+            raise InputError(f"the first {size} samples of '{data}' are of one class: take more")
+        columns = np.eye(len(classes))[np.searchsorted(classes, labels)] - 1 / len(classes)
         Y = columns if len(classes) > 2 else np.sign(columns[:, 1:])
         scales = np.linalg.norm(Y, axis=0)
         problem = Problem(X - mean, Y / scales, kernel, share * median_distance(X), shift)
-        return cls(problem, scales, others[:tests] - mean, np.searchsorted(classes, known[:tests]))
+        places = np.where(np.isin(known, classes), np.searchsorted(classes, known), -1)
+        return cls(problem, scales, others - mean, places)
 
     def accuracy(self, scores: Array) -> float:
         """Of scores (m, k) of columns of norm 1."""
@@ -72,18 +72,27 @@ class Task:
         return float((classes == self.labels).mean())
 
 
-def tables(data: str) -> tuple[Array, Array, Array, Array]:
-    """Samples (n, d) and labels, and those to test with: of a data set, or of LIBSVM files, named train:test."""
+def tables(data: str, size: int, tests: int) -> tuple[Array, Array, Array, Array]:
+    """So many samples (n, d) and labels, and at most so many to test with: of a data set, or LIBSVM files train:test.
+
+    Raises
+    ------
+    InputError
+        If they cannot be read, or there are fewer than ``size``.
+    """
     if data in files.DATA or ".py:" in data or data.endswith((".h5", ".hdf5")):
-        found = files.load(data, MPI.COMM_SELF)
-        X, tests = (np.reshape(a, (len(a), -1)) / found.maximum for a in (found.inputs, found.test_inputs))
-        return X, np.array(found.labels), tests, np.array(found.test_labels)
+        found = files.load(data, MPI.COMM_SELF, size)
+        X, others = (a.reshape(len(a), -1) / found.maximum for a in (found.inputs, found.test_inputs[:tests]))
+        return X, found.labels, others, found.test_labels[:tests]
     names = data.split(":")
     if len(names) != 2:
         raise InputError(f"LIBSVM files are named as in a9a.gz:a9a.t.gz, to train and to test; got '{data}'")
     train, test = libsvm.read(names, MPI.COMM_SELF)
-    X, tests = (sparse.csr_array(t.matrix(slice(0, len(t.labels)))).toarray() for t in (train, test))
-    return X, np.array(train.labels), tests, np.array(test.labels)
+    if size > len(train.labels):
+        raise InputError(f"{size} samples were asked for, '{data}' has {len(train.labels)}")
+    counts = size, min(tests, len(test.labels))
+    X, others = (sparse.csr_array(t.matrix(slice(0, m))).toarray() for t, m in zip((train, test), counts, strict=True))
+    return X, train.labels[:size], others, test.labels[: counts[1]]
 
 
 def numbers(settings: Any, name: str, kind: type[int] | type[float] = int) -> list[Any]:
@@ -155,10 +164,10 @@ class Method:
 REFERENCE = Method("KernelRidge", kernel_ridge)
 
 
-def methods(n: int) -> list[Method]:
-    """All that are compared, the reference first."""
+def methods(n: int, shares: Sequence[float]) -> list[Method]:
+    """All that are compared, the reference first; Nystrom-CG of some ranks over n."""
     blocks = subdomains(n)
-    ranks = [Method(f"Nystrom-CG, rank {share:g} n", partial(nystrom, share=share)) for share in SHARES]
+    ranks = [Method(f"Nystrom-CG, rank {share:g} n", partial(nystrom, share=share)) for share in shares]
     return [
         REFERENCE,
         Method("conjugate gradients", plain),
@@ -205,12 +214,12 @@ class Judge:
 
 def kernels(settings: Any) -> None:
     """The same problem by all methods, in turn: seconds, products, residual, accuracy."""
-    words = settings.kernels_methods.split(",")
+    words, shares = settings.kernels_methods.split(","), numbers(settings, "kernels_ranks", float)
     for size in numbers(settings, "kernels_sizes"):
         task = Task.of(settings.kernels_data, size, settings.kernels_kernel, settings.kernels_width,
                        settings.kernels_lambda, settings.kernels_tests)  # fmt: skip
         problem = task.problem
-        chosen = [m for m in methods(size) if m is REFERENCE or any(word in m.name for word in words)]
+        chosen = [m for m in methods(size, shares) if m is REFERENCE or any(word in m.name for word in words)]
         print(
             f"\n### {Path(settings.kernels_data).name}, {size} samples, {problem.Y.shape[1]} columns, "
             f"{len(task.labels)} to test with; {problem.kernel}, lambda {problem.shift:g}\n\n"
@@ -293,8 +302,9 @@ def _iterations(method: Method, task: Task) -> str:
 
 def _against_nystrom(settings: Any, size: int, tasks: Sequence[tuple[str, Task]]) -> None:
     """Default options against the rank that is fastest; where K is not kept, against the one of fewest iterations."""
+    shares = numbers(settings, "kernels_ranks", float)
     print(
-        f"\n### Default options against Nystrom-CG of the best of the ranks {', '.join(f'{s:g}' for s in SHARES)} n, "
+        f"\n### Default options against Nystrom-CG of the best of the ranks {', '.join(f'{s:g}' for s in shares)} n, "
         f"{size} samples\n\nProcessor seconds to 1e-6 with the kernel's (iterations), medians of "
         f"{settings.kernels_repeats}; where the kernel is not kept, against the rank of fewest iterations.\n"
     )
@@ -302,17 +312,17 @@ def _against_nystrom(settings: Any, size: int, tasks: Sequence[tuple[str, Task]]
          "Nystrom-CG", "Nystrom / ours"])  # fmt: skip
     row(["-"] * 9)
     for label, task in tasks:
-        kept = [Method("", ours), *(Method("", partial(nystrom, share=share)) for share in SHARES)]
+        kept = [Method("", ours), *(Method("", partial(nystrom, share=share)) for share in shares)]
         (our, our_count), *others = _timed(kept, task.problem, settings.kernels_repeats)
-        best = min(range(len(SHARES)), key=lambda i: others[i][0])
-        fewest = min(range(len(SHARES)), key=lambda i: others[i][1])
-        rival = partial(nystrom, share=SHARES[fewest], kept=False)
+        best = min(range(len(shares)), key=lambda i: others[i][0])
+        fewest = min(range(len(shares)), key=lambda i: others[i][1])
+        rival = partial(nystrom, share=shares[fewest], kept=False)
         (far, far_count), (rivals, count) = _timed(
             [Method("", partial(ours, kept=False)), Method("", rival)], task.problem, settings.kernels_repeats
         )
         row([
             label, f"{task.problem.shift:g}", f"{cell(our)} ({our_count})",
-            f"{cell(others[best][0])} ({others[best][1]})", f"{SHARES[best]:g} n", f"{others[best][0] / our:.2f}",
+            f"{cell(others[best][0])} ({others[best][1]})", f"{shares[best]:g} n", f"{others[best][0] / our:.2f}",
             f"{cell(far)} ({far_count})", f"{cell(rivals)} ({count})", f"{rivals / far:.2f}",
         ])  # fmt: skip
 

@@ -45,6 +45,7 @@ class Request(MPI.Request):
 class WorkClock(MPI.Intracomm):
     """A communicator that counts the processor seconds spent in it: those in which ranks wait for others, mostly."""
 
+    __module__ = MPI.__name__  # petsc4py takes communicators of that module only
     aside, began = 0.0, 0.0
 
     def __enter__(self) -> None:

@@ -160,6 +160,13 @@ def test_judges_know_residuals_and_accuracies() -> None:
     assert right > 0.9
 
 
+def test_classes_that_no_sample_is_of_are_never_right() -> None:
+    task = Task.of("digits", 5, "rbf", 1.0, 0.1, 300)  # 0 to 4
+    assert task.problem.Y.shape == (5, 5)
+    assert set(task.labels) == {-1, 0, 1, 2, 3, 4}
+    assert sum(task.accuracy(np.tile(np.eye(5)[i], (300, 1))) for i in range(5)) < 0.7
+
+
 def libsvm(folder: Path) -> str:
     """Files of two classes, in a circle and outside."""
     rng = np.random.default_rng(0)
@@ -178,13 +185,15 @@ def test_two_classes_of_libsvm_files_are_one_column(tmp_path: Path) -> None:
     residuals, accuracies = Judge(task).of(watch.iterates)
     assert residuals[-1] < 1e-6
     assert accuracies[-1] > 0.8
+    with pytest.raises(InputError, match="81 samples were asked for"):
+        Task.of(libsvm(tmp_path), 81, "rbf", 0.3, 0.1, 30)
     assert task.accuracy(np.where(task.labels == 1, 1.0, -1.0)[:, None]) == 1.0
 
 
 def test_the_section_kernels_has_a_row_for_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     rows = printed(capsys, "-only", "kernels", "-kernels_sizes", "300", "-kernels_repeats", "2")[1:]
     found = {row[0]: row[1:] for row in rows}
-    assert list(found) == [method.name for method in methods(300)]
+    assert list(found) == [method.name for method in methods(300, [0.025, 0.05, 0.1, 0.2])]
     for name, (setup, solve, total, products, residual, accuracy, near, small) in found.items():
         if setup != "-":
             assert float(setup) + float(solve) == pytest.approx(float(total), rel=0.02)
@@ -251,7 +260,8 @@ def test_sizes_grow_with_the_ranks() -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["-kernels_sizes", "1438"], "1438 samples were asked for, 'digits' has 1437"),
+        (["-kernels_sizes", "1438"], "1438 training samples were asked for, 'digits' has 1437"),
+        (["-kernels_sizes", "1"], "the first 1 samples of 'digits' are of one class: take more"),
         (["-kernels_sizes", "some"], "option -kernels_sizes must be numbers above 0, as in 4,16; got 'some'"),
         (["-kernels_sizes", "0"], "option -kernels_sizes must be numbers above 0"),
         (["-kernels_sizes", "100,"], "option -kernels_sizes must be numbers above 0"),

@@ -21,7 +21,7 @@ import bench as program
 from benches import kernel_rivals as rivals
 from benches.kernel_machines import Judge, Method, Task, cell, methods, nystrom, ours, subdomains
 from benches.kernel_rivals import Problem, Watch
-from benches.kernel_scaling import sizes_of
+from benches.kernel_scaling import WorkClock, modelled, sizes_of, solved
 
 from ddml.errors import InputError
 
@@ -248,6 +248,37 @@ def test_scaling_has_rows_for_ranks_and_its_models() -> None:
     surfaces = {row[0]: list(map(float, row[1:])) for row in rows[16:19]}
     assert surfaces["4"][0] == pytest.approx(surfaces["4"][2], rel=0.1)
     assert [row[0] for row in rows[20:23]] == ["2", "4", "8"] and [row[0] for row in rows[24:]] == ["2", "4"]
+
+
+def test_phases_are_timed_on_a_communicator_that_counts_what_is_spent_in_it() -> None:
+    comm, problem = WorkClock(MPI.COMM_SELF), TASKS["laplace"].problem
+    begin, aside = time.process_time(), comm.aside
+    phases = solved(problem, comm)
+    taken = time.process_time() - begin
+    watch = Method("", partial(ours, count=16)).watched(problem)
+    assert phases.iterations == len(watch.times) - 1
+    assert min(phases.work) > 0 and all(work < 2 * clock + 0.05 for work, clock in zip(*phases[:2], strict=True))
+    assert sum(phases.work) <= taken
+    assert aside < comm.aside < aside + taken
+    first = comm.now()
+    with comm:
+        end = time.process_time() + 0.1
+        while time.process_time() < end:
+            pass
+    assert comm.now() < first + 0.05
+
+
+def test_models_say_what_the_last_number_of_ranks_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    def seconds(ranks: int) -> list[float]:
+        return [8 / ranks + 1, 4 / ranks, 2.0]
+
+    modelled([seconds(1), seconds(2), [2 * t for t in seconds(4)]])
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    found = {row[0].strip(): [float(cell) for cell in row[1:]] for row in rows[1:]}
+    assert found["build"] == [8, 1, 3, 6, 0.5]
+    assert found["set-up"] == [4, 0, 1, 2, 0.5]
+    assert found["iterations"] == [0, 2, 2, 4, 0.5]
+    assert found["sum"] == [12, 3, 6, 12, 0.5]
 
 
 def test_sizes_grow_with_the_ranks() -> None:

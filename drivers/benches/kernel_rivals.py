@@ -210,8 +210,8 @@ def eigenpro(problem: Problem, watch: Watch, dtype: str = "float64", epochs: int
     # the largest diagonal entry and eigenvalue of what the preconditioner leaves of K + mu I
     bound = problem.shift + float((K.diagonal()[:m] - (U**2 * (damped * values * m)).sum(axis=1)).max())
     top = problem.shift / n + float(values[0] * (1 - damped[0]))
-    batch = min(int(bound / top + 1), n)
-    step = (1 / bound if batch < bound / top + 1 else 2 / (bound + (batch - 1) * top)) * np.ones(1, dtype)
+    batch = min(int(bound / top + 1), m)
+    step = np.array(1 / bound if batch < bound / top + 1 else 1.98 / (bound + (batch - 1) * top), dtype)
     weights = (damped / values / m)[:, None].astype(dtype)
     alpha = np.zeros_like(Y)
     edges = split(n, -(-n // batch))
@@ -235,8 +235,8 @@ def eigenpro(problem: Problem, watch: Watch, dtype: str = "float64", epochs: int
 def block_descent(problem: Problem, watch: Watch, blocks: int, accelerated: bool, epochs: int = SWEEPS) -> None:
     """Blocks of samples, drawn at random and solved for exactly: block dual coordinate descent.
 
-    Accelerated in the manner of ASkotch (Rathore, Frangella, Yang, Derezinski, Udell 2024, algorithm 3), whose blocks
-    are solved for by Nystrom's approximation and drawn anew; here each has its Cholesky factor, once for all.
+    Accelerated in the manner of ASkotch (Rathore, Frangella, Yang, Derezinski, Udell 2024), whose blocks are
+    drawn anew and solved for by Nystrom's approximation; here each has its Cholesky factor, once for all.
     """
     n, rng = len(problem.X), np.random.default_rng(0)
     order = rng.permutation(n)

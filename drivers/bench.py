@@ -2,7 +2,7 @@
 
 Prints tables with medians and ratios; what is compared is measured side by side in the same
 process, alternately where it is short. Sections: evaluation, restricted, ranks, overhead, balance,
-rounding, solvers, preconditioners; others, which -only map,classifiers,... names, are run only where it does.
+rounding, solvers, preconditioners, kernels; others, which -only map,classifiers,... names, are run only where it does.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from benches.closures import closures
 from benches.evaluations import balance, evaluation, ranks, ranks_worker, restricted
 from benches.kernel_balance import kernels_balance, kernels_balance_worker
 from benches.kernel_deep import deep_kernels
+from benches.kernel_machines import kernels, kernels_iterations
+from benches.kernel_scaling import kernels_scaling, kernels_scaling_worker
 from benches.large import large, large_worker
 from benches.levels import levels
 from benches.preconditioners import preconditioners
@@ -40,6 +42,7 @@ SECTIONS = {
     "rounding": rounding,
     "solvers": solvers,
     "preconditioners": preconditioners,
+    "kernels": kernels,
 }
 # only where -only names them
 ASKED = {
@@ -56,9 +59,12 @@ ASKED = {
     "tiles_schwarz": tiles_schwarz,
     "kernels_balance": kernels_balance,
     "kernels_balance_worker": kernels_balance_worker,
+    "kernels_iterations": kernels_iterations,
+    "kernels_scaling": kernels_scaling,
     "ranks_worker": ranks_worker,
     "map_worker": map_worker,
     "large_worker": large_worker,
+    "kernels_scaling_worker": kernels_scaling_worker,
 }
 OPTIONS = (
     Option("seconds", 60.0, "Budget of each solver in the sections solvers and map.", above=0.0),
@@ -103,6 +109,22 @@ OPTIONS = (
            "files."),
     Option("kernels_balance_samples", 20_000, "Samples that it moves, at most.", minimum=1),
     Option("kernels_balance_solved", 4096, "Samples that it solves for, at most.", minimum=64),
+    Option("kernels_data", "digits", "Data of the sections kernels and kernels_scaling: as for classify.py, or LIBSVM "
+           "files to train and test, as in a9a.gz:a9a.t.gz."),
+    Option("kernels_sizes", "1400", "Numbers of samples in the sections kernels, which takes the first so many; "
+           "kernels_scaling takes the first number."),
+    Option("kernels_kernel", "rbf", "Kernel of the sections kernels and kernels_scaling."),
+    Option("kernels_width", 0.5, "Its width, over the median distance.", above=0.0),
+    Option("kernels_lambda", 0.1, "Regularisation there.", above=0.0),
+    Option("kernels_tests", 10_000, "Samples to test with, at most.", minimum=1),
+    Option("kernels_repeats", 1, "Runs of each method.", minimum=1),
+    Option("kernels_methods", "", "Words; methods whose names have one of them are in the section kernels, and "
+           "KernelRidge is."),
+    Option("kernels_ranks", "0.025,0.05,0.1,0.2", "Ranks of Nystrom's preconditioner, over the number of samples."),
+    Option("kernels_sets", "digits", "Data of the section kernels_iterations."),
+    Option("kernels_kernels", "rbf:0.5,laplace:1", "Its kernels, each with a width."),
+    Option("kernels_lambdas", "0.1,1e-3", "Its regularisations."),
+    Option("kernels_counts", "4,16,64", "Its numbers of subdomains."),
     Option("delay", 0.0, "Of map_worker (ms).", minimum=0.0),
     Option("driver", "pinn", "Of map_worker.", choices=("pinn", "classify")),
     Option("repeats", 7, "Timings of each short measurement.", minimum=1),

@@ -58,6 +58,7 @@ SERIAL = (
     "runs/test_run_file_damage.py::test_what_another_run_writes_meanwhile_is_read_whole_or_refused",
     *(f"drivers/test_{name}.py" for name in ("all_solvers", "bad_problems", "bench", "classify", "faults", "header")),
     *(f"drivers/test_{name}.py" for name in ("job", "kill", "plot_driver", "readme", "restart", "rivals", "same_bits")),
+    "drivers/test_kernel_rivals.py",
     *(
         f"drivers/test_{name}.py"
         for name in ("export", "interrupted_code", "mutations", "opened_tiles", "predict", "slips", "slurm")

@@ -62,6 +62,7 @@ OPTIONAL = (
     "pandas",
     "xarray",
     "nibabel",
+    "sklearn",
 )  # packages that may be imported where they are used
 
 LINES, METHODS = 400, 20

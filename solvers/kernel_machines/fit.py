@@ -3,7 +3,7 @@ r"""Coefficients of kernel machines: :math:`(K + \mu I) \alpha = Y` by PETSc's K
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +64,7 @@ def fit_kernel(
     prefix: str = "",
     together: bool = True,
     start: Array | None = None,
+    monitor: Callable[[Array], object] | None = None,
     **options: Any,
 ) -> KernelFit:
     """Solve (K + mu I) alpha = Y, by conjugate gradients and the two-level Schwarz preconditioner by default.
@@ -88,6 +89,9 @@ def fit_kernel(
         after another.
     start
         First guess (n, k) of alpha; zero by default.
+    monitor
+        Called before the first and after each iteration of each solve, with alpha (n, k) as it is there, by sample, on
+        every rank. Making that is collective and takes no product.
     **options
         Options under the prefix where they are not given on the command line, as in ``coarse_rank=200,
         ksp_rtol=1e-8``; ``ksp_rtol`` is 1e-6 by default.
@@ -111,17 +115,28 @@ def fit_kernel(
     mine, found = targets[rows] / scales, alpha[rows] / scales
     left, history, iterations = np.empty_like(mine), [np.empty(0)], 0
     groups = [slice(0, columns)] if together else [slice(j, j + 1) for j in range(columns)]
+
+    def by_sample(rows: Array) -> Array:
+        return np.asarray(operator.layout.everywhere(rows)[operator.layout.places] * scales)
+
+    def look(ksp: PETSc.KSP, *_: Any) -> None:
+        assert monitor is not None
+        now = found.copy()
+        now[:, group] += operator.layout.matrix(ksp.buildSolution())
+        monitor(by_sample(now))
+
     with krylov(operator, columns if together else 1, preconditioner, prefix, options) as ksp:
         with understood():
             ksp.setUp()
+        if monitor is not None:
+            ksp.setMonitor(look)
         rtol, converged = ksp.getTolerances()[0], True
         for group in groups:
-            found[:, group], left[:, group], count, seen = _solved(ksp, operator, mine[:, group], found[:, group], rtol)
+            left[:, group], count, seen = _solved(ksp, operator, mine[:, group], found[:, group], rtol)
             converged &= norm(operator, left[:, group]) <= rtol * norm(operator, mine[:, group])
             iterations, history = iterations + count, history + seen
     residuals = np.sqrt(np.diagonal(operator.layout.inner(left, left)))
-    whole = operator.layout.everywhere(found)[operator.layout.places] * scales
-    return KernelFit(whole, iterations, np.concatenate(history), residuals, left * scales, converged)
+    return KernelFit(by_sample(found), iterations, np.concatenate(history), residuals, left * scales, converged)
 
 
 def preconditioner_named(name: str | KernelPreconditioner) -> KernelPreconditioner | None:
@@ -174,8 +189,11 @@ def norm(operator: KernelOperator, rows: Array) -> float:
 
 def _solved(
     ksp: PETSc.KSP, operator: KernelOperator, Y: Array, alpha: Array, rtol: float
-) -> tuple[Array, Array, int, list[Array]]:
-    """The rows of alpha and of the residual, the number of iterations, and the norms that KSP saw in each solve."""
+) -> tuple[Array, int, list[Array]]:
+    """The rows of the residual, the number of iterations, and the norms that KSP saw in each solve.
+
+    What is found is added to alpha.
+    """
     history: list[Array] = []
     iterations = 0
     left = operator.residual(Y, alpha) if operator.layout.comm.allreduce(bool(alpha.any()), MPI.LOR) else Y
@@ -187,7 +205,7 @@ def _solved(
         ksp.setTolerances(rtol=rtol * whole / size)
         with understood():
             ksp.solve(x, y)
-        alpha = alpha + operator.layout.matrix(y)
+        alpha += operator.layout.matrix(y)
         iterations += ksp.getIterationNumber()
         history.append(ksp.getConvergenceHistory() / whole)
         left = operator.residual(Y, alpha)
@@ -196,7 +214,7 @@ def _solved(
             break  # no digit is gained any more, or there are no iterations left
     for vec in (x, y):
         vec.destroy()
-    return alpha, left, iterations, history
+    return left, iterations, history
 
 
 @contextmanager
@@ -227,7 +245,7 @@ def krylov(
             raise InputError(f"there is no option {', '.join(unknown)} of this preconditioner, or of PETSc's KSP")
         if context is not None and not context.symmetric and ksp.getType() in SYMMETRIC_ONLY:
             raise InputError(f"-{prefix}ksp_type {ksp.getType()} needs a symmetric preconditioner: use gmres or fgmres")
-        ksp.setConvergenceHistory(min(ksp.getTolerances()[3], REMEMBERED) + 1)
+        ksp.setConvergenceHistory(min(ksp.getTolerances()[3], REMEMBERED) + 1, reset=True)
         yield ksp
     finally:
         ksp.destroy()

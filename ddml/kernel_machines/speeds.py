@@ -90,7 +90,7 @@ class Speeds:
 
     @property
     def shares(self) -> list[float]:
-        """What part of the samples each rank is to have, for a new :class:`.SampleLayout`."""
+        """What part of the samples each rank is to have, for a new :class:`SampleLayout`."""
         return [float(rows) for rows in self._dealt()[0] / sum(self.rows)]
 
     @property

@@ -1,8 +1,8 @@
 r"""Loads of subdomains made even by moving samples across their common boundaries (D'Amore's DyDD, made precise here).
 
-A round solves for the flow of least norm on the graph of neighbours (:mod:`.flows`) and lets it go: from the highest
-potential downwards each subdomain, once it has what flows in, gives away what it has above its share, divided as the
-flow is, rounded to whole samples. Across each edge those go that are nearest to the common boundary.
+A round solves for the flow of least norm on the graph of neighbours (:mod:`ddml.kernel_machines.flows`) and lets it go:
+from the highest potential downwards each subdomain, once it has what flows in, gives away what it has above its share,
+divided as the flow is, rounded to whole samples. Across each edge those go that are nearest to the common boundary.
 
 Neighbours are (our choices): boxes beside each other on a grid; else subdomains that share samples. A subdomain that
 shares none is joined to the :data:`NEAREST` centroids that are nearest; one without samples that is beside none with

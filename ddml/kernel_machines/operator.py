@@ -65,8 +65,8 @@ class KernelOperator:
         Whether all ranks keep their rows of K.
     products : int
         Columns that A was multiplied with so far.
-    seconds : float
-        What this rank took for its rows of those products, without waiting for others.
+    seconds : list of float
+        What this rank took for its rows of each product, a column, without waiting for others.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class KernelOperator:
         if not 0 <= shift < math.inf:
             raise InputError(f"the regularisation lambda must be 0 or more, got {shift}")
         self.kernel, self.shift, self.layout, self.memory, self.dtype = kernel, shift, layout, memory, dtype
-        self.products, self.seconds = 0, 0.0
+        self.products, self.seconds = 0, list[float]()
         with agreed(layout.comm):
             found = table(samples)
             if len(found) != layout.size:
@@ -181,7 +181,7 @@ class KernelOperator:
             begun = time.perf_counter()
             for number, block in enumerate(self.blocks()):
                 product[block] += (self._rows(block, inputs) if kept is None else kept[number]) @ whole
-            self.seconds += time.perf_counter() - begun
+            self.seconds.append((time.perf_counter() - begun) / V.shape[1])
         return product
 
     def multiply_columns(self, places: Numbers, V: Array) -> Array:

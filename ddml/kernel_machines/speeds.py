@@ -37,7 +37,7 @@ class Speeds:
 
     @classmethod
     def measured(cls, operator: KernelOperator, before: Speeds | None = None) -> Speeds:
-        """From the products that an operator has made so far; see :meth:`of`. Collective.
+        """From the products that an operator has made so far, the median of each rank; see :meth:`of`. Collective.
 
         Raises
         ------
@@ -46,7 +46,7 @@ class Speeds:
         """
         if not operator.products:
             raise InputError("the operator has made no products yet: the speeds of ranks are not known")
-        seconds = operator.layout.comm.allgather(operator.seconds / operator.products)
+        seconds = operator.layout.comm.allgather(float(np.median(operator.seconds)))
         return cls.of(np.diff(operator.layout.ranges).tolist(), seconds, before)
 
     @classmethod
@@ -90,7 +90,7 @@ class Speeds:
 
     @property
     def shares(self) -> list[float]:
-        """What part of the samples each rank is to have, for a new :class:`.SampleLayout`."""
+        """What part of the samples each rank is to have, for a new :class:`SampleLayout`."""
         return [float(rows) for rows in self._dealt()[0] / sum(self.rows)]
 
     @property

@@ -30,9 +30,10 @@ Array = NDArray[np.float64]
 GRIDS = ((4, 4), (8, 8))
 SHIFT, WIDTH, SHARE = 0.1, 0.5, 10  # lambda, width over the median distance, n over the rank
 TOLERANCES = (1e-3, 1e-6)
-# our choices: parts of the samples that are late; delays over what a rank's rows take; products that are measured;
-# digits that are solved for then
-LATE, SLOW, FIRST, DIGITS = (0.1, 0.02), (2.0, 5.0), 2, 1024
+# our choices: parts of the samples that are late; delays of a product in seconds; products that are measured; digits
+# that are solved for then
+WORTH = 0.9  # of the time of a product: above, rows are left where they are
+LATE, SLOW, FIRST, DIGITS = (0.1, 0.02), (0.1, 0.3), 3, 1024
 
 
 def table(data: str) -> tuple[Array, Array]:
@@ -154,11 +155,13 @@ class SlowedOperator(KernelOperator):
     def multiply(self, V: Array) -> Array:
         """See :meth:`KernelOperator.multiply`."""
         rows = self.layout.end - self.layout.begin
+        begun = time.perf_counter()
         if self.layout.comm.rank == 0 and rows:
-            begun = time.perf_counter()
             time.sleep(self.fixed + self.each * rows)
-            self.seconds += time.perf_counter() - begun
-        return super().multiply(V)
+        slept = time.perf_counter() - begun
+        product = super().multiply(V)
+        self.seconds[-1] += slept / V.shape[1]
+        return product
 
 
 def kernels_balance_worker(settings: Any) -> None:
@@ -176,24 +179,24 @@ def kernels_balance_worker(settings: Any) -> None:
     kernel = named("rbf", WIDTH * median_distance(X))
     domain = SampleDomain.by_tree(X, 16)
 
-    def made(shares: Any, factor: float, kind: str, usual: float) -> KernelOperator:
+    def made(shares: Any, delay: float, kind: str) -> KernelOperator:
         operator = SlowedOperator(kernel, X, SHIFT, SampleLayout(domain, comm, shares), memory=1e7)
-        operator.fixed = factor * usual if kind == "product" else 0.0
-        operator.each = factor * usual / (len(X) // 2) if kind == "rows" else 0.0
+        operator.fixed = delay if kind == "product" else 0.0
+        operator.each = delay / (len(X) // 2) if kind == "rows" else 0.0
         return operator
 
-    operator = made(None, 0.0, "rows", 0.0)
+    operator = made(None, 0.0, "rows")
     for _ in range(FIRST):
         operator.multiply(Y[operator.layout.rows])
-    usual = comm.allreduce(operator.seconds / FIRST) / 2
+    usual = comm.allreduce(sum(operator.seconds) / FIRST) * Y.shape[1] / 2
     if not comm.rank:
         print(f"{len(X)} digits, K never kept, {1e3 * usual:.1f} ms a product and rank; rank 0 is slower\n")
         row(["by (ms a product)", "which", "seconds of a solve", "with rows moved before", "ratio", "of the next",
              "ratio", "rows of rank 0"])  # fmt: skip
         row(["-"] * 8)
-    for factor in SLOW:
+    for delay in SLOW:
         for kind in ("rows", "product"):
-            _moved(partial(made, factor=factor, kind=kind, usual=usual), Y, kind, factor * usual, settings.repeats)
+            _moved(partial(made, delay=delay, kind=kind), Y, kind, delay, settings.repeats)
 
 
 def _moved(made: Callable[..., KernelOperator], Y: Array, kind: str, delay: float, repeats: int) -> None:
@@ -209,7 +212,7 @@ def _moved(made: Callable[..., KernelOperator], Y: Array, kind: str, delay: floa
     if not comm.rank:
         first, second, third = map(statistics.median, seconds)
         words = "in proportion to its rows" if kind == "rows" else "whatever its rows"
-        row([f"{1e3 * delay:.1f}", words, f"{first:.2f}", f"{second:.2f}", f"{second / first:.2f}",
+        row([f"{1e3 * delay:.0f}", words, f"{first:.2f}", f"{second:.2f}", f"{second / first:.2f}",
              f"{third:.2f}", f"{third / first:.2f}", str(moved[-1].layout.ranges[1])])  # fmt: skip
 
 
@@ -219,6 +222,8 @@ def _moving(made: Callable[..., KernelOperator], operators: list[KernelOperator]
         for _ in range(FIRST):
             operators[-1].multiply(Y[operators[-1].layout.rows])
         speeds = Speeds.measured(operators[-1], speeds)
+        if speeds.gain > WORTH:
+            break
         operators.append(made(speeds.shares))
     _fit(operators[-1], Y)
 

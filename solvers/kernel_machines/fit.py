@@ -108,7 +108,7 @@ def fit_kernel(
     mine, found = targets[rows] / scales, alpha[rows] / scales
     left, history, iterations = np.empty_like(mine), [np.empty(0)], 0
     groups = [slice(0, columns)] if together else [slice(j, j + 1) for j in range(columns)]
-    with _krylov(operator, columns if together else 1, preconditioner, prefix, options) as ksp:
+    with krylov(operator, columns if together else 1, preconditioner, prefix, options) as ksp:
         rtol, converged = ksp.getTolerances()[0], True
         for group in groups:
             found[:, group], left[:, group], count, seen = _solved(ksp, operator, mine[:, group], found[:, group], rtol)
@@ -178,7 +178,7 @@ def _solved(
 
 
 @contextmanager
-def _krylov(
+def krylov(
     operator: KernelOperator, columns: int, name: str | KernelPreconditioner, prefix: str, options: dict[str, Any]
 ) -> Iterator[PETSc.KSP]:
     """The solver of the columns' system, set up."""

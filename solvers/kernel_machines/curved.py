@@ -1,0 +1,132 @@
+r"""Newton systems of kernel machines with other losses than the squared one, and what preconditions them.
+
+With H the second derivatives of the loss by outputs, :math:`H = G G^T`, and r the gradient in the kernel's own metric,
+Newton's step is :math:`(H K + \mu I) d = -r`, or with a symmetric positive definite matrix
+
+.. math:: (\mu I + G^T K G) u = -G^T K r, \quad d = -(r + G u) / \mu
+
+(as of Gaussian processes: Rasmussen, Williams 2006, section 3.4.3). Weights H of 0 do no harm there. The residual s of
+the first is G / mu times that of the second; and whatever a preconditioned conjugate gradient method has for u, however
+early it ends, d is a direction of descent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+from scipy import linalg
+
+from ddml.kernel_machines.cuts import Array
+from ddml.kernel_machines.losses import Curvature
+from ddml.kernel_machines.operator import KernelOperator
+from ddml.kernel_machines.pivots import KINDS, Pivots, chosen
+from ddml.linalg.small import cholesky
+from ddml.options import Option
+from ddml.parallel import check_memory
+
+from .preconditioner import KernelPreconditioner
+
+# our choices: a pivot for so many samples, so many at most, and of coupled columns so many unknowns of the coarse space
+SHARE, MOST, COUPLED = 10, 500, 2000
+
+
+class CurvedOperator(KernelOperator):
+    r"""The matrix :math:`\mu I + G^T K G` at a point, which :meth:`move` sets; on the rows of K of an operator.
+
+    Parameters
+    ----------
+    operator
+        K + mu I; nothing of it is copied.
+    """
+
+    def __init__(self, operator: KernelOperator) -> None:
+        vars(self).update(vars(operator))
+        self.curvature: Curvature
+
+    def move(self, curvature: Curvature) -> None:
+        """Take over H."""
+        self.curvature = curvature
+
+    def image(self, V: Array) -> Array:
+        """This rank's rows of K V, of those of V (n, k). Collective."""
+        return super().multiply(V) - self.shift * V
+
+    def exact(self, V: Array) -> Array:
+        """This rank's rows of K V, in float64 whatever K is kept in. Collective."""
+        return -self.residual(self.shift * V, V)
+
+    def multiply(self, V: Array) -> Array:
+        """This rank's rows of the matrix times V (n, k). Collective."""
+        return self.shift * V + self.curvature.transposed(self.image(self.curvature.factor(V)))
+
+
+class KernelCurvaturePC(KernelPreconditioner):
+    r"""The pivots' part of K, weighed by the curvature (Falkon's of the logistic loss: Marteau-Ferey and others 2019).
+
+    With :math:`F F^T \approx K` from the pivots (:class:`~ddml.kernel_machines.pivots.Pivots`), whose making is the dear
+    part and done once,
+
+    .. math:: M = \mu I + G^T F F^T G, \quad M^{-1} = (I - G^T F (\mu I + F^T H F)^{-1} F^T G) / \mu.
+
+    :math:`F^T H F` is a matrix for each column, or one of all where the loss couples columns; each rank factorises it.
+    """
+
+    options: ClassVar[Sequence[Option]] = (
+        Option("coarse_rank", None, "Pivots (default: a tenth of the samples, at most 500, and of softmax at most 2000 "
+               "over the columns).", kind=int, minimum=1),
+        Option("pivots", "uniform", "Samples drawn at random, or by randomly pivoted Cholesky factorisation.",
+               choices=KINDS),
+        Option("pivots_seed", 0, "Seed of the pivots.", minimum=0),
+    )  # fmt: skip
+
+    def __init__(self, columns: int, coupled: bool) -> None:
+        super().__init__()
+        self.columns, self.coupled = columns, coupled
+
+    def build(self, operator: KernelOperator) -> None:
+        """See :meth:`KernelPreconditioner.build`.
+
+        Raises
+        ------
+        InputError
+            More pivots than samples.
+        """
+        layout = self.layout = operator.layout
+        rank = self.settings.coarse_rank or self._rank(layout.size)
+        joined = rank * self.columns if self.coupled else rank
+        needed = 8 * (2 * joined**2 + (self.columns * rank**2) + 2 * rank * (layout.end - layout.begin))
+        check_memory(layout.comm, needed, f"a coarse space of {rank} pivots", "use a lower -coarse_rank")
+        pivots = Pivots(operator, chosen(operator, rank, self.settings.pivots, self.settings.pivots_seed))
+        self.shift, self.F = operator.shift, pivots.mine()
+
+    def _rank(self, n: int) -> int:
+        most = max(COUPLED // self.columns, 1) if self.coupled else MOST
+        return max(min(n // SHARE, most), 1)
+
+    def renew(self, curvature: Curvature) -> None:
+        """Follow the curvature. Collective."""
+        self.curvature = curvature
+        rank, k = self.F.shape[1], self.columns
+
+        def block(a: int, b: int) -> Array:
+            return self.layout.inner(self.F, curvature.entry(a, b)[:, None] * self.F)
+
+        if self.coupled:
+            whole = np.zeros((k * rank, k * rank))
+            for a in range(k):
+                for b in range(a + 1):  # the lower triangle is all that is asked for
+                    whole[a * rank : (a + 1) * rank, b * rank : (b + 1) * rank] = block(a, b)
+            self.factors = [cholesky(whole, self.shift)]
+        else:
+            self.factors = [cholesky(block(a, a), self.shift) for a in range(k)]
+
+    def solve(self, rows: Array) -> Array:
+        """See :meth:`KernelPreconditioner.solve`."""
+        small = self.layout.inner(self.F, self.curvature.factor(rows))
+        parts = np.reshape(small.T, (len(self.factors), -1))
+        pairs = zip(self.factors, parts, strict=True)
+        found = np.stack([linalg.cho_solve((factor, True), part, check_finite=False) for factor, part in pairs])
+        back = self.layout.times(self.F, found.reshape(self.columns, -1).T)
+        return (rows - self.curvature.transposed(back)) / self.shift

@@ -1,0 +1,246 @@
+r"""Kernel machines of other losses than the squared one, by Newton's method on the same matrix.
+
+.. math:: J(\alpha) = \sum_i \ell(y_i, (K \alpha)_i) + \frac\mu2 \langle \alpha, K \alpha \rangle
+
+is convex. Its gradient in the kernel's own metric is :math:`r = \ell' + \mu \alpha`, that by alpha K r: the rule is the
+norm of r, which is that of the residual where the loss is the squared one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ddml.errors import InputError
+from ddml.kernel_machines.cuts import Array
+from ddml.kernel_machines.losses import OutputLoss, named_loss
+from ddml.kernel_machines.operator import KernelOperator
+from ddml.options import understood
+
+from .curved import CurvedOperator, KernelCurvaturePC
+from .fit import columns_of, krylov, norm
+
+# our choices: the residual of a Newton system over the gradient, at most, and over what the rule asks for, at least
+LOOSE, ENOUGH = 0.1, 0.5
+# and of a line search: lengths tried, the slope at its end over that at its beginning, parts of an interval
+TRIALS, FLAT, SHORTEST, LONGEST = 30, 0.5, 0.1, 0.9
+PRECONDITIONERS = ("pivots", "none")
+
+
+@dataclass(frozen=True)
+class LossFit:
+    """The coefficients of a kernel machine of some loss, and how they were found.
+
+    Attributes
+    ----------
+    coefficients : ndarray
+        alpha (n, k), by sample, on every rank.
+    steps : int
+        Of Newton's method.
+    iterations : ndarray
+        (steps,), of KSP for each of them.
+    products : int
+        With K, of all columns together.
+    values : ndarray
+        (steps + 1,), J before the first and after each step.
+    gradients : ndarray
+        (steps + 1,), the norms of r over that at zero.
+    gradient : float
+        The last of them, from K alpha anew in float64.
+    converged : bool
+        Whether it is within the tolerance.
+    """
+
+    coefficients: Array
+    steps: int
+    iterations: Array
+    products: int
+    values: Array
+    gradients: Array
+    gradient: float
+    converged: bool
+
+
+def fit_kernel_loss(
+    operator: KernelOperator,
+    Y: Any,
+    loss: str = "logistic",
+    preconditioner: str = "pivots",
+    prefix: str = "",
+    steps: int = 100,
+    start: Array | None = None,
+    **options: Any,
+) -> LossFit:
+    """Minimise the loss with its regularisation, whose mu is the operator's, by Newton's method. Collective.
+
+    The same bits on any number of ranks. Newton systems of all columns together are solved by conjugate gradients to a
+    tenth of the gradient or less, the better the smaller that is; the outputs of a step are linear in its length, which
+    a line search finds without products. J never increases but for rounding.
+
+    Parameters
+    ----------
+    operator
+        K + mu I, mu above 0.
+    Y
+        (n, k) or (n,), what the loss takes (:mod:`ddml.kernel_machines.losses`), the same on all ranks.
+    loss
+        One of :data:`ddml.kernel_machines.losses.LOSSES`.
+    preconditioner
+        ``pivots`` (:class:`KernelCurvaturePC`) or ``none``.
+    prefix
+        Of PETSc's options, and those of the preconditioner.
+    steps
+        At most.
+    start
+        First guess (n, k) of alpha; zero by default.
+    **options
+        Options under the prefix where they are not given on the command line; ``ksp_rtol``, 1e-6 by default, is for the
+        norm of the gradient over that at zero.
+
+    Raises
+    ------
+    InputError
+        On all ranks: Y that the loss does not take, Y or ``start`` of another shape or not finite; mu of 0; options
+        that there are not.
+    NonFiniteError
+        If a gradient is not finite.
+    """
+    chosen, layout = named_loss(loss), operator.layout
+    targets = columns_of("Y", Y, layout.size)
+    chosen.check(targets)
+    alpha = np.zeros_like(targets) if start is None else columns_of("start", start, layout.size)
+    if alpha.shape != targets.shape:
+        raise InputError(f"start must be {targets.shape} as Y, got {alpha.shape}")
+    if not operator.shift > 0:
+        raise InputError(f"loss {loss} needs a lambda above 0: without one there may be no minimiser")
+    if preconditioner not in PRECONDITIONERS:
+        raise InputError(f"unknown preconditioner '{preconditioner}' of losses; there are {', '.join(PRECONDITIONERS)}")
+    if steps < 0:
+        raise InputError(f"steps must be 0 or more, got {steps}")
+    curved, columns = CurvedOperator(operator), targets.shape[1]
+    coupled = chosen.curvature(targets[:1], np.zeros((1, columns))).coupled
+    context = None if preconditioner == "none" else KernelCurvaturePC(columns, coupled)
+    point = _Point(curved, chosen, targets[layout.rows], alpha[layout.rows])
+    whole = norm(operator, chosen.slopes(point.Y, np.zeros_like(point.Y)))
+    values, gradients, iterations = [point.value], [point.size], list[int]()
+    with krylov(curved, columns, context or "none", prefix, options) as ksp:
+        rtol = ksp.getTolerances()[0]
+        x, y = ksp.getOperators()[0].createVecs()
+        before = math.inf  # the gradient's norm when K alpha was last computed anew
+        while len(iterations) < steps:
+            if point.size <= rtol * whole:
+                if not point.exact:
+                    point.refresh()
+                if point.size <= rtol * whole or point.size > before / 2:
+                    break  # the rule holds; or no digit is gained any more
+                before = point.size
+            curved.move(chosen.curvature(point.Y, point.F))
+            if context is not None:
+                context.renew(curved.curvature)
+            forcing = max(min(LOOSE, math.sqrt(point.size / whole)), ENOUGH * rtol * whole / point.size)
+            ksp.setTolerances(
+                rtol=0.0, atol=forcing * operator.shift * point.size / math.sqrt(chosen.largest), divtol=math.inf
+            )
+            with x as array:
+                array[:] = -curved.curvature.transposed(curved.image(point.r)).ravel()
+            with understood():
+                ksp.solve(x, y)
+            iterations.append(ksp.getIterationNumber())
+            step = -(point.r + curved.curvature.factor(layout.matrix(y))) / operator.shift
+            value, size = point.value, point.size
+            if not point.step(step, curved.image(step), coupled):
+                break  # rounding has left no descent
+            values.append(point.value)
+            gradients.append(point.size)
+            if point.value >= value and point.size > size / 2:
+                break  # nor is a digit gained
+        for vec in (x, y):
+            vec.destroy()
+    if not point.exact:
+        point.refresh()
+        values[-1], gradients[-1] = point.value, point.size
+    products = curved.products - operator.products
+    operator.products = curved.products
+    scale = whole or 1.0
+    return LossFit(
+        layout.everywhere(point.alpha)[layout.places],
+        len(values) - 1,
+        np.array(iterations[: len(values) - 1], dtype=np.int64),
+        products // columns,
+        np.array(values),
+        np.array(gradients) / scale,
+        point.size / scale,
+        point.size <= rtol * whole,
+    )
+
+
+class _Point:
+    """This rank's rows of alpha, of its outputs F = K alpha and of the gradient; J and the gradient's norm."""
+
+    def __init__(self, curved: CurvedOperator, loss: OutputLoss, Y: Array, alpha: Array) -> None:
+        self.curved, self.loss, self.Y, self.alpha = curved, loss, Y, alpha
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Compute K alpha anew. Collective."""
+        anywhere = self.curved.layout.comm.allreduce(bool(self.alpha.any()))
+        self._move(self.alpha, self.curved.exact(self.alpha) if anywhere else np.zeros_like(self.alpha))
+        self.exact = True
+
+    def _move(self, alpha: Array, F: Array) -> None:
+        self.alpha, self.F, self.exact = alpha, F, False
+        self.slopes = self.loss.slopes(self.Y, F)
+        self.r = self.slopes + self.curved.shift * alpha
+        self.size, self.value = norm(self.curved, self.r), self._value(alpha, F)
+
+    def _sum(self, rows: Array) -> float:
+        """The sum over samples of rows (n,). Collective."""
+        return float(self.curved.layout.inner(rows[:, None], np.ones((len(rows), 1)))[0, 0])
+
+    def _value(self, alpha: Array, F: Array) -> float:
+        return self._sum(self.loss.values(self.Y, F) + self.curved.shift / 2 * (alpha * F).sum(axis=1))
+
+    def _slopes(self, direction: Array, image: Array, lengths: Array) -> Array:
+        """The derivatives of J along a direction, column by column (k,). Collective."""
+        there = self.loss.slopes(self.Y, self.F + lengths * image) + self.curved.shift * (
+            self.alpha + lengths * direction
+        )
+        return np.asarray(self.curved.layout.inner(there * image, np.ones((len(image), 1)))[:, 0])
+
+    def step(self, direction: Array, image: Array, coupled: bool) -> bool:
+        """Go along a direction of descent, whose image under K is given, as far as is good; whether it is one.
+
+        Where the loss does not couple columns each has its own length. J is convex along it, so that it has decreased
+        where its slope is not above 0: a first length of 1 will then do. Else false position finds where the slope is
+        small; there J is looked at if it is above 0. Collective.
+        """
+
+        def slopes(lengths: Array) -> Array:
+            found = self._slopes(direction, image, lengths)
+            return np.full_like(found, found.sum()) if coupled else found
+
+        begin = slopes(np.zeros(image.shape[1]))
+        if not (begin < 0).any():
+            return False
+        lengths = (begin < 0).astype(float)
+        low, low_slope, high, high_slope = np.zeros_like(lengths), begin, lengths, np.zeros_like(begin)
+        for _ in range(TRIALS):
+            slope = slopes(lengths)
+            above, good = slope > 0, np.abs(slope) <= -FLAT * begin
+            good |= ~above & (lengths == 1) | (begin >= 0)
+            if good.all():
+                alpha, F = self.alpha + lengths * direction, self.F + lengths * image
+                if not above.any() or self._value(alpha, F) <= self.value:
+                    self._move(alpha, F)
+                    return True
+                good = ~above | (begin >= 0)
+            low, low_slope = np.where(above, low, lengths), np.where(above, low_slope, slope)
+            high, high_slope = np.where(above, lengths, high), np.where(above, slope, high_slope)
+            share = low_slope / np.where(low_slope < 0, low_slope - high_slope, -1.0)
+            lengths = np.where(good, lengths, low + np.clip(share, SHORTEST, LONGEST) * (high - low))
+        if low.any():
+            self._move(self.alpha + low * direction, self.F + low * image)
+        return bool(low.any())

@@ -214,8 +214,8 @@ class _Point:
         """Go along a direction of descent, whose image under K is given, as far as is good; whether it is one.
 
         Where the loss does not couple columns each has its own length. J is convex along it, so that it has decreased
-        where its slope is not above 0: a first length of 1 will then do. Else false position finds where the slope is
-        small; there J is looked at if it is above 0. Collective.
+        where its slope is not above 0: a first length of 1 will then do. Else false position (that halves the slope of an
+        end which stays, as the Illinois method does) finds where the slope is small; there J is looked at if it is above 0. Collective.
         """
 
         def slopes(lengths: Array) -> Array:
@@ -237,8 +237,8 @@ class _Point:
                     self._move(alpha, F)
                     return True
                 good = ~above | (begin >= 0)
-            low, low_slope = np.where(above, low, lengths), np.where(above, low_slope, slope)
-            high, high_slope = np.where(above, lengths, high), np.where(above, slope, high_slope)
+            low, low_slope = np.where(above, low, lengths), np.where(above, low_slope / 2, slope)
+            high, high_slope = np.where(above, lengths, high), np.where(above, slope, high_slope / 2)
             share = low_slope / np.where(low_slope < 0, low_slope - high_slope, -1.0)
             lengths = np.where(good, lengths, low + np.clip(share, SHORTEST, LONGEST) * (high - low))
         if low.any():

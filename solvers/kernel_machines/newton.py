@@ -20,14 +20,14 @@ from ddml.kernel_machines.losses import OutputLoss, named_loss
 from ddml.kernel_machines.operator import KernelOperator
 from ddml.options import understood
 
-from .curved import CurvedOperator, KernelCurvaturePC
+from .curved import CurvedOperator, CurvedSchwarzPC, KernelCurvaturePC
 from .fit import columns_of, krylov, norm
 
 # our choices: the residual of a Newton system over the gradient, at most, and over what the rule asks for, at least
 LOOSE, ENOUGH = 0.1, 0.5
 # and of a line search: lengths tried, the slope at its end over that at its beginning, parts of an interval
 TRIALS, FLAT, SHORTEST, LONGEST = 30, 0.5, 0.1, 0.9
-PRECONDITIONERS = ("pivots", "none")
+PRECONDITIONERS = {"pivots": KernelCurvaturePC, "schwarz": CurvedSchwarzPC}
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def fit_kernel_loss(
     operator: KernelOperator,
     Y: Any,
     loss: str = "logistic",
-    preconditioner: str = "pivots",
+    preconditioner: str | None = None,
     prefix: str = "",
     steps: int = 100,
     start: Array | None = None,
@@ -89,7 +89,8 @@ def fit_kernel_loss(
     loss
         One of :data:`ddml.kernel_machines.losses.LOSSES`.
     preconditioner
-        ``pivots`` (:class:`KernelCurvaturePC`) or ``none``.
+        ``pivots`` (:class:`KernelCurvaturePC`), ``schwarz`` (:class:`CurvedSchwarzPC`), which is the default where
+        the loss does not couple columns, or ``none``.
     prefix
         Of PETSc's options, and those of the preconditioner.
     steps
@@ -116,13 +117,18 @@ def fit_kernel_loss(
         raise InputError(f"start must be {targets.shape} as Y, got {alpha.shape}")
     if not operator.shift > 0:
         raise InputError(f"loss {loss} needs a lambda above 0: without one there may be no minimiser")
-    if preconditioner not in PRECONDITIONERS:
-        raise InputError(f"unknown preconditioner '{preconditioner}' of losses; there are {', '.join(PRECONDITIONERS)}")
+    coupled = chosen.curvature(targets[:1], np.zeros((1, targets.shape[1]))).coupled
+    if preconditioner is None:
+        preconditioner = "pivots" if coupled else "schwarz"
+    if preconditioner not in (*PRECONDITIONERS, "none"):
+        words = ", ".join(PRECONDITIONERS)
+        raise InputError(f"unknown preconditioner '{preconditioner}' of losses; there are {words}, none")
     if steps < 0:
         raise InputError(f"steps must be 0 or more, got {steps}")
     curved, columns = CurvedOperator(operator), targets.shape[1]
-    coupled = chosen.curvature(targets[:1], np.zeros((1, columns))).coupled
-    context = None if preconditioner == "none" else KernelCurvaturePC(columns, coupled)
+    if coupled and preconditioner == "schwarz":
+        raise InputError(f"loss {loss} couples columns, which subdomains cannot be preconditioned for: use pivots")
+    context = None if preconditioner == "none" else PRECONDITIONERS[preconditioner](columns, coupled)
     point = _Point(curved, chosen, targets[layout.rows], alpha[layout.rows])
     whole = norm(operator, chosen.slopes(point.Y, np.zeros_like(point.Y)))
     values, gradients, iterations = [point.value], [point.size], list[int]()

@@ -90,5 +90,6 @@ __all__ = [
     "SSBFGS", "SVRG", "TO_ROUNDING", "APTSData", "APTSWeights", "AdaGrad", "Adam", "Cascade", "DenseMSPQN",
     "GaussNewton", "GradientDescent", "KernelNystromPC", "KernelSchwarzPC", "Minimisation", "Minimizer",
     "MultilevelAdaGrad", "Newton", "NystromPC", "Result", "SSBroyden", "SchwarzAdaGrad", "SchwarzPC", "Solver",
-    "SubsampledNewton", "TrustRegion", "configure", "exchange_in_turn", "fit_kernel", "fit_kernel_loss", "minimise", "solver_class",
+    "SubsampledNewton", "TrustRegion", "configure", "exchange_in_turn", "fit_kernel", "fit_kernel_loss", "minimise",
+    "solver_class",
 ]  # fmt: skip

@@ -1,6 +1,6 @@
-r"""Losses of the outputs f(x_i) of a kernel machine, with the regularisation that the squared loss has:
+r"""Losses of the outputs f(x_i) of a kernel machine, which is regularised as that of the squared loss is.
 
-.. math:: J(\alpha) = \sum_i \ell(y_i, f(x_i)) + \frac\mu2 \langle \alpha, K \alpha \rangle, \quad f(x_i) = (K \alpha)_i.
+.. math:: J(\alpha) = \sum_i \ell(y_i, f_i) + \frac\mu2 \langle \alpha, K \alpha \rangle, \quad f = K \alpha
 
 - ``squared``: :math:`\frac12 |y - f|^2`: its minimiser is the solution of :math:`(K + \mu I) \alpha = Y`, so that mu is
   that system's lambda; the others take the same one;
@@ -255,7 +255,9 @@ def class_targets(loss: str, labels: Any, classes: int) -> Array:
     found = np.asarray(labels)
     inside = np.issubdtype(found.dtype, np.integer) and found.ndim == 1 and len(found) and classes >= 2
     if not inside or found.min() < 0 or found.max() >= classes:
-        raise InputError(f"the class of each sample must be an integer from 0 to {classes - 1}: an array of one dimension")
+        raise InputError(
+            f"the class of each sample must be an integer from 0 to {classes - 1}: an array of one dimension"
+        )
     ones = (found[:, None] == np.arange(classes)).astype(float)
     if loss == "softmax":
         return ones

@@ -67,8 +67,7 @@ class CurvedOperator(KernelOperator):
 class KernelCurvaturePC(KernelPreconditioner):
     r"""The pivots' part of K, weighed by the curvature (Falkon's of the logistic loss: Marteau-Ferey and others 2019).
 
-    With :math:`F F^T \approx K` from the pivots (:class:`~ddml.kernel_machines.pivots.Pivots`), whose making is the dear
-    part and done once,
+    With :math:`F F^T \approx K` from the pivots (:class:`~ddml.kernel_machines.pivots.Pivots`), which are made once,
 
     .. math:: M = D + U U^T, \quad M^{-1} = D^{-1} (I - U (I + U^T D^{-1} U)^{-1} U^T D^{-1}), \quad U = G^T F,
 

@@ -220,8 +220,9 @@ class _Point:
         """Go along a direction of descent, whose image under K is given, as far as is good; whether it is one.
 
         Where the loss does not couple columns each has its own length. J is convex along it, so that it has decreased
-        where its slope is not above 0: a first length of 1 will then do. Else false position (that halves the slope of an
-        end which stays, as the Illinois method does) finds where the slope is small; there J is looked at if it is above 0. Collective.
+        where its slope is not above 0: a first length of 1 will then do. Else false position, which halves the slope of
+        an end that stays (the Illinois method), finds where the slope is small; if it is above 0 there, J is looked at.
+        Collective.
         """
 
         def slopes(lengths: Array) -> Array:

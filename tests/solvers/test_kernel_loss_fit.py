@@ -25,17 +25,31 @@ LABELS = digits().labels[FOUR][:n]
 TEST_FOUR = digits().test_labels < CLASSES
 Y = {loss: class_targets(loss, LABELS, CLASSES) for loss in LOSSES}
 KERNEL = named("rbf", 0.7 * median_distance(X))
-TORCH: dict[str, Any] = {
+TORCH: dict[str, Any] = {  # of all samples
     "squared": lambda f, y: (f - y).square().sum() / 2,
     "logistic": lambda f, y: torch.nn.functional.softplus(-y * f).sum(),
-    "softmax": lambda f, y: torch.logsumexp(f, 0) - (f * y).sum(),
+    "softmax": lambda f, y: torch.logsumexp(f, 1).sum() - (f * y).sum(),
     "squared_hinge": lambda f, y: torch.clamp(1 - y * f, min=0).square().sum() / 2,
 }
 
 
+def slopes(loss: str, f: torch.Tensor, y: torch.Tensor, graph: bool = False) -> torch.Tensor:
+    f = f if graph else f.detach().requires_grad_()
+    return torch.autograd.grad(TORCH[loss](f, y), f, create_graph=graph)[0]
+
+
+def curvature(loss: str, f: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """(n, k, k), sample by sample."""
+    f = f.detach().requires_grad_()
+    g = slopes(loss, f, y, graph=True)
+    return torch.stack([torch.autograd.grad(g[:, a].sum(), f, retain_graph=True)[0] for a in range(f.shape[1])], 1)
+
+
 def made(comm: MPI.Comm, samples: np.ndarray = X, mu: float = MU, **settings: Any) -> KernelOperator:
     count = 4 if len(samples) > 8 else 1
-    return KernelOperator(KERNEL, samples, mu, SampleLayout(SampleDomain.by_tree(samples, count, 0.1), comm), **settings)
+    return KernelOperator(
+        KERNEL, samples, mu, SampleLayout(SampleDomain.by_tree(samples, count, 0.1), comm), **settings
+    )
 
 
 def gram(samples: np.ndarray = X) -> torch.Tensor:
@@ -47,18 +61,17 @@ def dense_newton(samples: np.ndarray, targets: np.ndarray, loss: str, mu: float)
     """alpha and J, by Newton's method with dense matrices of all n k unknowns and torch's derivatives."""
     K, y, (m, k) = gram(samples), torch.tensor(targets), targets.shape
     alpha = torch.zeros(m, k, dtype=torch.float64)
-    slope, curvature = (torch.vmap(derive(TORCH[loss])) for derive in (torch.func.grad, torch.func.hessian))
 
     def functional(alpha: torch.Tensor) -> float:
         f = K @ alpha
-        return float(torch.vmap(TORCH[loss])(f, y).sum() + mu / 2 * (alpha * f).sum())
+        return float(TORCH[loss](f, y) + mu / 2 * (alpha * f).sum())
 
     for _ in range(100):
         f = K @ alpha
-        r = slope(f, y) + mu * alpha
-        if r.norm() < 1e-12 * slope(0 * f, y).norm():
+        r = slopes(loss, f, y) + mu * alpha
+        if r.norm() < 1e-12 * slopes(loss, 0 * f, y).norm():
             break
-        system = torch.einsum("iab,ij->iajb", curvature(f, y), K).reshape(m * k, m * k)
+        system = torch.einsum("iab,ij->iajb", curvature(loss, f, y), K).reshape(m * k, m * k)
         system = system.numpy() + mu * np.eye(m * k)
         step = torch.tensor(linalg.solve(system, -r.numpy().ravel())).reshape(m, k)
         length, here = 1.0, functional(alpha)
@@ -105,12 +118,11 @@ def test_what_is_reported_is_true(comm: MPI.Comm, loss: str) -> None:
     alpha, K, y = torch.tensor(found.coefficients), gram(), torch.tensor(Y[loss])
 
     def functional(alpha: torch.Tensor) -> torch.Tensor:
-        return torch.vmap(TORCH[loss])(K @ alpha, y).sum() + MU / 2 * (alpha * (K @ alpha)).sum()
+        return TORCH[loss](K @ alpha, y) + MU / 2 * (alpha * (K @ alpha)).sum()
 
-    slope = torch.vmap(torch.func.grad(TORCH[loss]))
-    r = slope(K @ alpha, y) + MU * alpha
+    r = slopes(loss, K @ alpha, y) + MU * alpha
     assert found.values[-1] == pytest.approx(float(functional(alpha)), rel=1e-12)
-    assert found.gradient == pytest.approx(float(r.norm() / slope(0 * alpha, y).norm()), rel=1e-9)
+    assert found.gradient == pytest.approx(float(r.norm() / slopes(loss, 0 * alpha, y).norm()), rel=1e-9)
     direction = torch.tensor(np.random.default_rng(1).standard_normal(alpha.shape))
     difference = (functional(alpha + 1e-6 * direction) - functional(alpha - 1e-6 * direction)) / 2e-6
     assert float(difference) == pytest.approx(float((direction * (K @ r)).sum()), rel=1e-6, abs=1e-6)

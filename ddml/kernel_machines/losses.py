@@ -27,9 +27,6 @@ from .cuts import Array
 class Curvature(ABC):
     """Second derivatives by outputs: a matrix (k, k) for each sample, H = G G^T."""
 
-    coupled: ClassVar[bool]
-    """Whether it is more than a diagonal."""
-
     @abstractmethod
     def factor(self, V: Array) -> Array:
         """G V, of rows (n, k)."""
@@ -45,8 +42,6 @@ class Curvature(ABC):
 
 class Diagonal(Curvature):
     """Weights (n, k), 0 or more."""
-
-    coupled = False
 
     def __init__(self, weights: Array) -> None:
         self.weights, self.roots = weights, np.sqrt(weights)
@@ -66,8 +61,6 @@ class Diagonal(Curvature):
 
 class Multinomial(Curvature):
     r""":math:`H = \mathrm{diag}(p) - p p^T` of probabilities (n, k), :math:`G = (I - p 1^T) \mathrm{diag}(p)^{1/2}`."""
-
-    coupled = True
 
     def __init__(self, probabilities: Array) -> None:
         self.p, self.roots = probabilities, np.sqrt(probabilities)
@@ -92,6 +85,8 @@ class OutputLoss(ABC):
     name: ClassVar[str]
     largest: ClassVar[float]
     """No eigenvalue of the curvature is above this."""
+    coupled: ClassVar[bool] = False
+    """Whether the curvature is more than a diagonal."""
 
     def check(self, Y: Array) -> None:
         """Look at Y.
@@ -191,7 +186,7 @@ class SquaredHinge(_Signs):
 class Softmax(OutputLoss):
     """The logarithm of the probability, all classes together."""
 
-    name, largest = "softmax", 0.5
+    name, largest, coupled = "softmax", 0.5, True
 
     def check(self, Y: Array) -> None:
         """See :meth:`OutputLoss.check`."""

@@ -64,7 +64,7 @@ class CurvedOperator(KernelOperator):
         return self.shift * V + self.curvature.transposed(self.image(self.curvature.factor(V)))
 
 
-class KernelCurvaturePC(KernelPreconditioner):
+class CurvedPivotsPC(KernelPreconditioner):
     r"""The pivots' part of K, weighed by the curvature (Falkon's of the logistic loss: Marteau-Ferey and others 2019).
 
     With :math:`F F^T \approx K` from the pivots (:class:`~ddml.kernel_machines.pivots.Pivots`), which are made once,
@@ -138,16 +138,16 @@ class KernelCurvaturePC(KernelPreconditioner):
         return self.inverse(rows - self.curvature.transposed(back))
 
 
-class CurvedSchwarzPC(KernelCurvaturePC):
+class CurvedSchwarzPC(CurvedPivotsPC):
     r"""Two-level overlapping Schwarz, weighed by the curvature, of a loss that does not couple columns.
 
-    Each column has its own matrix, and so its own preconditioner: that of :class:`KernelCurvaturePC` with
+    Each column has its own matrix, and so its own preconditioner: that of :class:`CurvedPivotsPC` with
     :math:`D^{-1}` one level with symmetric weights on :math:`\mu I + G (K - F F^T) G`. K - F F^T of subdomains is
     computed once; samples whose weight is 0, as of a squared hinge, are left out.
     """
 
     def build(self, operator: KernelOperator) -> None:
-        """See :meth:`KernelCurvaturePC.build`."""
+        """See :meth:`CurvedPivotsPC.build`."""
         super().build(operator)
         layout, domain = operator.layout, operator.layout.domain
         needed = 8 * (1 + self.columns) * sum(len(domain.sets[i]) ** 2 for i in layout.mine)
@@ -162,7 +162,7 @@ class CurvedSchwarzPC(KernelCurvaturePC):
                 self.left.append(operator.kernel(samples, samples.clone()).numpy() - F @ F.T)
 
     def renew(self, curvature: Curvature) -> None:
-        """See :meth:`KernelCurvaturePC.renew`."""
+        """See :meth:`CurvedPivotsPC.renew`."""
         self.curvature, identity, columns = curvature, np.eye(self.F.shape[1]), range(self.columns)
         roots = np.sqrt(np.stack([curvature.entry(c, c) for c in columns], axis=1))
         weights = self.exchange.restrict(roots)
@@ -180,7 +180,7 @@ class CurvedSchwarzPC(KernelCurvaturePC):
         return there, cholesky(left[np.ix_(there, there)] * (roots[there] * roots[there].T), self.shift)
 
     def inverse(self, rows: Array) -> Array:
-        """See :meth:`KernelCurvaturePC.inverse`."""
+        """See :meth:`CurvedPivotsPC.inverse`."""
         columns = range(self.columns)
         return self._inverse(rows, columns, [slice(c, c + 1) for c in columns])
 

@@ -56,7 +56,7 @@ def test_factors_are_those_of_the_second_derivatives(name: str) -> None:
     assert (W * curvature.factor(V)).sum() == pytest.approx((curvature.transposed(W) * V).sum())
     assert np.linalg.eigvalsh(H).min() > -1e-15
     assert np.linalg.eigvalsh(H).max() <= loss.largest + 1e-15
-    assert curvature.coupled == bool(np.abs(H[:, 0, 1]).max() > 0)
+    assert loss.coupled == bool(np.abs(H[:, 0, 1]).max() > 0)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -17,6 +17,7 @@ from ddml.kernel_machines import KernelOperator, SampleDomain, SampleLayout, med
 from ddml.kernel_machines.losses import LOSSES, class_targets, classes_of, named_loss
 from solvers import fit_kernel, fit_kernel_loss
 from solvers.kernel_machines.curved import CurvedOperator, CurvedSchwarzPC
+from solvers.kernel_machines.newton import LossState
 
 n, CLASSES, MU = 160, 4, 0.05
 FOUR = digits().labels < CLASSES
@@ -244,6 +245,24 @@ def test_a_start_saves_steps(comm: MPI.Comm) -> None:
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("loss", ["logistic", "softmax", "squared_hinge"])
+def test_a_run_goes_on_from_any_state_to_the_last_bit(comm: MPI.Comm, loss: str, dtype: str) -> None:
+    states: list[LossState] = []
+    whole = fit_kernel_loss(made(comm, dtype=dtype), Y[loss], loss, monitor=states.append, ksp_rtol=1e-11)
+    assert len(states) == whole.steps
+    assert [state.gradient for state in states[:-1]] == whole.gradients[1:-1].tolist()
+    for number, state in list(enumerate(states, 1))[::2]:
+        on = MPI.COMM_SELF if number % 4 == 1 else comm
+        rest = fit_kernel_loss(made(on, dtype=dtype), Y[loss], loss, start=state, ksp_rtol=1e-11)
+        assert rest.coefficients.tobytes() == whole.coefficients.tobytes()
+        assert rest.iterations.tolist() == whole.iterations[number:].tolist()
+        assert rest.values[1:].tolist() == whole.values[number + 1 :].tolist()
+    stopped = fit_kernel_loss(made(comm), Y[loss], loss, monitor=lambda state: state.gradient < 0.1)
+    assert stopped.gradients[-2] >= 0.1 > stopped.gradient
+
+
+@pytest.mark.ranks
 def test_float32_and_kernels_that_are_not_kept_lead_to_the_same_minimiser(comm: MPI.Comm) -> None:
     alpha, _ = exact("softmax")
     for settings in ({"dtype": "float32"}, {"memory": 40_000.0}):
@@ -291,6 +310,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"Y": Y["logistic"][:-1]}, f"a row for each of {n} samples"),
     ({"Y": np.where(Y["logistic"] > 0, np.nan, -1)}, "Y has values that are not finite"),
     ({"start": Y["logistic"][:, :2]}, "start must be"),
+    ({"start": LossState(Y["logistic"], Y["logistic"][:, 1:], True, 1.0, 1.0, 1.0)}, "start must be"),
+    ({"start": LossState(Y["logistic"], np.nan * Y["logistic"], True, 1.0, 1.0, 1.0)}, "start has values that are not"),
     ({"start": Y["logistic"] * np.inf}, "start has values that are not finite"),
     ({"preconditioner": "nystrom"}, "unknown preconditioner 'nystrom' of losses; there are pivots, schwarz, none"),
     ({"Y": Y["softmax"], "loss": "softmax", "preconditioner": "schwarz"}, "couples columns, .* use pivots"),

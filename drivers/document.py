@@ -16,6 +16,7 @@ import predict
 from common.training import PREFIXES
 from ddml.options import Option
 from solvers import SOLVERS, KernelNystromPC, KernelSchwarzPC, NystromPC, SchwarzPC
+from solvers.kernel_machines.curved import CurvedPivotsPC
 
 HEAD = """# Options
 
@@ -68,6 +69,7 @@ def page() -> str:
         parts.append(table(pc.options))
     for kind in (KernelSchwarzPC, KernelNystromPC):
         parts += [f"## solvers.{kind.__name__}", "Of [kernel machines](kernel_machines.md).", table(kind.options)]
+    parts += ["## solvers.fit_kernel_loss", "Of [kernel machines](kernel_machines.md).", table(CurvedPivotsPC.options)]
     return "\n\n".join(parts) + "\n"
 
 

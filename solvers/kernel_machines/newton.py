@@ -117,8 +117,9 @@ def fit_kernel_loss(
         One of :data:`ddml.kernel_machines.losses.LOSSES`.
     preconditioner
         ``pivots`` (:class:`~solvers.kernel_machines.curved.CurvedPivotsPC`), ``schwarz``
-        (:class:`~solvers.kernel_machines.curved.CurvedSchwarzPC`), which is the default where the loss does not couple
-        columns, or ``none``.
+        (:class:`~solvers.kernel_machines.curved.CurvedSchwarzPC`) or ``none``. By default ``pivots``, but ``schwarz``
+        for losses that may be as curved as the squared one (our choice): of the others a system is as one with a larger
+        lambda.
     prefix
         Of PETSc's options, and those of the preconditioner.
     steps
@@ -190,7 +191,7 @@ def _preconditioner(name: str | None, loss: OutputLoss, columns: int) -> CurvedP
         raise InputError(f"unknown preconditioner '{name}' of losses; there are {words}, none")
     if loss.coupled and name == "schwarz":
         raise InputError(f"loss {loss.name} couples columns, which subdomains cannot be preconditioned for: use pivots")
-    chosen = name or ("pivots" if loss.coupled else "schwarz")
+    chosen = name or ("schwarz" if loss.largest == 1 else "pivots")
     return None if chosen == "none" else PRECONDITIONERS[chosen](columns, loss.coupled)
 
 

@@ -31,7 +31,7 @@ from .local import solved
 from .preconditioner import KernelPreconditioner
 
 # our choices: a pivot for so many samples, so many at most, and of coupled columns so many unknowns of the coarse space
-SHARE, MOST, COUPLED = 10, 500, 2000
+SHARE, MOST, COUPLED = 10, 200, 2000
 
 
 class CurvedOperator(KernelOperator):
@@ -76,7 +76,7 @@ class CurvedPivotsPC(KernelPreconditioner):
     """
 
     options: ClassVar[Sequence[Option]] = (
-        Option("coarse_rank", None, "Pivots (default: a tenth of the samples, at most 500, and of softmax at most 2000 "
+        Option("coarse_rank", None, "Pivots (default: a tenth of the samples, at most 200, and of softmax at most 2000 "
                "over the columns).", kind=int, minimum=1),
         Option("pivots", "uniform", "Samples drawn at random, or by randomly pivoted Cholesky factorisation.",
                choices=KINDS),

@@ -170,7 +170,7 @@ def fit_kernel_loss(
                 break  # no digit is gained any more
     if not point.exact:
         point.refresh()
-        values[-1], gradients[-1] = point.value, point.size
+    values[-1], gradients[-1] = point.value, point.size
     products = curved.products - operator.products
     operator.products = curved.products
     return LossFit(

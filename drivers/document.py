@@ -17,6 +17,7 @@ import predict
 from common.training import PREFIXES
 from ddml.options import Option
 from solvers import SOLVERS, KernelNystromPC, KernelSchwarzPC, NystromPC, SchwarzPC
+from solvers.kernel_machines.curved import CurvedPivotsPC
 
 HEAD = """# Options
 
@@ -72,6 +73,7 @@ def page() -> str:
     for kind in (KernelSchwarzPC, KernelNystromPC):
         name = f"## solvers.{kind.__name__}"
         parts += [name, "Of [kernel machines](kernel_machines.md), also of `drivers/kernel.py`.", table(kind.options)]
+    parts += ["## solvers.fit_kernel_loss", "Of [kernel machines](kernel_machines.md).", table(CurvedPivotsPC.options)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .gauss_newton.schwarz_pc import SchwarzPC
     from .kernel_machines.exchange import exchange_in_turn
     from .kernel_machines.fit import fit_kernel
+    from .kernel_machines.newton import fit_kernel_loss
     from .kernel_machines.nystrom_pc import KernelNystromPC
     from .kernel_machines.schwarz_pc import KernelSchwarzPC
     from .minimisation import Minimisation, Result, minimise
@@ -72,6 +73,7 @@ _HOMES = {
     "configure": "solvers.registry",
     "exchange_in_turn": "solvers.kernel_machines.exchange",
     "fit_kernel": "solvers.kernel_machines.fit",
+    "fit_kernel_loss": "solvers.kernel_machines.newton",
     "minimise": "solvers.minimisation",
     "solver_class": "solvers.registry",
 }
@@ -88,5 +90,6 @@ __all__ = [
     "SSBFGS", "SVRG", "TO_ROUNDING", "APTSData", "APTSWeights", "AdaGrad", "Adam", "Cascade", "DenseMSPQN",
     "GaussNewton", "GradientDescent", "KernelNystromPC", "KernelSchwarzPC", "Minimisation", "Minimizer",
     "MultilevelAdaGrad", "Newton", "NystromPC", "Result", "SSBroyden", "SchwarzAdaGrad", "SchwarzPC", "Solver",
-    "SubsampledNewton", "TrustRegion", "configure", "exchange_in_turn", "fit_kernel", "minimise", "solver_class",
+    "SubsampledNewton", "TrustRegion", "configure", "exchange_in_turn", "fit_kernel", "fit_kernel_loss", "minimise",
+    "solver_class",
 ]  # fmt: skip

@@ -71,6 +71,9 @@ SERIAL = (
     "solvers/test_trust_region.py::test_monotone_methods_never_increase_the_loss",
     "solvers/test_napts.py::test_combined_corrections_promise_no_less_and_save_the_global_step",
     "solvers/test_kernel_fit.py::test_iterations_are_those_of_the_study",
+    "solvers/test_kernel_loss_fit.py::test_outputs_are_those_of_scikit_learn_on_the_kernels_own_features",
+    "solvers/test_kernel_loss_fit.py::test_outputs_are_those_of_scikit_learns_multinomial_regression",
+    "kernel_machines/test_kernel_losses.py",
     "solvers/test_kernel_exchange.py::test_sweeps_are_those_of_the_study_and_end_at_the_dense_solution",
     "data/test_data.py::test_damage_by_chance_is_noticed_or_is_one_of_numbers",
 )

@@ -8,7 +8,6 @@ from petsc4py import PETSc
 
 from ddml.kernel_machines.cuts import Array
 from ddml.kernel_machines.operator import KernelOperator
-from ddml.kernel_machines.system import Operations
 
 from .fit import KernelFit, fit_kernel, preconditioner_named
 from .preconditioner import KernelPreconditioner
@@ -56,18 +55,6 @@ class KeptPC(KernelPreconditioner):
     def solve(self, rows: Array) -> Array:
         """See :meth:`KernelPreconditioner.solve`."""
         return self.inner.solve(rows)
-
-    def set_up_operations(self) -> Operations:
-        """See :meth:`KernelPreconditioner.set_up_operations`."""
-        return self.inner.set_up_operations()
-
-    def operations(self, columns: int) -> Operations:
-        """See :meth:`KernelPreconditioner.operations`."""
-        return self.inner.operations(columns)
-
-    def received(self, columns: int) -> float:
-        """See :meth:`KernelPreconditioner.received`."""
-        return self.inner.received(columns)
 
 
 class InnerSolver:

@@ -12,7 +12,7 @@ from ddml.options import understood
 
 from .fit import krylov
 from .iterations import RTOL, KernelIterations
-from .preconditioner import KernelPreconditioner
+from .preconditioner import ChargedPreconditioner
 
 CYCLE = 30  # iterations of PETSc's method between two residuals that are computed anew, as its GMRES restarts
 FOUND, NO_GAIN = "the residual is below the tolerance", "no digit is gained any more: what is left is rounding"
@@ -48,7 +48,7 @@ class KrylovIterations(KernelIterations):
         self.own(_Closed(stack))
         self.rtol = self.ksp.getTolerances()[0]
         pc = self.ksp.getPC()
-        self.context: KernelPreconditioner | None = pc.getPythonContext() if pc.getType() == "python" else None
+        self.context: ChargedPreconditioner | None = pc.getPythonContext() if pc.getType() == "python" else None
 
     def prepare(self) -> None:
         """See :meth:`KernelIterations.prepare`."""

@@ -59,6 +59,16 @@ class KernelPreconditioner(ABC):
     def solve(self, rows: Array) -> Array:
         """This rank's rows of M^-1 X, of those of X (n, k). Collective."""
 
+    def apply(self, pc: PETSc.PC, x: PETSc.Vec, y: PETSc.Vec) -> None:
+        """Write M^-1 x to y. Collective."""
+        assert self.operator is not None
+        with y as array:
+            array[:] = self.solve(self.operator.layout.matrix(x)).ravel()
+
+
+class ChargedPreconditioner(KernelPreconditioner):
+    """A preconditioner that says what it takes, so that runs can count it."""
+
     @abstractmethod
     def set_up_operations(self) -> Operations:
         """What building it has taken."""
@@ -70,9 +80,3 @@ class KernelPreconditioner(ABC):
     @abstractmethod
     def received(self, columns: int) -> float:
         """Numbers that subdomains are sent in an application, if each is on a process of its own."""
-
-    def apply(self, pc: PETSc.PC, x: PETSc.Vec, y: PETSc.Vec) -> None:
-        """Write M^-1 x to y. Collective."""
-        assert self.operator is not None
-        with y as array:
-            array[:] = self.solve(self.operator.layout.matrix(x)).ravel()

@@ -17,12 +17,12 @@ from ddml.options import Option
 from ddml.parallel import check_memory
 
 from .local import LocalSolves
-from .preconditioner import KernelPreconditioner
+from .preconditioner import ChargedPreconditioner
 
 SHARE, MOST = 10, 1000  # a pivot for so many samples, so many at most (our choices)
 
 
-class KernelSchwarzPC(KernelPreconditioner):
+class KernelSchwarzPC(ChargedPreconditioner):
     r"""Overlapping Schwarz on the samples, with a coarse space of pivots (ours; the pieces are known).
 
     One level of Schwarz does not precondition a kernel matrix, whose large eigenvalues all subdomains share. The
@@ -64,11 +64,11 @@ class KernelSchwarzPC(KernelPreconditioner):
 
     @property
     def symmetric(self) -> bool:
-        """See :attr:`KernelPreconditioner.symmetric`."""
+        """See :attr:`ChargedPreconditioner.symmetric`."""
         return bool(self.settings.schwarz != "restricted")
 
     def build(self, operator: KernelOperator) -> None:
-        """See :meth:`KernelPreconditioner.build`.
+        """See :meth:`ChargedPreconditioner.build`.
 
         Raises
         ------
@@ -109,7 +109,7 @@ class KernelSchwarzPC(KernelPreconditioner):
             self.coarse = lambda right: linalg.lu_solve(both, right, check_finite=False)
 
     def solve(self, rows: Array) -> Array:
-        """See :meth:`KernelPreconditioner.solve`."""
+        """See :meth:`ChargedPreconditioner.solve`."""
         layout, form = self.layout, self.settings.coarse
         if form == "none":
             return self.local.solve(rows)
@@ -127,7 +127,7 @@ class KernelSchwarzPC(KernelPreconditioner):
         return 0 if self.settings.coarse == "none" else int(self.F.shape[1])
 
     def set_up_operations(self) -> Operations:
-        """See :meth:`KernelPreconditioner.set_up_operations`."""
+        """See :meth:`ChargedPreconditioner.set_up_operations`."""
         rank, domain, operator = self.rank, self.layout.domain, self.local.operator
         d = operator.samples.shape[1]
         sums = [rank * len(core) * (d + 1.5 * rank) for core in domain.cores]
@@ -140,14 +140,14 @@ class KernelSchwarzPC(KernelPreconditioner):
         return found + Operations(image, image * max(map(len, domain.cores)) / n)
 
     def operations(self, columns: int) -> Operations:
-        """See :meth:`KernelPreconditioner.operations`."""
+        """See :meth:`ChargedPreconditioner.operations`."""
         passes = {"none": 0, "woodbury": 2, "balanced": 4}[self.settings.coarse]
         coarse = [float(passes * len(core) * self.rank * columns) for core in self.layout.domain.cores]
         small = float(self.rank**2 * columns)
         return self.local.operations(columns) + Operations.side_by_side(coarse) + Operations(small, small)
 
     def received(self, columns: int) -> float:
-        """See :meth:`KernelPreconditioner.received`."""
+        """See :meth:`ChargedPreconditioner.received`."""
         domain = self.layout.domain
         overlaps = sum(map(len, domain.sets)) - domain.size
         return float(columns * (2 * overlaps + len(domain) * self.rank))

@@ -60,11 +60,11 @@ def halves(node: Node) -> tuple[Node, Node]:
 
 
 class Tree:
-    """The binary tree over ``count`` leaves, which ``ranks`` ranks share in order."""
+    """The binary tree over ``count`` leaves, which ``ranks`` ranks share in order, evenly or as ``edges`` say."""
 
-    def __init__(self, count: int, ranks: int) -> None:
+    def __init__(self, count: int, ranks: int, edges: Sequence[int] | None = None) -> None:
         self.count = count
-        self.edges = split(count, ranks)
+        self.edges = split(count, ranks) if edges is None else list(edges)
         self.nodes = [list(self._covering((0, count), range(a, b))) for a, b in pairwise(self.edges)]
 
     def _covering(self, node: Node, mine: range) -> Iterator[Node]:

@@ -11,6 +11,7 @@ from ddml.linalg.small import cholesky
 from ddml.parallel import agreed
 
 from .cuts import Array
+from .halves import Values
 from .operator import KernelOperator
 
 KINDS = ("uniform", "cholesky")
@@ -50,9 +51,9 @@ class Pivots:
         """The rows of F (m, r) of samples (m, d), as the operator has them."""
         return self._solved(self.operator.kernel(samples, self.points).numpy())
 
-    def mine(self) -> Array:
-        """This rank's rows of F."""
-        return self._solved(self.operator.columns(self.points))
+    def mine(self, dtype: str = "float64") -> Values:
+        """This rank's rows of F, rounded to another precision, from columns of K in float64. Collective."""
+        return self.operator.columns(self.points, self._solved, dtype)
 
     def _solved(self, columns: Array) -> Array:
         return linalg.solve_triangular(self.factor, columns.T, lower=True, check_finite=False).T

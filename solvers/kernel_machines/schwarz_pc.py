@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from scipy import linalg
+from scipy.linalg import blas
 
 from ddml.kernel_machines.cuts import Array
 from ddml.kernel_machines.operator import KernelOperator
@@ -19,6 +20,7 @@ from .local import LocalSolves
 from .preconditioner import KernelPreconditioner
 
 SHARE, MOST = 10, 1000  # a pivot for so many samples, so many at most (our choices)
+SINGLE = 1e-3  # of the largest k(x, x): with a lambda above it factors in float32 cost no iterations (our choice)
 
 
 class KernelSchwarzPC(KernelPreconditioner):
@@ -55,6 +57,8 @@ class KernelSchwarzPC(KernelPreconditioner):
         Option("pivots_seed", 0, "Seed of the pivots.", minimum=0),
         Option("omega", 0.0, "What is added to the diagonal of each subdomain's matrix, for Richardson's iteration.",
                minimum=0),
+        Option("factors", None, "What factors of subdomains are kept in (default: float32 where lambda is large enough "
+               "for it).", kind=str, choices=("float32", "float64")),
     )  # fmt: skip
 
     def __init__(self, points: Any = None) -> None:
@@ -76,22 +80,30 @@ class KernelSchwarzPC(KernelPreconditioner):
         """
         layout, form = operator.layout, self.settings.coarse
         self.layout = layout
-        pivots = None if form == "none" else self._pivots(operator)
-        if pivots is not None:
-            needed = 8 * len(pivots) * (3 * (layout.end - layout.begin) + 2 * len(pivots))
-            check_memory(layout.comm, needed, f"a coarse space of {len(pivots)} pivots", "use a lower -coarse_rank")
-        damping = [self.settings.omega] * len(layout.domain)
-        self.local = LocalSolves(operator, pivots if form == "woodbury" else None, self.settings.schwarz, damping)
-        if pivots is None:
+        dtype = self.settings.factors or self._dtype(operator)
+        damping, weights = [self.settings.omega] * len(layout.domain), self.settings.schwarz
+        if form == "none":
+            self.local = LocalSolves(operator, None, weights, damping, dtype)
             return
-        F = self.F = pivots.mine()
+        pivots = self._pivots(operator)
+        self.rank = len(pivots)
+        needed = 8 * len(pivots) * (3 * (layout.end - layout.begin) + 2 * len(pivots))
+        check_memory(layout.comm, needed, f"a coarse space of {len(pivots)} pivots", "use a lower -coarse_rank")
         if form == "balanced":
+            self.local = LocalSolves(operator, None, weights, damping, dtype)
+            F = self.F = pivots.mine()
             self.image = operator.multiply(F)
             self._factorise(layout.inner(F, self.image))
             return
-        self.image = self.local.solve(F)  # D^-1 F, and D^-T F
-        self.dual = self.image if self.symmetric else self.local.solve_transposed(F)
-        self._factorise(np.eye(len(pivots)) + layout.inner(F, self.image))
+        F = pivots.mine(dtype)
+        self.local = LocalSolves(operator, F, weights, damping, dtype)
+        self.images = self.local.images(F)
+        self.duals = self.images if self.symmetric else self.local.images(F, transposed=True)
+        self._factorise(np.eye(len(pivots)) + layout.summed(self._gram))
+
+    def _dtype(self, operator: KernelOperator) -> str:
+        largest = float(operator.kernel.diagonal(operator.samples).max())
+        return "float32" if self.settings.coarse == "woodbury" and operator.shift >= SINGLE * largest else "float64"
 
     def _pivots(self, operator: KernelOperator) -> Pivots:
         if self.points is not None:
@@ -99,9 +111,17 @@ class KernelSchwarzPC(KernelPreconditioner):
         rank = self.settings.coarse_rank or max(min(operator.layout.size // SHARE, MOST), 1)
         return Pivots(operator, chosen(operator, rank, self.settings.pivots, self.settings.pivots_seed))
 
+    def _gram(self, i: int) -> Array:
+        """The contribution of a subdomain of this rank to F^T D^-1 F; its lower triangle, where that is enough."""
+        number = i - self.layout.mine[0]
+        image, dual = self.images[number], self.duals[number]
+        if not self.symmetric or not len(image):
+            return (dual.T @ image).astype(np.float64)
+        return np.asarray(blas.get_blas_funcs("syrk", [image])(1.0, image, trans=True, lower=True), np.float64)
+
     def _factorise(self, matrix: Array) -> None:
         if self.symmetric or self.settings.coarse == "balanced":
-            factor = cholesky((matrix + matrix.T) / 2, 0.0)
+            factor = cholesky(matrix, 0.0)
             self.coarse = lambda right: linalg.cho_solve((factor, True), right, check_finite=False)
         else:
             both = linalg.lu_factor(matrix, check_finite=False)
@@ -113,9 +133,15 @@ class KernelSchwarzPC(KernelPreconditioner):
         if form == "none":
             return self.local.solve(rows)
         if form == "woodbury":
-            small = self.coarse(layout.inner(self.dual, rows))
-            return self.local.solve(rows) - layout.times(self.image, small)
+            return self._woodbury(rows)
         projected = layout.inner(self.F, rows)
         found = self.local.solve(rows - layout.times(self.image, self.coarse(projected)))
         small = self.coarse(projected - layout.inner(self.image, found))
         return found + layout.times(self.F, small)
+
+    def _woodbury(self, rows: Array) -> Array:
+        parts, layout = self.local.forward(rows), self.layout
+        own = dict(zip(layout.mine, zip(self.duals, self.images, parts, strict=True), strict=True))
+        small = self.coarse(layout.summed(lambda i: (own[i][0].T @ own[i][2]).astype(np.float64)))
+        small = small.astype(self.local.dtype)
+        return self.local.backward([part - image @ small for _, image, part in own.values()], rows.shape[1])

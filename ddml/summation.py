@@ -11,6 +11,7 @@ order (``kernels/sums.c``).
 from __future__ import annotations
 
 import ctypes
+import itertools
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -52,6 +53,12 @@ def efficiency(blocks: int, ranks: int) -> float:
     return blocks / (ranks * -(-blocks // ranks))
 
 
+def dealt(count: int, shares: Sequence[float]) -> list[int]:
+    """Boundaries of contiguous ranges of ``range(count)`` whose sizes are nearest to some shares (0 or more)."""
+    whole = sum(shares)
+    return [round(count * (begun / whole)) for begun in itertools.accumulate(shares, initial=0.0)]
+
+
 def halves(node: Node) -> tuple[Node, Node]:
     """The two nodes below one of several leaves: the left one has the largest power of two of them that it can."""
     begin, end = node
@@ -60,11 +67,11 @@ def halves(node: Node) -> tuple[Node, Node]:
 
 
 class Tree:
-    """The binary tree over ``count`` leaves, which ``ranks`` ranks share in order, evenly or as ``edges`` say."""
+    """The binary tree over ``count`` leaves, which ``ranks`` ranks share in order, alike or by their ``shares``."""
 
-    def __init__(self, count: int, ranks: int, edges: Sequence[int] | None = None) -> None:
+    def __init__(self, count: int, ranks: int, shares: Sequence[float] | None = None) -> None:
         self.count = count
-        self.edges = split(count, ranks) if edges is None else list(edges)
+        self.edges = split(count, ranks) if shares is None else dealt(count, shares)
         self.nodes = [list(self._covering((0, count), range(a, b))) for a, b in pairwise(self.edges)]
 
     def _covering(self, node: Node, mine: range) -> Iterator[Node]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ from ddml.options import preset
 
 Array = NDArray[np.float64]
 Numbers = NDArray[np.int64]
+Values = NDArray[Any]
+"""In float64 or float32."""
 Parts = list[tuple[Numbers, Numbers]]
 """The core of each subdomain and all of its samples, both increasing."""
 

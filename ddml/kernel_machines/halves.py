@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
 from ddml.parallel import agreed
 
-from .cuts import Array, Numbers
+from .cuts import Array, Numbers, Values
 from .layout import SampleLayout
 
 WIDTH = 1024  # columns of a piece, at most (our choice): one in float64 fits the second cache of a core
-Values = NDArray[Any]
 Places = slice | Numbers
 
 
@@ -29,7 +29,7 @@ class Piece(NamedTuple):
     twice: bool
 
 
-Entries = Callable[[Piece, Places, Places], Values]
+Entries = Callable[[Piece, Places, Places], Tensor]
 """From one of this rank's pieces, and rows and columns of it, to these entries."""
 
 
@@ -92,27 +92,27 @@ class Half:
         places
             Rows of V that are not zero, increasing (default: all).
         """
-        tree, comm, spare = self.layout.tree, self.layout.comm, list[Array]()
+        tree, comm, spare = self.layout.tree, self.layout.comm, list[Tensor]()
+        v = torch.from_numpy(V)  # whose products with few columns take half the time of numpy's
 
-        def leaf(unit: int) -> Array:
-            total = spare.pop() if spare else np.empty(V.shape)
-            total[:] = 0
+        def leaf(unit: int) -> Tensor:
+            total = spare.pop().zero_() if spare else torch.zeros(V.shape, dtype=torch.float64)
             for piece in self.pieces(unit):
                 if places is None:
                     block = entries(piece, piece.rows, piece.columns)
-                    total[piece.rows] += block @ V[piece.columns]
+                    total[piece.rows] += block @ v[piece.columns]
                     if piece.twice:
-                        total[piece.columns] += block.T @ V[piece.rows]
+                        total[piece.columns] += block.T @ v[piece.rows]
                     continue
                 rows, columns = _inside(places, piece.rows), _inside(places, piece.columns)
                 if len(columns):
-                    total[piece.rows] += entries(piece, piece.rows, columns) @ V[columns]
+                    total[piece.rows] += entries(piece, piece.rows, columns) @ v[columns]
                 if len(rows) and piece.twice:
-                    total[piece.columns] += entries(piece, rows, piece.columns).T @ V[rows]
+                    total[piece.columns] += entries(piece, rows, piece.columns).T @ v[rows]
             return total
 
         with agreed(comm):
-            sums = [tree.add(node, leaf, spare.append) for node in tree.nodes[comm.rank]]
+            sums = [tree.add(node, leaf, spare.append).numpy() for node in tree.nodes[comm.rank]]
         return self.layout.scattered(sums)
 
 

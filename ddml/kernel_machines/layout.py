@@ -76,8 +76,7 @@ class SampleLayout:
         middles = np.minimum((edges[:-1] + edges[1:]) // 2, self.size - 1)
         self.owners = [int(np.searchsorted(self.ranges, place, side="right")) - 1 for place in middles]
         self.mine = [i for i, owner in enumerate(self.owners) if owner == comm.rank]
-        shares = np.searchsorted(self.owners, np.arange(comm.size + 1)).tolist()
-        self.subdomains = Tree(len(domain), comm.size, shares)
+        self.subdomains = Tree(len(domain), comm.size, np.bincount(self.owners, minlength=comm.size).tolist())
 
     @property
     def units(self) -> range:

@@ -15,10 +15,10 @@ from petsc4py import PETSc
 from ddml.errors import InputError
 from ddml.parallel import agreed
 
-from .cuts import Array, Numbers
+from .cuts import Array, Numbers, Values
 from .domain import table
 from .functions import Kernel, check_symmetry, squared_norms
-from .halves import WIDTH, Entries, Half, Piece, Places, Values
+from .halves import WIDTH, Entries, Half, Piece, Places
 from .layout import SampleLayout
 
 TEMPORARIES = 4  # arrays of a block's size that computing it takes, itself among them (at most, of our kernels)
@@ -92,14 +92,15 @@ class KernelOperator:
             if len(found) != layout.size:
                 raise InputError(f"the layout has {layout.size} samples, got {len(found)}")
             self.mean = found.mean(axis=0) if kernel.translates else np.zeros(found.shape[1])
-            self.samples = self.prepared(found[layout.domain.order])
+            moved = found[layout.domain.order]
+            self.samples = torch.as_tensor(np.subtract(moved, self.mean, out=moved))
             check_symmetry(kernel, self.samples)
             self.block = self._block()
         self._inputs = self.samples.to(DTYPES[dtype])
         self._norms = {"float64": squared_norms(self.samples), dtype: squared_norms(self._inputs)}
         self.half = Half(layout, self.block)
         needed = self.half.entries * self._inputs.itemsize + (TEMPORARIES - 1) * 8 * layout.size * self.block
-        self.kept: dict[int, list[Values]] | None = None
+        self.kept: dict[int, list[torch.Tensor]] | None = None
         if layout.comm.allreduce(needed <= memory, MPI.LAND):
             with agreed(layout.comm):
                 self.kept = {
@@ -142,10 +143,10 @@ class KernelOperator:
         pieces = map(self.layout.piece, self.layout.units)
         return [slice(a, min(a + self.block, p.stop)) for p in pieces for a in range(p.start, p.stop, self.block)]
 
-    def _entries(self, inputs: torch.Tensor, rows: Places, columns: Places) -> Values:
+    def _entries(self, inputs: torch.Tensor, rows: Places, columns: Places) -> torch.Tensor:
         """Entries of K, by place, in the precision of the samples."""
         norms = self._norms[str(inputs.dtype).removeprefix("torch.")]
-        return self.kernel(inputs[rows], inputs[columns], (norms[rows], norms[columns])).numpy()
+        return self.kernel(inputs[rows], inputs[columns], (norms[rows], norms[columns]))
 
     def columns(
         self, points: torch.Tensor, changed: Callable[[Array], Array] = lambda rows: rows, dtype: str = "float64"
@@ -189,14 +190,14 @@ class KernelOperator:
         with agreed(self.layout.comm):
             for block, a in itertools.product(self.blocks(), range(0, size, WIDTH)):
                 rows, columns = slice(begin + block.start, begin + block.stop), slice(a, min(a + WIDTH, size))
-                product[block] += self._entries(inputs, rows, columns) @ whole[columns]
+                product[block] += self._entries(inputs, rows, columns).numpy() @ whole[columns]
         return product
 
     def _source(self, inputs: torch.Tensor) -> Entries:
         """Where products find entries of K in the precision of inputs: among those kept, or computed now."""
         kept = self.kept if inputs is self._inputs else None
 
-        def entries(piece: Piece, rows: Places, columns: Places) -> Values:
+        def entries(piece: Piece, rows: Places, columns: Places) -> torch.Tensor:
             if kept is None:
                 return self._entries(inputs, rows, columns)
             block = kept[piece.unit][piece.number]

@@ -10,8 +10,7 @@ from ddml.errors import InputError
 from ddml.linalg.small import cholesky
 from ddml.parallel import agreed
 
-from .cuts import Array
-from .halves import Values
+from .cuts import Array, Values
 from .operator import KernelOperator
 
 KINDS = ("uniform", "cholesky")

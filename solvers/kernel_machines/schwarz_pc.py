@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from scipy import linalg
 from scipy.linalg import blas
 
@@ -140,8 +141,10 @@ class KernelSchwarzPC(KernelPreconditioner):
         return found + layout.times(self.F, small)
 
     def _woodbury(self, rows: Array) -> Array:
-        parts, layout = self.local.forward(rows), self.layout
-        own = dict(zip(layout.mine, zip(self.duals, self.images, parts, strict=True), strict=True))
-        small = self.coarse(layout.summed(lambda i: (own[i][0].T @ own[i][2]).astype(np.float64)))
-        small = small.astype(self.local.dtype)
-        return self.local.backward([part - image @ small for _, image, part in own.values()], rows.shape[1])
+        parts = [torch.from_numpy(part) for part in self.local.forward(rows)]
+        images, duals = (list(map(torch.from_numpy, some)) for some in (self.images, self.duals))
+        first = min(self.layout.mine, default=0)
+        small = self.coarse(self.layout.summed(lambda i: (duals[i - first].T @ parts[i - first]).double().numpy()))
+        given = torch.from_numpy(small.astype(self.local.dtype))
+        left = [(part - image @ given).numpy() for part, image in zip(parts, images, strict=True)]
+        return self.local.backward(left, rows.shape[1])

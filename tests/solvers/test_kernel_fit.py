@@ -121,7 +121,8 @@ def test_it_agrees_with_the_matrix_in_blocks_and_pivots_columns(comm: MPI.Comm, 
     operator = made(comm, domain)
     A, layout = dense(operator), operator.layout
     points = chosen(operator, 30, "cholesky")
-    M = np.linalg.inv(inverse(KernelSchwarzPC(), operator, prefix, coarse_rank=30, pivots="cholesky", factors="float64"))
+    options = {"coarse_rank": 30, "pivots": "cholesky", "factors": "float64"}
+    M = np.linalg.inv(inverse(KernelSchwarzPC(), operator, prefix, **options))
     scale = np.abs(A).max()
     for core in layout.domain.cores:
         block = np.ix_(layout.places[core], layout.places[core])

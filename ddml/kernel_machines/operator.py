@@ -47,7 +47,7 @@ class KernelOperator:
     layout
         Of the coefficients.
     memory
-        Bytes for K on each rank, those of a block included.
+        Bytes for K on each rank, those of a block included; where it is not kept, for what preconditions it.
     dtype
         ``float64`` or ``float32``: what K is computed and kept in. Products are float64 numbers; with float32 they have
         seven digits, and :meth:`residual` computes K again in float64.
@@ -137,6 +137,12 @@ class KernelOperator:
                 f"{self.layout.size} samples and what computing it takes are {row}"
             )
         return min(int(self.memory // row), int(np.diff(self.layout.edges).max()))
+
+    @property
+    def spare(self) -> float:
+        """Bytes of the limit that a preconditioner may take on each rank: no limit where K itself fits and is kept."""
+        row = TEMPORARIES * 8 * WIDTH
+        return math.inf if self.kept is not None else max(self.memory - self.block * row, 0.0)
 
     def blocks(self) -> list[slice]:
         """This rank's blocks: places among its rows."""

@@ -10,6 +10,8 @@ import torch
 from scipy import linalg
 from scipy.linalg import blas
 
+from ddml.errors import InputError
+from ddml.kernel_machines.costs import SINGLE, Task, coarse_rank, memory
 from ddml.kernel_machines.cuts import Array
 from ddml.kernel_machines.operator import KernelOperator
 from ddml.kernel_machines.pivots import KINDS, Pivots, chosen
@@ -19,9 +21,6 @@ from ddml.parallel import check_memory
 
 from .local import LocalSolves
 from .preconditioner import KernelPreconditioner
-
-SHARE, MOST = 10, 1000  # a pivot for so many samples, so many at most (our choices)
-SINGLE = 1e-3  # of the largest k(x, x): with a lambda above it factors in float32 cost no iterations (our choice)
 
 
 class KernelSchwarzPC(KernelPreconditioner):
@@ -52,7 +51,7 @@ class KernelSchwarzPC(KernelPreconditioner):
                "which is not symmetric.", choices=("symmetric", "plain", "restricted")),
         Option("coarse", "woodbury", "How subdomains and coarse space are put together.",
                choices=("woodbury", "balanced", "none")),
-        Option("coarse_rank", None, "Pivots (default: a tenth of the samples, at most 1000).", kind=int, minimum=1),
+        Option("coarse_rank", None, "Pivots (default: by a model of cost).", kind=int, minimum=1),
         Option("pivots", "uniform", "Samples drawn at random, or by randomly pivoted Cholesky factorisation.",
                choices=KINDS),
         Option("pivots_seed", 0, "Seed of the pivots.", minimum=0),
@@ -77,39 +76,45 @@ class KernelSchwarzPC(KernelPreconditioner):
         Raises
         ------
         InputError
-            More pivots than samples; see :class:`LocalSolves`.
+            More pivots than samples; factors that do not fit the operator's limit; see :class:`LocalSolves`.
         """
         layout, form = operator.layout, self.settings.coarse
         self.layout = layout
-        dtype = self.settings.factors or self._dtype(operator)
+        task = self._task(operator)
+        sizes = [len(wide) for wide in layout.domain.sets]
         damping, weights = [self.settings.omega] * len(layout.domain), self.settings.schwarz
         if form == "none":
-            self.local = LocalSolves(operator, None, weights, damping, dtype)
+            _check_limit(task, sizes, 0)
+            self.local = LocalSolves(operator, None, weights, damping, task.factors)
             return
-        pivots = self._pivots(operator)
-        self.rank = len(pivots)
+        pivots = self._pivots(operator, task, sizes)
+        _check_limit(task, sizes, len(pivots))
         needed = 8 * len(pivots) * (3 * (layout.end - layout.begin) + 2 * len(pivots))
         check_memory(layout.comm, needed, f"a coarse space of {len(pivots)} pivots", "use a lower -coarse_rank")
         if form == "balanced":
-            self.local = LocalSolves(operator, None, weights, damping, dtype)
+            self.local = LocalSolves(operator, None, weights, damping, task.factors)
             F = self.F = pivots.mine()
             self.image = operator.multiply(F)
             self._factorise(layout.inner(F, self.image))
             return
-        F = pivots.mine(dtype)
-        self.local = LocalSolves(operator, F, weights, damping, dtype)
+        F = pivots.mine(task.factors)
+        self.local = LocalSolves(operator, F, weights, damping, task.factors)
         self.images = self.local.images(F)
         self.duals = self.images if self.symmetric else self.local.images(F, transposed=True)
         self._factorise(np.eye(len(pivots)) + layout.summed(self._gram))
 
-    def _dtype(self, operator: KernelOperator) -> str:
-        largest = float(operator.kernel.diagonal(operator.samples).max())
-        return "float32" if self.settings.coarse == "woodbury" and operator.shift >= SINGLE * largest else "float64"
+    def _task(self, operator: KernelOperator) -> Task:
+        n, d = operator.samples.shape
+        shift = operator.shift / float(operator.kernel.diagonal(operator.samples).max())
+        single = self.settings.coarse == "woodbury" and shift >= SINGLE
+        factors = self.settings.factors or ("float32" if single else "float64")
+        ranks, kept = operator.layout.comm.size, operator.kept is not None
+        return Task(n, d, self.columns, shift, ranks, kept, operator.spare, operator.dtype, factors)
 
-    def _pivots(self, operator: KernelOperator) -> Pivots:
+    def _pivots(self, operator: KernelOperator, task: Task, sizes: list[int]) -> Pivots:
         if self.points is not None:
             return Pivots(operator, operator.prepared(self.points))
-        rank = self.settings.coarse_rank or max(min(operator.layout.size // SHARE, MOST), 1)
+        rank = self.settings.coarse_rank or coarse_rank(task, sizes)
         return Pivots(operator, chosen(operator, rank, self.settings.pivots, self.settings.pivots_seed))
 
     def _gram(self, i: int) -> Array:
@@ -148,3 +153,12 @@ class KernelSchwarzPC(KernelPreconditioner):
         given = torch.from_numpy(small.astype(self.local.dtype))
         left = [(part - image @ given).numpy() for part, image in zip(parts, images, strict=True)]
         return self.local.backward(left, rows.shape[1])
+
+
+def _check_limit(task: Task, sizes: list[int], rank: int) -> None:
+    needed = memory(task, sizes, rank)
+    if needed > task.memory:
+        raise InputError(
+            f"factors of {len(sizes)} subdomains and {rank} pivots take {needed:.3g} bytes on a rank, but the kernel's "
+            f"memory limit leaves {task.memory:.3g}: use a lower -coarse_rank, more subdomains, ranks or memory"
+        )

@@ -8,6 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ddml.errors import InputError
+from ddml.summation import leaves
+
+from .halves import WIDTH
+from .layout import UNIT
+from .operator import TEMPORARIES
 
 # All numbers of this file are our choices: measured on one core of a Xeon with AVX-512, of which only ratios matter.
 # Multiply-adds a second in float64: of products of large matrices; of such as have few columns, whose other factor
@@ -24,6 +29,7 @@ OVERLAPS = (0.0, 0.05, 0.1)  # that are tried
 # subdomains, samples in each of them, at least, and pivots, at most, that are chosen
 SUBDOMAINS, LEAST, MOST = 16, 64, 2000
 EXCHANGED = 128  # columns of F that subdomains get at a time
+SIZES = {"float64": 8, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,25 @@ class Task:
     memory: float = math.inf
     dtype: str = "float64"
     factors: str = "float32"
+
+    @classmethod
+    def within(
+        cls,
+        limit: float,
+        samples: int,
+        dimension: int,
+        columns: int,
+        shift: float,
+        ranks: int = 1,
+        dtype: str = "float64",
+    ) -> Task:
+        """The task of an operator that gets so many bytes a rank, which keeps K where it fits into them."""
+        unit = math.ceil(samples / leaves(samples, UNIT))
+        block = min(unit, limit // (TEMPORARIES * 8 * samples))
+        needed = samples * (samples + unit) / 2 * SIZES[dtype] / ranks + (TEMPORARIES - 1) * 8 * samples * block
+        kept, factors = needed <= limit, "float32" if shift >= SINGLE else "float64"
+        spare = math.inf if kept else limit - TEMPORARIES * 8 * block * min(WIDTH, samples)
+        return cls(samples, dimension, columns, shift, ranks, kept, spare, dtype, factors)
 
 
 @dataclass(frozen=True)
@@ -153,7 +178,7 @@ def iterations(task: Task, sizes: Sequence[float], rank: int) -> float:
 def seconds(task: Task, sizes: Sequence[float], rank: int) -> float:
     """What set-up and iterations take on one rank; not K itself where it is kept, which all have in common."""
     n, d, k = task.samples, task.dimension, task.columns
-    faster, kernels = (2.0 if dtype == "float32" else 1.0 for dtype in (task.factors, task.dtype))
+    faster, kernels = 8 / SIZES[task.factors], 8 / SIZES[task.dtype]
     squares, whole = sum(m * m for m in sizes), sum(sizes)
     set_up = n * rank * (d + rank / 2) + rank**2 * (d + rank / 3)
     set_up += (squares * (d / 2 + rank) + sum(m**3 for m in sizes) / 6 + whole * rank**2 / 2) / faster
@@ -164,7 +189,7 @@ def seconds(task: Task, sizes: Sequence[float], rank: int) -> float:
 
 def memory(task: Task, sizes: Sequence[float], rank: int) -> float:
     """Bytes that a rank takes at most for factors and coarse space while it makes them."""
-    share, size = math.ceil(len(sizes) / task.ranks) / len(sizes), 4 if task.factors == "float32" else 8
+    share, size = math.ceil(len(sizes) / task.ranks) / len(sizes), SIZES[task.factors]
     whole, largest = sum(sizes) * share, max(sizes)
     kept = size * (sum(m * m for m in sizes) * share + rank * (whole + task.samples * share))
     return kept + whole * EXCHANGED * (2 * size + 8) + 32 * rank**2 + largest * task.dimension * (8 + size)

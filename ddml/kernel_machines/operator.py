@@ -141,7 +141,7 @@ class KernelOperator:
     @property
     def spare(self) -> float:
         """Bytes of the limit that a preconditioner may take on each rank: no limit where K itself fits and is kept."""
-        row = TEMPORARIES * 8 * WIDTH
+        row = TEMPORARIES * 8 * min(WIDTH, self.layout.size)
         return math.inf if self.kept is not None else max(self.memory - self.block * row, 0.0)
 
     def blocks(self) -> list[slice]:

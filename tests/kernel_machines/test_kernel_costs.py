@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from mpi4py import MPI
 
 from ddml.errors import InputError
+from ddml.kernel_machines import KernelOperator, SampleDomain, SampleLayout, named
 from ddml.kernel_machines.costs import Task, choices, coarse_rank, iterations, memory, seconds
 
 MNIST = Task(8192, 784, 10, 0.1)
@@ -56,6 +59,20 @@ def test_what_is_chosen_fits_the_memory(samples: int, ranks: int) -> None:
         choices(replace(task, memory=1e4))
     with pytest.raises(InputError, match="use more subdomains, more ranks or more memory"):
         coarse_rank(replace(task, memory=1e4), sizes)
+
+
+@pytest.mark.parametrize("n", [10, 300, 2000])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_a_limit_decides_as_the_operator_does(n: int, dtype: str) -> None:
+    x = np.random.default_rng(0).standard_normal((n, 3))
+    layout = SampleLayout(SampleDomain.by_tree(x, 2), MPI.COMM_SELF)
+    for limit in (1e5, 1e6, 1e7, 1e8, 1e9):
+        if limit > 32 * n:
+            operator = KernelOperator(named("rbf"), x, 0.1, layout, limit, dtype)
+            task = Task.within(limit, n, 3, 1, 0.1, 1, dtype)
+            assert task.kept == (operator.kept is not None)
+            assert task.memory == pytest.approx(operator.spare, rel=0.1, abs=0.1 * limit)
+    assert [Task.within(1e9, n, 3, 1, shift).factors for shift in (1e-4, 0.1)] == ["float64", "float32"]
 
 
 @pytest.mark.parametrize("factors", ["float32", "float64"])

@@ -21,11 +21,12 @@ LARGE, FEW, EACH = 33e9, 17e9, 2e-4
 VALUES = 32  # multiply-adds that as much time takes as a value of a kernel from a distance
 # iterations to 1e-6 with a tenth of the samples as pivots, 16 subdomains, an overlap of 0.1 and lambda 0.1, and by
 # which power they grow with one over lambda, the number of subdomains, and one over the share of pivots
-BASE, OF_LAMBDA, OF_PARTS, OF_PIVOTS = 19.0, 0.15, 0.13, 0.45
+BASE, OF_LAMBDA, OF_PARTS, OF_PIVOTS = 19.0, 0.15, 0.15, 0.35
 LEAST_LAMBDA, MOST_LAMBDA = 1e-3, 1.0  # between which it matters
-NO_OVERLAP = 1.5  # by what the iterations are more without overlap
+# by what iterations are more without overlap, and less with a large one, and the overlap that is large
+NO_OVERLAP, OVERLAPPED, OVERLAP = 1.5, 0.85, 0.055
 SINGLE = 1e-3  # least lambda, relative to the largest k(x, x), with which factors in float32 cost no iterations
-OVERLAPS = (0.0, 0.05, 0.1)  # that are tried
+OVERLAPS = (0.0, 0.05, 0.1, 0.2)  # that are tried
 # subdomains, samples in each of them, at least, and pivots, at most, that are chosen
 SUBDOMAINS, LEAST, MOST = 16, 64, 2000
 EXCHANGED = 128  # columns of F that subdomains get at a time
@@ -169,10 +170,10 @@ def iterations(task: Task, sizes: Sequence[float], rank: int) -> float:
     p, n = len(sizes), task.samples
     if p == 1:
         return 2.0  # its factor solves the system
-    overlap = (sum(sizes) / n) ** (1 / math.log2(p)) - 1
+    overlap = max(sum(sizes) / n, 1.0) ** (1 / math.log2(p)) - 1
     shift = min(max(task.shift, LEAST_LAMBDA), MOST_LAMBDA)
     found = BASE * (0.1 / shift) ** OF_LAMBDA * (p / 16) ** OF_PARTS * (n / (10 * rank)) ** OF_PIVOTS
-    return found * (NO_OVERLAP + (1 - NO_OVERLAP) * min(overlap / 0.1, 1.0))
+    return found * (OVERLAPPED + (NO_OVERLAP - OVERLAPPED) * math.exp(-overlap / OVERLAP))
 
 
 def seconds(task: Task, sizes: Sequence[float], rank: int) -> float:

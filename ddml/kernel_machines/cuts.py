@@ -43,7 +43,7 @@ def principal_directions(samples: Array, count: int = 1) -> Array:
         return np.zeros((d, count))
     else:
         operator = LinearOperator((d, d), matvec=lambda v: centred.T @ (centred @ v), dtype=np.float64)
-        found = eigsh(operator, wanted, v0=centred.std(axis=0), tol=1e-6)[1][:, ::-1]
+        found = eigsh(operator, wanted, v0=np.einsum("ij,ij->j", centred, centred), tol=1e-6)[1][:, ::-1]
     axes = found if len(found) == d else centred.T @ found
     lengths = np.linalg.norm(axes, axis=0)
     axes = np.divide(axes, lengths, out=np.zeros_like(axes), where=lengths > 0)

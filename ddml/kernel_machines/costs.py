@@ -17,7 +17,7 @@ from .operator import TEMPORARIES
 # All numbers of this file are our choices: measured on one core of a Xeon with AVX-512, of which only ratios matter.
 # Multiply-adds a second in float64: of products of large matrices; of such as have few columns, whose other factor
 # comes from memory. Those in float32 are twice as many. Seconds that an application takes for each subdomain.
-LARGE, FEW, EACH = 33e9, 17e9, 2e-4
+LARGE, FEW, EACH = 33e9, 10e9, 2e-4
 VALUES = 32  # multiply-adds that as much time takes as a value of a kernel from a distance
 # iterations to 1e-6 with a tenth of the samples as pivots, 16 subdomains, an overlap of 0.1 and lambda 0.1, and by
 # which power they grow with one over lambda, the number of subdomains, and one over the share of pivots

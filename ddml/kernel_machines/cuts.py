@@ -25,6 +25,7 @@ Parts = list[tuple[Numbers, Numbers]]
 # our choices: the side of a Gram matrix up to which its eigenvectors are computed at once, and of the graph that a
 # partitioner gets the neighbours of each sample, and the principal directions in which they are looked for
 DENSE, NEIGHBOURS, DIRECTIONS = 200, 8, 10
+AXIS_OF = 1000  # samples of a core, at most, from which it is found along what to cut it (our choice)
 PARTITIONERS = ("average", "chaco", "current", "hierarch", "parmetis", "party", "ptscotch", "square")
 
 
@@ -61,8 +62,8 @@ def widest_coordinate(samples: Array) -> Array:
 def tree(samples: Array, count: int, overlap: float, axis: Callable[[Array], Array]) -> Parts:
     """Cut samples (n, d) in two, and each half in two, until there are ``count`` parts.
 
-    Each core is cut at the median of its coordinates along ``axis`` of itself, so that cores differ by one sample at
-    most. Each half of all samples of the part gets those of the other half that are nearest to the cut, ``overlap``
+    Each core is cut at the median of its coordinates along ``axis`` of itself, or of a thousand of its samples (our
+    choice), so that cores differ by one sample at most. Each half of all samples of the part gets those of the other half that are nearest to the cut, ``overlap``
     times as many as it has; and samples that equal the last of them, up to as many again (our choice): equal samples in
     different subdomains cost many iterations where lambda is small.
 
@@ -79,10 +80,12 @@ def tree(samples: Array, count: int, overlap: float, axis: Callable[[Array], Arr
     second = _steps(samples @ np.random.default_rng(0).standard_normal(samples.shape[1]))
     parts = [(everything, everything)]
     while len(parts) < count:
+        axes = np.hstack([axis(samples[core[:: -(-len(core) // AXIS_OF)]]) for core, _ in parts])
+        along = (samples @ axes).T
         parts = [
             half
-            for core, wide in parts
-            for half in _halves(core, wide, _steps(samples[wide] @ axis(samples[core])[:, 0]), second[wide], overlap)
+            for values, (core, wide) in zip(along, parts, strict=True)
+            for half in _halves(core, wide, _steps(values[wide]), second[wide], overlap)
         ]
     return parts
 

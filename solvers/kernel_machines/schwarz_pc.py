@@ -83,16 +83,16 @@ class KernelSchwarzPC(KernelPreconditioner):
         task = self._task(operator)
         sizes = [len(wide) for wide in layout.domain.sets]
         damping, weights = [self.settings.omega] * len(layout.domain), self.settings.schwarz
-        if form == "none":
-            _check_limit(task, sizes, 0)
+        pivots = None if form == "none" else self._pivots(operator, task, sizes)
+        rank = self.rank = 0 if pivots is None else len(pivots)
+        _check_limit(task, sizes, rank)
+        needed = 8 * rank * (3 * (layout.end - layout.begin) + 2 * rank)
+        check_memory(layout.comm, needed, f"a coarse space of {rank} pivots", "use a lower -coarse_rank")
+        if pivots is None or form == "balanced":
             self.local = LocalSolves(operator, None, weights, damping, task.factors)
+        if pivots is None:
             return
-        pivots = self._pivots(operator, task, sizes)
-        _check_limit(task, sizes, len(pivots))
-        needed = 8 * len(pivots) * (3 * (layout.end - layout.begin) + 2 * len(pivots))
-        check_memory(layout.comm, needed, f"a coarse space of {len(pivots)} pivots", "use a lower -coarse_rank")
         if form == "balanced":
-            self.local = LocalSolves(operator, None, weights, damping, task.factors)
             F = self.F = pivots.mine()
             self.image = operator.multiply(F)
             self._factorise(layout.inner(F, self.image))
@@ -101,12 +101,12 @@ class KernelSchwarzPC(KernelPreconditioner):
         self.local = LocalSolves(operator, F, weights, damping, task.factors)
         self.images = self.local.images(F)
         self.duals = self.images if self.symmetric else self.local.images(F, transposed=True)
-        self._factorise(np.eye(len(pivots)) + layout.summed(self._gram))
+        self._factorise(np.eye(rank) + layout.summed(self._gram))
 
     def _task(self, operator: KernelOperator) -> Task:
         n, d = operator.samples.shape
         shift = operator.shift / float(operator.kernel.diagonal(operator.samples).max())
-        single = self.settings.coarse == "woodbury" and shift >= SINGLE
+        single = self.settings.coarse == "woodbury" and self.symmetric and shift >= SINGLE
         factors = self.settings.factors or ("float32" if single else "float64")
         ranks, kept = operator.layout.comm.size, operator.kept is not None
         return Task(n, d, self.columns, shift, ranks, kept, operator.spare, operator.dtype, factors)

@@ -29,6 +29,7 @@ SINGLE = 1e-3  # least lambda, relative to the largest k(x, x), with which facto
 OVERLAPS = (0.0, 0.05, 0.1, 0.2)  # that are tried
 # subdomains, samples in each of them, at least, and pivots, at most, that are chosen
 SUBDOMAINS, LEAST, MOST = 16, 64, 2000
+SURE = 0.95  # of the memory is used before the sizes of subdomains are known
 EXCHANGED = 128  # columns of F that subdomains get at a time
 SIZES = {"float64": 8, "float32": 4}
 
@@ -124,10 +125,8 @@ def choices(task: Task) -> Choice:
     for p, overlap in itertools.product(enough, OVERLAPS):
         sizes = [n / p * (1 + overlap) ** math.log2(p)] * p
         found += [
-            Choice(
-                p, overlap, rank, iterations(task, sizes, rank), seconds(task, sizes, rank), memory(task, sizes, rank)
-            )
-            for rank in _within(task, sizes)
+            Choice(p, overlap, r, iterations(task, sizes, r), seconds(task, sizes, r), memory(task, sizes, r))
+            for r in _within(task, sizes, SURE)
         ]
     if not found:
         raise InputError(_too_little(task, min(memory(task, [n / p] * p, _ranks(n)[0]) for p in enough)))
@@ -148,8 +147,9 @@ def coarse_rank(task: Task, sizes: Sequence[float]) -> int:
     return min(found, key=lambda rank: seconds(task, sizes, rank))
 
 
-def _within(task: Task, sizes: Sequence[float]) -> list[int]:
-    return [rank for rank in _ranks(task.samples) if memory(task, sizes, rank) <= task.memory]
+def _within(task: Task, sizes: Sequence[float], share: float = 1.0) -> list[int]:
+    """Numbers of pivots that fit a share of the memory."""
+    return [rank for rank in _ranks(task.samples) if memory(task, sizes, rank) <= share * task.memory]
 
 
 def _ranks(n: int) -> list[int]:

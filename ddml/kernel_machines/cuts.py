@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +18,15 @@ from ddml.options import preset
 
 Array = NDArray[np.float64]
 Numbers = NDArray[np.int64]
+Values = NDArray[Any]
+"""In float64 or float32."""
 Parts = list[tuple[Numbers, Numbers]]
 """The core of each subdomain and all of its samples, both increasing."""
 
 # our choices: the side of a Gram matrix up to which its eigenvectors are computed at once, and of the graph that a
 # partitioner gets the neighbours of each sample, and the principal directions in which they are looked for
 DENSE, NEIGHBOURS, DIRECTIONS = 200, 8, 10
+AXIS_OF = 500  # samples of a core, at most, from which it is found along what to cut it (our choice)
 PARTITIONERS = ("average", "chaco", "current", "hierarch", "parmetis", "party", "ptscotch", "square")
 
 
@@ -41,7 +45,7 @@ def principal_directions(samples: Array, count: int = 1) -> Array:
         return np.zeros((d, count))
     else:
         operator = LinearOperator((d, d), matvec=lambda v: centred.T @ (centred @ v), dtype=np.float64)
-        found = eigsh(operator, wanted, v0=centred.std(axis=0), tol=1e-6)[1][:, ::-1]
+        found = eigsh(operator, wanted, v0=np.einsum("ij,ij->j", centred, centred), tol=1e-6)[1][:, ::-1]
     axes = found if len(found) == d else centred.T @ found
     lengths = np.linalg.norm(axes, axis=0)
     axes = np.divide(axes, lengths, out=np.zeros_like(axes), where=lengths > 0)
@@ -59,10 +63,10 @@ def widest_coordinate(samples: Array) -> Array:
 def tree(samples: Array, count: int, overlap: float, axis: Callable[[Array], Array]) -> Parts:
     """Cut samples (n, d) in two, and each half in two, until there are ``count`` parts.
 
-    Each core is cut at the median of its coordinates along ``axis`` of itself, so that cores differ by one sample at
-    most. Each half of all samples of the part gets those of the other half that are nearest to the cut, ``overlap``
-    times as many as it has; and samples that equal the last of them, up to as many again (our choice): equal samples in
-    different subdomains cost many iterations where lambda is small.
+    Each core is cut at the median of its coordinates along ``axis`` of itself, or of 500 of its samples at most (our
+    choice), so that cores differ by one sample at most. Each half of all samples of the part gets those of the other
+    half that are nearest to the cut, ``overlap`` times as many as it has; and samples that equal the last of them, up
+    to as many again (our choice): equal samples in different subdomains cost many iterations where lambda is small.
 
     Raises
     ------
@@ -77,10 +81,12 @@ def tree(samples: Array, count: int, overlap: float, axis: Callable[[Array], Arr
     second = steps(samples @ np.random.default_rng(0).standard_normal(samples.shape[1]))
     parts = [(everything, everything)]
     while len(parts) < count:
+        axes = np.hstack([axis(samples[core[:: -(-len(core) // AXIS_OF)]]) for core, _ in parts])
+        along = (samples @ axes).T
         parts = [
             half
-            for core, wide in parts
-            for half in _halves(core, wide, steps(samples[wide] @ axis(samples[core])[:, 0]), second[wide], overlap)
+            for values, (core, wide) in zip(along, parts, strict=True)
+            for half in _halves(core, wide, steps(values[wide]), second[wide], overlap)
         ]
     return parts
 

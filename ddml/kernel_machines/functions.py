@@ -27,7 +27,11 @@ from .domain import table
 # our choices: squared distances below this power of the precision, relative to the squares of the samples, are computed
 # from differences; samples whose median distance stands for all, and of which a user's kernel is tried
 NEAR, MEDIAN_OF, TRIED = 0.4, 1000, 32
-AT_ONCE = 1024  # pairs of near samples (our choice)
+# our choices: near samples whose differences are formed together; rows of a triangle; samples whose norms are
+AT_ONCE, ROWS, NORMS = 1024, 256, 1024
+
+
+Norms = tuple[Tensor, Tensor]
 
 
 class Kernel:
@@ -54,34 +58,65 @@ class Kernel:
     ) -> None:
         self.name, self.function, self.diagonal, self.translates = name, function, diagonal, translates
 
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """See ``function``."""
+    def __call__(self, x: Tensor, y: Tensor, norms: Norms | None = None) -> Tensor:
+        """See ``function``; ``norms``, the squared norms (a,) and (b,) of the samples, spare their computation."""
         return self.function(x, y)
+
+    def lower(self, x: Tensor) -> Tensor:
+        """k(x_i, x_j) (m, m) of samples (m, d), of which the lower triangle is computed; others may be anything."""
+        found, squares = x.new_zeros(len(x), len(x)), squared_norms(x)
+        for begin in range(0, len(x), ROWS):
+            end = min(begin + ROWS, len(x))
+            found[begin:end, :end] = self(x[begin:end], x[:end], (squares[begin:end], squares[:end]))
+        return found
 
     def __repr__(self) -> str:
         return self.name
 
 
-def _rbf(squares: Tensor) -> Tensor:
-    return squares.mul_(-0.5).exp_()
+class DistanceKernel(Kernel):
+    """A function of the distance of samples over a width.
+
+    Parameters
+    ----------
+    name
+        In words.
+    profile
+        From squared distances, which it overwrites, and what each is to be multiplied with, one over the square of the
+        width, to k.
+    width
+        w.
+    """
+
+    def __init__(self, name: str, profile: Callable[[Tensor, float], Tensor], width: float) -> None:
+        super().__init__(f"{name} of width {width:g}", self, lambda x: x.new_ones(len(x)), True)
+        self.profile, self.scale = profile, 1 / width**2
+
+    def __call__(self, x: Tensor, y: Tensor, norms: Norms | None = None) -> Tensor:
+        """See :class:`Kernel`."""
+        return self.profile(squared_distances(x, y, norms), self.scale)
 
 
-def _laplace(squares: Tensor) -> Tensor:
-    return squares.sqrt_().neg_().exp_()
+def _rbf(squares: Tensor, scale: float) -> Tensor:
+    return squares.mul_(-0.5 * scale).exp_()
 
 
-def _matern32(squares: Tensor) -> Tensor:
-    s = squares.mul_(3).sqrt_()
+def _laplace(squares: Tensor, scale: float) -> Tensor:
+    return squares.sqrt_().mul_(-math.sqrt(scale)).exp_()
+
+
+def _matern32(squares: Tensor, scale: float) -> Tensor:
+    s = squares.sqrt_().mul_(math.sqrt(3 * scale))
     return torch.exp(-s).mul_(s.add_(1))
 
 
-def _matern52(squares: Tensor) -> Tensor:
-    s = squares.mul_(5).sqrt_()
+def _matern52(squares: Tensor, scale: float) -> Tensor:
+    s = squares.sqrt_().mul_(math.sqrt(5 * scale))
     return torch.exp(-s).mul_((s * s).div_(3).add_(s).add_(1))
 
 
 DISTANCES = {"rbf": _rbf, "laplace": _laplace, "matern32": _matern32, "matern52": _matern52}
-"""From (d / w)^2, which is overwritten, to k."""
+"""Profiles of :class:`DistanceKernel`."""
 NAMES = (*DISTANCES, "polynomial")
 
 
@@ -107,13 +142,7 @@ def named(name: str, width: float = 1.0, degree: int = 3) -> Kernel:
     if degree < 1:
         raise InputError(f"the degree of a polynomial kernel must be 1 or more, got {degree}")
     if name in DISTANCES:
-        profile = DISTANCES[name]
-        return Kernel(
-            f"{name} of width {width:g}",
-            lambda x, y: profile(squared_distances(x, y).div_(width**2)),
-            lambda x: torch.ones(len(x), dtype=x.dtype),
-            True,
-        )
+        return DistanceKernel(name, DISTANCES[name], width)
     if name == "polynomial":
         return Kernel(
             f"polynomial of degree {degree}, width {width:g}",
@@ -172,16 +201,25 @@ def check_symmetry(kernel: Kernel, x: Tensor) -> None:
         raise InputError(f"kernel '{kernel}' is not positive: k(x, x) is not above 0")
 
 
-def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+def squared_norms(x: Tensor) -> Tensor:
+    """The squares (n,) of the norms of samples (n, d)."""
+    return torch.cat([x.new_empty(0), *((part * part).sum(dim=1) for part in x.split(NORMS))])
+
+
+def squared_distances(x: Tensor, y: Tensor, norms: Norms | None = None) -> Tensor:
     """The squares (a, b) of the distances of x (a, d) and y (b, d); those of equal samples are zero.
 
-    From products; where samples are near each other, from differences, so that distances have all of their digits.
+    From products, and the squared norms of both; where samples are near each other, from differences, so that distances
+    have all of their digits.
     """
-    of_x, of_y = (x * x).sum(dim=1)[:, None], (y * y).sum(dim=1)
-    squares = torch.addmm(of_x, x, y.T, alpha=-2).add_(of_y)
+    of_x, of_y = norms or (squared_norms(x), squared_norms(y))
+    squares = torch.addmm(of_y, x, y.T, alpha=-2).add_(of_x[:, None])
+    if not squares.numel():
+        return squares
     bound = torch.finfo(x.dtype).eps ** NEAR * (of_x.max() + of_y.max())
-    i, j = (squares < bound).nonzero(as_tuple=True)
-    for some_i, some_j in zip(i.split(AT_ONCE), j.split(AT_ONCE), strict=True):
+    near = (squares.amin(dim=0) < bound).nonzero()[:, 0]  # few, so that looking for pairs costs little
+    i, j = (squares[:, near] < bound).nonzero(as_tuple=True)
+    for some_i, some_j in zip(i.split(AT_ONCE), near[j].split(AT_ONCE), strict=True):
         squares[some_i, some_j] = (x[some_i] - y[some_j]).square_().sum(dim=1)
     return squares
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ class SampleLayout:
     owners : list of int
         The rank that each subdomain is on: the one with the middle of its core.
     mine : list of int
-        The subdomains on this rank.
+        The subdomains on this rank: consecutive ones.
     """
 
     def __init__(self, domain: SampleDomain, comm: MPI.Comm, shares: Sequence[float] | None = None) -> None:
@@ -80,6 +81,7 @@ class SampleLayout:
         middles = np.minimum((edges[:-1] + edges[1:]) // 2, self.size - 1)
         self.owners = [int(np.searchsorted(self.ranges, place, side="right")) - 1 for place in middles]
         self.mine = [i for i, owner in enumerate(self.owners) if owner == comm.rank]
+        self.subdomains = Tree(len(domain), comm.size, np.bincount(self.owners, minlength=comm.size).tolist())
 
     @property
     def units(self) -> range:
@@ -127,6 +129,27 @@ class SampleLayout:
             for node in self.tree.nodes[self.comm.rank]
         ]
         return np.asarray(self.tree.total([total for here in self.comm.allgather(sums) for total in here]))
+
+    def scattered(self, sums: Sequence[Array]) -> Array:
+        """This rank's rows of the sum over all units of matrices (n, k), by place. Collective.
+
+        Parameters
+        ----------
+        sums
+            The sums over this rank's nodes of the tree.
+        """
+        if self.comm.size == 1:
+            return sums[0]
+        found = self.comm.alltoall([[part[a:b] for part in sums] for a, b in pairwise(self.ranges)])
+        return np.asarray(self.tree.total([part for here in found for part in here]))
+
+    def summed(self, term: Callable[[int], Array]) -> Array:
+        """The sum over all subdomains of new arrays, which ``term`` gives for each number of ``mine``. Collective.
+
+        It is the same on every rank.
+        """
+        sums = [self.subdomains.add(node, term) for node in self.subdomains.nodes[self.comm.rank]]
+        return np.asarray(self.subdomains.total([total for here in self.comm.allgather(sums) for total in here]))
 
     def times(self, X: Array, weights: Array) -> Array:
         """This rank's rows of X W, of those of X (n, k) and W (k, m)."""

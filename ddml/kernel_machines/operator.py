@@ -2,36 +2,40 @@ r"""The matrix :math:`K + \mu I` of a kernel and samples, its rows over ranks, k
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from mpi4py import MPI
-from numpy.typing import NDArray
 from petsc4py import PETSc
 
 from ddml.errors import InputError
 from ddml.parallel import agreed
 
-from .cuts import Array, Numbers
+from .cuts import Array, Numbers, Values
 from .domain import table
-from .functions import Kernel, check_symmetry
+from .functions import Kernel, check_symmetry, squared_norms
+from .halves import WIDTH, Entries, Half, Piece, Places
 from .layout import SampleLayout
 
 TEMPORARIES = 4  # arrays of a block's size that computing it takes, itself among them (at most, of our kernels)
-AT_ONCE = 512  # points that are predicted together (our choice)
-Values = NDArray[Any]
+# our choices: points that are predicted together; columns that a symmetric product has at once, and more than which
+# blocks that are not kept are computed all for, not half: sums of half of them would take more memory than blocks
+AT_ONCE, TOGETHER = 512, 32
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
 class KernelOperator:
     r"""The symmetric matrix :math:`A = K + \mu I`, for any number of columns in one product.
 
-    Each rank has the rows of its samples, and all samples. It keeps its rows of K where they fit into the memory
-    limit, or else computes them by blocks in every product. Blocks are the same in both cases and on any number of
-    ranks, and so are the bits of products. Collective on the layout's communicator.
+    Each rank has the rows of vectors for its samples, and all samples. It has half of its rows of K, whose blocks serve
+    as columns, too (:class:`Half`): it keeps them where they fit into the memory limit, or else computes them in every
+    product. Blocks are the same in both cases and on any number of ranks, and so are the bits of products (of at most
+    32 columns; where nothing is kept, more are multiplied with whole rows). Collective on the layout's communicator.
 
     Parameters
     ----------
@@ -44,7 +48,7 @@ class KernelOperator:
     layout
         Of the coefficients.
     memory
-        Bytes for K on each rank, those of a block included.
+        Bytes for K on each rank, those of a block included; where it is not kept, for what preconditions it.
     dtype
         ``float64`` or ``float32``: what K is computed and kept in. Products are float64 numbers; with float32 they have
         seven digits, and :meth:`residual` computes K again in float64.
@@ -62,7 +66,9 @@ class KernelOperator:
     block : int
         Samples in a block, at most.
     keeps : bool
-        Whether all ranks keep their rows of K.
+        Whether all ranks keep their blocks of K.
+    half : Half
+        Which blocks of K this rank has.
     products : int
         Columns that A was multiplied with so far.
     seconds : list of float
@@ -89,13 +95,16 @@ class KernelOperator:
             if len(found) != layout.size:
                 raise InputError(f"the layout has {layout.size} samples, got {len(found)}")
             self.mean = found.mean(axis=0) if kernel.translates else np.zeros(found.shape[1])
-            self.samples = self.prepared(found[layout.domain.order])
+            moved = found[layout.domain.order]
+            self.samples = torch.as_tensor(np.subtract(moved, self.mean, out=moved))
             check_symmetry(kernel, self.samples)
             self.block = self._block()
         self._inputs = self.samples.to(DTYPES[dtype])
-        needed = self.row_bytes * (layout.end - layout.begin) + (TEMPORARIES - 1) * 8 * layout.size * self.block
+        self._norms = {"float64": squared_norms(self.samples), dtype: squared_norms(self._inputs)}
+        self.half = Half(layout, self.block)
+        needed = self.half.entries * self._inputs.itemsize + (TEMPORARIES - 1) * 8 * layout.size * self.block
         self.keeps = bool(layout.comm.allreduce(needed <= memory, MPI.LAND))
-        self._kept: list[Values] | None = None
+        self._kept: dict[int, list[torch.Tensor]] | None = None
 
     def __repr__(self) -> str:
         where = "kept" if self.keeps else f"computed in each product by blocks of {self.block}"
@@ -105,8 +114,8 @@ class KernelOperator:
         )
 
     @property
-    def kept(self) -> list[Values] | None:
-        """This rank's rows of K, block by block, if all ranks keep theirs: computed when first asked for. Collective.
+    def kept(self) -> dict[int, list[torch.Tensor]] | None:
+        """This rank's blocks of K, by unit, if all ranks keep theirs: computed when first asked for. Collective.
 
         Raises
         ------
@@ -115,7 +124,10 @@ class KernelOperator:
         """
         if self.keeps and self._kept is None:
             with agreed(self.layout.comm):
-                self._kept = [self._rows(piece, self._inputs) for piece in self.blocks()]
+                self._kept = {
+                    unit: [self._entries(self._inputs, piece.rows, piece.columns) for piece in self.half.pieces(unit)]
+                    for unit in self.layout.units
+                }
         return self._kept
 
     def prepared(self, samples: Any) -> torch.Tensor:
@@ -131,11 +143,6 @@ class KernelOperator:
             raise InputError(f"samples have {len(self.mean)} numbers here, got {found.shape[1]}")
         return torch.as_tensor(found - self.mean)
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row of K."""
-        return self.layout.size * DTYPES[self.dtype].itemsize
-
     def _block(self) -> int:
         """Samples in a block: as many as the largest unit has, or as the memory holds in float64."""
         row = TEMPORARIES * 8 * self.layout.size
@@ -146,58 +153,91 @@ class KernelOperator:
             )
         return min(int(self.memory // row), int(np.diff(self.layout.edges).max()))
 
+    @property
+    def spare(self) -> float:
+        """Bytes of the limit that a preconditioner may take on each rank: no limit where K itself fits and is kept."""
+        row = TEMPORARIES * 8 * min(WIDTH, self.layout.size)
+        return math.inf if self.keeps else max(self.memory - self.block * row, 0.0)
+
     def blocks(self) -> list[slice]:
         """This rank's blocks: places among its rows."""
         pieces = map(self.layout.piece, self.layout.units)
         return [slice(a, min(a + self.block, p.stop)) for p in pieces for a in range(p.start, p.stop, self.block)]
 
-    def _rows(self, block: slice, inputs: torch.Tensor) -> Values:
-        """The rows of K of a block, in the precision of the samples."""
-        begin = self.layout.begin
-        return self.kernel(inputs[begin + block.start : begin + block.stop], inputs).numpy()
+    def _entries(self, inputs: torch.Tensor, rows: Places, columns: Places) -> torch.Tensor:
+        """Entries of K, by place, in the precision of the samples."""
+        norms = self._norms[str(inputs.dtype).removeprefix("torch.")]
+        return self.kernel(inputs[rows], inputs[columns], (norms[rows], norms[columns]))
 
-    def columns(self, points: torch.Tensor) -> Array:
-        """This rank's rows of k(x_i, p_j), (n, m), of points (m, d) as ``samples`` are. Collective."""
-        begin = self.layout.begin
-        pieces = map(self.layout.piece, self.layout.units)
+    def columns(
+        self, points: torch.Tensor, changed: Callable[[Array], Array] = lambda rows: rows, dtype: str = "float64"
+    ) -> Values:
+        """This rank's rows of k(x_i, p_j), (n, m), of points (m, d) as ``samples`` are, in float64. Collective.
+
+        Parameters
+        ----------
+        points
+            p.
+        changed
+            From the rows of a unit to what is to stand there.
+        dtype
+            What that is rounded to.
+        """
+        begin, norms, of_points = self.layout.begin, self._norms["float64"], squared_norms(points)
+        found = np.empty((self.layout.end - begin, len(points)), dtype)
         with agreed(self.layout.comm):
-            parts = [self.kernel(self.samples[begin + p.start : begin + p.stop], points).numpy() for p in pieces]
-        return np.concatenate([np.empty((0, len(points))), *parts])
+            for piece in map(self.layout.piece, self.layout.units):
+                mine = slice(begin + piece.start, begin + piece.stop)
+                found[piece] = changed(self.kernel(self.samples[mine], points, (norms[mine], of_points)).numpy())
+        return found
 
     def multiply(self, V: Array) -> Array:
         """This rank's rows of A V, of those of V (n, k). Collective."""
-        return self._multiply(V, self._inputs, self.kept)
+        return self._multiply(V, self._inputs)
 
     def residual(self, Y: Array, V: Array) -> Array:
         """This rank's rows of Y - A V (n, k), in float64 whatever K is kept in. Collective."""
-        exact = self.dtype == "float64"
-        return Y - self._multiply(V, self.samples, self.kept if exact else None)
+        return Y - self._multiply(V, self.samples)
 
-    def _multiply(self, V: Array, inputs: torch.Tensor, kept: list[Values] | None) -> Array:
+    def _multiply(self, V: Array, inputs: torch.Tensor) -> Array:
         self.products += V.shape[1]
-        whole = self.layout.everywhere(V).astype(str(inputs.dtype).removeprefix("torch."))
-        product = self.shift * V
+        whole = self.layout.everywhere(V.astype(inputs.numpy().dtype))
+        product, entries = self.shift * V, self._source(inputs)
+        begun = self.half.seconds
+        if V.shape[1] <= TOGETHER or (self.keeps and inputs is self._inputs):
+            for group in np.array_split(np.arange(V.shape[1]), -(-V.shape[1] // TOGETHER)):
+                product[:, group] += self.half.product(entries, np.ascontiguousarray(whole[:, group]))
+            self.seconds.append((self.half.seconds - begun) / V.shape[1])
+            return product
+        begin, size = self.layout.begin, self.layout.size
         with agreed(self.layout.comm):
-            begun = time.perf_counter()
-            for number, block in enumerate(self.blocks()):
-                product[block] += (self._rows(block, inputs) if kept is None else kept[number]) @ whole
-            self.seconds.append((time.perf_counter() - begun) / V.shape[1])
+            clock = time.perf_counter()
+            for block, a in itertools.product(self.blocks(), range(0, size, WIDTH)):
+                rows, columns = slice(begin + block.start, begin + block.stop), slice(a, min(a + WIDTH, size))
+                product[block] += self._entries(inputs, rows, columns).numpy() @ whole[columns]
+            self.seconds.append((time.perf_counter() - clock) / V.shape[1])
         return product
+
+    def _source(self, inputs: torch.Tensor) -> Entries:
+        """Where products find entries of K in the precision of inputs: among those kept, or computed now."""
+        kept = self.kept if inputs is self._inputs else None
+
+        def entries(piece: Piece, rows: Places, columns: Places) -> torch.Tensor:
+            if kept is None:
+                return self._entries(inputs, rows, columns)
+            block = kept[piece.unit][piece.number]
+            block = block if rows is piece.rows else block[rows - piece.rows.start]
+            return block if columns is piece.columns else block[:, columns - piece.columns.start]
+
+        return entries
 
     def multiply_columns(self, places: Numbers, V: Array) -> Array:
         """This rank's rows of A's columns at some places times V (m, k), which is the same on all ranks. Collective."""
-        product = np.zeros((self.layout.end - self.layout.begin, V.shape[1]))
-        if not len(places):
-            return product
-        some, given = self._inputs[places], V.astype(self.dtype)
-        begin, kept = self.layout.begin, self.kept
-        with agreed(self.layout.comm):
-            for number, block in enumerate(self.blocks()):
-                mine = self._inputs[begin + block.start : begin + block.stop]
-                rows = self.kernel(mine, some).numpy() if kept is None else kept[number][:, places]
-                product[block] = rows @ given
-        inside = (places >= begin) & (places < self.layout.end)
-        product[places[inside] - begin] += self.shift * V[inside]
+        whole = np.zeros((self.layout.size, V.shape[1]), self.dtype)
+        whole[places] = V
+        product = self.half.product(self._source(self._inputs), whole, np.sort(places))
+        inside = (places >= self.layout.begin) & (places < self.layout.end)
+        product[places[inside] - self.layout.begin] += self.shift * V[inside]
         return product
 
     def predict(self, coefficients: Array, points: Any) -> Array:

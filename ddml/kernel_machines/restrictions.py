@@ -75,7 +75,7 @@ class Rows:
         """The wanted rows (m, k), of which each rank has its own. Collective."""
         columns = rows.shape[1]
         here = rows[self.given]
-        found = np.empty((len(self.order), columns))
+        found = np.empty((len(self.order), columns), rows.dtype)
         arrived = np.empty_like(found)
         self.comm.Alltoallv([here, self.sent * columns], [arrived, self.received * columns])
         found[self.order] = arrived

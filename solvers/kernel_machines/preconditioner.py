@@ -24,6 +24,7 @@ class KernelPreconditioner(ABC):
     def __init__(self) -> None:
         self.settings = SimpleNamespace(**{o.name: o.default for o in self.options})
         self.operator: KernelOperator | None = None
+        self.columns = 1  # of the vectors that it is built for
         self.built: SimpleNamespace | None = None  # the settings that it was built with
 
     @property
@@ -48,6 +49,7 @@ class KernelPreconditioner(ABC):
         if not isinstance(operator, KernelOperator):
             raise InputError(f"{type(self).__name__} preconditions systems of kernel machines only")
         if operator is not self.operator or self.settings != self.built:
+            self.columns = mat.getSize()[0] // operator.layout.size
             self.build(operator)
             self.operator, self.built = operator, self.settings
 

@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from scipy import linalg
+from scipy.linalg import blas
 
+from ddml.errors import InputError
+from ddml.kernel_machines.costs import SINGLE, Task, coarse_rank, memory
 from ddml.kernel_machines.cuts import Array
 from ddml.kernel_machines.operator import KernelOperator
 from ddml.kernel_machines.pivots import KINDS, Pivots, chosen
@@ -18,8 +22,6 @@ from ddml.parallel import check_memory
 
 from .local import LocalSolves
 from .preconditioner import ChargedPreconditioner
-
-SHARE, MOST = 10, 1000  # a pivot for so many samples, so many at most (our choices)
 
 
 class KernelSchwarzPC(ChargedPreconditioner):
@@ -50,12 +52,14 @@ class KernelSchwarzPC(ChargedPreconditioner):
                "which is not symmetric.", choices=("symmetric", "plain", "restricted")),
         Option("coarse", "woodbury", "How subdomains and coarse space are put together.",
                choices=("woodbury", "balanced", "none")),
-        Option("coarse_rank", None, "Pivots (default: a tenth of the samples, at most 1000).", kind=int, minimum=1),
+        Option("coarse_rank", None, "Pivots (default: by a model of cost).", kind=int, minimum=1),
         Option("pivots", "uniform", "Samples drawn at random, or by randomly pivoted Cholesky factorisation.",
                choices=KINDS),
         Option("pivots_seed", 0, "Seed of the pivots.", minimum=0),
         Option("omega", 0.0, "What is added to the diagonal of each subdomain's matrix, for Richardson's iteration.",
                minimum=0),
+        Option("factors", None, "What factors of subdomains are kept in (default: float32 where lambda is large enough "
+               "for it).", kind=str, choices=("float32", "float64")),
     )  # fmt: skip
 
     def __init__(self, points: Any = None) -> None:
@@ -73,36 +77,58 @@ class KernelSchwarzPC(ChargedPreconditioner):
         Raises
         ------
         InputError
-            More pivots than samples; see :class:`LocalSolves`.
+            More pivots than samples; factors that do not fit the operator's limit; see :class:`LocalSolves`.
         """
         layout, form = operator.layout, self.settings.coarse
         self.layout = layout
-        pivots = None if form == "none" else self._pivots(operator)
-        if pivots is not None:
-            needed = 8 * len(pivots) * (3 * (layout.end - layout.begin) + 2 * len(pivots))
-            check_memory(layout.comm, needed, f"a coarse space of {len(pivots)} pivots", "use a lower -coarse_rank")
-        damping = [self.settings.omega] * len(layout.domain)
-        self.local = LocalSolves(operator, pivots if form == "woodbury" else None, self.settings.schwarz, damping)
+        task = self._task(operator)
+        sizes = [len(wide) for wide in layout.domain.sets]
+        damping, weights = [self.settings.omega] * len(layout.domain), self.settings.schwarz
+        pivots = None if form == "none" else self._pivots(operator, task, sizes)
+        rank = self.rank = 0 if pivots is None else len(pivots)
+        _check_limit(task, sizes, rank)
+        needed = 8 * rank * (3 * (layout.end - layout.begin) + 2 * rank)
+        check_memory(layout.comm, needed, f"a coarse space of {rank} pivots", "use a lower -coarse_rank")
+        if pivots is None or form == "balanced":
+            self.local = LocalSolves(operator, None, weights, damping, task.factors)
         if pivots is None:
             return
-        F = self.F = pivots.mine()
         if form == "balanced":
+            F = self.F = pivots.mine()
             self.image = operator.multiply(F)
             self._factorise(layout.inner(F, self.image))
             return
-        self.image = self.local.solve(F)  # D^-1 F, and D^-T F
-        self.dual = self.image if self.symmetric else self.local.solve_transposed(F)
-        self._factorise(np.eye(len(pivots)) + layout.inner(F, self.image))
+        F = pivots.mine(task.factors)
+        self.local = LocalSolves(operator, F, weights, damping, task.factors)
+        self.images = self.local.images(F)
+        self.duals = self.images if self.symmetric else self.local.images(F, transposed=True)
+        self._factorise(np.eye(rank) + layout.summed(self._gram))
 
-    def _pivots(self, operator: KernelOperator) -> Pivots:
+    def _task(self, operator: KernelOperator) -> Task:
+        n, d = operator.samples.shape
+        shift = operator.shift / float(operator.kernel.diagonal(operator.samples).max())
+        single = self.settings.coarse == "woodbury" and self.symmetric and shift >= SINGLE
+        factors = self.settings.factors or ("float32" if single else "float64")
+        ranks, kept = operator.layout.comm.size, operator.keeps
+        return Task(n, d, self.columns, shift, ranks, kept, operator.spare, operator.dtype, factors)
+
+    def _pivots(self, operator: KernelOperator, task: Task, sizes: list[int]) -> Pivots:
         if self.points is not None:
             return Pivots(operator, operator.prepared(self.points))
-        rank = self.settings.coarse_rank or max(min(operator.layout.size // SHARE, MOST), 1)
+        rank = self.settings.coarse_rank or coarse_rank(task, sizes)
         return Pivots(operator, chosen(operator, rank, self.settings.pivots, self.settings.pivots_seed))
+
+    def _gram(self, i: int) -> Array:
+        """The contribution of a subdomain of this rank to F^T D^-1 F; its lower triangle, where that is enough."""
+        number = i - self.layout.mine[0]
+        image, dual = self.images[number], self.duals[number]
+        if not self.symmetric or not len(image):
+            return (dual.T @ image).astype(np.float64)
+        return np.asarray(blas.get_blas_funcs("syrk", [image])(1.0, image, trans=True, lower=True), np.float64)
 
     def _factorise(self, matrix: Array) -> None:
         if self.symmetric or self.settings.coarse == "balanced":
-            factor = cholesky((matrix + matrix.T) / 2, 0.0)
+            factor = cholesky(matrix, 0.0)
             self.coarse = lambda right: linalg.cho_solve((factor, True), right, check_finite=False)
         else:
             both = linalg.lu_factor(matrix, check_finite=False)
@@ -114,17 +140,20 @@ class KernelSchwarzPC(ChargedPreconditioner):
         if form == "none":
             return self.local.solve(rows)
         if form == "woodbury":
-            small = self.coarse(layout.inner(self.dual, rows))
-            return self.local.solve(rows) - layout.times(self.image, small)
+            return self._woodbury(rows)
         projected = layout.inner(self.F, rows)
         found = self.local.solve(rows - layout.times(self.image, self.coarse(projected)))
         small = self.coarse(projected - layout.inner(self.image, found))
         return found + layout.times(self.F, small)
 
-    @property
-    def rank(self) -> int:
-        """Pivots; 0 without a coarse space."""
-        return 0 if self.settings.coarse == "none" else int(self.F.shape[1])
+    def _woodbury(self, rows: Array) -> Array:
+        parts = [torch.from_numpy(part) for part in self.local.forward(rows)]
+        images, duals = (list(map(torch.from_numpy, some)) for some in (self.images, self.duals))
+        first = min(self.layout.mine, default=0)
+        small = self.coarse(self.layout.summed(lambda i: (duals[i - first].T @ parts[i - first]).double().numpy()))
+        given = torch.from_numpy(small.astype(self.local.dtype))
+        left = [(part - image @ given).numpy() for part, image in zip(parts, images, strict=True)]
+        return self.local.backward(left, rows.shape[1])
 
     def set_up_operations(self) -> Operations:
         """See :meth:`ChargedPreconditioner.set_up_operations`."""
@@ -151,3 +180,12 @@ class KernelSchwarzPC(ChargedPreconditioner):
         domain = self.layout.domain
         overlaps = sum(map(len, domain.sets)) - domain.size
         return float(columns * (2 * overlaps + len(domain) * self.rank))
+
+
+def _check_limit(task: Task, sizes: list[int], rank: int) -> None:
+    needed = memory(task, sizes, rank)
+    if needed > task.memory:
+        raise InputError(
+            f"factors of {len(sizes)} subdomains and {rank} pivots take {needed:.3g} bytes on a rank, but the kernel's "
+            f"memory limit leaves {task.memory:.3g}: use a lower -coarse_rank, more subdomains, ranks or memory"
+        )

@@ -99,7 +99,7 @@ def test_products_have_the_same_bits_on_any_ranks_kept_or_not(comm: MPI.Comm, na
 def test_what_is_kept_fits_the_limit(comm: MPI.Comm) -> None:
     for memory in (1e9, 2e6, 1e6, 5e5, 1e5, 2e4):
         operator = made(comm, TWINS, memory=memory)
-        kept = sum(block.nbytes for block in operator.kept or [])
+        kept = sum(block.nbytes for unit in (operator.kept or {}).values() for block in unit)
         blocks = 8 * len(TWINS) * operator.block
         assert kept + blocks <= memory
         assert len(set(comm.allgather(operator.kept is None))) == 1

@@ -105,9 +105,8 @@ def test_the_preconditioner_is_the_dense_one(
     operator = made(comm, domain, "laplace")
     F = operator.layout.everywhere(Pivots(operator, chosen(operator, 25, "cholesky", 3)).mine())
     context = KernelSchwarzPC()
-    found = inverse(
-        context, operator, prefix, schwarz=schwarz, coarse=coarse, coarse_rank=25, pivots="cholesky", pivots_seed=3
-    )
+    options = {"schwarz": schwarz, "coarse": coarse, "coarse_rank": 25, "pivots": "cholesky", "pivots_seed": 3}
+    found = inverse(context, operator, prefix, factors="float64", **options)
     exact = expected(operator, F, schwarz, coarse)
     assert np.abs(found - exact).max() < 1e-10 * np.abs(exact).max()
     assert context.symmetric == (schwarz != "restricted")
@@ -122,7 +121,8 @@ def test_it_agrees_with_the_matrix_in_blocks_and_pivots_columns(comm: MPI.Comm, 
     operator = made(comm, domain)
     A, layout = dense(operator), operator.layout
     points = chosen(operator, 30, "cholesky")
-    M = np.linalg.inv(inverse(KernelSchwarzPC(), operator, prefix, coarse_rank=30, pivots="cholesky"))
+    options = {"coarse_rank": 30, "pivots": "cholesky", "factors": "float64"}
+    M = np.linalg.inv(inverse(KernelSchwarzPC(), operator, prefix, **options))
     scale = np.abs(A).max()
     for core in layout.domain.cores:
         block = np.ix_(layout.places[core], layout.places[core])

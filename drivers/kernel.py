@@ -37,7 +37,7 @@ from ddml.kernel_machines.speeds import Speeds
 from ddml.kernel_machines.system import KernelSystem
 from ddml.parallel import agreed
 from ddml.runs import machines
-from kernel_machines.arranged import arranged, take_over
+from kernel_machines.arranged import arranged, settle_pivots, take_over, task_of
 from kernel_machines.options import LIMITS, OPTIONS, help_text, options_of
 from solvers import PETSC_TYPES
 from solvers.kernel_machines.iterations import KernelIterations
@@ -71,9 +71,12 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> 
         if settings.start is not None and limits.restart is None:
             take_over(settings)
         kernel = build_kernel(settings, data.samples)
-        domain, notes = arranged(settings, data, limits.restart)
-    start.notes += notes
     vars(settings)["lambda"] = shift = chosen_shift(settings, kernel, data.samples, wanted, comm)
+    with agreed(comm):
+        task = task_of(settings, kernel, data.samples, wanted.shape[1], comm.size)
+        domain, notes = arranged(settings, data, limits.restart, task)
+        settle_pivots(settings, domain, task)
+    start.notes += notes
     made = partial(KernelOperator, kernel, data.samples, shift, memory=settings.kernel_memory, dtype=settings.dtype)
     operator = made(layout=SampleLayout(domain, comm))
     if settings.rank_speeds and comm.size > 1 and not settings.check:

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from common import training  # noqa: F401  # first: it initialises PETSc
 
-import math
 from typing import Any
 
 import numpy as np
+import torch
 from mpi4py import MPI
+from petsc4py import PETSc
 
 from ddml.data.classified import Classified
 from ddml.errors import InputError
 from ddml.kernel_machines import SampleDomain
 from ddml.kernel_machines.balance import balanced
+from ddml.kernel_machines.costs import Task, choices, coarse_rank
 from ddml.kernel_machines.cuts import Array
 from ddml.kernel_machines.domain import DIRECTIONS
+from ddml.kernel_machines.functions import Kernel
 from ddml.kernel_machines.shapes import grown
 from ddml.plugins import blamed, load
 from ddml.runs import machines, run_file
 from ddml.runs.rebuilt import options
 
-from .options import BALANCE, CORE, MOST, OPTIONS
+from .options import BALANCE, OPTIONS, OVERLAP
 
 
 def take_over(settings: Any) -> None:
@@ -32,7 +35,23 @@ def take_over(settings: Any) -> None:
             vars(settings)[name] = next(o for o in OPTIONS if o.name == name).parse(then[name])
 
 
-def arranged(settings: Any, data: Classified, restart: str | None) -> tuple[SampleDomain, list[str]]:
+def task_of(settings: Any, kernel: Kernel, samples: Array, columns: int, ranks: int) -> Task:
+    """What the model of cost is to choose for."""
+    largest = float(kernel.diagonal(torch.as_tensor(samples)).max())
+    shift = vars(settings)["lambda"] / largest
+    return Task.within(settings.kernel_memory, *samples.shape, columns, shift, ranks, settings.dtype)
+
+
+def settle_pivots(settings: Any, domain: SampleDomain, task: Task) -> None:
+    """Make the model's number of pivots an option of the run, if there are some: a restart has as many."""
+    database = PETSc.Options()
+    schwarz = settings.preconditioner == "schwarz" and database.getString("coarse", "woodbury") != "none"
+    krylov = settings.solver == "ksp" or settings.exchange == "once"
+    if schwarz and krylov and not database.hasName("coarse_rank"):
+        database.setValue("coarse_rank", coarse_rank(task, [len(wide) for wide in domain.sets]))
+
+
+def arranged(settings: Any, data: Classified, restart: str | None, task: Task) -> tuple[SampleDomain, list[str]]:
     """The subdomains of a run, as they are in its file, have grown or are cut anew, balanced; and what to know of them.
 
     Raises
@@ -44,7 +63,7 @@ def arranged(settings: Any, data: Classified, restart: str | None) -> tuple[Samp
         return machines.domain_of(restart), []
     notes, wanted = [], settings.balance
     if settings.start is None:
-        domain = cut(settings, data.samples)
+        domain = cut(settings, data.samples, task)
     else:
         before = machines.domain_of(settings.start)
         then = run_file.inspect(settings.start, MPI.COMM_SELF).attributes
@@ -67,8 +86,8 @@ def arranged(settings: Any, data: Classified, restart: str | None) -> tuple[Samp
     return domain, notes
 
 
-def cut(settings: Any, samples: Array) -> SampleDomain:
-    """The subdomains that the settings ask for.
+def cut(settings: Any, samples: Array, task: Task) -> SampleDomain:
+    """The subdomains that the settings ask for, or where they leave it open the model of cost; put into them.
 
     Raises
     ------
@@ -76,8 +95,13 @@ def cut(settings: Any, samples: Array) -> SampleDomain:
         Numbers and cuts that there are not, or do not go together.
     """
     n, text = len(samples), settings.subdomains
-    count = min(1 << max(int(math.log2(n / CORE)), 0), MOST) if n >= CORE else 1
-    parts = [count] if text is None else numbers(text)
+    if text is None:
+        choice = choices(task)
+        parts, overlap = [choice.subdomains], choice.overlap if settings.solver == "ksp" else OVERLAP
+    else:
+        parts, overlap = numbers(text), OVERLAP
+    if settings.overlap is None:
+        settings.overlap = overlap
     how = settings.cut or ("boxes" if len(parts) > 1 else "principal")
     if len(parts) > 1 and how != "boxes":
         raise InputError(f"option -subdomains {text} is for -cut boxes, not for -cut {how}")

@@ -25,7 +25,7 @@ from solvers.kernel_machines.krylov import CYCLE
 SOLVERS = ("ksp", "d3l")
 EXCHANGES = ("turn", "once", "none")
 BALANCE = 0.98  # of a cut that has grown (our choice)
-CORE, MOST = 512, 64  # samples of a subdomain's core by default, and subdomains at most (our choices)
+OVERLAP = 0.1  # of subdomains whose number is given (our choice)
 OF_TRAINING = ("seed", "threads", "view", "check")
 
 OPTIONS = (
@@ -51,13 +51,14 @@ OPTIONS = (
     Option("lambda", None, "Of the regularisation (default: the one of 1 to 1e-4 with the least leave-one-out error on "
            "a thousand training samples).", kind=float, minimum=0.0, changes=NEVER),
     Option("subdomains", None, "How many, a power of two for trees; or boxes along principal directions, as in 4x4 "
-           f"(default: of {CORE} samples, {MOST} at most).", kind=str, changes=NEVER),
+           "(default: by a model of cost).", kind=str, changes=NEVER),
     Option("cut", None, f"Along what trees cut: {', '.join(DIRECTIONS)}; boxes; one of PETSc's partitioners, "
            f"{', '.join(PARTITIONERS)}, where it has them; or path/to/file.py:Name, a function from samples (n, d) to "
            "the number (n,) of the subdomain of each (default: principal, or boxes where -subdomains says so).",
            kind=str, changes=NEVER),
-    Option("overlap", 0.1, "Share of its own samples that a subdomain has beyond each cut; 0 to below 1.", minimum=0.0,
-           changes=NEVER),
+    Option("overlap", None, "Share of its own samples that a subdomain has beyond each cut; 0 to below 1 (default: "
+           f"{OVERLAP:g}; where the number of subdomains is left open, too, by a model of cost).", kind=float,
+           minimum=0.0, changes=NEVER),
     Option("balance", None, "Least load of a subdomain over the largest one that is wanted, as in 0.98: samples move "
            "to neighbours until it is there (default: they stay where the cut has put them).", kind=float, minimum=0.0,
            changes=NEVER),

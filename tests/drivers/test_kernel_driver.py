@@ -251,7 +251,7 @@ BAD = {
     "zero width": (("-kernel_width", 0), "-kernel_width must be more than 0"),
     "unsymmetric kernel": (("-kernel", "mine.py:unsymmetric"), "is not symmetric"),
     "kernel of NaN": (("-kernel", "mine.py:nan"), "not finite"),
-    "memory": (("-kernel_memory", 100), "below one block"),
+    "memory": (("-kernel_memory", 100), "a memory limit of 100 bytes"),
     "rank": (("-coarse_rank", 301), "1 to 300 pivots"),
     "labels of regression": (("-data", "many"), "and no classes"),
     "one class": (("-data", "one"), "are of one class"),

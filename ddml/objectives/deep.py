@@ -77,14 +77,15 @@ class DeepKernelObjective(Objective):
         start = loss.initial()
         self._own = [part for part in self.parts if isinstance(part, FeatureLoss)]
         self._kept = [part.prefix(start, 0) for part in self._own]
-        self._edges = np.array(split(loss.count, self.parts.blocks))[self.parts.tree.edges]
+        self._edges = split(loss.count, self.parts.blocks)
 
     def features(self, theta: Tensor) -> Array:
         """(n, q), by sample, on every rank. Collective."""
         parts = [part.features(theta, kept).numpy() for part, kept in zip(self._own, self._kept, strict=True)]
         mine = np.concatenate([np.empty((0, self.loss.width)), *parts])
         whole = np.empty((self.loss.count, self.loss.width))
-        self.comm.Allgatherv(mine, [whole, np.diff(self._edges) * self.loss.width])
+        ranges = np.array(self._edges)[self.parts.tree.edges]
+        self.comm.Allgatherv(mine, [whole, np.diff(ranges) * self.loss.width])
         return whole
 
     def value(self, x: PETSc.Vec) -> float:
@@ -105,7 +106,7 @@ class DeepKernelObjective(Objective):
             before = self.functional.operations
             cotangents = torch.as_tensor(self.functional.derivative(features))
             self._charge(before)
-            edges = split(self.loss.count, self.parts.blocks)[self.parts.tree.edges[self.comm.rank] :]
+            edges = self._edges[self.parts.tree.edges[self.comm.rank] :]
 
             def pull(number: int, row: Tensor) -> None:
                 here = cotangents[edges[number] : edges[number + 1]]

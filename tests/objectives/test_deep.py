@@ -17,6 +17,7 @@ from ddml.kernel_machines.functions import squared_distances
 from ddml.kernel_machines.gradients import smooth
 from ddml.layout import ParameterLayout
 from ddml.objectives.deep import DeepKernelObjective
+from ddml.parallel import Interrupted, StopRequest
 
 KINDS = ("tikhonov", "held", "left")
 TIGHT = {"rtol": 1e-12, "least": 1e-12}
@@ -117,6 +118,17 @@ def test_a_point_that_was_evaluated_last_takes_no_products(comm: MPI.Comm, kind:
     assert made.work.total > made.work.products
     for vec in (x, g):
         vec.destroy()
+
+
+def test_a_request_to_stop_is_noticed_before_anything_changes(comm: MPI.Comm) -> None:
+    made = objective("tikhonov", comm)
+    made.stop = StopRequest()
+    evaluated(made)
+    before, work = made.functional.products, made.work.state()
+    made.stop.requested = comm.rank == 0
+    with pytest.raises(Interrupted):
+        evaluated(made, 2 * made.loss.initial())
+    assert (made.functional.products, made.work.state()) == (before, work)
 
 
 @pytest.mark.parametrize("kind", KINDS)

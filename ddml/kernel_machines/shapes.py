@@ -43,7 +43,7 @@ def widened(points: Array, cores: Sequence[Numbers], share: float) -> list[Numbe
     """Sets around cores: each gets, of the other samples, the nearest to its boundaries, ``share`` times its own size.
 
     The boundary between two cores is where points are as far from the one's centroid as from the other's. Samples at
-    the same distance as the last of them are in, too, up to as many again, as where trees cut.
+    the distance of the last of them are in, too, up to as many again, as in :func:`ddml.kernel_machines.cuts.tree`.
     """
     if share == 0:
         return list(cores)

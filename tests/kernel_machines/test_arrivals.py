@@ -72,7 +72,7 @@ def test_equal_samples_and_centroids_make_no_trouble() -> None:
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", CUTS)
 @pytest.mark.parametrize("late", [1, 100, 299])
-def test_late_samples_are_placed_and_balanced(comm: MPI.Comm, name: str, late: int) -> None:
+def test_late_samples_are_placed_and_balanced_on_any_ranks(comm: MPI.Comm, name: str, late: int) -> None:
     before = CUTS[name](X[: 600 - late])
     points = coordinates(before, X)
     middles = centroids(points, before.cores)
@@ -95,7 +95,7 @@ def test_late_samples_are_placed_and_balanced(comm: MPI.Comm, name: str, late: i
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", ["tree", "boxes"])
-def test_a_fit_goes_on_from_the_old_coefficients(comm: MPI.Comm, name: str) -> None:
+def test_a_fit_goes_on_from_the_old_coefficients_on_any_ranks(comm: MPI.Comm, name: str) -> None:
     before = CUTS[name](X[:550])
     old = fitted(comm, before, rtol=1e-6)
     domain = balanced(grown(before, X), X).domain
@@ -134,7 +134,7 @@ def test_the_nearest_centre_is_the_first_of_equal_ones() -> None:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", ["boxes", "labels"])
-def test_balancing_does_not_change_the_solution(comm: MPI.Comm, name: str) -> None:
+def test_balancing_does_not_change_the_solution_on_any_ranks(comm: MPI.Comm, name: str) -> None:
     domain = CUTS[name](X)
     even = balanced(domain, X, wanted=0.95)
     assert even.domain is not domain
@@ -216,7 +216,7 @@ def slowed(comm: MPI.Comm, seconds: float) -> Kernel:
 
 
 @pytest.mark.ranks
-def test_a_slow_rank_is_noticed_and_gets_less(comm: MPI.Comm) -> None:
+def test_ranks_that_are_slow_are_noticed_and_get_less(comm: MPI.Comm) -> None:
     domain = CUTS["tree"](X)
     operator = KernelOperator(slowed(comm, 1e-6), X, 0.1, SampleLayout(domain, comm), memory=1e5)
     with pytest.raises(InputError, match="no products yet"):

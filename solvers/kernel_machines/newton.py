@@ -152,6 +152,8 @@ def fit_kernel_loss(
     point = _Point(curved, chosen, targets[layout.rows], *_begun(start, targets))
     values, gradients, iterations = [point.value], [point.size], list[int]()
     with krylov(curved, columns, context or "none", prefix, options) as ksp:
+        with understood():
+            ksp.setUp()
         limit = ksp.getTolerances()[0] * point.scale
         while len(iterations) < steps and not point.good(limit):
             curvature = point.curve()

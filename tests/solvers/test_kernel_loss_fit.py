@@ -223,8 +223,8 @@ def test_the_preconditioner_is_its_dense_formula(comm: MPI.Comm, loss: str) -> N
 @pytest.mark.ranks
 def test_subdomains_save_iterations(comm: MPI.Comm) -> None:
     counts = {
-        (loss, name): fit_kernel_loss(made(comm, mu=mu), Y[loss], loss, name).iterations.sum()
-        for loss, mu in (("squared_hinge", 1e-3), ("logistic", 1e-3))
+        (loss, name): fit_kernel_loss(made(comm, mu=2e-3), Y[loss], loss, name, ksp_rtol=1e-4).iterations.sum()
+        for loss in ("squared_hinge", "logistic")
         for name in ("none", "pivots", "schwarz")
     }
     assert counts["squared_hinge", "schwarz"] < counts["squared_hinge", "none"] / 3

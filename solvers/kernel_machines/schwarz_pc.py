@@ -33,7 +33,10 @@ class KernelSchwarzPC(ChargedPreconditioner):
 
     .. math:: M = D + F F^T, \quad M^{-1} = D^{-1} - D^{-1} F (I + F^T D^{-1} F)^{-1} F^T D^{-1}
 
-    (``woodbury``). Without overlap M agrees with the matrix in every diagonal block and in the pivots' columns.
+    (``woodbury``). With :math:`G_i = L_i^{-1} V_i R_i F` of the local Cholesky factors, :math:`F^T D^{-1} F` is
+    :math:`\sum_i G_i^T G_i`, and an application needs one forward and one backward solve of each subdomain, between
+    which the coarse space is subtracted; F itself is not kept.
+    Without overlap M agrees with the matrix in every diagonal block and in the pivots' columns.
     ``balanced`` is one level on :math:`A = K + \mu I` itself (Mandel 1993): with :math:`Q = F (F^T A F)^{-1} F^T`,
 
     .. math:: M^{-1} = Q + (I - Q A) D^{-1} (I - A Q),

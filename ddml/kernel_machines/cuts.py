@@ -26,7 +26,7 @@ Parts = list[tuple[Numbers, Numbers]]
 # our choices: the side of a Gram matrix up to which its eigenvectors are computed at once, and of the graph that a
 # partitioner gets the neighbours of each sample, and the principal directions in which they are looked for
 DENSE, NEIGHBOURS, DIRECTIONS = 200, 8, 10
-AXIS_OF = 500  # samples of a core, at most, from which it is found along what to cut it (our choice)
+AXIS_OF = 1000  # samples of a core, at most, from which it is found along what to cut it (our choice)
 PARTITIONERS = ("average", "chaco", "current", "hierarch", "parmetis", "party", "ptscotch", "square")
 
 
@@ -63,7 +63,7 @@ def widest_coordinate(samples: Array) -> Array:
 def tree(samples: Array, count: int, overlap: float, axis: Callable[[Array], Array]) -> Parts:
     """Cut samples (n, d) in two, and each half in two, until there are ``count`` parts.
 
-    Each core is cut at the median of its coordinates along ``axis`` of itself, or of 500 of its samples at most (our
+    Each core is cut at the median of its coordinates along ``axis`` of itself, or of 1,000 of its samples at most (our
     choice), so that cores differ by one sample at most. Each half of all samples of the part gets those of the other
     half that are nearest to the cut, ``overlap`` times as many as it has; and samples that equal the last of them, up
     to as many again (our choice): equal samples in different subdomains cost many iterations where lambda is small.

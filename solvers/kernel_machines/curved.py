@@ -27,7 +27,6 @@ from ddml.linalg.small import cholesky
 from ddml.options import Option
 from ddml.parallel import agreed, check_memory
 
-from .local import solved
 from .preconditioner import KernelPreconditioner
 
 # our choices: a pivot for so many samples, so many at most, and of coupled columns so many unknowns of the coarse space
@@ -192,7 +191,7 @@ class CurvedSchwarzPC(CurvedPivotsPC):
             part *= half
             for c, place in zip(columns, places, strict=True):
                 there, factor = local[c]
-                inside = solved(factor, part[there, place])
+                inside = linalg.cho_solve((factor, True), part[there, place], check_finite=False)
                 part[:, place] /= self.shift
                 part[there, place] = inside
             part *= half

@@ -88,7 +88,7 @@ def dense(width: float, shift: float, count: int) -> tuple[np.ndarray, float]:
         (), ("-ksp_type", "fgmres", "-schwarz", "restricted", "-overlap", 0.3), ("-preconditioner", "nystrom"),
         ("-dtype", "float32", "-preconditioner", "none"), ("-solver", "d3l", "-agreement", 1e-9),
         ("-solver", "d3l", "-omega", "0,1,0.5,2", "-cut", "coordinate"), ("-subdomains", "2x2"),
-        ("-solver", "d3l", "-exchange", "once", "-omega", 5), ("-kernel_memory", 2e5),
+        ("-solver", "d3l", "-exchange", "once", "-omega", 5), ("-kernel_memory", 2e5, "-preconditioner", "none"),
     ],
     ids=str,
 )  # fmt: skip

@@ -88,7 +88,7 @@ def test_products_have_the_same_bits_on_any_ranks_kept_or_not(comm: MPI.Comm, na
     unit = made(comm, TWINS, name, memory=1e9, dtype=dtype).block
     computed = made(comm, TWINS, name, memory=unit * row, dtype=dtype)
     kept = made(comm, TWINS, name, memory=1e9, dtype=dtype)
-    assert computed.kept is None
+    assert computed.kept is None or comm.size > 1  # as all of them together have room
     assert kept.kept is not None
     assert computed.block == kept.block == unit
     assert product(kept, V).tobytes() == product(computed, V).tobytes()

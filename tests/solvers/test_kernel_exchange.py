@@ -81,7 +81,7 @@ def test_sweeps_are_those_of_the_study_and_end_at_the_dense_solution(
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("settings", [{}, {"omega": np.int64(2)}, {"omega": (0.0, 1.0, 5.0, 0.5)}, {"memory": 6400.0}])
+@pytest.mark.parametrize("settings", [{}, {"omega": np.int64(2)}, {"omega": (0.0, 1.0, 5.0, 0.5)}, {"memory": 64000.0}])
 def test_runs_have_the_same_bits_on_any_ranks(comm: MPI.Comm, settings: dict[str, Any]) -> None:
     omega, memory = settings.get("omega", 0.0), settings.get("memory", 1e9)
     together, alone = (

@@ -17,7 +17,7 @@ from scipy import sparse
 
 from ddml.data import files, libsvm
 from ddml.errors import InputError
-from ddml.kernel_machines import KernelOperator, SampleDomain, SampleLayout, median_distance
+from ddml.kernel_machines import KernelOperator, SampleDomain, SampleLayout, costs, median_distance
 from ddml.kernel_machines.functions import DISTANCES
 from solvers import fit_kernel
 
@@ -126,10 +126,14 @@ def subdomains(n: int) -> int:
 def ours(
     problem: Problem, watch: Watch, count: int = 0, dtype: str = "float64", kept: bool = True, **options: Any
 ) -> None:
-    """``fit_kernel``, with p subdomains (0: the default) and options of it."""
-    n = len(problem.X)
-    layout = SampleLayout(SampleDomain.by_tree(problem.X, count or subdomains(n), OVERLAP), MPI.COMM_SELF)
+    """``fit_kernel``, with p subdomains (0: what the model of cost chooses) and options of it."""
+    n, d = problem.X.shape
     memory = 1e12 if kept else 4 * n * n  # half of what K takes
+    overlap = OVERLAP
+    if not count:
+        choice = costs.choices(costs.Task.within(memory, n, d, problem.Y.shape[1], problem.shift, dtype=dtype))
+        count, overlap = choice.subdomains, choice.overlap
+    layout = SampleLayout(SampleDomain.by_tree(problem.X, count, overlap), MPI.COMM_SELF)
     operator = KernelOperator(problem.kernel, problem.X, problem.shift, layout, memory, dtype)
 
     def monitor(alpha: Array) -> None:

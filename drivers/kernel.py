@@ -37,6 +37,7 @@ from ddml.kernel_machines.speeds import Speeds
 from ddml.kernel_machines.system import KernelSystem
 from ddml.parallel import agreed
 from ddml.runs import machines
+from kernel_machines import deep
 from kernel_machines.arranged import arranged, settle_pivots, take_over, task_of
 from kernel_machines.options import LIMITS, OPTIONS, help_text, options_of
 from solvers import PETSC_TYPES
@@ -67,6 +68,9 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> 
     settings.samples = len(data.samples)
     start.stop.check(comm)
     wanted = targets(data.labels, len(data.inputs.classes))
+    if settings.solver == "deep":
+        settings.trust = limits.trust
+        return deep.train(comm, settings, limits, start, data, wanted)
     with agreed(comm):
         if settings.start is not None and limits.restart is None:
             take_over(settings)

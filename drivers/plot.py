@@ -62,7 +62,8 @@ def main(comm: MPI.Comm) -> int:
         target = output.with_name(f"{output.stem}.tiles{output.suffix}")
         drawn[target] = figures.new_figure()
         tile_figures.local_accuracies(drawn[target], opened[0].local_accuracies())
-    if not arguments.no_maps and opened[0].attributes.get("driver") == machines.DRIVER:
+    kind = [opened[0].attributes.get(name) for name in ("driver", "solver")]
+    if not arguments.no_maps and kind[0] == machines.DRIVER and kind[1] != machines.DEEP:
         target = output.with_name(f"{output.stem}.machine{output.suffix}")
         drawn[target] = figures.new_figure()
         anew = Anew(arguments.trust, data=arguments.data)

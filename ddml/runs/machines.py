@@ -27,7 +27,7 @@ from . import run_file
 from .rebuilt import Anew, assign, chosen, options
 from .run_file import Header
 
-DRIVER = "kernel"
+DRIVER, DEEP = "kernel", "deep"
 
 
 def domain_of(path: str) -> SampleDomain:
@@ -109,6 +109,10 @@ def classifier(path: str, header: Header, theta: Tensor, anew: Anew) -> Classifi
         See :func:`samples_of`; a kernel in a file that is not trusted.
     """
     texts, attributes = options(header.attributes), header.attributes
+    if attributes.get("solver") == DEEP:
+        raise InputError(
+            f"{path} is of a deep kernel: run.theta has the parameters of its features, whose machine it does not hold"
+        )
     if "inputs" not in attributes or len(header.parameters) != 1 or len(header.parameters[0].shape) != 2:
         raise RunFileError(f"{path} does not describe a kernel machine")
     name = texts.get("kernel", "")

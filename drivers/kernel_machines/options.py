@@ -8,6 +8,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from petsc4py import PETSc
+
 import ddml.runs.run
 from common.start import INTERRUPTED_CODE
 from ddml import options as tables
@@ -18,11 +20,14 @@ from ddml.kernel_machines import functions
 from ddml.kernel_machines.cuts import PARTITIONERS
 from ddml.kernel_machines.domain import DIRECTIONS
 from ddml.options import EACH_START, NEVER, Option
+from solvers import solver_class
 from solvers.kernel_machines.fit import PRECONDITIONERS
 from solvers.kernel_machines.iterations import RTOL
 from solvers.kernel_machines.krylov import CYCLE
 
-SOLVERS = ("ksp", "d3l")
+SOLVERS = ("ksp", "d3l", "deep")
+EXPANSION = "expansion"
+ALONE = ("start", "balance", "later")  # options that are not for deep kernels
 EXCHANGES = ("turn", "once", "none")
 BALANCE = 0.98  # of a cut that has grown (our choice)
 OVERLAP = 0.1  # of subdomains whose number is given (our choice)
@@ -67,7 +72,9 @@ OPTIONS = (
     Option("rank_speeds", False, "Whether a product is timed before the run, and ranks get rows by their speed. The "
            "numbers stay the same."),
     Option("solver", "ksp", "Krylov methods with a Schwarz preconditioner (ksp), conjugate gradients unless -ksp_type "
-           "says otherwise; or local minimisers that exchange what they share (d3l).", choices=SOLVERS),
+           "says otherwise; local minimisers that exchange what they share (d3l); or features that are trained "
+           "under a machine (deep): then -kernel, -subdomains and -preconditioner are of the features.",
+           choices=SOLVERS),
     Option("rtol", RTOL, "Of the norm of the residual over that of Y; -ksp_rtol is the same.", minimum=0.0),
     Option("preconditioner", "schwarz", "Of -solver ksp: two-level Schwarz, the randomised Nystrom approximation, or "
            "none.", choices=(*PRECONDITIONERS, "none"), changes=tables.WITH_SOLVER),
@@ -82,6 +89,20 @@ OPTIONS = (
            "blocks in every product.", above=0.0),
     Option("dtype", "float64", "What the kernel matrix is computed in; residuals are computed anew in float64.",
            choices=("float64", "float32"), changes=NEVER),
+    Option("network", None, f"Of -solver deep, the features: {EXPANSION}, concatenated kernels on -centres; "
+           "path/to/file.py:Name, which makes a torch module for samples of so many numbers; or the run file of a "
+           "classifier, whose last hidden layer is taken.", kind=str, changes=NEVER),
+    Option("centres", 300, "Samples that an expansion is on, drawn at random.", minimum=1, changes=NEVER),
+    Option("features", 12, "Outputs of an expansion.", minimum=1, changes=NEVER),
+    Option("inner_decay", 1e-4, "Factor of the features' own Tikhonov term: of an expansion in its kernel's norm, of a "
+           "network the sum of squares of its parameters.", minimum=0.0, changes=NEVER),
+    Option("deep_objective", "tikhonov", "What the features are to lower: the functional of the machine, its errors on "
+           "a held-out part, or leave-one-out errors in closed form.", changes=NEVER,
+           choices=("tikhonov", "held_out", "leave_one_out")),
+    Option("held", 0.25, "Share of the samples, the last ones, that held_out holds out.", above=0.0, changes=NEVER),
+    Option("deep_solver", "tr", "Which solver of values and gradients trains the features, with its own options: tr, "
+           "ssbroyden, lbfgs, adagrad, PETSc's lmvm, ...", changes=NEVER),
+    Option("inner_rtol", 1e-2, "First tolerance of inner solves.", above=0.0, changes=NEVER),
     *(replace(o, help="Of the choice of pivots and of samples that rules look at.") if o.name == "seed" else o
       for o in training.OPTIONS if o.name in OF_TRAINING),
     INTERRUPTED_CODE,
@@ -104,6 +125,8 @@ def options_of(solver: str) -> Sequence[Option]:
     """Those of a solver that are not in :data:`OPTIONS`."""
     if solver not in SOLVERS:
         raise InputError(f"option -solver must be one of {', '.join(SOLVERS)}; got '{solver}'")
+    if solver == "deep":
+        return list(solver_class(PETSc.Options().getString("deep_solver", "tr")).options)
     return [option for kind in PRECONDITIONERS.values() for option in kind.options]
 
 

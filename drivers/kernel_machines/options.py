@@ -86,7 +86,7 @@ OPTIONS = (
     Option("agreement", math.inf, "Of -exchange turn: the disagreement in overlaps must be below this, too.",
            minimum=0.0),
     Option("kernel_memory", 2e9, "Bytes a rank for the kernel matrix, which is kept if it fits, or else computed by "
-           "blocks in every product.", above=0.0),
+           "blocks in every product and leaves the bytes to the preconditioner.", above=0.0),
     Option("dtype", "float64", "What the kernel matrix is computed in; residuals are computed anew in float64.",
            choices=("float64", "float32"), changes=NEVER),
     Option("network", None, f"Of -solver deep, the features: {EXPANSION}, concatenated kernels on -centres; "

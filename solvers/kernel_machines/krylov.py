@@ -93,6 +93,7 @@ class ConjugateGradients(KrylovIterations):
     def begin(self, x: PETSc.Vec) -> None:
         """See :meth:`KernelIterations.begin`."""
         self.base, self.product = self.size, 0.0
+        self.ksp.monitor(0, self.size)
 
     def _turn(self) -> None:
         """The next direction, from the residual."""
@@ -138,6 +139,7 @@ class ConjugateGradients(KrylovIterations):
                 self.base, self.product = self.size, 0.0
         elif not self.reason:
             self._turn()
+        self.ksp.monitor(self.iteration + 1, self.size)
         return float(step)
 
     def inner_state(self) -> dict[str, Any]:

@@ -52,6 +52,8 @@ class KernelOperator:
     dtype
         ``float64`` or ``float32``: what K is computed and kept in. Products are float64 numbers; with float32 they have
         seven digits, and :meth:`residual` computes K again in float64.
+    keep
+        Whether K may be kept where it fits.
 
     Raises
     ------
@@ -83,6 +85,7 @@ class KernelOperator:
         layout: SampleLayout,
         memory: float = 2e9,
         dtype: str = "float64",
+        keep: bool = True,
     ) -> None:
         if dtype not in DTYPES:
             raise InputError(f"a kernel is computed in one of {', '.join(DTYPES)}; got '{dtype}'")
@@ -103,7 +106,7 @@ class KernelOperator:
         self._norms = {"float64": squared_norms(self.samples), dtype: squared_norms(self._inputs)}
         self.half = Half(layout, self.block)
         needed = self.half.entries * self._inputs.itemsize + (TEMPORARIES - 1) * 8 * layout.size * self.block
-        self.keeps = bool(layout.comm.allreduce(needed <= memory, MPI.LAND))
+        self.keeps = keep and bool(layout.comm.allreduce(needed <= memory, MPI.LAND))
         self._kept: dict[int, list[torch.Tensor]] | None = None
 
     def __repr__(self) -> str:

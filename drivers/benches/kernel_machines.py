@@ -30,6 +30,7 @@ from .samples import row
 CORE, FEWEST, OVERLAP = 512, 4, 0.1
 SHARE = 0.1  # the rank over n where iterations are compared
 NEAR = 0.001  # of the exact solution's accuracy
+ROOM = 1e12  # bytes: no limit
 BLOCKS = 16  # iterates that are judged together
 ROUNDING = 1 + 1e-6  # of a residual that two programs compute
 
@@ -128,13 +129,12 @@ def ours(
 ) -> None:
     """``fit_kernel``, with p subdomains (0: what the model of cost chooses) and options of it."""
     n, d = problem.X.shape
-    memory = 1e12 if kept else 4 * n * n  # half of what K takes
     overlap = OVERLAP
     if not count:
-        choice = costs.choices(costs.Task.within(memory, n, d, problem.Y.shape[1], problem.shift, dtype=dtype))
+        choice = costs.choices(costs.Task(n, d, problem.Y.shape[1], problem.shift, kept=kept, dtype=dtype))
         count, overlap = choice.subdomains, choice.overlap
     layout = SampleLayout(SampleDomain.by_tree(problem.X, count, overlap), MPI.COMM_SELF)
-    operator = KernelOperator(problem.kernel, problem.X, problem.shift, layout, memory, dtype)
+    operator = KernelOperator(problem.kernel, problem.X, problem.shift, layout, ROOM, dtype, kept)
 
     def monitor(alpha: Array) -> None:
         if not watch.times:

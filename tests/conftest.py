@@ -142,8 +142,7 @@ ENDS = (
     "losses/test_modules.py::test_training_moves_what_is_trained_only",
     "solvers/test_minimisation.py::test_a_module_is_trained",
     "drivers/test_interruptions.py::test_a_run_goes_on_to_a_checkpoint_that_can_be_written",
-    # whose whole runs and restarts test_kernel_driver.py holds against dense solutions
-    *("kernel_machines/", "solvers/test_deep_training.py", "objectives/test_deep.py"),
+    *("kernel_machines/", "solvers/test_deep_training.py", "objectives/test_deep.py"),  # whole: test_kernel_driver.py
     *(f"solvers/test_kernel_{name}.py" for name in ("exchange", "factors", "fit", "loss_fit", "monitor")),
     # what is the same in test_ranks.py, and in test_bad_input.py
     "drivers/test_field_problems.py::test_a_slip_with_a_meaning_is_solved",

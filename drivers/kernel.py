@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from mpi4py import MPI
 from petsc4py import PETSc
 from torch import Tensor
@@ -134,7 +135,7 @@ def chosen_shift(settings: Any, kernel: functions.Kernel, samples: Array, wanted
         raise InputError(f"option -lambda must be finite, got {given}")
     found = given
     with agreed(comm):
-        functions.check_symmetry(kernel, functions.torch.as_tensor(samples))
+        functions.check_symmetry(kernel, torch.as_tensor(samples))
         if given is None and comm.rank == 0:
             found = best_shift(kernel, samples, wanted, settings.seed)
     return float(comm.bcast(found))

@@ -93,21 +93,25 @@ def load(
         On all ranks: data that there are not, or cannot be read; labels that are no classes; fewer samples than asked
         for; one class.
     """
-    if stored(name):
-        if test is not None:
-            raise InputError(f"option -test_data is for LIBSVM files, not for -data {name}")
-        found = _of_set(name, comm, count, scaling)
-    else:
-        with agreed(comm):
-            if not Path(name).exists() and not {"/", "."} & set(name):
-                raise InputError(
-                    f"there is no data '{name}': -data is one of {', '.join(files.DATA)}, a data file .h5, "
-                    "path/to/file.py:Name, or a LIBSVM file"
-                )
-        found = _of_libsvm(name, comm, count, test, base)
+    found = _loaded(name, comm, count, scaling, test, base)
     if len(np.unique(found.labels)) < 2:
         raise InputError(f"the {len(found.labels)} samples of {name} are of one class: there is nothing to tell apart")
     return found
+
+
+def _loaded(name: str, comm: MPI.Comm, count: int | None, scaling: str, test: str | None, base: str) -> Classified:
+    """See :func:`load`; samples may be of one class."""
+    if stored(name):
+        if test is not None:
+            raise InputError(f"option -test_data is for LIBSVM files, not for -data {name}")
+        return _of_set(name, comm, count, scaling)
+    with agreed(comm):
+        if not Path(name).exists() and not {"/", "."} & set(name):
+            raise InputError(
+                f"there is no data '{name}': -data is one of {', '.join(files.DATA)}, a data file .h5, "
+                "path/to/file.py:Name, or a LIBSVM file"
+            )
+    return _of_libsvm(name, comm, count, test, base)
 
 
 def joined(first: Classified, name: str, comm: MPI.Comm, base: str = "auto") -> Classified:
@@ -118,14 +122,14 @@ def joined(first: Classified, name: str, comm: MPI.Comm, base: str = "auto") -> 
     first
         What there is.
     name, base
-        As for :func:`load`; its samples to test with are left out.
+        As for :func:`load`; its samples to test with are left out, and those to train on may be of one class.
 
     Raises
     ------
     InputError
         On all ranks: what :func:`load` refuses; samples of another shape or of other classes.
     """
-    other = load(name, comm, None, "none", None, base)
+    other = _loaded(name, comm, None, "none", None, base)
     inputs = first.inputs
     unknown = [name for name in other.inputs.classes if name not in inputs.classes]
     if other.inputs.shape != inputs.shape or unknown:

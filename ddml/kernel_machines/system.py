@@ -86,7 +86,6 @@ class KernelSystem:
         self.layout = Coefficients(parameter_table([("alpha", targets.shape)]))
         domain = operator.layout.domain
         self.largest = max(map(len, domain.cores)) / domain.size
-        self.overlap = sum(map(len, domain.sets)) - domain.size
 
     @property
     def loss(self) -> KernelSystem:

@@ -65,7 +65,7 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> 
         settings.data, comm, settings.samples, settings.scaling, settings.test_data, settings.index_base
     )
     if settings.later is not None:
-        data = classified.joined(data, settings.later, comm, settings.index_base)
+        data = classified.joined(data, settings.data, settings.later, comm, settings.index_base)
     settings.samples = len(data.samples)
     start.stop.check(comm)
     wanted = targets(data.labels, len(data.inputs.classes))

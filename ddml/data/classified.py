@@ -99,8 +99,16 @@ def load(
     return found
 
 
-def _loaded(name: str, comm: MPI.Comm, count: int | None, scaling: str, test: str | None, base: str) -> Classified:
-    """See :func:`load`; samples may be of one class."""
+def _loaded(
+    name: str,
+    comm: MPI.Comm,
+    count: int | None,
+    scaling: str,
+    test: str | None,
+    base: str,
+    first: str | None = None,
+) -> Classified:
+    """See :func:`load`; samples may be of one class. A LIBSVM file is read as one behind ``first``, if there is one."""
     if stored(name):
         if test is not None:
             raise InputError(f"option -test_data is for LIBSVM files, not for -data {name}")
@@ -111,16 +119,16 @@ def _loaded(name: str, comm: MPI.Comm, count: int | None, scaling: str, test: st
                 f"there is no data '{name}': -data is one of {', '.join(files.DATA)}, a data file .h5, "
                 "path/to/file.py:Name, or a LIBSVM file"
             )
-    return _of_libsvm(name, comm, count, test, base)
+    return _of_libsvm(name, comm, count, test, base, first)
 
 
-def joined(first: Classified, name: str, comm: MPI.Comm, base: str = "auto") -> Classified:
+def joined(first: Classified, of: str, name: str, comm: MPI.Comm, base: str = "auto") -> Classified:
     """Samples with those of other data behind them, which are scaled as they are. Collective on ``comm``.
 
     Parameters
     ----------
-    first
-        What there is.
+    first, of
+        What there is, and the name of its data: of two LIBSVM files it says which features there are.
     name, base
         As for :func:`load`; its samples to test with are left out, and those to train on may be of one class.
 
@@ -129,8 +137,8 @@ def joined(first: Classified, name: str, comm: MPI.Comm, base: str = "auto") -> 
     InputError
         On all ranks: what :func:`load` refuses; samples of another shape or of other classes.
     """
-    other = _loaded(name, comm, None, "none", None, base)
     inputs = first.inputs
+    other = _loaded(name, comm, None, "none", None, base, None if stored(of) else of)
     unknown = [name for name in other.inputs.classes if name not in inputs.classes]
     if other.inputs.shape != inputs.shape or unknown:
         has = f"samples of shape {other.inputs.shape}" if not unknown else f"the class {unknown[0]}"
@@ -167,8 +175,14 @@ def _scaled(values: NDArray[Any], scaling: Scaling) -> Floats:
     return table.reshape(len(table), -1)
 
 
-def _of_libsvm(name: str, comm: MPI.Comm, count: int | None, test: str | None, base: str) -> Classified:
-    tables = libsvm.read([name, *([test] if test is not None else [])], comm, base)
+def _of_libsvm(
+    name: str, comm: MPI.Comm, count: int | None, test: str | None, base: str, first: str | None
+) -> Classified:
+    before = [] if first is None else [first]
+    tables = libsvm.read([*before, name, *([test] if test is not None else [])], comm, base)
+    for table in tables[: len(before)]:
+        table.free()
+    tables = tables[len(before) :]
     try:
         with agreed(comm):
             values = np.unique(tables[0].labels)

@@ -94,7 +94,7 @@ def samples_of(path: str, header: Header, anew: Anew) -> classified.Classified:
     later = texts.get("later", "None")
     found = classified.load(name, MPI.COMM_SELF, None if later != "None" else count, scaling, base=base)
     if later != "None":
-        found = classified.joined(found, chosen(path, "later", later, None, anew), MPI.COMM_SELF, base)
+        found = classified.joined(found, name, chosen(path, "later", later, None, anew), MPI.COMM_SELF, base)
     if found.problem != header.attributes.get("problem"):
         raise InputError(f"{path} was written for {header.attributes.get('problem')}, {name} has {found.problem}")
     return found

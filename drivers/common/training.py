@@ -182,7 +182,8 @@ class Conducted:
             raise CollectiveError(run.failure)
         if run.output and len(run.history) and run.exact:
             trust = any(names_code(k, str(v)) for k, v in in_force.items() if for_runs(k) and k not in _EACH_START)
-            beside = " -trust" * trust + " and a larger limit" * (run.reason != SIGNAL)
+            then = "smaller tolerance" if self.solver is not None and self.solver.reason else "larger limit"
+            beside = " -trust" * trust + f" and a {then}" * (run.reason != SIGNAL)
             self._say([f"to go on: the same driver with -restart {run.output}{beside}"])
         if run.reason == SIGNAL:
             return self.start.interrupted(len(run.history) > 0 and run.history.last("iteration") > begin)

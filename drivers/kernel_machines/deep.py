@@ -33,7 +33,7 @@ from ddml.runs.opened import open_run
 from solvers import Minimisation, fit_kernel
 from solvers.kernel_machines.inner import InnerSolver
 
-from .options import ALONE, EXPANSION
+from .options import ALONE, EXPANSION, OVERLAP
 
 MEASURED = 1e-3  # tolerance of the machine whose accuracy is measured (our choice)
 INTERVAL = 10  # iterations between measurements by default (our choice)
@@ -143,7 +143,7 @@ def layout_of(settings: Any, phi: Array, wanted: Array, shift: float, comm: MPI.
         chosen = choices(Task.within(settings.kernel_memory, n, q, wanted.shape[1], shift, comm.size, settings.dtype))
         count, overlap = chosen.subdomains, chosen.overlap
     elif settings.subdomains.isdecimal():
-        count, overlap = int(settings.subdomains), 0.1
+        count, overlap = int(settings.subdomains), OVERLAP
     else:
         raise InputError(f"option -subdomains must be a number with -solver deep, got '{settings.subdomains}'")
     overlap = overlap if settings.overlap is None else settings.overlap

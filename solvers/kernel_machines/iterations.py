@@ -15,6 +15,7 @@ from ddml.kernel_machines.system import KernelSystem
 
 from ..owner import Owner
 
+FOUND = "the residual is below the tolerance"
 RTOL = 1e-6  # of the residual, by default, as of fit_kernel
 
 
@@ -122,8 +123,9 @@ class KernelIterations(Owner, ABC):
     def solve(self, tao: PETSc.TAO) -> None:
         """Iterate. Collective."""
         x = tao.getSolution()
-        with self.system.work.unpaid() if self.resumes else nullcontext():
-            self.prepare()
+        if not self.reason:  # of a solve that has come to its end
+            with self.system.work.unpaid() if self.resumes else nullcontext():
+                self.prepare()
         if self.resumes:
             tao.setIterationNumber(self.iteration)
             self.resumes, going = False, tao.getMaximumIterations() > self.iteration
@@ -132,7 +134,7 @@ class KernelIterations(Owner, ABC):
             self.size = self.renewed(x)
             self.begin(x)
             if self.small and not self.reason:
-                self.reason = "the residual is below the tolerance"
+                self.reason = FOUND
             going = self._report(tao, x, 0.0)
         while going and not self.reason:
             step = self.iterate(x)

@@ -7,15 +7,16 @@ from typing import Any
 
 from petsc4py import PETSc
 
+from ddml.errors import InputError
 from ddml.kernel_machines.system import KernelSystem
 from ddml.options import understood
 
 from .fit import krylov
-from .iterations import RTOL, KernelIterations
+from .iterations import FOUND, RTOL, KernelIterations
 from .preconditioner import ChargedPreconditioner
 
 CYCLE = 30  # iterations of PETSc's method between two residuals that are computed anew, as its GMRES restarts
-FOUND, NO_GAIN = "the residual is below the tolerance", "no digit is gained any more: what is left is rounding"
+NO_GAIN = "no digit is gained any more: what is left is rounding"
 
 
 class KrylovIterations(KernelIterations):
@@ -122,8 +123,10 @@ class ConjugateGradients(KrylovIterations):
         curvature = direction.dot(image)
         if not curvature > 0:
             image.destroy()
-            self.reason = f"the matrix or its preconditioner is not positive definite: a curvature is {curvature:.1e}"
-            return 0.0
+            raise InputError(
+                f"K + lambda I, or its preconditioner, is not positive definite (a curvature is {curvature:.1e}): use "
+                "a larger lambda, another kernel, or -ksp_type gmres"
+            )
         step = self.product / curvature
         x.axpy(step, direction)
         left.axpy(-step, image)

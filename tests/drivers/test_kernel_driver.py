@@ -33,6 +33,10 @@ def unsymmetric(x, y):
     return torch.exp(-torch.cdist(x, y) / 2) * torch.arange(1, len(y) + 1).to(y)
 
 
+def indefinite(x, y):
+    return 1 - torch.cdist(x, y)
+
+
 def nan(x, y):
     return torch.log(x @ y.T - 1e9)
 
@@ -304,6 +308,7 @@ BAD = {
     "zero width": (("-kernel_width", 0), "-kernel_width must be more than 0"),
     "unsymmetric kernel": (("-kernel", "mine.py:unsymmetric"), "is not symmetric"),
     "kernel of NaN": (("-kernel", "mine.py:nan"), "not finite"),
+    "indefinite kernel": (("-kernel", "mine.py:indefinite", "-preconditioner", "none"), "not positive definite"),
     "memory": (("-kernel_memory", 100), "a memory limit of 100 bytes"),
     "rank": (("-coarse_rank", 301), "1 to 300 pivots"),
     "labels of regression": (("-data", "many"), "and no classes"),

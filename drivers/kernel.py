@@ -4,7 +4,7 @@ Where ddml is installed, it is mpiexec -n P ddml-kernel [options].
 
 The samples are cut into overlapping subdomains, and (K + lambda I) alpha = Y is solved to any tolerance: the exact
 machine of all samples, and no approximation by some of them. The loss is |Y - f(X)|^2 + lambda |f|^2 over the number of
-samples; a unit of work is a product with the kernel matrix.
+samples, or that of -loss with lambda/2 |f|^2; a unit of work is a product with the kernel matrix.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from torch import Tensor
 from common import training
 from ddml import options as tables
 from ddml.data import classified
-from ddml.data.classified import Classified, targets
+from ddml.data.classified import Classified
 from ddml.errors import InputError
 from ddml.kernel_machines import KernelOperator, SampleLayout, functions, median_distance
 from ddml.kernel_machines.cuts import Array
+from ddml.kernel_machines.losses import class_targets, classes_of, named_loss
 from ddml.kernel_machines.rules import WIDTH, best_shift
 from ddml.kernel_machines.speeds import Speeds
 from ddml.kernel_machines.system import KernelSystem
@@ -40,10 +41,13 @@ from ddml.parallel import agreed
 from ddml.runs import machines
 from kernel_machines import deep
 from kernel_machines.arranged import arranged, settle_pivots, take_over, task_of
-from kernel_machines.options import LIMITS, OPTIONS, help_text, options_of
+from kernel_machines.options import LIMITS, OPTIONS, SQUARED, help_text, options_of
 from solvers import PETSC_TYPES
+from solvers.kernel_machines.fit import PRECONDITIONERS
 from solvers.kernel_machines.iterations import KernelIterations
 from solvers.kernel_machines.krylov import ConjugateGradients, KrylovCycles
+from solvers.kernel_machines.newton import preconditioner_of
+from solvers.kernel_machines.newton_iterations import NewtonIterations
 from solvers.kernel_machines.sweeps import NO_SOLUTION, ExchangeInTurn
 
 
@@ -68,7 +72,8 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> 
         data = classified.joined(data, settings.data, settings.later, comm, settings.index_base)
     settings.samples = len(data.samples)
     start.stop.check(comm)
-    wanted = targets(data.labels, len(data.inputs.classes))
+    settle_loss(settings)
+    wanted = class_targets(SQUARED, data.labels, len(data.inputs.classes))
     if settings.solver == "deep":
         settings.trust = limits.trust
         return deep.train(comm, settings, limits, start, data, wanted)
@@ -77,6 +82,7 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> 
             take_over(settings)
         kernel = build_kernel(settings, data.samples)
     vars(settings)["lambda"] = shift = chosen_shift(settings, kernel, data.samples, wanted, comm)
+    wanted = class_targets(settings.loss, data.labels, len(data.inputs.classes))
     with agreed(comm):
         task = task_of(settings, kernel, data.samples, wanted.shape[1], comm.size)
         domain, notes = arranged(settings, data, limits.restart, task)
@@ -94,7 +100,7 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> 
     context = build_solver(settings, system)
     tao, x = PETSc.TAO().create(comm), system.vector()
     if settings.start is not None and limits.restart is None:
-        layout.set(x, machines.coefficients_of(settings.start, len(data.samples)))
+        layout.set(x, machines.coefficients_of(settings.start, *wanted.shape))
     try:
         tao.setType("python")
         tao.setPythonContext(context)
@@ -106,7 +112,8 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> 
         limits.error_interval = limits.error_interval or measure.interval
         program = training.Conducted(comm, settings, start, system, tao, x, context, layout.tree.count)
         attributes = {
-            "driver": "kernel", "network": f"kernel machine, {kernel!r}, lambda {shift:g}", "data": settings.data,
+            "driver": "kernel", "network": f"kernel machine, {kernel!r}, lambda {shift:g}, loss {settings.loss}",
+            "data": settings.data,
             "problem": data.problem, "samples": settings.samples, "inputs": str(data.inputs),
             "width": settings.kernel_width or 0.0,
         }  # fmt: skip
@@ -118,6 +125,24 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> 
         tao.destroy()
         context.destroy()
         x.destroy()
+
+
+def settle_loss(settings: Any) -> None:
+    """Put the preconditioner into the settings where they leave it open.
+
+    Raises
+    ------
+    InputError
+        A loss that the solver or the preconditioner is not for.
+    """
+    if settings.loss == SQUARED:
+        settings.preconditioner = settings.preconditioner or "schwarz"
+        if settings.preconditioner not in (*PRECONDITIONERS, "none"):
+            raise InputError(f"option -preconditioner {settings.preconditioner} is for other losses than -loss squared")
+        return
+    if settings.solver != "ksp":
+        raise InputError(f"option -loss {settings.loss} is for -solver ksp, not for -solver {settings.solver}")
+    settings.preconditioner = preconditioner_of(settings.preconditioner, named_loss(settings.loss))
 
 
 def build_kernel(settings: Any, samples: Array) -> functions.Kernel:
@@ -150,6 +175,8 @@ def build_solver(settings: Any, system: KernelSystem) -> KernelIterations:
             raise InputError(f"option -omega must be numbers, as in 0 or 0,1,0,1; got '{settings.omega}'") from None
         each = omega[0] if len(omega) == 1 else omega
         return ExchangeInTurn(system, settings.rtol, settings.agreement, each, settings.exchange == "turn")
+    if settings.loss != SQUARED:
+        return NewtonIterations(system, settings.loss, settings.rtol, settings.preconditioner)
     database = PETSc.Options()
     kind = database.getString("ksp_type", "cg")
     if settings.solver == "d3l":
@@ -173,8 +200,7 @@ class Test:
         if self.samples is None:
             return {}
         outputs = self.system.operator.predict(self.system.by_sample(theta), self.samples)
-        found = (outputs[:, 0] > 0) if outputs.shape[1] == 1 else outputs.argmax(axis=1)
-        return {"accuracy": float((found == self.labels).mean())}
+        return {"accuracy": float((classes_of(outputs) == self.labels).mean())}
 
 
 def header(settings: Any, data: Classified, operator: KernelOperator, context: KernelIterations) -> str:
@@ -187,6 +213,10 @@ def header(settings: Any, data: Classified, operator: KernelOperator, context: K
         repr(operator.layout.domain),
         f"solver {settings.solver}, {how}: until the residual is below {context.rtol:g}",
     ]
+    if settings.loss != SQUARED:
+        lines.append(
+            f"loss {settings.loss}: an iteration is a step of Newton's method, the residual that of its gradient"
+        )
     if settings.solver == "d3l" and settings.exchange == "none":
         lines.append(f"note: {NO_SOLUTION}")
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -50,3 +50,14 @@ class Owner:
         except BaseException:
             self.destroy()
             raise
+
+
+class Closed:
+    """Contexts that are left when their owner is destroyed."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.stack = stack
+
+    def destroy(self) -> None:
+        """Leave them."""
+        self.stack.close()

@@ -214,10 +214,3 @@ def _of_libsvm(
 
 def _dense(matrix: Any) -> Floats:
     return np.array(matrix if isinstance(matrix, np.ndarray) else matrix.toarray(), np.float64)
-
-
-def targets(labels: NDArray[np.int64], classes: int) -> Floats:
-    """What outputs are to be for classes (n,): of two one column, -1 or 1; of more one each, less their mean."""
-    if classes == 2:
-        return np.where(labels == 1, 1.0, -1.0)[:, None]
-    return np.asarray(np.eye(classes)[labels] - 1 / classes)

@@ -51,18 +51,20 @@ def domain_of(path: str) -> SampleDomain:
         raise RunFileError(f"{path} does not say how its samples were cut") from error
 
 
-def coefficients_of(path: str, size: int) -> NDArray[np.float64]:
+def coefficients_of(path: str, size: int, columns: int) -> NDArray[np.float64]:
     """The coefficients (size, k), by sample, of a run of drivers/kernel.py, 0 for samples behind its own.
 
     Raises
     ------
     InputError
-        See :func:`domain_of`.
+        See :func:`domain_of`; a machine of another number of columns k.
     """
     domain, x = domain_of(path), _vector(path)
     try:
         run_file.read(path, x, with_state=False)
         theta = x.array_r.reshape(domain.size, -1)
+        if theta.shape[1] != columns:
+            raise InputError(f"the machine of {path} has {theta.shape[1]} outputs, and this one {columns}")
         found = np.empty_like(theta)
         found[domain.order] = theta
         return carried(found, size)

@@ -24,7 +24,7 @@ from ddml.plugins import blamed, load
 from ddml.runs import machines, run_file
 from ddml.runs.rebuilt import options
 
-from .options import BALANCE, OPTIONS, OVERLAP
+from .options import BALANCE, OPTIONS, OVERLAP, SQUARED
 
 
 def take_over(settings: Any) -> None:
@@ -46,7 +46,7 @@ def settle_pivots(settings: Any, domain: SampleDomain, task: Task) -> None:
     """Make the model's number of pivots an option of the run, if there are some: a restart has as many."""
     database = PETSc.Options()
     schwarz = settings.preconditioner == "schwarz" and database.getString("coarse", "woodbury") != "none"
-    krylov = settings.solver == "ksp" or settings.exchange == "once"
+    krylov = (settings.solver == "ksp" and settings.loss == SQUARED) or settings.exchange == "once"
     if schwarz and krylov and not database.hasName("coarse_rank"):
         database.setValue("coarse_rank", coarse_rank(task, [len(wide) for wide in domain.sets]))
 

@@ -23,6 +23,7 @@ from ddml.kernel_machines.features import FeatureLoss, Penalty, decay, kernel_ex
 from ddml.kernel_machines.gradients import smooth
 from ddml.kernel_machines.inexact import InexactSystem
 from ddml.kernel_machines.leave_one_out import LeaveOneOut
+from ddml.kernel_machines.losses import classes_of
 from ddml.kernel_machines.reduced import HeldOut, ReducedFunctional, ReducedTikhonov
 from ddml.kernel_machines.rules import WIDTH, best_shift
 from ddml.layout import ParameterLayout
@@ -92,8 +93,7 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start, dat
             )
             found = fit_kernel(operator, wanted, settings.preconditioner, "inner_", ksp_rtol=MEASURED)
             outputs = operator.predict(found.coefficients, loss.of_inputs(theta, data.test_samples).numpy())
-            classes = (outputs[:, 0] > 0) if outputs.shape[1] == 1 else outputs.argmax(axis=1)
-            return {"accuracy": float((classes == data.test_labels).mean())}
+            return {"accuracy": float((classes_of(outputs) == data.test_labels).mean())}
 
         states = Inner(objective)
         lines = [

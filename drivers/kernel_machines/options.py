@@ -19,18 +19,21 @@ from ddml.errors import InputError
 from ddml.kernel_machines import functions
 from ddml.kernel_machines.cuts import PARTITIONERS
 from ddml.kernel_machines.domain import DIRECTIONS
+from ddml.kernel_machines.losses import LOSSES
 from ddml.options import EACH_START, NEVER, Option
 from solvers import solver_class
 from solvers.kernel_machines.fit import PRECONDITIONERS
 from solvers.kernel_machines.iterations import RTOL
 from solvers.kernel_machines.krylov import CYCLE
+from solvers.kernel_machines.newton import PRECONDITIONERS as ALL_CURVED
 
 SOLVERS = ("ksp", "d3l", "deep")
-EXPANSION = "expansion"
+EXPANSION, SQUARED = "expansion", "squared"
 ALONE = ("start", "balance", "later")  # options that are not for deep kernels
 EXCHANGES = ("turn", "once", "none")
 BALANCE = 0.98  # of a cut that has grown (our choice)
 OVERLAP = 0.1  # of subdomains whose number is given (our choice)
+CURVED = {name: kind for name, kind in ALL_CURVED.items() if name not in PRECONDITIONERS}  # of other losses alone
 OF_TRAINING = ("seed", "threads", "view", "check")
 
 OPTIONS = (
@@ -76,8 +79,13 @@ OPTIONS = (
            "under a machine (deep): then -kernel, -subdomains and -preconditioner are of the features.",
            choices=SOLVERS),
     Option("rtol", RTOL, "Of the norm of the residual over that of Y; -ksp_rtol is the same.", minimum=0.0),
-    Option("preconditioner", "schwarz", "Of -solver ksp: two-level Schwarz, the randomised Nystrom approximation, or "
-           "none.", choices=(*PRECONDITIONERS, "none"), changes=tables.WITH_SOLVER),
+    Option("loss", SQUARED, "Of the outputs: squared, by a linear system; of the others, by Newton's method and "
+           "-solver ksp, logistic and squared_hinge each class against the rest, softmax all together.",
+           choices=tuple(LOSSES), changes=NEVER),
+    Option("preconditioner", None, "Of -solver ksp: two-level Schwarz, the randomised Nystrom approximation (of the "
+           "squared loss), the pivots of other losses, or none (default: schwarz, but pivots of a loss that is less "
+           "curved than the squared one or couples classes).", kind=str,
+           choices=(*PRECONDITIONERS, *CURVED, "none"), changes=tables.WITH_SOLVER),
     Option("exchange", "turn", "Of -solver d3l: one subdomain after another; all at once, which is PETSc's Richardson "
            "iteration with -preconditioner schwarz; or no exchange, which gives no solution of the whole.",
            choices=EXCHANGES, changes=tables.WITH_SOLVER),
@@ -127,13 +135,13 @@ def options_of(solver: str) -> Sequence[Option]:
         raise InputError(f"option -solver must be one of {', '.join(SOLVERS)}; got '{solver}'")
     if solver == "deep":
         return list(solver_class(PETSc.Options().getString("deep_solver", "tr")).options)
-    return [option for kind in PRECONDITIONERS.values() for option in kind.options]
+    return [option for kind in {**PRECONDITIONERS, **CURVED}.values() for option in kind.options]
 
 
 def help_text(title: str) -> str:
     """What -help prints."""
     lines = [title, "Options of this driver:", *map(str, (*OPTIONS, *LIMITS))]
-    for name, kind in PRECONDITIONERS.items():
+    for name, kind in {**PRECONDITIONERS, **CURVED}.items():
         lines += ["", f"Options of -preconditioner {name}:", *map(str, kind.options)]
     return "\n".join(
         [*lines, "", f"All of PETSc's options of a KSP apply, such as -ksp_type (a cycle of {CYCLE} iterations an "

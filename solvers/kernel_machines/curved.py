@@ -16,18 +16,22 @@ from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import numpy as np
+import torch
+from mpi4py import MPI
 from scipy import linalg
 
+from ddml.errors import InputError
 from ddml.kernel_machines.cuts import Array, Numbers
 from ddml.kernel_machines.losses import Curvature
 from ddml.kernel_machines.operator import KernelOperator
 from ddml.kernel_machines.pivots import KINDS, Pivots, chosen
 from ddml.kernel_machines.restrictions import Exchange
+from ddml.kernel_machines.system import Operations
 from ddml.linalg.small import cholesky
 from ddml.options import Option
 from ddml.parallel import agreed, check_memory
 
-from .preconditioner import KernelPreconditioner
+from .preconditioner import ChargedPreconditioner
 
 # our choices: a pivot for so many samples, so many at most, and of coupled columns so many unknowns of the coarse space
 SHARE, MOST, COUPLED = 10, 200, 2000
@@ -43,9 +47,14 @@ class CurvedOperator(KernelOperator):
     """
 
     def __init__(self, operator: KernelOperator) -> None:
-        _ = operator.kept  # once for both
         vars(self).update(vars(operator))
+        self.operator = operator
         self.curvature: Curvature
+
+    @property
+    def kept(self) -> dict[int, list[torch.Tensor]] | None:
+        """See :attr:`KernelOperator.kept`: once for both. Collective."""
+        return self.operator.kept
 
     def move(self, curvature: Curvature) -> None:
         """Take over H."""
@@ -64,7 +73,7 @@ class CurvedOperator(KernelOperator):
         return self.shift * V + self.curvature.transposed(self.image(self.curvature.factor(V)))
 
 
-class CurvedPivotsPC(KernelPreconditioner):
+class CurvedPivotsPC(ChargedPreconditioner):
     r"""The pivots' part of K, weighed by the curvature (Falkon's of the logistic loss: Marteau-Ferey and others 2019).
 
     With :math:`F F^T \approx K` from the pivots (:class:`~ddml.kernel_machines.pivots.Pivots`), which are made once,
@@ -88,7 +97,7 @@ class CurvedPivotsPC(KernelPreconditioner):
         self.columns, self.coupled = columns, coupled
 
     def build(self, operator: KernelOperator) -> None:
-        """See :meth:`KernelPreconditioner.build`.
+        """See :meth:`ChargedPreconditioner.build`.
 
         Raises
         ------
@@ -99,7 +108,7 @@ class CurvedPivotsPC(KernelPreconditioner):
         rank = self.settings.coarse_rank or self._rank(layout.size)
         joined = rank * self.columns if self.coupled else rank
         needed = 8 * (2 * joined**2 + (self.columns * rank**2) + 2 * rank * (layout.end - layout.begin))
-        check_memory(layout.comm, needed, f"a coarse space of {rank} pivots", "use a lower -coarse_rank")
+        _check(operator, needed, f"a coarse space of {rank} pivots", "use a lower -coarse_rank")
         self.pivots = Pivots(operator, chosen(operator, rank, self.settings.pivots, self.settings.pivots_seed))
         self.shift, self.F = operator.shift, self.pivots.mine()
 
@@ -129,13 +138,38 @@ class CurvedPivotsPC(KernelPreconditioner):
         return rows / self.shift
 
     def solve(self, rows: Array) -> Array:
-        """See :meth:`KernelPreconditioner.solve`."""
+        """See :meth:`ChargedPreconditioner.solve`."""
         small = self.layout.inner(self.F, self.curvature.factor(self.inverse(rows)))
         parts = np.reshape(small.T, (len(self.factors), -1))
         pairs = zip(self.factors, parts, strict=True)
         found = np.stack([linalg.cho_solve((factor, True), part, check_finite=False) for factor, part in pairs])
         back = self.layout.times(self.F, found.reshape(self.columns, -1).T)
         return self.inverse(rows - self.curvature.transposed(back))
+
+    def set_up_operations(self) -> Operations:
+        """See :meth:`ChargedPreconditioner.set_up_operations`."""
+        rank, d = self.F.shape[1], self.pivots.points.shape[1]
+        sums = [rank * len(core) * (d + rank / 2) for core in self.layout.domain.cores]
+        return Operations.side_by_side(sums) + _everywhere(rank**2 * (d + rank / 6))
+
+    def renewal_operations(self) -> Operations:
+        """Multiply-adds of following the curvature."""
+        rank, k = self.F.shape[1], self.columns
+        blocks, joined = (k * (k + 1) / 2, (k * rank) ** 3) if self.coupled else (k, k * rank**3)
+        sums = [blocks * len(core) * rank**2 for core in self.layout.domain.cores]
+        return Operations.side_by_side(sums) + _everywhere(joined / 6)
+
+    def operations(self, columns: int) -> Operations:
+        """See :meth:`ChargedPreconditioner.operations`."""
+        rank = self.F.shape[1]
+        sums = [2.0 * len(core) * rank * columns for core in self.layout.domain.cores]
+        return Operations.side_by_side(sums) + _everywhere(
+            float(rank * columns) ** 2 / (1 if self.coupled else columns)
+        )
+
+    def received(self, columns: int) -> float:
+        """See :meth:`ChargedPreconditioner.received`."""
+        return float(len(self.layout.domain) * self.F.shape[1] * columns)
 
 
 class CurvedSchwarzPC(CurvedPivotsPC):
@@ -151,7 +185,7 @@ class CurvedSchwarzPC(CurvedPivotsPC):
         super().build(operator)
         layout, domain = operator.layout, operator.layout.domain
         needed = 8 * (1 + self.columns) * sum(len(domain.sets[i]) ** 2 for i in layout.mine)
-        check_memory(layout.comm, needed, "the factors of subdomains", "use pivots alone, or more subdomains")
+        _check(operator, needed, "the factors of subdomains", "use -preconditioner pivots, or more subdomains")
         self.exchange = Exchange(layout)
         self.halves = [np.sqrt(domain.weights(i))[:, None] for i in layout.mine]
         self.left: list[Array] = []
@@ -196,3 +230,43 @@ class CurvedSchwarzPC(CurvedPivotsPC):
                 part[there, place] = inside
             part *= half
         return self.exchange.extend(parts, rows.shape[1])
+
+    def set_up_operations(self) -> Operations:
+        """See :meth:`ChargedPreconditioner.set_up_operations`."""
+        rank, d = self.F.shape[1], self.pivots.points.shape[1]
+        each = [m * (m * (d + rank) + rank * (d + rank / 2)) for m in self._sizes()]
+        return super().set_up_operations() + Operations.side_by_side(each)
+
+    def renewal_operations(self) -> Operations:
+        """See :meth:`CurvedPivotsPC.renewal_operations`: as if every sample had a weight."""
+        rank = self.F.shape[1]
+        each = [self.columns * m * m * (m / 6 + rank) for m in self._sizes()]
+        return super().renewal_operations() + Operations.side_by_side(each)
+
+    def operations(self, columns: int) -> Operations:
+        """See :meth:`ChargedPreconditioner.operations`: D^-1 is applied twice."""
+        return super().operations(columns) + Operations.side_by_side([2 * m * m * columns for m in self._sizes()])
+
+    def received(self, columns: int) -> float:
+        """See :meth:`ChargedPreconditioner.received`."""
+        domain = self.layout.domain
+        return super().received(columns) + 4.0 * columns * (sum(map(len, domain.sets)) - domain.size)
+
+    def _sizes(self) -> list[float]:
+        return [float(len(wide)) for wide in self.layout.domain.sets]
+
+
+def _check(operator: KernelOperator, needed: int, what: str, advice: str) -> None:
+    """See that there is the memory for what a rank is to keep, and that the kernel's limit leaves it. Collective."""
+    most = operator.layout.comm.allreduce(needed, MPI.MAX)
+    if most > operator.spare:
+        raise InputError(
+            f"{what} take {most:.3g} bytes on a rank, but the kernel's memory limit leaves {operator.spare:.3g}: "
+            f"{advice}, or more memory"
+        )
+    check_memory(operator.layout.comm, needed, what, advice)
+
+
+def _everywhere(count: float) -> Operations:
+    """What every process does."""
+    return Operations(count, count)

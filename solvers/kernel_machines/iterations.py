@@ -16,6 +16,7 @@ from ddml.kernel_machines.system import KernelSystem
 from ..owner import Owner
 
 FOUND = "the residual is below the tolerance"
+NO_GAIN = "no digit is gained any more: what is left is rounding"
 RTOL = 1e-6  # of the residual, by default, as of fit_kernel
 
 
@@ -37,8 +38,8 @@ class KernelIterations(Owner, ABC):
     ----------
     saved : tuple of str
         Names of the vectors that are part of :meth:`state`; ``left`` is the residual.
-    size : float
-        Its norm, as far as the method knows.
+    size, scale : float
+        Its norm, as far as the method knows, and what that is compared with: the norm of Y.
     disagreement : float
         Of what subdomains have left on overlaps, relative to alpha; NaN where that has no meaning.
     reason : str
@@ -55,7 +56,7 @@ class KernelIterations(Owner, ABC):
         self.spent: list[float] = []
         self.reason = ""
         self.iteration, self.resumes = 0, False
-        self.size, self.disagreement = system.scale, float("nan")
+        self.size, self.scale, self.disagreement = system.scale, system.scale, float("nan")
         self.vectors: dict[str, PETSc.Vec] = {}
 
     def setUp(self, tao: PETSc.TAO) -> None:
@@ -110,12 +111,16 @@ class KernelIterations(Owner, ABC):
     @property
     def small(self) -> bool:
         """Whether the residual is small enough."""
-        return self.size <= self.rtol * self.system.scale
+        return self.size <= self.rtol * self.scale
+
+    def value(self, x: PETSc.Vec) -> float:
+        """What is minimised, at x, whose residual is known. Collective."""
+        return self.system.value(self.operator.layout.matrix(x), self.mine("left"))
 
     def columns(self) -> dict[str, float]:
         """What a history is to have of the last iteration besides the functional."""
         return {
-            "residual": self.size / self.system.scale,
+            "residual": self.size / self.scale,
             "disagreement": self.disagreement,
             "communication": self.system.received,
         }
@@ -145,7 +150,7 @@ class KernelIterations(Owner, ABC):
             tao.setConvergedReason(done.CONVERGED_USER if self.reason else done.DIVERGED_MAXITS)
 
     def _report(self, tao: PETSc.TAO, x: PETSc.Vec, step: float) -> bool:
-        value = self.system.value(self.operator.layout.matrix(x), self.mine("left"))
+        value = self.value(x)
         if not np.isfinite(value):
             tao.setConvergedReason(PETSc.TAO.ConvergedReason.DIVERGED_NAN)
         tao.setIterationNumber(self.iteration)

@@ -11,12 +11,12 @@ from ddml.errors import InputError
 from ddml.kernel_machines.system import KernelSystem
 from ddml.options import understood
 
+from ..owner import Closed
 from .fit import krylov
-from .iterations import FOUND, RTOL, KernelIterations
+from .iterations import FOUND, NO_GAIN, RTOL, KernelIterations
 from .preconditioner import ChargedPreconditioner
 
 CYCLE = 30  # iterations of PETSc's method between two residuals that are computed anew, as its GMRES restarts
-NO_GAIN = "no digit is gained any more: what is left is rounding"
 
 
 class KrylovIterations(KernelIterations):
@@ -46,7 +46,7 @@ class KrylovIterations(KernelIterations):
         options = {"ksp_rtol": self.rtol}
         opened = krylov(self.operator, self.system.columns, self.preconditioner, self.prefix, options)
         self.ksp: PETSc.KSP = stack.enter_context(opened)
-        self.own(_Closed(stack))
+        self.own(Closed(stack))
         self.rtol = self.ksp.getTolerances()[0]
         pc = self.ksp.getPC()
         self.context: ChargedPreconditioner | None = pc.getPythonContext() if pc.getType() == "python" else None
@@ -70,16 +70,6 @@ class KrylovIterations(KernelIterations):
     def kind(self) -> str:
         """PETSc's name of the method."""
         return str(self.ksp.getType())
-
-
-class _Closed:
-    """A context that is left when its owner is destroyed."""
-
-    def __init__(self, stack: ExitStack) -> None:
-        self.stack = stack
-
-    def destroy(self) -> None:
-        self.stack.close()
 
 
 class ConjugateGradients(KrylovIterations):

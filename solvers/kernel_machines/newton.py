@@ -14,21 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from petsc4py import PETSc
 
 from ddml.errors import InputError
 from ddml.kernel_machines.cuts import Array
-from ddml.kernel_machines.losses import Curvature, OutputLoss, named_loss
+from ddml.kernel_machines.losses import OutputLoss, named_loss
 from ddml.kernel_machines.operator import KernelOperator
 from ddml.options import understood
 
 from .curved import CurvedOperator, CurvedPivotsPC, CurvedSchwarzPC
-from .fit import columns_of, krylov, norm
+from .fit import columns_of, krylov
+from .point import LossPoint
 
-# our choices: the residual of a Newton system over the gradient, at most, and over what the rule asks for, at least
-LOOSE, ENOUGH = 0.1, 0.5
-# and of a line search: lengths tried, the slope at its end over that at its beginning, parts of an interval
-TRIALS, FLAT, SHORTEST, LONGEST = 30, 0.5, 0.1, 0.9
 PRECONDITIONERS = {"pivots": CurvedPivotsPC, "schwarz": CurvedSchwarzPC}
 
 
@@ -140,43 +136,46 @@ def fit_kernel_loss(
     NonFiniteError
         If a gradient is not finite.
     """
-    chosen, layout = named_loss(loss), operator.layout
+    chosen, layout = checked(loss, operator), operator.layout
     targets = columns_of("Y", Y, layout.size)
     chosen.check(targets)
-    if not operator.shift > 0:
-        raise InputError(f"loss {loss} needs a lambda above 0: without one there may be no minimiser")
     if steps < 0:
         raise InputError(f"steps must be 0 or more, got {steps}")
     curved, columns = CurvedOperator(operator), targets.shape[1]
-    context = _preconditioner(preconditioner, chosen, columns)
-    point = _Point(curved, chosen, targets[layout.rows], *_begun(start, targets))
+    context = curved_preconditioner(preconditioner, chosen, columns)
+    begun, known = _begun(start, targets)
+    mine, outputs = (values[layout.rows] for values in (begun.coefficients, begun.outputs))
+    Y = targets[layout.rows]
+    point = LossPoint(curved, chosen, Y, mine, outputs if known else None, begun.exact, begun.before)
     values, gradients, iterations = [point.value], [point.size], list[int]()
+
+    def by_sample(rows: Array) -> Array:
+        return layout.everywhere(rows)[layout.places]
+
     with krylov(curved, columns, context or "none", prefix, options) as ksp:
         with understood():
             ksp.setUp()
         limit = ksp.getTolerances()[0] * point.scale
         while len(iterations) < steps and not point.good(limit):
-            curvature = point.curve()
-            if context is not None:
-                context.renew(curvature)
-            value, size = point.value, point.size
-            descends, count = point.newton(ksp, limit)
-            if not descends:
+            step = point.advance(ksp, context, limit)
+            if step is None:
                 break  # to rounding
-            iterations.append(count)
+            iterations.append(step.iterations)
             values.append(point.value)
             gradients.append(point.size)
-            if monitor is not None and monitor(point.state()):
+            if monitor is not None:
+                found = by_sample(point.alpha), by_sample(point.F)
+                if monitor(LossState(*found, point.exact, point.before, point.value, point.size / point.scale)):
+                    break
+            if not step.gained:
                 break
-            if point.value >= value and point.size > size / 2:
-                break  # no digit is gained any more
     if not point.exact:
         point.refresh()
     values[-1], gradients[-1] = point.value, point.size
     products = curved.products - operator.products
     operator.products = curved.products
     return LossFit(
-        point.by_sample(point.alpha),
+        by_sample(point.alpha),
         len(iterations),
         np.array(iterations, dtype=np.int64),
         products // columns,
@@ -187,13 +186,38 @@ def fit_kernel_loss(
     )
 
 
-def _preconditioner(name: str | None, loss: OutputLoss, columns: int) -> CurvedPivotsPC | None:
+def checked(loss: str, operator: KernelOperator) -> OutputLoss:
+    """The loss of that name.
+
+    Raises
+    ------
+    InputError
+        If there is none, or mu is 0.
+    """
+    if not operator.shift > 0:
+        raise InputError(f"loss {loss} needs a lambda above 0: without one there may be no minimiser")
+    return named_loss(loss)
+
+
+def preconditioner_of(name: str | None, loss: OutputLoss) -> str:
+    """The preconditioner of that name, or the one by default, as of :func:`fit_kernel_loss`.
+
+    Raises
+    ------
+    InputError
+        If there is none of that name, or it is not for that loss.
+    """
     if name not in (None, *PRECONDITIONERS, "none"):
         words = ", ".join(PRECONDITIONERS)
         raise InputError(f"unknown preconditioner '{name}' of losses; there are {words}, none")
     if loss.coupled and name == "schwarz":
         raise InputError(f"loss {loss.name} couples columns, which subdomains cannot be preconditioned for: use pivots")
-    chosen = name or ("schwarz" if loss.largest == 1 else "pivots")
+    return name or ("schwarz" if loss.largest == 1 else "pivots")
+
+
+def curved_preconditioner(name: str | None, loss: OutputLoss, columns: int) -> CurvedPivotsPC | None:
+    """The preconditioner itself; nothing for ``none``. Errors as of :func:`preconditioner_of`."""
+    chosen = preconditioner_of(name, loss)
     return None if chosen == "none" else PRECONDITIONERS[chosen](columns, loss.coupled)
 
 
@@ -208,117 +232,3 @@ def _begun(start: Array | LossState | None, targets: Array) -> tuple[LossState, 
             raise InputError(f"start must be {targets.shape} as Y, got {found.shape}")
     before, exact = (state.before, state.exact) if state else (math.inf, True)
     return LossState(alpha, outputs, exact, before, 0.0, 0.0), state is not None or start is None
-
-
-class _Point:
-    """This rank's rows of alpha, of its outputs F = K alpha and of the gradient r; J and the gradient's norm."""
-
-    def __init__(self, curved: CurvedOperator, loss: OutputLoss, Y: Array, begun: LossState, known: bool) -> None:
-        self.curved, self.loss, self.Y, self.layout = curved, loss, Y, curved.layout
-        zero = norm(curved, loss.slopes(Y, np.zeros_like(Y)))
-        self.scale, self.before = zero or 1.0, begun.before
-        alpha = begun.coefficients[self.layout.rows]
-        self._move(alpha, begun.outputs[self.layout.rows] if known else curved.exact(alpha))
-        self.exact = begun.exact
-
-    def by_sample(self, rows: Array) -> Array:
-        """Rows (n, k) by sample. Collective."""
-        return self.layout.everywhere(rows)[self.layout.places]
-
-    def state(self) -> LossState:
-        """All of it. Collective."""
-        found = (self.by_sample(self.alpha), self.by_sample(self.F))
-        return LossState(*found, self.exact, self.before, self.value, self.size / self.scale)
-
-    def refresh(self) -> None:
-        """Compute K alpha anew. Collective."""
-        self._move(self.alpha, self.curved.exact(self.alpha))
-        self.exact = True
-
-    def good(self, limit: float) -> bool:
-        """Whether the gradient is within a limit, or no digit of it is gained any more: of outputs anew. Collective."""
-        if self.size > limit:
-            return False
-        if not self.exact:
-            self.refresh()
-        if self.size <= limit or self.size > self.before / 2:
-            return True
-        self.before = self.size
-        return False
-
-    def curve(self) -> Curvature:
-        """The curvature here, which the matrix takes over."""
-        self.curved.move(self.loss.curvature(self.Y, self.F))
-        return self.curved.curvature
-
-    def newton(self, ksp: PETSc.KSP, limit: float) -> tuple[bool, int]:
-        """Take a step; whether there is one that decreases J, and the iterations of KSP. Collective."""
-        curved, mu = self.curved, self.curved.shift
-        forcing = max(min(LOOSE, math.sqrt(self.size / self.scale)), ENOUGH * limit / self.size)
-        atol = forcing * mu * self.size / math.sqrt(self.loss.largest)
-        ksp.setTolerances(rtol=0.0, atol=atol, divtol=math.inf)
-        x, y = ksp.getOperators()[0].createVecs()
-        with x as array:
-            array[:] = -curved.curvature.transposed(curved.image(self.r)).ravel()
-        with understood():
-            ksp.solve(x, y)
-        direction = -(self.r + curved.curvature.factor(self.layout.matrix(y))) / mu
-        for vec in (x, y):
-            vec.destroy()
-        return self._search(direction, curved.image(direction)), ksp.getIterationNumber()
-
-    def _move(self, alpha: Array, F: Array) -> None:
-        self.alpha, self.F, self.exact = alpha, F, False
-        self.slopes = self.loss.slopes(self.Y, F)
-        self.r = self.slopes + self.curved.shift * alpha
-        self.size, self.value = norm(self.curved, self.r), self._value(alpha, F)
-
-    def _sum(self, rows: Array) -> float:
-        """The sum over samples of rows (n,). Collective."""
-        return float(self.curved.layout.inner(rows[:, None], np.ones((len(rows), 1)))[0, 0])
-
-    def _value(self, alpha: Array, F: Array) -> float:
-        return self._sum(self.loss.values(self.Y, F) + self.curved.shift / 2 * (alpha * F).sum(axis=1))
-
-    def _slopes(self, direction: Array, image: Array, lengths: Array) -> Array:
-        """The derivatives of J along a direction, column by column (k,). Collective."""
-        there = self.loss.slopes(self.Y, self.F + lengths * image) + self.curved.shift * (
-            self.alpha + lengths * direction
-        )
-        return np.asarray(self.curved.layout.inner(there * image, np.ones((len(image), 1)))[:, 0])
-
-    def _search(self, direction: Array, image: Array) -> bool:
-        """Go along a direction of descent, whose image under K is given, as far as is good; whether it is one.
-
-        Where the loss does not couple columns each has its own length. J is convex along it, so that it has decreased
-        where its slope is not above 0: a first length of 1 will then do. Else false position, which halves the slope of
-        an end that stays (the Illinois method), finds where the slope is small; if it is above 0 there, J is looked at.
-        Collective.
-        """
-
-        def slopes(lengths: Array) -> Array:
-            found = self._slopes(direction, image, lengths)
-            return np.full_like(found, found.sum()) if self.loss.coupled else found
-
-        begin = slopes(np.zeros(image.shape[1]))
-        if not (begin < 0).any():
-            return False
-        lengths = (begin < 0).astype(float)
-        low, low_slope, high, high_slope = np.zeros_like(lengths), begin, lengths, np.zeros_like(begin)
-        for _ in range(TRIALS):
-            slope = slopes(lengths)
-            above, good = slope > 0, np.abs(slope) <= -FLAT * begin
-            good |= ~above & (lengths == 1) | (begin >= 0)
-            if good.all():
-                alpha, F = self.alpha + lengths * direction, self.F + lengths * image
-                if not above.any() or self._value(alpha, F) <= self.value:
-                    self._move(alpha, F)
-                    return True
-                good = ~above | (begin >= 0)
-            low, low_slope = np.where(above, low, lengths), np.where(above, low_slope / 2, slope)
-            high, high_slope = np.where(above, lengths, high), np.where(above, slope, high_slope / 2)
-            share = low_slope / np.where(low_slope < 0, low_slope - high_slope, -1.0)
-            lengths = np.where(good, lengths, low + np.clip(share, SHORTEST, LONGEST) * (high - low))
-        if low.any():
-            self._move(self.alpha + low * direction, self.F + low * image)
-        return bool(low.any())

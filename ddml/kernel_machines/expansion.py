@@ -41,3 +41,26 @@ class KernelExpansion(nn.Module):
         parts = [self.kernel(part, self.points) @ self.alpha for part in x.reshape(len(x), -1).split(AT_ONCE)]
         found = torch.cat(parts)
         return torch.cat([-found, found], dim=1) if found.shape[1] == 1 else found
+
+
+class DeepExpansion(nn.Module):
+    """The expansion of features: f(x) = sum over i of alpha_i k(phi(x_i), phi(x)).
+
+    Parameters
+    ----------
+    features
+        phi, from samples (B, d).
+    expansion
+        On the features of points.
+    """
+
+    def __init__(self, features: nn.Module, expansion: KernelExpansion) -> None:
+        super().__init__()
+        self.features, self.expansion = features, expansion
+        self.dtype = next(features.parameters()).dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The outputs (B, K) of samples (B, ...)."""
+        parts = [self.features(part).flatten(1) for part in x.reshape(len(x), -1).to(self.dtype).split(AT_ONCE)]
+        found: Tensor = self.expansion(torch.cat(parts).to(self.expansion.points.dtype))
+        return found

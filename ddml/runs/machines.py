@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from ddml.data.inputs import Inputs
 from ddml.errors import InputError, RunFileError
 from ddml.kernel_machines import functions
 from ddml.kernel_machines.domain import SampleDomain
-from ddml.kernel_machines.expansion import KernelExpansion
+from ddml.kernel_machines.expansion import DeepExpansion, KernelExpansion
+from ddml.kernel_machines.features import FeatureLoss
 from ddml.kernel_machines.shapes import carried
 from ddml.layout import ParameterLayout
 from ddml.parameters import parameter_table
@@ -24,10 +26,11 @@ from ddml.problems.classification import Classifier
 from ddml.states import vectors_in
 
 from . import run_file
+from .feature_maps import feature_map
 from .rebuilt import Anew, assign, chosen, options
 from .run_file import Header
 
-DRIVER, DEEP = "kernel", "deep"
+DRIVER, DEEP, MACHINE = "kernel", "deep", "machine"
 
 
 def domain_of(path: str) -> SampleDomain:
@@ -38,15 +41,8 @@ def domain_of(path: str) -> SampleDomain:
     InputError
         A file that is missing, foreign or damaged, or does not say it.
     """
-    x = _vector(path)
     try:
-        state: dict[str, Any] = run_file.read(path, x)[0]
-        for vec in vectors_in(state, "state", x).values():
-            vec.destroy()
-    finally:
-        x.destroy()
-    try:
-        return SampleDomain.restored(state["solver"]["domain"])
+        return SampleDomain.restored(_state(path)["solver"]["domain"])
     except (LookupError, TypeError, ValueError) as error:
         raise RunFileError(f"{path} does not say how its samples were cut") from error
 
@@ -68,6 +64,18 @@ def coefficients_of(path: str, size: int, columns: int) -> NDArray[np.float64]:
         found = np.empty_like(theta)
         found[domain.order] = theta
         return carried(found, size)
+    finally:
+        x.destroy()
+
+
+def _state(path: str) -> dict[str, Any]:
+    """What a run file holds besides parameters and history; vectors in it are of no use."""
+    x = _vector(path)
+    try:
+        state: dict[str, Any] = run_file.read(path, x)[0]
+        for vec in vectors_in(state, "state", x).values():
+            vec.destroy()
+        return state
     finally:
         x.destroy()
 
@@ -102,26 +110,68 @@ def samples_of(path: str, header: Header, anew: Anew) -> classified.Classified:
     return found
 
 
-def classifier(path: str, header: Header, theta: Tensor, anew: Anew) -> Classifier:
-    """The machine of a run of drivers/kernel.py with coefficients (n k,), for samples as they are stored.
+def classifier(path: str, header: Header, theta: Tensor, anew: Anew, trained: Callable[[str], object]) -> Classifier:
+    """The machine of a run of drivers/kernel.py, for samples as they are stored.
+
+    Parameters
+    ----------
+    path, header, anew
+        Of the run file.
+    theta
+        Coefficients (n k,), or of a deep kernel the parameters of its features.
+    trained
+        From the name of another run file to what was trained.
 
     Raises
     ------
     InputError
-        See :func:`samples_of`; a kernel in a file that is not trusted.
+        See :func:`samples_of`; a kernel or features in a file that is not trusted; a deep kernel whose machine was not
+        solved for.
     """
-    texts, attributes = options(header.attributes), header.attributes
-    if attributes.get("solver") == DEEP:
-        raise InputError(
-            f"{path} is of a deep kernel: run.theta has the parameters of its features, whose machine it does not hold"
-        )
+    if header.attributes.get("solver") == DEEP:
+        return _deep(path, header, theta, anew, trained)
+    attributes = header.attributes
     if "inputs" not in attributes or len(header.parameters) != 1 or len(header.parameters[0].shape) != 2:
         raise RunFileError(f"{path} does not describe a kernel machine")
-    name = texts.get("kernel", "")
-    if ":" in name and not anew.trust:
-        raise InputError(f"{path} names a program, '{name}': -trust runs what it names")
-    kernel = functions.named(name, float(attributes.get("width") or 1.0), int(texts.get("kernel_degree", "3")))
+    kernel = _kernel(path, header, anew)
     points = samples_of(path, header, anew).samples[domain_of(path).order]
     module = KernelExpansion(kernel, torch.as_tensor(points), header.parameters[0].shape[1])
     assign(path, header, module, theta)
     return Classifier(module, Inputs.parsed(str(attributes["inputs"])))
+
+
+def _deep(path: str, header: Header, theta: Tensor, anew: Anew, trained: Callable[[str], object]) -> Classifier:
+    texts, attributes = options(header.attributes), header.attributes
+    alpha = _state(path).get("samples", {}).get(MACHINE)
+    if alpha is None:
+        raise InputError(
+            f"{path} is of a deep kernel whose run has not come to its end: its machine was not solved for; to go on, "
+            f"the same driver with -restart {path}"
+        )
+    data = samples_of(path, header, anew)
+    try:
+        centres, width = (int(texts[name]) for name in ("centres", "features"))
+        inputs, seed = Inputs.parsed(str(attributes["inputs"])), int(str(attributes["seed"]))
+    except (LookupError, ValueError) as error:
+        raise RunFileError(f"{path} does not say what its features were") from error
+    name = chosen(path, "network", texts.get("network", ""), anew.network, anew)
+    features, _ = feature_map(name, centres, width, seed, data, trained)
+    assign(path, header, features, theta)
+    kernel = _kernel(path, header, anew)
+    loss = FeatureLoss(features, data.samples)
+    points = loss.features(theta.to(loss.dtype))
+    if len(alpha) != len(points):
+        raise RunFileError(f"{path} has {len(alpha)} coefficients for {len(points)} samples")
+    expansion = KernelExpansion(kernel, points, alpha.shape[1])
+    with torch.no_grad():
+        expansion.alpha.copy_(torch.as_tensor(alpha))
+    return Classifier(DeepExpansion(features, expansion), inputs)
+
+
+def _kernel(path: str, header: Header, anew: Anew) -> functions.Kernel:
+    """The kernel of a run."""
+    texts, width = options(header.attributes), float(header.attributes.get("width") or 1.0)
+    name = texts.get("kernel", "")
+    if ":" in name and not anew.trust:
+        raise InputError(f"{path} names a program, '{name}': -trust runs what it names")
+    return functions.named(name, width, int(texts.get("kernel_degree", "3")))

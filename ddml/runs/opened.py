@@ -115,7 +115,11 @@ class OpenedRun:
             theta = divided.parameters(self.path, state, self.theta, description.fusion)
             return divided.classifier(self.path, self.header, theta, anew, description)
         if self.attributes.get("driver") == machines.DRIVER:
-            return machines.classifier(self.path, self.header, self.theta, anew)
+
+            def trained(path: str) -> Solution | Classifier:
+                return open_run(path).network(trust=trust, data=data)
+
+            return machines.classifier(self.path, self.header, self.theta, anew, trained)
         if fusion is not None:
             raise InputError(f"{self.path} is of no classifier of tiles: there is no fusion in it")
         return rebuilt.network(self.path, self.header, self.theta, anew)

@@ -5,21 +5,20 @@ from __future__ import annotations
 from common import training  # first: it initialises PETSc
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from mpi4py import MPI
+from petsc4py import PETSc
 from torch import Tensor, nn
 
-from ddml import plugins
 from ddml.data.classified import Classified
 from ddml.errors import InputError
 from ddml.kernel_machines import KernelOperator, SampleDomain, SampleLayout, median_distance
 from ddml.kernel_machines.costs import Task, choices
 from ddml.kernel_machines.cuts import Array
-from ddml.kernel_machines.features import FeatureLoss, Penalty, decay, kernel_expansion, last_hidden, native_penalty
+from ddml.kernel_machines.features import FeatureLoss, Penalty, decay, native_penalty
 from ddml.kernel_machines.gradients import smooth
 from ddml.kernel_machines.inexact import InexactSystem
 from ddml.kernel_machines.leave_one_out import LeaveOneOut
@@ -29,16 +28,19 @@ from ddml.kernel_machines.rules import WIDTH, best_shift
 from ddml.layout import ParameterLayout
 from ddml.objectives.deep import DeepKernelObjective
 from ddml.parallel import agreed
-from ddml.problems.classification import Classifier
+from ddml.runs import feature_maps, machines
+from ddml.runs.feature_maps import EXPANSION
 from ddml.runs.opened import open_run
 from solvers import Minimisation, fit_kernel
+from solvers.kernel_machines.fit import KernelFit
 from solvers.kernel_machines.inner import InnerSolver
 
-from .options import ALONE, EXPANSION, OVERLAP
+from .options import ALONE, OVERLAP
 
 MEASURED = 1e-3  # tolerance of the machine whose accuracy is measured (our choice)
 INTERVAL = 10  # iterations between measurements by default (our choice)
 NEVER = 1 << 62
+CONTINUE = PETSc.TAO.ConvergedReason.CONTINUE_ITERATING
 
 
 def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start, data: Classified, wanted: Array) -> int:
@@ -85,17 +87,21 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start, dat
         }  # fmt: skip
         limits.error_interval = limits.error_interval or INTERVAL
 
+        def operator_at(theta: Tensor) -> KernelOperator:
+            phi = loss.features(theta).numpy()
+            return KernelOperator(kernel, phi, shift, whole, settings.kernel_memory, settings.dtype)
+
+        def machine(theta: Tensor) -> KernelFit:
+            return fit_kernel(operator_at(theta), wanted, settings.preconditioner, "inner_", ksp_rtol=MEASURED)
+
         def measure(theta: Tensor) -> dict[str, float]:
             if data.test_samples is None or data.test_labels is None:
                 return {}
-            operator = KernelOperator(
-                kernel, loss.features(theta).numpy(), shift, whole, settings.kernel_memory, settings.dtype
-            )
-            found = fit_kernel(operator, wanted, settings.preconditioner, "inner_", ksp_rtol=MEASURED)
-            outputs = operator.predict(found.coefficients, loss.of_inputs(theta, data.test_samples).numpy())
+            of_inputs = loss.of_inputs(theta, data.test_samples).numpy()
+            outputs = operator_at(theta).predict(machine(theta).coefficients, of_inputs)
             return {"accuracy": float((classes_of(outputs) == data.test_labels).mean())}
 
-        states = Inner(objective)
+        states = Inner(made, objective, machine)
         lines = [
             f"data {settings.data}, {data.origin}: {len(phi)} samples, scaling {data.inputs.scaling}",
             f"features {words}: {loss.width} of each sample, {loss.size} parameters, by {settings.deep_solver}",
@@ -111,29 +117,49 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start, dat
 
 
 class Inner:
-    """What inner solves begin with, as of the last complete iteration: for the run file, as samples that move have."""
+    """What inner solves begin with, as of the last complete iteration: for the run file, as samples that move have.
+
+    Of a run that has come to its end it is the machine, too, which takes a solve.
+
+    Parameters
+    ----------
+    made
+        What trains the features.
+    objective
+        What they lower.
+    machine
+        From their parameters to the coefficients of the machine.
+    """
 
     interval = NEVER
 
-    def __init__(self, objective: DeepKernelObjective) -> None:
-        self.objective, self._state = objective, dict[str, Any]()
+    def __init__(
+        self, made: Minimisation, objective: DeepKernelObjective, machine: Callable[[Tensor], KernelFit]
+    ) -> None:
+        self.made, self.objective, self._machine, self._state = made, objective, machine, dict[str, Any]()
+        self._last: Tensor | None = None
 
     def remembered(self) -> Mapping[str, float]:
-        """Take note of the state behind an iteration; no columns of the history."""
+        """Take note of the state behind an iteration; no columns of the history. Collective."""
         self._state = copy.deepcopy(self.objective.state())
+        self._last = self.objective.parameters(self.made.x).clone()
         return {}
 
     def move(self, theta: Tensor) -> None:
         """Nothing moves."""
 
     def state(self) -> dict[str, Any]:
-        """See :class:`ddml.runs.checkpoints.Moving`."""
-        return self._state
+        """See :class:`ddml.runs.checkpoints.Moving`. Collective."""
+        stop, comm = self.objective.stop, self.objective.comm
+        hurried = stop is not None and comm.allreduce(stop.requested, MPI.LOR)
+        if self._last is None or hurried or self.made.tao.getConvergedReason() == CONTINUE:
+            return self._state
+        return {**self._state, machines.MACHINE: self._machine(self._last).coefficients}
 
     def restore(self, state: dict[str, Any]) -> None:
         """See :class:`ddml.runs.checkpoints.Moving`."""
-        self.objective.restore(state)
-        self._state = copy.deepcopy(state)
+        self._state = {name: copy.deepcopy(value) for name, value in state.items() if name != machines.MACHINE}
+        self.objective.restore(copy.deepcopy(self._state))
 
 
 def layout_of(settings: Any, phi: Array, wanted: Array, shift: float, comm: MPI.Comm) -> SampleLayout:
@@ -156,7 +182,7 @@ def feature_map(settings: Any, data: Classified) -> tuple[nn.Module, str, Penalt
     Raises
     ------
     InputError
-        None is asked for; one that there is not.
+        None is asked for; what :func:`ddml.runs.feature_maps.feature_map` refuses.
     """
     name, rho = settings.network, settings.inner_decay
     if name is None:
@@ -164,55 +190,11 @@ def feature_map(settings: Any, data: Classified) -> tuple[nn.Module, str, Penalt
             f"option -network is missing: with -solver deep it is {EXPANSION}, path/to/file.py:Name or the run file of "
             "a classifier"
         )
-    if name == EXPANSION:
-        n = len(data.samples)
-        if settings.centres > n:
-            raise InputError(f"option -centres must be at most {n}, the samples; got {settings.centres}")
-        rows = np.sort(np.random.default_rng(settings.seed).choice(n, settings.centres, replace=False))
-        inner = smooth("rbf", WIDTH * median_distance(data.samples, settings.seed))
-        expansion = kernel_expansion(inner, data.samples[rows], settings.features)
-        words = f"kernel expansion on {settings.centres} centres"
-        return expansion, words, native_penalty(expansion, rho) if rho else None
-    if name.endswith((".h5", ".hdf5")):
-        network = open_run(name).network(trust=settings.trust, data=settings.data)
-        if not isinstance(network, Classifier):
-            raise InputError(f"option -network: {name} is no run of a classifier")
-        if network.inputs.shape != data.inputs.shape:
-            raise InputError(f"{name} is of samples {network.inputs.shape}, {settings.data} has {data.inputs.shape}")
-        hidden = last_hidden(network.network).requires_grad_(True)
-        module = nn.Sequential(Between(data, network), *hidden.children())
-        return module, f"last hidden layer of {name}", decay(rho) if rho else None
-    torch.manual_seed(settings.seed)
-    kind = plugins.load(name, {EXPANSION: None}, "network")
-    with plugins.blamed(name, {}, "network"):
-        module = kind(data.samples.shape[1]) if callable(kind) else kind
-    if not isinstance(module, nn.Module):
-        raise InputError(f"network '{name}' must give a torch module for samples of {data.samples.shape[1]} numbers")
-    return module, f"network {name}", decay(rho) if rho else None
 
+    def trained(path: str) -> object:
+        return open_run(path).network(trust=settings.trust, data=settings.data)
 
-class Between(nn.Module):
-    """From samples as a kernel machine has them to those that a classifier's network takes.
-
-    Parameters
-    ----------
-    data
-        How samples are scaled here.
-    network
-        How they are there.
-    """
-
-    def __init__(self, data: Classified, network: Classifier) -> None:
-        super().__init__()
-        self.shape = data.inputs.shape
-        view = (1, -1, *[1] * (len(self.shape) - 1))
-        for name in ("shift", "scale"):
-            numbers = torch.tensor(getattr(data.inputs, name), dtype=torch.float64).view(view)
-            self.register_buffer(name, numbers.to(network.shift.dtype))
-        self.register_buffer("there", network.shift.clone())
-        self.register_buffer("divisor", network.scale.clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        stored = x.reshape(len(x), *self.shape) * self.scale + self.shift
-        return (stored - self.there) / self.divisor
+    module, words = feature_maps.feature_map(name, settings.centres, settings.features, settings.seed, data, trained)
+    if not rho:
+        return module, words, None
+    return module, words, native_penalty(module, rho) if name == EXPANSION else decay(rho)

@@ -21,6 +21,7 @@ from ddml.kernel_machines.cuts import PARTITIONERS
 from ddml.kernel_machines.domain import DIRECTIONS
 from ddml.kernel_machines.losses import LOSSES
 from ddml.options import EACH_START, NEVER, Option
+from ddml.runs.feature_maps import EXPANSION
 from solvers import solver_class
 from solvers.kernel_machines.fit import PRECONDITIONERS
 from solvers.kernel_machines.iterations import RTOL
@@ -28,7 +29,7 @@ from solvers.kernel_machines.krylov import CYCLE
 from solvers.kernel_machines.newton import PRECONDITIONERS as ALL_CURVED
 
 SOLVERS = ("ksp", "d3l", "deep")
-EXPANSION, SQUARED = "expansion", "squared"
+SQUARED = "squared"
 ALONE = ("start", "balance", "later")  # options that are not for deep kernels
 EXCHANGES = ("turn", "once", "none")
 BALANCE = 0.98  # of a cut that has grown (our choice)

@@ -249,47 +249,6 @@ def test_a_second_file_is_as_if_the_first_one_had_its_samples(folder: Path, tmp_
 DEEP = ("-solver", "deep", "-network", "expansion", "-data", "digits", "-samples", 300, "-centres", 40, "-features", 4)
 
 
-@pytest.mark.ranks
-@needs_three
-@pytest.mark.parametrize(
-    "options",
-    [
-        (), ("-deep_solver", "ssbroyden", "-deep_objective", "held_out", "-subdomains", 4),
-        ("-deep_solver", "lbfgs", "-deep_objective", "leave_one_out"),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_deep_kernels_go_on_to_the_last_bit_on_other_numbers_of_ranks(
-    options: tuple[object, ...], comm: MPI.Comm, shared_tmp: Path
-) -> None:
-    whole, parts = shared_tmp / "whole.h5", shared_tmp / "parts.h5"
-    train("kernel", whole, 2, 6, *DEEP, *options)
-    for ranks, iterations in ((1, 2), (3, 6)):
-        train("kernel", parts, ranks, iterations, *DEEP, *options)
-    assert_same(whole, parts)
-    losses = content(whole).history["loss"]
-    assert losses[-1] < 0.8 * losses[0]
-    comm.barrier()
-
-
-@pytest.mark.skipif(MPI.COMM_WORLD.size > 1, reason="one rank is enough")
-def test_the_hidden_layer_of_a_classifier_is_trained_on(tmp_path: Path) -> None:
-    classifier, path = tmp_path / "classifier.h5", tmp_path / "deep.h5"
-    words = ("-data", "digits", "-samples", 300, "-progress", "none", "-max_it", 4)
-    assert call("classify", *words, "-widths", "32,16", "-output", classifier) == 0
-    assert call("kernel", *words, "-solver", "deep", "-network", classifier, "-error_interval", 1, "-output", path) == 0
-    run = open_run(path)
-    assert run.theta.numel() == 64 * 32 + 32 + 32 * 16 + 16
-    assert run.history["accuracy"][-1] > open_run(classifier).history["accuracy"][-1]
-    assert (np.diff(run.history["loss"]) <= 0).all()
-    assert call("plot", path, "-o", tmp_path / "figure.png") == 0
-    with pytest.raises(InputError, match="is of a deep kernel"):
-        run.network()
-    restart = ("-restart", path, "-progress", "none", "-max_it", 5)
-    assert "a class of the run" not in refusal("kernel", *restart, "-network", tmp_path / "other.h5")
-    assert call("kernel", *restart, "-trust") == 0
-
-
 BAD = {
     "deep without a network": (("-solver", "deep"), "-network is missing"),
     "deep from a machine": ((*DEEP, "-start", "run.h5"), "-start is not for -solver deep"),

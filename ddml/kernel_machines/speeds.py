@@ -1,19 +1,27 @@
-"""How fast ranks are, measured in products of a kernel machine, and what each should have of the samples."""
+"""How fast ranks are, measured in products of a kernel machine, and what each should have; what subdomains cost."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from mpi4py import MPI
 
 from ddml.errors import InputError
+from ddml.linalg.small import cholesky
+from ddml.parallel import agreed
 
 from .cuts import Array
+from .domain import SampleDomain
+from .functions import Kernel
 from .layout import SampleLayout
 from .operator import KernelOperator
 
 LEAST = 0.1  # of a rank's time grows with its rows, at least, whatever was measured (our choice)
+WARM = 100  # samples of a factor before those that are measured (our choice)
 
 
 @dataclass(frozen=True)
@@ -117,3 +125,32 @@ class Speeds:
             f"{least:.3g} to {most:.3g} s a column and rank (balance {self.balance:.3f}): with shares of "
             f"{', '.join(f'{share:.3f}' for share in self.shares)} a product would take {self.gain:.3f} of the time"
         )
+
+
+def seconds_of(domain: SampleDomain, kernel: Kernel, samples: Array, shift: float, comm: MPI.Comm) -> Array:
+    """What each subdomain takes for its matrix and factor: seconds (p,), the same on all ranks. Collective.
+
+    Each is measured by one rank, once, for :func:`~ddml.kernel_machines.balance.balanced`.
+
+    Parameters
+    ----------
+    domain
+        Of the samples.
+    samples
+        (n, d).
+    shift
+        What stands on the diagonals beside the kernel's.
+    """
+    points, mine = torch.as_tensor(samples), np.zeros(len(domain))
+    warm = points[: min(len(points), WARM)]
+    with agreed(comm):
+        cholesky(kernel(warm, warm.clone()).numpy(), shift)
+        for i in range(comm.rank, len(domain), comm.size):
+            here = points[domain.sets[i]]
+            begun = time.perf_counter()
+            if len(here):
+                cholesky(kernel(here, here.clone()).numpy(), shift)
+            mine[i] = time.perf_counter() - begun
+    seconds = np.empty_like(mine)
+    comm.Allreduce(mine, seconds)
+    return seconds

@@ -20,6 +20,8 @@ from ddml.kernel_machines.cuts import Array
 from ddml.kernel_machines.domain import DIRECTIONS
 from ddml.kernel_machines.functions import Kernel
 from ddml.kernel_machines.shapes import grown
+from ddml.kernel_machines.speeds import seconds_of
+from ddml.parallel import agreed
 from ddml.plugins import blamed, load
 from ddml.runs import machines, run_file
 from ddml.runs.rebuilt import options
@@ -51,39 +53,51 @@ def settle_pivots(settings: Any, domain: SampleDomain, task: Task) -> None:
         database.setValue("coarse_rank", coarse_rank(task, [len(wide) for wide in domain.sets]))
 
 
-def arranged(settings: Any, data: Classified, restart: str | None, task: Task) -> tuple[SampleDomain, list[str]]:
+def arranged(
+    settings: Any, data: Classified, restart: str | None, task: Task, kernel: Kernel, comm: MPI.Comm
+) -> tuple[SampleDomain, list[str]]:
     """The subdomains of a run, as they are in its file, have grown or are cut anew, balanced; and what to know of them.
+
+    Collective.
 
     Raises
     ------
     InputError
         See :func:`cut`; a machine to start with of other samples.
     """
-    if restart is not None:
-        return machines.domain_of(restart), []
-    notes, wanted = [], settings.balance
-    if settings.start is None:
-        domain = cut(settings, data.samples, task)
-    else:
-        before = machines.domain_of(settings.start)
-        then = run_file.inspect(settings.start, MPI.COMM_SELF).attributes
-        if before.size > len(data.samples) or data.first(before.size).problem != then.get("problem"):
-            raise InputError(
-                f"{settings.start} is a machine of {then.get('problem')}, which these {len(data.samples)} do not begin "
-                "with"
-            )
-        domain = grown(before, data.samples)
-        notes.append(f"{domain.size - before.size} samples have come since {settings.start}")
-        wanted = BALANCE if wanted is None else wanted
-    if wanted is not None:
-        costs = None
-        if settings.loads == "operations":
-            sizes = np.array([len(wide) for wide in domain.sets], np.float64)
-            costs = sizes**2 * (sizes / 6 + data.samples.shape[1])
+    with agreed(comm):
+        domain, wanted, notes = _placed(settings, data, restart, task)
+    if wanted is None:
+        return domain, notes
+    costs = None
+    if settings.loads == "operations":
+        sizes = np.array([len(wide) for wide in domain.sets], np.float64)
+        costs = sizes**2 * (sizes / 6 + data.samples.shape[1])
+    elif settings.loads == "seconds":
+        costs = seconds_of(domain, kernel, data.samples, vars(settings)["lambda"], comm)
+        notes.append(f"matrices and factors of subdomains took {costs.min():.3g} to {costs.max():.3g} s")
+    with agreed(comm):
         found = balanced(domain, data.samples, costs, wanted=wanted)
-        domain = found.domain
-        notes.append(repr(found))
-    return domain, notes
+    return found.domain, [*notes, repr(found)]
+
+
+def _placed(
+    settings: Any, data: Classified, restart: str | None, task: Task
+) -> tuple[SampleDomain, float | None, list[str]]:
+    """The subdomains, the balance that is wanted of them, if one is, and what to know."""
+    if restart is not None:
+        return machines.domain_of(restart), None, []
+    if settings.start is None:
+        return cut(settings, data.samples, task), settings.balance, []
+    before = machines.domain_of(settings.start)
+    then = run_file.inspect(settings.start, MPI.COMM_SELF).attributes
+    if before.size > len(data.samples) or data.first(before.size).problem != then.get("problem"):
+        raise InputError(
+            f"{settings.start} is a machine of {then.get('problem')}, which these {len(data.samples)} do not begin with"
+        )
+    domain = grown(before, data.samples)
+    notes = [f"{domain.size - before.size} samples have come since {settings.start}"]
+    return domain, BALANCE if settings.balance is None else settings.balance, notes
 
 
 def cut(settings: Any, samples: Array, task: Task) -> SampleDomain:

@@ -71,8 +71,9 @@ OPTIONS = (
     Option("balance", None, "Least load of a subdomain over the largest one that is wanted, as in 0.98: samples move "
            "to neighbours until it is there (default: they stay where the cut has put them).", kind=float, minimum=0.0,
            changes=NEVER),
-    Option("loads", "samples", "What -balance evens out: numbers of samples, or operations of factors and solves.",
-           choices=("samples", "operations"), changes=NEVER),
+    Option("loads", "samples", "What -balance evens out: numbers of samples, operations of factors and solves, or "
+           "measured seconds of factors, which are others each time.", choices=("samples", "operations", "seconds"),
+           changes=NEVER),
     Option("rank_speeds", False, "Whether a product is timed before the run, and ranks get rows by their speed. The "
            "numbers stay the same."),
     Option("solver", "ksp", "Krylov methods with a Schwarz preconditioner (ksp), conjugate gradients unless -ksp_type "

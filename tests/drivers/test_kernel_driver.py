@@ -222,6 +222,8 @@ def test_samples_that_come_later_are_balanced_and_the_machine_goes_on_on_any_num
     assert sizes.min() >= 0.98 * sizes.max()
     first, other = (content(path).history["residual"] for path in (grown, whole))
     assert first[0] < 0.8 < other[0]
+    assert call("kernel", *words, "-samples", 600, "-balance", 0.9, "-loads", "seconds", "-max_it", 1) == 0
+    assert comm.rank > 0 or "factors of subdomains took" in capfd.readouterr().out
     assert "do not begin with" in refusal("kernel", *words, "-samples", 400, "-start", shared_tmp / "then.h5")
     assert "has the class" in refusal("kernel", *words, "-later", folder / "two")
     comm.barrier()

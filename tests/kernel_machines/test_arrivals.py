@@ -16,7 +16,7 @@ from ddml.kernel_machines import KernelOperator, SampleDomain, SampleLayout, med
 from ddml.kernel_machines.balance import balanced
 from ddml.kernel_machines.functions import Kernel
 from ddml.kernel_machines.shapes import carried, centroids, coordinates, grown, nearest, widened
-from ddml.kernel_machines.speeds import Speeds
+from ddml.kernel_machines.speeds import Speeds, seconds_of
 from solvers import exchange_in_turn, fit_kernel
 
 X = digits().inputs.reshape(-1, 64)[:600] / 16.0
@@ -284,3 +284,21 @@ def test_two_measurements_tell_a_delay_from_a_slow_rank(fixed: list[float], each
     rng = np.random.default_rng(1)
     others = [*rng.dirichlet([1.0] * P, 500), *np.eye(P), *[speeds.shares + d for d in (np.eye(P) - 1 / P) * 0.01]]
     assert best <= min(max(took(n * other)) for other in others if min(other) >= 0) * (1 + 1e-9)
+
+
+@pytest.mark.ranks
+def test_subdomains_that_take_longer_get_fewer_samples(comm: MPI.Comm) -> None:
+    domain = SampleDomain.by_tree(X, 4, 0.1)
+    first = torch.as_tensor(X[domain.sets[2]][0])
+
+    def slow(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.2 if (x[0] == first).all() and len(x) > 100 else 0.05)
+        return KERNEL(x, y)
+
+    seconds = seconds_of(domain, Kernel("slow", slow, KERNEL.diagonal, False), X, 0.1, comm)
+    assert all((seconds == other).all() for other in comm.allgather(seconds))
+    assert seconds.argmax() == 2
+    assert 0.05 <= seconds.min() < seconds[2] / 2
+    found = balanced(domain, X, seconds)
+    assert found.after > 0.9
+    assert len(found.domain.cores[2]) < 0.6 * len(domain.cores[2])

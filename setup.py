@@ -71,7 +71,7 @@ setup(
     ext_modules=[
         Extension(
             f"ddml.kernels._{name}",
-            [f"ddml/kernels/{source}.c" for source in ("factored", "jets", "symmetric")],
+            [f"ddml/kernels/{source}.c" for source in ("factored", "jets", "pieces", "symmetric")],
             depends=glob("ddml/kernels/*.h"),
             extra_compile_args=["-O3", *flags],
             optional=True,

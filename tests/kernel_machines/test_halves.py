@@ -7,7 +7,7 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from ddml.kernel_machines import KernelOperator, SampleDomain, SampleLayout, named
+from ddml.kernel_machines import KernelOperator, SampleDomain, SampleLayout, halves, named, pieces
 from ddml.kernel_machines.halves import Half, Piece, Places
 
 SIZES = (1, 2, 3, 5, 7, 8, 9, 130, 1500)
@@ -59,6 +59,45 @@ def test_products_are_those_of_the_whole_matrix(comm: MPI.Comm, n: int) -> None:
         layout = layout_of(comm, n)
         assert np.abs(together - (A @ given)[layout.begin : layout.end]).max(initial=0.0) < 1e-11 * n
         assert together.tobytes() == alone[layout.begin : layout.end].tobytes()
+
+
+compiled = pytest.mark.skipif(pieces.compiled(torch.zeros(1, 2)) is None, reason="the compiled products are not used")
+
+
+@compiled
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("k", [2, 7, 8, 10, 16, 17, 33])
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (5, 3), (13, 129), (40, 256), (7, 300)])
+def test_compiled_products_of_pieces(m: int, n: int, k: int, dtype: str) -> None:
+    rng = np.random.default_rng(m + n + k)
+    size = m + n
+    V = torch.tensor(rng.standard_normal((size, k)), dtype=getattr(torch, dtype))
+    block = torch.tensor(rng.standard_normal((m, n)), dtype=V.dtype)
+    made = pieces.compiled(V)
+    assert made is not None
+    rows, columns = slice(n, size), slice(0, n)
+    for twice in (False, True):
+        sums = torch.ones(size, made.width, dtype=torch.float64)
+        made.add(block, rows, columns, twice, sums)
+        exact = torch.ones(size, k, dtype=torch.float64)
+        exact[rows] += block.double() @ V[columns].double()
+        if twice:
+            exact[columns] += block.double().T @ V[rows].double()
+        assert (sums[:, :k] - exact).abs().max() < (1e-12 if dtype == "float64" else 1e-4)
+        assert (sums[:, k:] == 1).all()
+
+
+@compiled
+@pytest.mark.ranks
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_torch_where_nothing_is_compiled(comm: MPI.Comm, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.random.default_rng(0).standard_normal((600, 5))
+    layout = SampleLayout(SampleDomain.by_tree(x, 4, 0.1), comm)
+    operator = KernelOperator(named("rbf", 2.0), x, 0.5, layout, dtype=dtype)
+    V = np.cos(np.arange(600.0 * 10)).reshape(600, 10)[layout.rows]
+    found = operator.multiply(V)
+    monkeypatch.setattr(halves, "compiled", lambda _: None)
+    assert np.abs(found - operator.multiply(V)).max() < (1e-11 if dtype == "float64" else 1e-3)
 
 
 @pytest.mark.ranks

@@ -100,7 +100,7 @@ BY_NAME = (
     *(f"solvers/test_{name}.py" for name in ("adagrad", "astrom", "levels", "mlvr", "multilevel_adagrad", "newton")),
     *("solvers/test_torch_optimizer.py", "solvers/test_torch_refusals.py"),
     *("drivers/test_given_options.py", "drivers/test_logistic_driver.py", "drivers/test_pinn_levels.py"),
-    "drivers/test_kernel_driver.py",
+    *(f"drivers/test_{name}.py" for name in ("deep_kernel_driver", "kernel_driver", "kernel_loss_driver")),
     *("drivers/test_opened.py", "drivers/test_foreign_files.py"),
     *("drivers/test_volumes.py", "decomposition/test_tiles.py", "drivers/test_coarse.py"),
     *(f"drivers/test_tiles_{name}.py" for name in ("bad_input", "local", "phases", "folds")),

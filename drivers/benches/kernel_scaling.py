@@ -99,6 +99,7 @@ def solved(problem: Problem, comm: WorkClock) -> Phases:
 
     mark()
     operator = KernelOperator(problem.kernel, problem.X, problem.shift, layout, memory=1e12)
+    assert operator.kept is not None
     mark()
     context = KernelSchwarzPC()
     fit_kernel(operator, problem.Y, context, ksp_max_it=0)

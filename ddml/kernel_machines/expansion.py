@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -38,8 +40,8 @@ class KernelExpansion(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The outputs (B, K) of samples (B, ...)."""
-        parts = [self.kernel(part, self.points) @ self.alpha for part in x.reshape(len(x), -1).split(AT_ONCE)]
-        found = torch.cat(parts)
+        parts = _parts(x.flatten(1))
+        found = torch.cat([self.kernel(part, self.points) @ self.alpha for part in parts])
         return torch.cat([-found, found], dim=1) if found.shape[1] == 1 else found
 
 
@@ -61,6 +63,11 @@ class DeepExpansion(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The outputs (B, K) of samples (B, ...)."""
-        parts = [self.features(part).flatten(1) for part in x.reshape(len(x), -1).to(self.dtype).split(AT_ONCE)]
+        parts = [self.features(part).flatten(1) for part in _parts(x.flatten(1).to(self.dtype))]
         found: Tensor = self.expansion(torch.cat(parts).to(self.expansion.points.dtype))
         return found
+
+
+def _parts(x: Tensor) -> Sequence[Tensor]:
+    """Samples (B, d) in parts; torch.export, which does not know how many there will be, gets them together."""
+    return (x,) if torch.compiler.is_compiling() else x.split(AT_ONCE)

@@ -177,6 +177,11 @@ def test_it_is_predicted_exported_and_drawn(folder: Path, tmp_path: Path, capfd:
     assert len((tmp_path / "some.csv").read_text().splitlines()) == 6
     assert call("plot", path, "-o", tmp_path / "figure.png") == 0
     assert (tmp_path / "figure.machine.png").stat().st_size > 10_000
+    assert call("export", path, "-o", tmp_path / "machine.pt2") == 0
+    exported = torch.export.load(tmp_path / "machine.pt2").module()
+    for count in (1, 7, 360):
+        given = torch.from_numpy(data.test_inputs[:count]).double()
+        assert (exported(given) - module(given)).abs().max() < 1e-9 * outputs.abs().max()
 
 
 @pytest.mark.skipif(MPI.COMM_WORLD.size > 1, reason="one rank is enough")

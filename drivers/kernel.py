@@ -83,9 +83,11 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start) -> 
         kernel = build_kernel(settings, data.samples)
     vars(settings)["lambda"] = shift = chosen_shift(settings, kernel, data.samples, wanted, comm)
     wanted = class_targets(settings.loss, data.labels, len(data.inputs.classes))
-    task = task_of(settings, kernel, data.samples, wanted.shape[1], comm.size)
+    with agreed(comm):
+        task = task_of(settings, kernel, data.samples, wanted.shape[1], comm.size)
     domain, notes = arranged(settings, data, limits.restart, task, kernel, comm)
-    settle_pivots(settings, domain, task)
+    with agreed(comm):
+        settle_pivots(settings, domain, task)
     start.notes += notes
     made = partial(KernelOperator, kernel, data.samples, shift, memory=settings.kernel_memory, dtype=settings.dtype)
     operator = made(layout=SampleLayout(domain, comm))

@@ -210,13 +210,10 @@ def squared_distances(x: Tensor, y: Tensor, norms: Norms | None = None) -> Tenso
     """The squares (a, b) of the distances of x (a, d) and y (b, d); those of equal samples are zero.
 
     From products, and the squared norms of both; where samples are near each other, from differences, so that distances
-    have all of their digits (not in what torch.export writes, which cannot follow that).
+    have all of their digits; what torch.export writes, which cannot follow that, has differences alone.
     """
     if torch.compiler.is_compiling():
-        middle = y.mean(dim=0)
-        x, y = x - middle, y - middle
-        of_x, of_y = ((z * z).sum(dim=1) for z in (x, y))
-        return (of_x[:, None] + of_y - 2 * (x @ y.T)).clamp(min=0.0)
+        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
     of_x, of_y = norms or (squared_norms(x), squared_norms(y))
     squares = torch.addmm(of_y, x, y.T, alpha=-2).add_(of_x[:, None])
     if not squares.numel():

@@ -32,7 +32,6 @@ from ddml.runs import feature_maps, machines
 from ddml.runs.feature_maps import EXPANSION
 from ddml.runs.opened import open_run
 from solvers import Minimisation, fit_kernel
-from solvers.kernel_machines.fit import KernelFit
 from solvers.kernel_machines.inner import InnerSolver
 
 from .options import ALONE, OVERLAP
@@ -87,18 +86,17 @@ def train(comm: MPI.Comm, settings: Any, limits: Any, start: training.Start, dat
         }  # fmt: skip
         limits.error_interval = limits.error_interval or INTERVAL
 
-        def operator_at(theta: Tensor) -> KernelOperator:
+        def machine(theta: Tensor) -> tuple[KernelOperator, Array]:
             phi = loss.features(theta).numpy()
-            return KernelOperator(kernel, phi, shift, whole, settings.kernel_memory, settings.dtype)
-
-        def machine(theta: Tensor) -> KernelFit:
-            return fit_kernel(operator_at(theta), wanted, settings.preconditioner, "inner_", ksp_rtol=MEASURED)
+            operator = KernelOperator(kernel, phi, shift, whole, settings.kernel_memory, settings.dtype)
+            found = fit_kernel(operator, wanted, settings.preconditioner, "inner_", ksp_rtol=MEASURED)
+            return operator, found.coefficients
 
         def measure(theta: Tensor) -> dict[str, float]:
             if data.test_samples is None or data.test_labels is None:
                 return {}
-            of_inputs = loss.of_inputs(theta, data.test_samples).numpy()
-            outputs = operator_at(theta).predict(machine(theta).coefficients, of_inputs)
+            operator, alpha = machine(theta)
+            outputs = operator.predict(alpha, loss.of_inputs(theta, data.test_samples).numpy())
             return {"accuracy": float((classes_of(outputs) == data.test_labels).mean())}
 
         states = Inner(made, objective, machine)
@@ -128,13 +126,16 @@ class Inner:
     objective
         What they lower.
     machine
-        From their parameters to the coefficients of the machine.
+        From their parameters to the machine's matrix and coefficients.
     """
 
     interval = NEVER
 
     def __init__(
-        self, made: Minimisation, objective: DeepKernelObjective, machine: Callable[[Tensor], KernelFit]
+        self,
+        made: Minimisation,
+        objective: DeepKernelObjective,
+        machine: Callable[[Tensor], tuple[KernelOperator, Array]],
     ) -> None:
         self.made, self.objective, self._machine, self._state = made, objective, machine, dict[str, Any]()
         self._last: Tensor | None = None
@@ -154,7 +155,7 @@ class Inner:
         hurried = stop is not None and comm.allreduce(stop.requested, MPI.LOR)
         if self._last is None or hurried or self.made.tao.getConvergedReason() == CONTINUE:
             return self._state
-        return {**self._state, machines.MACHINE: self._machine(self._last).coefficients}
+        return {**self._state, machines.MACHINE: self._machine(self._last)[1]}
 
     def restore(self, state: dict[str, Any]) -> None:
         """See :class:`ddml.runs.checkpoints.Moving`."""

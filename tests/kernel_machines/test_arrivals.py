@@ -12,7 +12,7 @@ from mpi4py import MPI
 
 from ddml.data.files import digits
 from ddml.errors import InputError
-from ddml.kernel_machines import KernelOperator, SampleDomain, SampleLayout, median_distance, named
+from ddml.kernel_machines import KernelOperator, SampleDomain, SampleLayout, median_distance, named, speeds
 from ddml.kernel_machines.balance import balanced
 from ddml.kernel_machines.functions import Kernel
 from ddml.kernel_machines.shapes import carried, centroids, coordinates, grown, nearest, widened
@@ -287,18 +287,21 @@ def test_two_measurements_tell_a_delay_from_a_slow_rank(fixed: list[float], each
 
 
 @pytest.mark.ranks
-def test_subdomains_that_take_longer_get_fewer_samples(comm: MPI.Comm) -> None:
+def test_subdomains_that_take_longer_get_fewer_samples(comm: MPI.Comm, monkeypatch: pytest.MonkeyPatch) -> None:
     domain = SampleDomain.by_tree(X, 4, 0.1)
     first = torch.as_tensor(X[domain.sets[2]][0])
 
     def slow(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.2 if (x[0] == first).all() and len(x) > 100 else 0.05)
+        nonlocal now
+        now += 4.0 if (x[0] == first).all() and len(x) > 100 else 1.0
         return KERNEL(x, y)
+
+    now = 0.0
+    monkeypatch.setattr(speeds.time, "perf_counter", lambda: now)
 
     seconds = seconds_of(domain, Kernel("slow", slow, KERNEL.diagonal, False), X, 0.1, comm)
     assert all((seconds == other).all() for other in comm.allgather(seconds))
-    assert seconds.argmax() == 2
-    assert 0.05 <= seconds.min() < seconds[2] / 2
+    assert seconds.tolist() == [1.0, 1.0, 4.0, 1.0]
     found = balanced(domain, X, seconds)
     assert found.after > 0.9
     assert len(found.domain.cores[2]) < 0.6 * len(domain.cores[2])

@@ -15,20 +15,22 @@ from .layout import UNIT
 from .operator import TEMPORARIES
 
 # All numbers of this file are our choices: measured on one core of a Xeon with AVX-512, of which only ratios matter.
-# Multiply-adds a second in float64: of products of large matrices; of such as have few columns, whose other factor
-# comes from memory. Those in float32 are twice as many. Seconds that an application takes for each subdomain.
-LARGE, FEW, EACH = 33e9, 10e9, 2e-4
+# Multiply-adds a second in float64: of products of samples; of setting up with them; of products of K with few columns;
+# of an application of the preconditioner. Those in float32 are twice as many. Seconds for an entry that is picked out
+# of K, and that an application takes for each subdomain.
+LARGE, SET_UP, FEW, APPLIED, PICKED, EACH = 25e9, 15e9, 11e9, 4.5e9, 1e-8, 2e-4
 VALUES = 32  # multiply-adds that as much time takes as a value of a kernel from a distance
 # iterations to 1e-6 with a tenth of the samples as pivots, 16 subdomains, an overlap of 0.1 and lambda 0.1, and by
 # which power they grow with one over lambda, the number of subdomains, and one over the share of pivots
-BASE, OF_LAMBDA, OF_PARTS, OF_PIVOTS = 19.0, 0.15, 0.15, 0.35
+BASE, OF_LAMBDA, OF_PARTS, OF_PIVOTS = 19.0, 0.15, 0.15, 0.3
 LEAST_LAMBDA, MOST_LAMBDA = 1e-3, 1.0  # between which it matters
 # by what iterations are more without overlap, and less with a large one, and the overlap that is large
 NO_OVERLAP, OVERLAPPED, OVERLAP = 1.5, 0.85, 0.055
 SINGLE = 1e-3  # least lambda, relative to the largest k(x, x), with which factors in float32 cost no iterations
 OVERLAPS = (0.0, 0.05, 0.1, 0.2)  # that are tried
-# subdomains, samples in each of them, at least, and pivots, at most, that are chosen
-SUBDOMAINS, LEAST, MOST = 16, 64, 2000
+# what is chosen: subdomains, at least, and where their cores have more samples than that, at least; samples in each of
+# them, at least; and pivots, at most
+FEWEST, SUBDOMAINS, CORE, LEAST, MOST = 4, 16, 512, 64, 2000
 SURE = 0.95  # of the memory is used before the sizes of subdomains are known
 EXCHANGED = 128  # columns of F that subdomains get at a time
 SIZES = {"float64": 8, "float32": 4}
@@ -109,8 +111,8 @@ class Choice:
 def choices(task: Task) -> Choice:
     """The subdomains of a tree, their overlap and the pivots with which one rank is expected to be done first.
 
-    There are at least 16 subdomains, where samples are enough, so that the choice is the same for any number of ranks
-    up to 16, unless memory makes it differ.
+    There are at least 4 subdomains, or up to 16 with cores of 512 samples, where samples are enough: the choice is the
+    same for any number of ranks up to that, unless memory makes it differ.
 
     Raises
     ------
@@ -119,7 +121,8 @@ def choices(task: Task) -> Choice:
     """
     n = task.samples
     counts = [1 << i for i in range(n.bit_length())]
-    enough = [p for p in counts if p >= max(SUBDOMAINS, task.ranks) and n >= LEAST * p]
+    fewest = max(FEWEST, min(SUBDOMAINS, math.ceil(n / CORE)), task.ranks)
+    enough = [p for p in counts if p >= fewest and n >= LEAST * p]
     enough = enough or [max(p for p in counts if n >= LEAST * p or p == 1 or (p < 2 * task.ranks and p <= n))]
     found = []
     for p, overlap in itertools.product(enough, OVERLAPS):
@@ -181,11 +184,13 @@ def seconds(task: Task, sizes: Sequence[float], rank: int) -> float:
     n, d, k = task.samples, task.dimension, task.columns
     faster, kernels = 8 / SIZES[task.factors], 8 / SIZES[task.dtype]
     squares, whole = sum(m * m for m in sizes), sum(sizes)
-    set_up = n * rank * (d + rank / 2) + rank**2 * (d + rank / 3)
-    set_up += (squares * (d / 2 + rank) + sum(m**3 for m in sizes) / 6 + whole * rank**2 / 2) / faster
+    large = rank**2 * d + (0 if task.kept else n * rank * (d + VALUES) + squares * (d + VALUES) / 2 / faster)
+    set_up = n * rank**2 / 2 + rank**3 / 3
+    set_up += (squares * rank + sum(m**3 for m in sizes) / 6 + whole * rank**2 / 2) / faster
+    pick = PICKED * (squares + n * rank) if task.kept else 0.0
     product = n * n * (k / FEW + (0 if task.kept else (d + VALUES) / 2 / LARGE)) / kernels
-    applied = ((squares + 2 * whole * rank) / faster + rank**2) * k / FEW + EACH * len(sizes)
-    return set_up / LARGE + (iterations(task, sizes, rank) + 1) * (product + applied)
+    applied = ((squares + 2 * whole * rank) / faster + rank**2) * k / APPLIED + EACH * len(sizes)
+    return large / LARGE + set_up / SET_UP + pick + (iterations(task, sizes, rank) + 1) * (product + applied)
 
 
 def memory(task: Task, sizes: Sequence[float], rank: int) -> float:

@@ -8,17 +8,20 @@ back, :math:`D_i` dividing by the number of subdomains that a sample is in, so t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from ddml.errors import InputError
 
-from .cuts import Array, Grid, Numbers, boxes, partition, principal_directions, tree, widest_coordinate
+from .cuts import ROUGH, Array, Grid, Numbers, boxes, partition, principal_directions, tree, widest_coordinate
 
-DIRECTIONS = {"principal": principal_directions, "coordinate": widest_coordinate}
+DIRECTIONS: dict[str, Callable[[Array], Array]] = {
+    "principal": partial(principal_directions, rtol=ROUGH),
+    "coordinate": widest_coordinate,
+}
 
 
 class SampleDomain:

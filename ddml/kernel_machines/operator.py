@@ -21,6 +21,7 @@ from .domain import table
 from .functions import Kernel, check_symmetry, squared_norms
 from .halves import WIDTH, Entries, Half, Piece, Places
 from .layout import SampleLayout
+from .picked import Wanted, picked
 
 TEMPORARIES = 4  # arrays of a block's size that computing it takes, itself among them (at most, of our kernels)
 # our choices: points that are predicted together; columns that a symmetric product has at once, and more than which
@@ -173,9 +174,13 @@ class KernelOperator:
         return self.kernel(inputs[rows], inputs[columns], (norms[rows], norms[columns]))
 
     def columns(
-        self, points: torch.Tensor, changed: Callable[[Array], Array] = lambda rows: rows, dtype: str = "float64"
+        self,
+        points: torch.Tensor,
+        changed: Callable[[Values], Values] = lambda rows: rows,
+        dtype: str = "float64",
+        computed: str = "float64",
     ) -> Values:
-        """This rank's rows of k(x_i, p_j), (n, m), of points (m, d) as ``samples`` are, in float64. Collective.
+        """This rank's rows of k(x_i, p_j), (n, m), of points (m, d) as ``samples`` are. Collective.
 
         Parameters
         ----------
@@ -185,14 +190,38 @@ class KernelOperator:
             From the rows of a unit to what is to stand there.
         dtype
             What that is rounded to.
+        computed
+            What the values of k are computed in.
         """
-        begin, norms, of_points = self.layout.begin, self._norms["float64"], squared_norms(points)
-        found = np.empty((self.layout.end - begin, len(points)), dtype)
+        begin, precision = self.layout.begin, DTYPES[computed]
+        found, given = np.empty((self.layout.end - begin, len(points)), dtype), points.to(precision)
+        known, of_points = self._norms.get(computed), squared_norms(given)
         with agreed(self.layout.comm):
             for piece in map(self.layout.piece, self.layout.units):
-                mine = slice(begin + piece.start, begin + piece.stop)
-                found[piece] = changed(self.kernel(self.samples[mine], points, (norms[mine], of_points)).numpy())
+                places = slice(begin + piece.start, begin + piece.stop)
+                mine = self.samples[places].to(precision)
+                norms = squared_norms(mine) if known is None else known[places]
+                found[piece] = changed(self.kernel(mine, given, (norms, of_points)).numpy())
         return found
+
+    def picks(self, dtype: str) -> bool:
+        """Whether entries in that precision are picked out of what ranks keep of K, and not computed."""
+        return self.keeps and np.dtype(dtype).itemsize <= np.dtype(self.dtype).itemsize
+
+    def submatrices(self, dtype: str) -> list[Values]:
+        """K (n_i, n_i) of this rank's subdomains, in their order, or what must have its lower triangle. Collective.
+
+        Raises
+        ------
+        InputError
+            See :attr:`kept`.
+        """
+        layout, places = self.layout, [self.layout.places[wide] for wide in self.layout.domain.sets]
+        if self.picks(dtype):
+            assert self.kept is not None
+            return picked(self.half, self.kept, list(map(Wanted, layout.owners, places)), dtype)
+        with agreed(layout.comm):
+            return [self.kernel.lower(self.samples[places[i]].to(DTYPES[dtype])).numpy() for i in layout.mine]
 
     def multiply(self, V: Array) -> Array:
         """This rank's rows of A V, of those of V (n, k). Collective."""

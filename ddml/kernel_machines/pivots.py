@@ -2,6 +2,8 @@ r"""Pivots: samples whose columns of K make a low-rank approximation :math:`F F^
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 
@@ -9,8 +11,9 @@ from ddml.errors import InputError
 from ddml.linalg.small import cholesky
 from ddml.parallel import agreed
 
-from .cuts import Array, Values
+from .cuts import Numbers, Values
 from .operator import KernelOperator
+from .picked import Wanted, picked
 
 KINDS = ("uniform", "cholesky")
 
@@ -26,8 +29,9 @@ class Pivots:
     operator
         Of the samples.
     points
-        (r, d), as the operator has them: inducing points of which it has :meth:`~KernelOperator.prepared` a table, or
-        some of its samples.
+        (r, d), as the operator has them: inducing points of which it has :meth:`~KernelOperator.prepared` a table.
+    places
+        Of the points where they are samples.
 
     Raises
     ------
@@ -35,33 +39,51 @@ class Pivots:
         If there are more than samples.
     """
 
-    def __init__(self, operator: KernelOperator, points: torch.Tensor) -> None:
+    def __init__(self, operator: KernelOperator, points: torch.Tensor, places: Numbers | None = None) -> None:
         if len(points) > operator.layout.size:
             raise InputError(f"{operator.layout.size} samples have as many pivots at most, got {len(points)}")
-        self.operator, self.points = operator, points
+        self.operator, self.points, self.places = operator, points, places
         gram = operator.kernel(points, points.clone()).numpy()
         self.factor = cholesky(gram, np.finfo(float).eps * len(gram) * float(gram.diagonal().max()))
+
+    @classmethod
+    def chosen(cls, operator: KernelOperator, count: int, kind: str = "uniform", seed: int = 0) -> Pivots:
+        """Some of the operator's samples, as of :func:`chosen`. Collective."""
+        places = chosen(operator, count, kind, seed)
+        return cls(operator, operator.samples[places], places)
 
     def __len__(self) -> int:
         return len(self.points)
 
-    def rows(self, samples: torch.Tensor) -> Array:
-        """The rows of F (m, r) of samples (m, d), as the operator has them."""
-        return self._solved(self.operator.kernel(samples, self.points).numpy())
+    def mine(self, dtype: str = "float64", error: float = 0.0) -> Values:
+        """This rank's rows of F, rounded to another precision. Collective.
 
-    def mine(self, dtype: str = "float64") -> Values:
-        """This rank's rows of F, rounded to another precision, from columns of K in float64. Collective."""
-        return self.operator.columns(self.points, self._solved, dtype)
+        They are computed in that precision, too, where a rounding, over the least diagonal entry of L and times the
+        largest, is below ``error``: about what F F^T is wrong by then, relative to the largest k(x, x).
+        """
+        pivots = self.factor.diagonal()
+        share = float(pivots.min(initial=1.0) / pivots.max(initial=1.0))
+        single = dtype == "float32" and np.finfo(dtype).eps <= error * share
+        computed, operator, layout = dtype if single else "float64", self.operator, self.operator.layout
+        if self.places is None or not operator.picks(computed):
+            return operator.columns(self.points, self._solved, dtype, computed)
+        assert operator.kept is not None
+        ranges = pairwise(layout.ranges)
+        wanted = [Wanted(rank, np.arange(a, b), self.places) for rank, (a, b) in enumerate(ranges)]
+        found = picked(operator.half, operator.kept, wanted, computed)[0]
+        for piece in map(layout.piece, layout.units):
+            found[piece] = self._solved(found[piece])
+        return found.astype(dtype, copy=False)
 
-    def _solved(self, columns: Array) -> Array:
+    def _solved(self, columns: Values) -> Values:
         # half of the time that scipy takes
-        factor, given = torch.from_numpy(self.factor), torch.from_numpy(columns)
-        found: Array = torch.linalg.solve_triangular(factor.T, given, upper=True, left=False).numpy()
+        factor, given = torch.from_numpy(self.factor.astype(columns.dtype, copy=False)), torch.from_numpy(columns)
+        found: Values = torch.linalg.solve_triangular(factor.T, given, upper=True, left=False).numpy()
         return found
 
 
-def chosen(operator: KernelOperator, count: int, kind: str = "uniform", seed: int = 0) -> torch.Tensor:
-    """``count`` samples (r, d) as pivots, the same on any number of ranks. Collective.
+def chosen(operator: KernelOperator, count: int, kind: str = "uniform", seed: int = 0) -> Numbers:
+    """The places of ``count`` samples as pivots, the same on any number of ranks. Collective.
 
     ``uniform``: at random, all alike. ``cholesky``: randomly pivoted Cholesky factorisation (Chen, Epperly, Tropp,
     Webber 2023, algorithm 2.1), each with a probability in proportion to the diagonal of K - F F^T of the pivots
@@ -79,12 +101,11 @@ def chosen(operator: KernelOperator, count: int, kind: str = "uniform", seed: in
         raise InputError(f"pivots must be one of {', '.join(KINDS)}; got '{kind}'")
     rng = np.random.default_rng(seed)
     if kind == "uniform":
-        return operator.samples[operator.layout.places[np.sort(rng.choice(n, count, replace=False))]]
-    return operator.samples[_pivoted(operator, count, rng)]
+        return operator.layout.places[np.sort(rng.choice(n, count, replace=False))]
+    return np.array(_pivoted(operator, count, rng), np.int64)
 
 
 def _pivoted(operator: KernelOperator, count: int, rng: np.random.Generator) -> list[int]:
-    """The places of pivots."""
     layout = operator.layout
     mine = operator.samples[layout.begin : layout.end]
     factor = np.zeros((len(mine), count))

@@ -24,12 +24,12 @@ from ddml.errors import InputError
 from ddml.kernel_machines.cuts import Array, Numbers
 from ddml.kernel_machines.losses import Curvature
 from ddml.kernel_machines.operator import KernelOperator
-from ddml.kernel_machines.pivots import KINDS, Pivots, chosen
+from ddml.kernel_machines.pivots import KINDS, Pivots
 from ddml.kernel_machines.restrictions import Exchange
 from ddml.kernel_machines.system import Operations
 from ddml.linalg.small import cholesky
 from ddml.options import Option
-from ddml.parallel import agreed, check_memory
+from ddml.parallel import check_memory
 
 from .preconditioner import ChargedPreconditioner
 
@@ -109,8 +109,10 @@ class CurvedPivotsPC(ChargedPreconditioner):
         joined = rank * self.columns if self.coupled else rank
         needed = 8 * (2 * joined**2 + (self.columns * rank**2) + 2 * rank * (layout.end - layout.begin))
         _check(operator, needed, f"a coarse space of {rank} pivots", "use a lower -coarse_rank")
-        self.pivots = Pivots(operator, chosen(operator, rank, self.settings.pivots, self.settings.pivots_seed))
+        self.pivots = Pivots.chosen(operator, rank, self.settings.pivots, self.settings.pivots_seed)
         self.shift, self.F = operator.shift, self.pivots.mine()
+        # multiply-adds of an entry of K, but for those that are picked
+        self.computed = 0 if operator.picks("float64") else operator.samples.shape[1]
 
     def _rank(self, n: int) -> int:
         most = max(COUPLED // self.columns, 1) if self.coupled else MOST
@@ -149,7 +151,7 @@ class CurvedPivotsPC(ChargedPreconditioner):
     def set_up_operations(self) -> Operations:
         """See :meth:`ChargedPreconditioner.set_up_operations`."""
         rank, d = self.F.shape[1], self.pivots.points.shape[1]
-        sums = [rank * len(core) * (d + rank / 2) for core in self.layout.domain.cores]
+        sums = [rank * len(core) * (self.computed + rank / 2) for core in self.layout.domain.cores]
         return Operations.side_by_side(sums) + _everywhere(rank**2 * (d + rank / 6))
 
     def renewal_operations(self) -> Operations:
@@ -188,12 +190,8 @@ class CurvedSchwarzPC(CurvedPivotsPC):
         _check(operator, needed, "the factors of subdomains", "use -preconditioner pivots, or more subdomains")
         self.exchange = Exchange(layout)
         self.halves = [np.sqrt(domain.weights(i))[:, None] for i in layout.mine]
-        self.left: list[Array] = []
-        with agreed(layout.comm):
-            for i in layout.mine:
-                samples = operator.samples[layout.places[domain.sets[i]]]
-                F = self.pivots.rows(samples)
-                self.left.append(operator.kernel(samples, samples.clone()).numpy() - F @ F.T)
+        parts = zip(operator.submatrices("float64"), self.exchange.restrict(self.F), strict=True)
+        self.left = [matrix - F @ F.T for matrix, F in parts]  # whose lower triangle is needed
 
     def renew(self, curvature: Curvature) -> None:
         """See :meth:`CurvedPivotsPC.renew`."""
@@ -233,8 +231,7 @@ class CurvedSchwarzPC(CurvedPivotsPC):
 
     def set_up_operations(self) -> Operations:
         """See :meth:`ChargedPreconditioner.set_up_operations`."""
-        rank, d = self.F.shape[1], self.pivots.points.shape[1]
-        each = [m * (m * (d + rank) + rank * (d + rank / 2)) for m in self._sizes()]
+        each = [m * m * (self.computed + self.F.shape[1]) for m in self._sizes()]
         return super().set_up_operations() + Operations.side_by_side(each)
 
     def renewal_operations(self) -> Operations:

@@ -12,7 +12,7 @@ from scipy.linalg import blas, lapack
 
 from ddml.errors import InputError
 from ddml.kernel_machines.cuts import Array, Values
-from ddml.kernel_machines.operator import DTYPES, KernelOperator
+from ddml.kernel_machines.operator import KernelOperator
 from ddml.kernel_machines.restrictions import Exchange
 from ddml.kernel_machines.system import Operations
 from ddml.parallel import agreed, check_memory
@@ -69,14 +69,10 @@ class LocalSolves:
 
     def _factors(self, operator: KernelOperator, F: Values | None, damping: Sequence[Any]) -> list[Values]:
         """The transposes of L_i, in upper triangles."""
-        layout, samples, dtype = self.layout, operator.samples, DTYPES[self.dtype]
-        with agreed(layout.comm):
-            # transposed: columns stand one behind the other in memory, and it is the upper triangle that is computed
-            found: list[Values] = [
-                operator.kernel.lower(samples[layout.places[layout.domain.sets[i]]].to(dtype)).numpy().T
-                for i in layout.mine
-            ]
-            largest = [system.diagonal().max(initial=0.0) for system in found]
+        layout = self.layout
+        # transposed: columns stand one behind the other in memory, and it is the upper triangle that is computed
+        found = [system.T for system in operator.submatrices(self.dtype)]
+        largest = [system.diagonal().max(initial=0.0) for system in found]
         for _, parts in self._columns(F):
             for system, part in zip(found, parts, strict=True):
                 if len(part):
@@ -126,7 +122,7 @@ class LocalSolves:
 
     def set_up_operations(self, rank: int) -> Operations:
         """Multiply-adds of matrices and factors, with so many pivots."""
-        d = self.operator.samples.shape[1]
+        d = 0 if self.operator.picks(self.dtype) else self.operator.samples.shape[1]
         sizes = [float(len(wide)) for wide in self.layout.domain.sets]
         return Operations.side_by_side([m * m * (d + rank + m / 6) for m in sizes])
 

@@ -14,7 +14,7 @@ from ddml.errors import InputError
 from ddml.kernel_machines.costs import SINGLE, Task, coarse_rank, memory
 from ddml.kernel_machines.cuts import Array
 from ddml.kernel_machines.operator import KernelOperator
-from ddml.kernel_machines.pivots import KINDS, Pivots, chosen
+from ddml.kernel_machines.pivots import KINDS, Pivots
 from ddml.kernel_machines.system import Operations
 from ddml.linalg.small import cholesky
 from ddml.options import Option
@@ -22,6 +22,8 @@ from ddml.parallel import check_memory
 
 from .local import LocalSolves
 from .preconditioner import ChargedPreconditioner
+
+CARELESS = 0.1  # of lambda is what F F^T may be wrong by (our choice)
 
 
 class KernelSchwarzPC(ChargedPreconditioner):
@@ -101,7 +103,7 @@ class KernelSchwarzPC(ChargedPreconditioner):
             self.image = operator.multiply(F)
             self._factorise(layout.inner(F, self.image))
             return
-        F = pivots.mine(task.factors)
+        F = pivots.mine(task.factors, CARELESS * task.shift)
         self.local = LocalSolves(operator, F, weights, damping, task.factors)
         self.images = self.local.images(F)
         self.duals = self.images if self.symmetric else self.local.images(F, transposed=True)
@@ -119,7 +121,7 @@ class KernelSchwarzPC(ChargedPreconditioner):
         if self.points is not None:
             return Pivots(operator, operator.prepared(self.points))
         rank = self.settings.coarse_rank or coarse_rank(task, sizes)
-        return Pivots(operator, chosen(operator, rank, self.settings.pivots, self.settings.pivots_seed))
+        return Pivots.chosen(operator, rank, self.settings.pivots, self.settings.pivots_seed)
 
     def _gram(self, i: int) -> Array:
         """The contribution of a subdomain of this rank to F^T D^-1 F; its lower triangle, where that is enough."""
@@ -161,14 +163,14 @@ class KernelSchwarzPC(ChargedPreconditioner):
     def set_up_operations(self) -> Operations:
         """See :meth:`ChargedPreconditioner.set_up_operations`."""
         rank, domain, operator = self.rank, self.layout.domain, self.local.operator
-        d = operator.samples.shape[1]
+        d = 0 if operator.keeps and self.points is None else operator.samples.shape[1]
         sums = [rank * len(core) * (d + 1.5 * rank) for core in domain.cores]
         found = self.local.set_up_operations(rank if self.settings.coarse == "woodbury" else 0)
         found = found + Operations.side_by_side(sums) + Operations(rank**3 / 6, rank**3 / 6)
         if self.settings.coarse == "woodbury":
             return found + self.local.operations(rank)
         n = self.layout.size
-        image = float(n * rank * (n + (0 if operator.keeps else d)))
+        image = float(n * rank * (n + (0 if operator.keeps else operator.samples.shape[1])))
         return found + Operations(image, image * max(map(len, domain.cores)) / n)
 
     def operations(self, columns: int) -> Operations:

@@ -14,7 +14,7 @@ from ddml.data.files import digits
 from ddml.errors import InputError
 from ddml.kernel_machines import KernelOperator, SampleDomain, SampleLayout, median_distance, named
 from ddml.kernel_machines.functional import descent, regularised
-from ddml.kernel_machines.pivots import Pivots, chosen
+from ddml.kernel_machines.pivots import Pivots
 from solvers import exchange_in_turn, fit_kernel
 from solvers.kernel_machines.exchange import omega_bound
 
@@ -162,7 +162,7 @@ def test_all_at_once_converges_with_the_bound_or_a_coarse_space(comm: MPI.Comm) 
     bound = omega_bound(operator)
     assert bound == pytest.approx(np.where(inside, 0, np.abs(A)).sum(axis=1).max())
     assert bound == omega_bound(made(MPI.COMM_SELF, 4, 0.0))
-    pivots = Pivots(operator, chosen(operator, 100))
+    pivots = Pivots.chosen(operator, 100)
     F = operator.layout.everywhere(pivots.mine())[operator.layout.places]
     coarse = omega_bound(operator, pivots)
     assert coarse == pytest.approx(np.where(inside, 0, np.abs(A - F @ F.T)).sum(axis=1).max())

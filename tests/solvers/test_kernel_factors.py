@@ -12,7 +12,7 @@ from ddml.data.files import digits
 from ddml.errors import InputError
 from ddml.kernel_machines import KernelOperator, SampleDomain, SampleLayout, median_distance, named
 from ddml.kernel_machines.costs import Task, coarse_rank, memory
-from ddml.kernel_machines.pivots import Pivots, chosen
+from ddml.kernel_machines.pivots import Pivots
 from solvers import KernelSchwarzPC, fit_kernel
 from solvers.kernel_machines.local import LocalSolves
 
@@ -64,7 +64,7 @@ def test_float32_is_chosen_where_lambda_is_large_enough(comm: MPI.Comm) -> None:
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_images_are_what_they_say(comm: MPI.Comm, dtype: str) -> None:
     operator = made(comm)
-    F = Pivots(operator, chosen(operator, 150)).mine(dtype)
+    F = Pivots.chosen(operator, 150).mine(dtype)
     local = LocalSolves(operator, F, "unity", [0.0] * 8, dtype)
     for transposed in (False, True):
         parts = local.forward(F.astype(float), transposed)

@@ -14,7 +14,7 @@ from typing import Any
 from petsc4py import PETSc
 
 from .errors import InputError
-from .parallel import cause
+from .parallel import cause, release
 
 # Whether a restart may change an option: freely; only where another solver begins, too; never. What each start has for
 # itself a run file does not pass on.
@@ -184,6 +184,7 @@ def understood() -> Iterator[None]:
     try:
         yield
     except PETSc.Error as error:
+        release(error)
         ours = cause(error, InputError)
         if ours is not None:
             raise ours from error

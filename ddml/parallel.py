@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -149,6 +150,16 @@ class Interrupted(Exception):
 def cause(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
     """The exception of some kind that an error goes back to, if any: PETSc wraps what its callbacks raise."""
     return next((link for link in _chain(error) if isinstance(link, kind)), None)
+
+
+def release(error: BaseException) -> None:
+    """Forget what the calls knew that an error has ended, PETSc's callbacks among them.
+
+    The objects that these were given would live as long as the error, on some ranks longer than on others: PETSc's last
+    act, in which ranks agree on what is left, would wait for ever.
+    """
+    for link in _chain(error):
+        traceback.clear_frames(link.__traceback__)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -43,8 +43,9 @@ class Pivots:
         if len(points) > operator.layout.size:
             raise InputError(f"{operator.layout.size} samples have as many pivots at most, got {len(points)}")
         self.operator, self.points, self.places = operator, points, places
-        gram = operator.kernel(points, points.clone()).numpy()
-        self.factor = cholesky(gram, np.finfo(float).eps * len(gram) * float(gram.diagonal().max()))
+        with agreed(operator.layout.comm):
+            gram = operator.kernel(points, points.clone()).numpy()
+            self.factor = cholesky(gram, np.finfo(float).eps * len(gram) * float(gram.diagonal().max()))
 
     @classmethod
     def chosen(cls, operator: KernelOperator, count: int, kind: str = "uniform", seed: int = 0) -> Pivots:

@@ -199,21 +199,23 @@ def _solved(
     left = operator.residual(Y, alpha) if operator.layout.comm.allreduce(bool(alpha.any()), MPI.LOR) else Y
     whole, size = norm(operator, Y), norm(operator, left)
     x, y = ksp.getOperators()[0].createVecs()
-    while size > rtol * whole and len(history) <= REFINEMENTS:
-        with x as array:
-            array[:] = left.ravel()
-        ksp.setTolerances(rtol=rtol * whole / size)
-        with understood():
-            ksp.solve(x, y)
-        alpha += operator.layout.matrix(y)
-        iterations += ksp.getIterationNumber()
-        history.append(ksp.getConvergenceHistory() / whole)
-        left = operator.residual(Y, alpha)
-        before, size = size, norm(operator, left)
-        if size > before / 2 or ksp.getConvergedReason() < 0:
-            break  # no digit is gained any more, or there are no iterations left
-    for vec in (x, y):
-        vec.destroy()
+    try:
+        while size > rtol * whole and len(history) <= REFINEMENTS:
+            with x as array:
+                array[:] = left.ravel()
+            ksp.setTolerances(rtol=rtol * whole / size)
+            with understood():
+                ksp.solve(x, y)
+            alpha += operator.layout.matrix(y)
+            iterations += ksp.getIterationNumber()
+            history.append(ksp.getConvergenceHistory() / whole)
+            left = operator.residual(Y, alpha)
+            before, size = size, norm(operator, left)
+            if size > before / 2 or ksp.getConvergedReason() < 0:
+                break  # no digit is gained any more, or there are no iterations left
+    finally:
+        for vec in (x, y):
+            vec.destroy()
     return left, iterations, history
 
 

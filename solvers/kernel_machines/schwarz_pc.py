@@ -18,7 +18,7 @@ from ddml.kernel_machines.pivots import KINDS, Pivots
 from ddml.kernel_machines.system import Operations
 from ddml.linalg.small import cholesky
 from ddml.options import Option
-from ddml.parallel import check_memory
+from ddml.parallel import agreed, check_memory
 
 from .local import LocalSolves
 from .preconditioner import ChargedPreconditioner
@@ -111,7 +111,8 @@ class KernelSchwarzPC(ChargedPreconditioner):
 
     def _task(self, operator: KernelOperator) -> Task:
         n, d = operator.samples.shape
-        shift = operator.shift / float(operator.kernel.diagonal(operator.samples).max())
+        with agreed(operator.layout.comm):
+            shift = operator.shift / float(operator.kernel.diagonal(operator.samples).max())
         single = self.settings.coarse == "woodbury" and self.symmetric and shift >= SINGLE
         factors = self.settings.factors or ("float32" if single else "float64")
         ranks, kept = operator.layout.comm.size, operator.keeps

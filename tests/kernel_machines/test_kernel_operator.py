@@ -261,4 +261,6 @@ def test_an_error_of_a_kernel_in_a_product_reaches_all_ranks(comm: MPI.Comm) -> 
     x, y = matrix.createVecs()
     with pytest.raises(PETSc.Error) as raised:
         matrix.mult(x, y)
+    for thing in (matrix, x, y):
+        thing.destroy()
     assert "out of luck" in str(raised.value.__cause__)

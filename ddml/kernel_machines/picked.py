@@ -41,6 +41,7 @@ def picked(half: Half, kept: dict[int, list[Tensor]], wanted: Sequence[Wanted], 
     mine = [i for i, some in enumerate(wanted) if some.rank == comm.rank]
     found = {i: np.empty((len(sides[i][0]), len(sides[i][1])), dtype) for i in mine}
     pieces = [(piece, kept[unit][piece.number].numpy()) for unit in half.layout.units for piece in half.pieces(unit)]
+    edges = np.array([[(side.start, side.stop) for side in (piece.rows, piece.columns)] for piece, _ in pieces])
     others: list[list[Part]] = [[] for _ in range(comm.size)]
 
     def put(number: int, rows: slice, columns: slice, values: Values) -> None:
@@ -49,7 +50,7 @@ def picked(half: Half, kept: dict[int, list[Tensor]], wanted: Sequence[Wanted], 
             found[number][columns, rows] = values.T
 
     for number, (some, (rows, columns)) in enumerate(zip(wanted, sides, strict=True)):
-        for part in _parts(pieces, np.sort(rows), np.sort(columns), some.columns is None):
+        for part in _parts(pieces, edges, np.sort(rows), np.sort(columns), some.columns is None):
             if some.rank == comm.rank:
                 put(number, *part)
             else:
@@ -62,12 +63,14 @@ def picked(half: Half, kept: dict[int, list[Tensor]], wanted: Sequence[Wanted], 
 
 
 def _parts(
-    pieces: Sequence[tuple[Piece, Values]], rows: Numbers, columns: Numbers, symmetric: bool
+    pieces: Sequence[tuple[Piece, Values]], edges: Numbers, rows: Numbers, columns: Numbers, symmetric: bool
 ) -> Iterator[tuple[slice, slice, Values]]:
-    """What pieces have of increasing rows and columns; of a symmetric part each entry or the one opposite."""
+    """What pieces have of increasing rows and columns; of a symmetric part each entry or the one opposite.
+
+    Where the rows and columns of each piece begin and end is in edges (m, 2, 2).
+    """
     if not pieces:
         return
-    edges = np.array([[(side.start, side.stop) for side in (piece.rows, piece.columns)] for piece, _ in pieces])
     for turned in (False,) if symmetric else (False, True):
         first, second = edges[:, int(turned)], edges[:, 1 - int(turned)]
         i, j = np.searchsorted(rows, first), np.searchsorted(columns, second)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -101,6 +103,36 @@ def ranks_that_meet(comm: MPI.Comm) -> list[int]:
     if _patiently(complete):
         MPI.Request.waitall(sent)
     return sorted(met)
+
+
+@contextmanager
+def together(comm: MPI.Comm) -> Iterator[None]:
+    """Run a block that ranks can only go on from together; no call where it ends well.
+
+    A rank with an error of which the others have none 4 s later (our choice) raises it, and ends the whole job where it
+    ends itself: the others wait for it in some call.
+    """
+    try:
+        yield
+    except Exception:
+        if comm.size > 1 and len(ranks_that_meet(comm)) < comm.size:
+            _LOST.append(comm.rank)
+        raise
+
+
+_LOST: list[int] = []
+
+
+def _end() -> None:
+    """End all ranks where this one ends by an error, or without the others, for whom PETSc would wait at its end."""
+    unhandled = isinstance(getattr(sys, "last_value", None), Exception)
+    if (_LOST or unhandled) and not MPI.Is_finalized() and MPI.COMM_WORLD.size > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        MPI.COMM_WORLD.Abort(1)
+
+
+atexit.register(_end)
 
 
 def _patiently(test: Callable[[], bool]) -> bool:

@@ -39,7 +39,7 @@ from ddml.losses.residual import ResidualLoss
 from ddml.objectives.branched import BranchedObjective, branched_layout
 from ddml.objectives.objective import Objective
 from ddml.objectives.residual import ResidualObjective
-from ddml.parallel import StopRequest, cause
+from ddml.parallel import StopRequest, cause, together
 from ddml.sampling.batches import OPTIONS as BATCHES
 from ddml.sampling.batches import Batches
 from ddml.summation import leaves
@@ -255,7 +255,8 @@ def minimise(
             if tolerance:
                 made.tao.setTolerances(gatol=tolerance)
             batches = Batches(made.objective, batched, seed) if batched.batch_size else None
-            return _solved(made, iterations, batches, monitor)
+            with together(comm):
+                return _solved(made, iterations, batches, monitor)
         finally:
             made.destroy()
 

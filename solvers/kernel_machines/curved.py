@@ -20,7 +20,6 @@ import torch
 from mpi4py import MPI
 from scipy import linalg
 
-from ddml.errors import InputError
 from ddml.kernel_machines.cuts import Array, Numbers
 from ddml.kernel_machines.losses import Curvature
 from ddml.kernel_machines.operator import KernelOperator
@@ -31,7 +30,7 @@ from ddml.linalg.small import cholesky
 from ddml.options import Option
 from ddml.parallel import check_memory
 
-from .preconditioner import ChargedPreconditioner
+from .preconditioner import ChargedPreconditioner, check_limit
 
 # our choices: a pivot for so many samples, so many at most, and of coupled columns so many unknowns of the coarse space
 SHARE, MOST, COUPLED = 10, 200, 2000
@@ -256,11 +255,7 @@ class CurvedSchwarzPC(CurvedPivotsPC):
 def _check(operator: KernelOperator, needed: int, what: str, advice: str) -> None:
     """See that there is the memory for what a rank is to keep, and that the kernel's limit leaves it. Collective."""
     most = operator.layout.comm.allreduce(needed, MPI.MAX)
-    if most > operator.spare:
-        raise InputError(
-            f"{what} take {most:.3g} bytes on a rank, but the kernel's memory limit leaves {operator.spare:.3g}: "
-            f"{advice}, or more memory"
-        )
+    check_limit(most, operator.spare, what, advice)
     check_memory(operator.layout.comm, needed, what, advice)
 
 

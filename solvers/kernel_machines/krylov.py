@@ -81,6 +81,11 @@ class ConjugateGradients(KrylovIterations):
 
     saved = ("left", "direction")
 
+    def configure(self) -> None:
+        """See :meth:`KernelIterations.configure`."""
+        super().configure()
+        self.image = self.own(self.system.vector())
+
     def begin(self, x: PETSc.Vec) -> None:
         """See :meth:`KernelIterations.begin`."""
         self.base, self.product = self.size, 0.0
@@ -91,36 +96,31 @@ class ConjugateGradients(KrylovIterations):
         left, direction = self.vectors["left"], self.vectors["direction"]
         image = left
         if self.context is not None:
-            image = left.duplicate()
+            image = self.image
             with image as array:
                 array[:] = self.context.solve(self.mine("left")).ravel()
             self.charge_application()
         product = left.dot(image)
         direction.aypx(product / self.product if self.product else 0.0, image)
         self.product = product
-        if image is not left:
-            image.destroy()
 
     def iterate(self, x: PETSc.Vec) -> float:
         """See :meth:`KernelIterations.iterate`."""
         left, direction = self.vectors["left"], self.vectors["direction"]
         if not self.product:
             self._turn()
-        image = direction.duplicate()
-        with image as array:
+        with self.image as array:
             array[:] = self.operator.multiply(self.mine("direction")).ravel()
         self.system.charge_product()
-        curvature = direction.dot(image)
+        curvature = direction.dot(self.image)
         if not curvature > 0:
-            image.destroy()
             raise InputError(
                 f"K + lambda I, or its preconditioner, is not positive definite (a curvature is {curvature:.1e}): use "
                 "a larger lambda, another kernel, or -ksp_type gmres"
             )
         step = self.product / curvature
         x.axpy(step, direction)
-        left.axpy(-step, image)
-        image.destroy()
+        left.axpy(-step, self.image)
         self.size = left.norm()
         if self.small:
             self.size = self.renewed(x)

@@ -82,3 +82,18 @@ class ChargedPreconditioner(KernelPreconditioner):
     @abstractmethod
     def received(self, columns: int) -> float:
         """Numbers that subdomains are sent in an application, if each is on a process of its own."""
+
+
+def check_limit(needed: float, limit: float, what: str, advice: str) -> None:
+    """See that what a rank is to keep fits what the kernel's memory limit leaves.
+
+    Raises
+    ------
+    InputError
+        If it does not, in words.
+    """
+    if needed > limit:
+        raise InputError(
+            f"{what} take {needed:.3g} bytes on a rank, but the kernel's memory limit leaves {limit:.3g}: {advice}, or "
+            "more memory"
+        )

@@ -10,7 +10,6 @@ import torch
 from scipy import linalg
 from scipy.linalg import blas
 
-from ddml.errors import InputError
 from ddml.kernel_machines.costs import SINGLE, Task, coarse_rank, memory
 from ddml.kernel_machines.cuts import Array
 from ddml.kernel_machines.operator import KernelOperator
@@ -21,7 +20,7 @@ from ddml.options import Option
 from ddml.parallel import agreed, check_memory
 
 from .local import LocalSolves
-from .preconditioner import ChargedPreconditioner
+from .preconditioner import ChargedPreconditioner, check_limit
 
 CARELESS = 0.1  # of lambda is what F F^T may be wrong by (our choice)
 
@@ -91,7 +90,9 @@ class KernelSchwarzPC(ChargedPreconditioner):
         damping, weights = [self.settings.omega] * len(layout.domain), self.settings.schwarz
         pivots = None if form == "none" else self._pivots(operator, task, sizes)
         rank = self.rank = 0 if pivots is None else len(pivots)
-        _check_limit(task, sizes, rank)
+        what = f"factors of {len(sizes)} subdomains and {rank} pivots"
+        advice = "use a lower -coarse_rank, more subdomains or ranks"
+        check_limit(memory(task, sizes, rank), task.memory, what, advice)
         needed = 8 * rank * (3 * (layout.end - layout.begin) + 2 * rank)
         check_memory(layout.comm, needed, f"a coarse space of {rank} pivots", "use a lower -coarse_rank")
         if pivots is None or form == "balanced":
@@ -186,12 +187,3 @@ class KernelSchwarzPC(ChargedPreconditioner):
         domain = self.layout.domain
         overlaps = sum(map(len, domain.sets)) - domain.size
         return float(columns * (2 * overlaps + len(domain) * self.rank))
-
-
-def _check_limit(task: Task, sizes: list[int], rank: int) -> None:
-    needed = memory(task, sizes, rank)
-    if needed > task.memory:
-        raise InputError(
-            f"factors of {len(sizes)} subdomains and {rank} pivots take {needed:.3g} bytes on a rank, but the kernel's "
-            f"memory limit leaves {task.memory:.3g}: use a lower -coarse_rank, more subdomains, ranks or memory"
-        )

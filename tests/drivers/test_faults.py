@@ -21,6 +21,42 @@ def test_exception_on_one_rank_ends_all() -> None:
     assert "the second rank had enough" in result.err
 
 
+SCRIPT = """
+import torch
+from mpi4py import MPI
+
+import ddml
+import solvers
+
+x = torch.linspace(-1, 1, 200, dtype=torch.float64)[:, None]
+network = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).double()
+calls = 0
+
+
+def criterion(found, given):
+    global calls
+    calls += 1
+    if calls > 40 and MPI.COMM_WORLD.rank == 1:
+        raise ValueError("the second rank had enough")
+    return (found - given).square().sum(1)
+
+
+loss = ddml.ModuleLoss(network, criterion, x, torch.sin(3 * x))
+try:
+    solvers.minimise(loss, "lbfgs", iterations=1000)
+except HANDLED:
+    pass
+"""
+
+
+@pytest.mark.parametrize("handled", ["Exception", "MemoryError"])
+def test_a_script_ends_on_all_ranks_where_one_has_an_error(tmp_path: Path, handled: str) -> None:
+    (script := tmp_path / "script.py").write_text(SCRIPT.replace("HANDLED", handled))
+    result = launch(2, driver=str(script), timeout=40, fresh=True)
+    assert result.rc != 0
+    assert ("the second rank had enough" in result.err) == (handled == "MemoryError")
+
+
 def test_trials_that_are_not_finite_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "run.h5"
     options = (*SMALL, "-solver", "aspqn", "-local_steps", "5", "-max_it", 10, "-output", path)

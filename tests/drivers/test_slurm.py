@@ -19,7 +19,7 @@ from slurm_jobs import FIRST, ITERATIONS, PACED, Job, workplace
 
 Scenario = Callable[[Cluster, Path], None]
 SCENARIOS: dict[str, Scenario] = {}
-_second_node = threading.Lock()
+_second_node, _all_in_service = threading.Lock(), threading.Lock()
 WHOLE = "whole"
 
 
@@ -127,9 +127,13 @@ def preemption(cluster: Cluster, folder: Path) -> None:
 @scenario
 def a_node_that_dies(cluster: Cluster, folder: Path) -> None:
     words = (*PACED, "-checkpoint_interval", 1)
-    with _second_node:
+    with _second_node, _all_in_service:
         cluster.call("scontrol", "update", "NodeName=n1", "State=DRAIN", "Reason=test")
         job = Job.submit(cluster, folder, ("--ntasks=2",), words)
+        wish = ("--job-name=waiting", "--output=/dev/null", "--ntasks=1", *FIRST)
+        said = cluster.call("bash", "drivers/submit.sh", *wish, "drivers/job.sbatch", *words, folder=folder)
+        assert "it waits for n1" in said
+        cluster.call("scancel", "--name", "waiting")
         wait_for("a start on n2", lambda: job["NodeList"] == "n2")
         cluster.call("scontrol", "update", "NodeName=n1", "State=RESUME")
         job.wait_until_going()
@@ -241,10 +245,13 @@ def what_is_refused_before_it_is_submitted(cluster: Cluster, folder: Path) -> No
     (folder / "wrong.txt").write_text("-width 6\n-width 6 -widht 6\n")
     with pytest.raises(AssertionError, match=r"run 2 of wrong\.txt: unknown option -widht"):
         cluster.call("bash", "drivers/sweep.sbatch", "wrong.txt", *FIRST, folder=folder)
-    for wish in ("--ntasks=99", "--nodes=3", "--partition=none"):
-        with pytest.raises(AssertionError, match=r"can never start here") as caught:
-            cluster.call("bash", "drivers/submit.sh", wish, "--job-name=wrong", "drivers/job.sbatch", folder=folder)
-        assert f"partition low*: 2 nodes of {CPUS} cores" in str(caught.value)
+    with _all_in_service:
+        away = ("sinfo", "-h", "-N", "-t", "down,drain,fail,maint", "-o", "%N")
+        wait_for("all nodes", lambda: not cluster.call(*away).strip())
+        for wish in ("--ntasks=99", "--nodes=3", "--partition=none"):
+            with pytest.raises(AssertionError, match=r"can never start here") as caught:
+                cluster.call("bash", "drivers/submit.sh", wish, "--job-name=wrong", "drivers/job.sbatch", folder=folder)
+            assert f"partition low*: 2 nodes of {CPUS} cores" in str(caught.value)
     assert "wrong" not in cluster.call("squeue", "-h", "-t", "all", "-o", "%j")
     assert {path.name for path in folder.iterdir()} == {"drivers", ".venv", "slow", "wrong.txt"}
 

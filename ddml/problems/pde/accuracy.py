@@ -14,6 +14,7 @@ from ddml.parallel import own, summed
 from . import calling
 from .loss import PDELoss
 from .pde import PDE, Array
+from .residuals import placed
 
 
 def reference(problem: PDE, count: int = 5000) -> tuple[Array, Array | None]:
@@ -71,7 +72,7 @@ class SolutionError:
             points, values = points[finite], values[finite]
         if not values.any():
             loss.notes.append("exact is zero: there are no errors relative to it")
-        self.parts = [(points[part], values[part]) for part in own(len(points), comm, blocks)]
+        self.parts = [(placed(loss, points[part]), values[part]) for part in own(len(points), comm, blocks)]
 
     def __call__(self, theta: Tensor) -> dict[str, float]:
         """``error`` = |u - u*| / |u*| and ``error_network_norm`` = |u - u*| / |u| (the SPQN paper's). Collective."""

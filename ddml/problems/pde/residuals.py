@@ -33,6 +33,10 @@ from .statement import Positions, Statement
 CHUNK = 1 << 17
 
 
+Places = list[tuple[Tensor, Tensor, Tensor]]
+"""What networks are given at points, the lift and the factor there: of some at a time."""
+
+
 class PDEResiduals(LinearisedResiduals):
     """A loss of residuals that torch evaluates; see :class:`ddml.problems.pde.loss.PDELoss` for the parameters.
 
@@ -236,13 +240,17 @@ class PDEResiduals(LinearisedResiduals):
         return super().explain(theta)
 
     @torch.no_grad()
-    def fields(self, theta: Tensor, points: Array) -> Array:
-        """The fields (N, F) at points (N, d)."""
-        x = torch.as_tensor(np.asarray(points), dtype=self.dtype, device=self.device)
+    def fields(self, theta: Tensor, points: Array | Places) -> Array:
+        """The fields (N, F) at points (N, d), or at such as are :func:`placed`."""
         self.plain.bind(theta)
-        result, scales = [], self.statement.scales
-        for piece in x.split(4 * self.chunk):
-            value = self.plain.forward(scales.embed(self.problem, piece.T)[None])[0]
-            value = calling.lift(self.problem, piece.T) + value * scales.factor(self.problem, piece.T)
-            result.append(value.to(torch.float64).cpu().clone())
-        return np.asarray(torch.cat(result).numpy())
+        places = points if isinstance(points, list) else placed(self, points)
+        found = [lift + self.plain.forward(inputs[None])[0] * factor for inputs, lift, factor in places]
+        return np.asarray(torch.cat(found).to(torch.float64).cpu().numpy())
+
+
+def placed(loss: PDEResiduals, points: Array) -> Places:
+    """Points (N, d) for the loss's ``fields``, to be given to it more than once."""
+    x = torch.as_tensor(np.asarray(points), dtype=loss.dtype, device=loss.device)
+    problem, scales = loss.problem, loss.statement.scales
+    pieces = (piece.T for piece in x.split(4 * loss.chunk))
+    return [(scales.embed(problem, p), calling.lift(problem, p), scales.factor(problem, p)) for p in pieces]

@@ -156,19 +156,18 @@ class Cluster:
         path = f"{os.environ['PATH']}:{SBIN}"
         return clean | {"SLURM_CONF": f"{self.folder}/slurm.conf", "PATH": path, name: value}
 
-    def processes(self, node: str | None = None) -> list[int]:
-        """Ids of all that belongs to it, or to one node of it."""
-        found = []
+    def processes(self, **variables: object) -> list[int]:
+        """Ids of all that belongs to it, or of those with such variables in their environment."""
+        wanted, found = {self.mark} | {f"{name}={value}" for name, value in variables.items()}, []
         for entry in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                variables = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
-                if self.mark in variables and (node is None or f"SLURMD_NODENAME={node}" in variables):
+                if wanted <= {*(entry / "environ").read_bytes().decode(errors="replace").split("\0")}:
                     found.append(int(entry.name))
         return found
 
-    def kill(self, node: str | None = None) -> None:
+    def kill(self, **variables: object) -> None:
         """SIGKILL to all of these, until there are none."""
-        while alive := self.processes(node):
+        while alive := self.processes(**variables):
             for pid in alive:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

@@ -16,6 +16,8 @@ BENCH ?=
 GPU ?=
 GPU_PYTHON ?=
 MPIEXEC = mpiexec --oversubscribe $(shell [ "$$(id -u)" = 0 ] && echo --allow-run-as-root)
+# what was compiled once is kept: without that each start of a driver or of the tests compiles what it imports again
+unexport PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS = 1
 export OPENBLAS_NUM_THREADS = 1
 # more ranks than cores take turns
@@ -23,7 +25,7 @@ export OMPI_MCA_mpi_yield_when_idle = 1
 # of programs that mpiexec starts side by side each would have the first core
 export OMPI_MCA_hwloc_base_binding_policy = none
 
-.PHONY: env demo check check-one check-three test test-long test-one test-drivers test-ranks test-slurm slurm-test bench gpu lint docs clean
+.PHONY: env demo check check-one check-drivers check-three test test-long test-one test-drivers test-ranks test-slurm slurm-test bench gpu lint docs clean
 
 env:
 	@./environment.sh
@@ -39,17 +41,20 @@ demo: env
 	@echo "run files out/*.h5, to be resumed with -restart; figures out/demo.png and out/demo.maps.png"
 
 check: env build/yield.so
-	$(MAKE) -j2 check-one check-three
+	$(MAKE) -j3 check-one check-drivers check-three
 
 check-one:
-	$(PYTHON_ENV) -m pytest tests --suite=check
+	$(PYTHON_ENV) -m pytest tests --suite=check --ignore=tests/drivers
+
+check-drivers:
+	$(PYTHON_ENV) -m pytest tests/drivers --suite=check
 
 check-three:
 	$(MPIEXEC) -n 3 $(PYTHON_ENV) -m pytest tests --suite=check
 
 # ranks that wait sleep (not where a blank in the path would end a name): three ranks of solvers beside another process
 # took 60 s instead of 131
-test-one test-drivers test-ranks test-slurm check-one check-three: export LD_PRELOAD = $(if $(word 2,$(CURDIR)),,$(wildcard $(CURDIR)/build/yield.so))
+test-one test-drivers test-ranks test-slurm check-one check-drivers check-three: export LD_PRELOAD = $(if $(word 2,$(CURDIR)),,$(wildcard $(CURDIR)/build/yield.so))
 
 build/yield.so: tests/yield.c
 	mkdir -p build

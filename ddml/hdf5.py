@@ -38,8 +38,6 @@ WAITING = 10  # seconds for each of the processor's, on a machine that is busy
 KEPT = 8  # outlines
 PIECE = 1 << 20  # values that are unpacked at a time
 
-_CHILD = str(Path(__file__).with_name("hdf5_child.py"))
-
 
 @dataclass(frozen=True)
 class Stored:
@@ -182,6 +180,11 @@ def fill(file: IO[bytes], name: str, stored: Stored, part: Sequence[slice], into
             flat[begin : begin + piece.size] = piece
 
 
+def command() -> list[str]:
+    """What starts the process that answers, but for the question."""
+    return [sys.executable, "-S", "-P", str(Path(__file__).with_name("hdf5_child.py"))]
+
+
 @contextmanager
 def _asked(file: IO[bytes], size: int, **question: Any) -> Iterator[tuple[IO[bytes], Callable[[], str]]]:
     """The answer about a file, and what says why there is none or no more of it. Behind the block nothing runs."""
@@ -190,7 +193,7 @@ def _asked(file: IO[bytes], size: int, **question: Any) -> Iterator[tuple[IO[byt
     # what is found here is found there, without what a site adds at its start; no filter comes from elsewhere
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "HDF5_PLUGIN_PRELOAD": "::"}
     process = subprocess.Popen(
-        [sys.executable, "-S", "-P", _CHILD, json.dumps({**asked, "free": FREE, "ratio": RATIO})], env=environment,
+        [*command(), json.dumps({**asked, "free": FREE, "ratio": RATIO})], env=environment,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=[file.fileno()],
     )  # fmt: skip
     assert process.stdout is not None and process.stderr is not None

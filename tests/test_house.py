@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import suites
 
 ROOT = Path(__file__).parents[1]
 DRIVERS = ROOT / "drivers"  # whose modules import each other without that name
@@ -333,10 +334,9 @@ def test_references_in_docstrings_lead_somewhere(importable: None) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_lists_of_what_runs_where_name_what_there_is(pytestconfig: pytest.Config) -> None:
-    lists = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+def test_the_lists_of_what_runs_where_name_what_there_is() -> None:
     names = ("SERIAL", "SEVERAL", "BY_NAME", "ENDS", "SAMPLE", "STARTS", "LENGTHY")
-    for entry in (entry for name in names for entry in getattr(lists, name)):
+    for entry in (entry for name in names for entry in getattr(suites, name)):
         path, _, test = entry.partition("::")
         assert (ROOT / "tests" / path).exists(), entry
         assert not test or f"def {test.partition('[')[0]}" in (ROOT / "tests" / path).read_text(), entry

@@ -1,10 +1,12 @@
 """Runs with samples that change, in this process and as drivers make them."""
 
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
+from one_rank import on_one_rank
 
 import ddml.runs.run
 from ddml.layout import ParameterLayout
@@ -44,6 +46,17 @@ class Training:
         self.tao.destroy()
         self.x.destroy()
         return values.tobytes(), full.tobytes(), _bytes(self.moving.state())
+
+
+def assert_goes_on(trained: Callable[..., Training], comm: MPI.Comm, file: str, end: int, stops: Sequence[int]) -> None:
+    """Runs that stop at these iterations and go on to the end have the bits of one, on one rank, that does not stop.
+
+    ``trained`` takes a communicator and limits. On several ranks one stop is enough. Collective.
+    """
+    expected = on_one_rank(lambda one: trained(one, max_it=end).result())
+    for stop in stops if comm.size == 1 else stops[len(stops) // 2 :][:1]:
+        trained(comm, max_it=stop, output=file, overwrite=True).result()
+        assert trained(comm, max_it=end, restart=file).result() == expected
 
 
 def _bytes(state: Any) -> bytes:

@@ -15,7 +15,7 @@ from ddml.data import files
 from ddml.data.data_set import DataSet
 from ddml.errors import InputError
 
-pytestmark = pytest.mark.usefixtures("below_a_gigabyte")
+pytestmark = pytest.mark.usefixtures("below_a_gigabyte", "afresh")
 
 N, TESTS, D = 8, 4, 3
 TEXT = h5py.string_dtype()

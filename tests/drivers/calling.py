@@ -64,8 +64,9 @@ def refusal(name: str, *options: object, comm: MPI.Comm = MPI.COMM_WORLD) -> str
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """Everything in a folder."""
-    return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+    """Everything in a folder but what Python compiles of it."""
+    found = (p for p in sorted(folder.rglob("*")) if "__pycache__" not in p.parts)
+    return {str(p): p.read_bytes() if p.is_file() else None for p in found}
 
 
 def check_refusal(name: str, words: list[str], expected: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

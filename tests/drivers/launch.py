@@ -1,25 +1,24 @@
 """Start drivers as a user does, with mpiexec, and look at what they leave."""
 
-import atexit
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forked
 import h5py
 import numpy as np
 import pytest
+from forked import surroundings
 from mpi4py import MPI
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-_FOREIGN = ("OMPI_", "PMIX_", "ORTE_", "PETSC_OPTIONS")
 LONG = bool(os.environ.get("DDML_LONG"))
 # what starts drivers does so from one rank
 started = pytest.mark.skipif(MPI.COMM_WORLD.size > 1, reason="starts drivers")
@@ -27,31 +26,10 @@ SMALL = ("-network", "residual", "-width", "8", "-depth", "2", "-points", "200",
          "-error_points", "100", "-summation_blocks", "4")  # fmt: skip
 
 
-def surroundings() -> dict[str, str]:
-    """The environment of what is started; a test that itself runs under MPI must not pass that on."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(_FOREIGN)}
-    environment["OMP_NUM_THREADS"] = environment["OPENBLAS_NUM_THREADS"] = "1"
-    environment["OMPI_MCA_mpi_yield_when_idle"] = "1"  # tests run on busy machines
-    environment["OMPI_MCA_hwloc_base_binding_policy"] = "none"  # or programs side by side share the first core
-    return environment
-
-
 @cache
 def warm() -> list[str]:
     """What stands for ``python -m mpi4py`` in a command and has its imports done: see :mod:`warm`."""
-    folder = tempfile.TemporaryDirectory()
-    address = f"{folder.name}/socket"
-    command = [sys.executable, str(HERE / "warm.py"), "serve", address]
-    server = subprocess.Popen(
-        command, env=surroundings(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-    )
-    assert server.stdin and server.stdout and server.stdout.readline() == "ready\n"
-
-    def end() -> None:
-        server.communicate()  # it ends with its input
-        folder.cleanup()
-
-    atexit.register(end)
+    address = forked.started(str(HERE / "warm.py"), "serve")
     return [sys.executable, "-I", "-S", str(HERE / "warm.py"), address]
 
 

@@ -126,7 +126,7 @@ def test_other_numbers_of_ranks_go_on_to_the_last_bit(
 ) -> None:
     whole, parts = shared_tmp / "whole.h5", shared_tmp / "parts.h5"
     given = (*RUN[:6], *options)
-    train("kernel", whole, 2, 1000, *given)
+    train("kernel", whole, 1, 1000, *given)
     for ranks, iterations in ((1, 2), (3, 4), (2, 1000)):
         train("kernel", parts, ranks, iterations, *given)
     assert_same(whole, parts)

@@ -91,7 +91,7 @@ def test_other_numbers_of_ranks_go_on_to_the_last_bit(
 ) -> None:
     whole, parts = shared_tmp / "whole.h5", shared_tmp / "parts.h5"
     words = (*RUN[:8], "-loss", loss, "-preconditioner", preconditioner, "-dtype", "float32")
-    train("kernel", whole, 2, 1000, *words)
+    train("kernel", whole, 1, 1000, *words)
     for ranks, iterations in ((1, 2), (3, 3), (2, 1000)):
         train("kernel", parts, ranks, iterations, *words)
     assert_same(whole, parts)

@@ -53,7 +53,7 @@ needs_three = pytest.mark.skipif(MPI.COMM_WORLD.size < 3, reason="needs three ra
 def test_other_numbers_of_ranks_go_on_to_the_last_bit(solver: str, comm: MPI.Comm, shared_tmp: Path) -> None:
     whole, parts = shared_tmp / "whole.h5", shared_tmp / "parts.h5"
     options = (*SMALL, "-solver", solver.split()[0], *OWN[solver])
-    train("pinn", whole, 2, 10, *options)
+    train("pinn", whole, 1, 10, *options)
     for ranks, iterations in ((1, 4), (2, 7), (3, 10)):
         train("pinn", parts, ranks, iterations, *options)
     assert_same(whole, parts, errors=1e-13)  # which are summed by ranks
@@ -67,7 +67,7 @@ def test_other_numbers_of_ranks_go_on_to_the_last_bit(solver: str, comm: MPI.Com
 def test_other_numbers_of_ranks_go_on_with_the_same_batches(comm: MPI.Comm, shared_tmp: Path) -> None:
     whole, parts = shared_tmp / "whole.h5", shared_tmp / "parts.h5"
     options = ("-solver", "lbfgs", *BATCHES)
-    train("classify", whole, 2, 12, *options)
+    train("classify", whole, 1, 12, *options)
     for ranks, iterations in ((1, 5), (3, 8), (2, 12)):
         train("classify", parts, ranks, iterations, *options)
     assert_same(whole, parts)
@@ -119,7 +119,7 @@ def test_same_ranks_go_on_to_the_last_bit(options: tuple[str, ...], comm: MPI.Co
 def test_sums_by_ranks_go_on_to_rounding(comm: MPI.Comm, shared_tmp: Path) -> None:
     whole, parts = shared_tmp / "whole.h5", shared_tmp / "parts.h5"
     options = (*SMALL, "-solver", "lbfgs", "-summation_blocks", "0")
-    train("pinn", whole, 2, 10, *options)
+    train("pinn", whole, 1, 10, *options)
     for ranks, iterations in ((1, 5), (3, 10)):
         train("pinn", parts, ranks, iterations, *options)
     assert_same(whole, parts, 1e-8)

@@ -11,7 +11,7 @@ import torch
 from mpi4py import MPI
 from one_rank import on_one_rank
 from petsc4py import PETSc
-from whole_runs import Training
+from whole_runs import Training, assert_goes_on
 
 from ddml.layout import ParameterLayout
 from ddml.networks.tanh import TanhNetwork
@@ -254,19 +254,20 @@ def test_every_solver_follows_the_points_and_restarts_exactly(
     comm: MPI.Comm, prefix: str, shared_tmp: Path, solver: str, local_steps: Callable[[str], None]
 ) -> None:
     local_steps(solver)
-    file = str(shared_tmp / "run.h5")
-    whole = trained(comm, prefix, solver, max_it=9)
-    assert whole.moving.draws == 2
-    x = whole.objective.layout.vector()
-    whole.x.copy(x)
-    value = whole.objective.value(x)
-    assert whole.run.history.last("loss") == pytest.approx(value, rel=1e-12)  # of the points that are there now
-    x.destroy()
-    expected = whole.result()
-    for stop in (3, 4, 6):  # between two draws, at one, behind one
-        trained(comm, prefix, solver, max_it=stop, output=file, overwrite=True).result()
-        assert trained(comm, prefix, solver, max_it=9, restart=file).result() == expected
-    assert on_one_rank(lambda comm: trained(comm, prefix, solver, max_it=9).result()) == expected
+
+    def made(comm: MPI.Comm, max_it: int, **limits: Any) -> Training:
+        run = trained(comm, prefix, solver, max_it=max_it, **limits)
+        if max_it == 9:
+            assert run.moving.draws == 2
+            x = run.objective.layout.vector()
+            run.x.copy(x)
+            value = run.objective.value(x)
+            assert run.run.history.last("loss") == pytest.approx(value, rel=1e-12)  # of the points that are there now
+            x.destroy()
+        return run
+
+    # between two draws, behind one, at one
+    assert_goes_on(made, comm, str(shared_tmp / "run.h5"), 9, [3, 6, 4])
 
 
 @pytest.mark.ranks

@@ -22,7 +22,7 @@ from ddml.errors import RunFileError
 from ddml.runs.history import History
 from ddml.runs.run_file import write
 
-pytestmark = pytest.mark.usefixtures("below_a_gigabyte")
+pytestmark = pytest.mark.usefixtures("below_a_gigabyte", "afresh")
 
 ROWS = 5
 SECRET = np.arange(SIZE, dtype="<f8")

@@ -11,10 +11,9 @@ import torch
 from classifiers import classifier, value_gradient
 from mpi4py import MPI
 from numpy.typing import NDArray
-from one_rank import on_one_rank
 from petsc4py import PETSc
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from whole_runs import Training, make_batches
+from whole_runs import Training, assert_goes_on, make_batches
 
 import solvers
 from ddml.errors import InputError
@@ -98,13 +97,11 @@ def test_a_restart_between_batches_is_exact(
 
     for name, value in (("rate_schedule", "cosine"), ("rate_iterations", 12)):
         PETSc.Options().setValue(prefix + name, value)
-    file = str(shared_tmp / "run.h5")
-    whole = Training(made(comm), prefix, "adam", max_it=11).result()
-    Training(made(comm), prefix, "adam", max_it=stop, output=file).result()
-    assert Training(made(comm), prefix, "adam", max_it=11, restart=file).result() == whole
-    if comm.size > 1:
-        alone = on_one_rank(lambda comm: Training(made(comm), prefix, "adam", max_it=11).result())
-        assert alone == whole
+
+    def trained(comm: MPI.Comm, **limits: Any) -> Training:
+        return Training(made(comm), prefix, "adam", **limits)
+
+    assert_goes_on(trained, comm, str(shared_tmp / "run.h5"), 11, [stop])
 
 
 def test_minimizer_follows_a_schedule_of_torch_or_a_given_length() -> None:

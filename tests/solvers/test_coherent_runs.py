@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 from coherent_cases import CASES, coherent, images, in_tiles
 from mpi4py import MPI
-from one_rank import on_one_rank
 from petsc4py import PETSc
 from torch import Tensor
-from whole_runs import Training
+from whole_runs import Training, assert_goes_on
 
 from ddml.losses.branched import BranchedLoss
 from ddml.losses.restricted import RestrictedLoss
@@ -56,10 +55,8 @@ def test_runs_are_the_same_on_any_number_of_ranks_and_restart_exactly(
     solver, settings = RUNS[name]
     for key, value in settings.items():
         PETSc.Options().setValue(prefix + key, value)
-    file, moving = str(shared_tmp / "run.h5"), name == "eliminated"
-    expected = Training(batches(comm, moving), prefix, solver, max_it=7).result()
-    Training(batches(comm, moving), prefix, solver, max_it=4, output=file).result()  # in the middle of a batch
-    assert Training(batches(comm, moving), prefix, solver, max_it=7, restart=file).result() == expected
-    if comm.size > 1:
-        alone = on_one_rank(lambda comm: Training(batches(comm, moving), prefix, solver, max_it=7).result())
-        assert alone == expected
+
+    def trained(comm: MPI.Comm, **limits: Any) -> Training:
+        return Training(batches(comm, name == "eliminated"), prefix, solver, **limits)
+
+    assert_goes_on(trained, comm, str(shared_tmp / "run.h5"), 7, [4])  # in the middle of a batch

@@ -1,0 +1,203 @@
+"""What runs in which suite, on how many ranks; conftest.py asks."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+# What runs where -----------------------------------------------------------------------------------------------------
+#
+#                 one rank              two ranks           three ranks
+# make check      ends of make test's   -                   SAMPLE
+# make test       no long, no SEVERAL   ranks, their ends   no long, no SERIAL, nor what BY_NAME and ENDS leave out
+# make test-long  all                   all but SERIAL      all but SERIAL
+#
+# --suite chooses the row (long where DDML_LONG is set), mpiexec the column. Tests marked long are skipped elsewhere.
+# Ends are of the many cases of a test the first and the last one. So make check has a case or two of everything that is
+# said of one rank, but for LENGTHY and, of programs that are started or called, all but STARTS; of several ranks it has
+# SAMPLE. What it leaves out: the other cases, two ranks, the solvers and refusals on three that are not in SAMPLE.
+
+SUITES = ("check", "test", "long")
+
+# What knows nothing of ranks, or starts programs of its own: on one rank only. A folder, a file, or a test of a file.
+SERIAL = (
+    *("jets", "networks", "data/test_samples.py", "linalg/test_polar.py", "norms/test_modular.py"),
+    "kernel_machines/test_gradients.py",
+    "losses/test_branched.py",
+    *("losses/test_kronecker.py", "losses/test_loss.py", "losses/test_module_factors.py"),
+    *("losses/test_module_refusals.py", "losses/test_pde_modules.py", "losses/test_restrictions.py"),
+    *("losses/test_recorded.py", "objectives/test_waiting.py", "drivers/test_gpu.py"),
+    *("problems/test_references.py", "problems/test_program.py", "runs/test_figures.py", "runs/test_history.py"),
+    *("losses/test_decayed.py", "losses/test_formats.py", "runs/test_tile_figures.py"),
+    *(f"test_{name}.py" for name in ("environment", "house", "options", "origins", "package", "plugins", "prepare")),
+    *("test_blocks.py", "test_prepare_harm.py", "test_prepare_volumes.py", "test_synthetic.py"),
+    *("data/test_arrays.py", "data/test_images.py", "data/test_inputs.py", "data/test_parting.py"),
+    "data/test_tables.py",
+    "runs/test_run_file_damage.py::test_a_kill_at_any_moment_leaves_a_whole_file",  # a writer on one rank
+    "runs/test_run_file_damage.py::test_what_another_run_writes_meanwhile_is_read_whole_or_refused",
+    *(f"drivers/test_{name}.py" for name in ("all_solvers", "bad_problems", "bench", "classify", "faults", "header")),
+    *(f"drivers/test_{name}.py" for name in ("job", "kill", "plot_driver", "readme", "restart", "rivals", "same_bits")),
+    "drivers/test_kernel_rivals.py",
+    *(
+        f"drivers/test_{name}.py"
+        for name in ("export", "interrupted_code", "mutations", "opened_tiles", "predict", "slips", "slurm")
+    ),
+    "problems/test_calling.py",
+    # what others claim on several ranks
+    "solvers/test_frugal.py::test_runs_are_those_of_a_small_network",
+    "solvers/test_spqn.py::test_a_subdomain_whose_gradient_is_at_rounding_stays_where_it_is",
+    "solvers/test_trust_ends.py::test_a_run_at_rounding_has_converged",
+    "solvers/test_trust_region.py::test_monotone_methods_never_increase_the_loss",
+    "solvers/test_napts.py::test_combined_corrections_promise_no_less_and_save_the_global_step",
+    "solvers/test_kernel_fit.py::test_iterations_are_those_of_the_study",
+    "solvers/test_kernel_loss_fit.py::test_outputs_are_those_of_scikit_learn_on_the_kernels_own_features",
+    "solvers/test_kernel_loss_fit.py::test_outputs_are_those_of_scikit_learns_multinomial_regression",
+    "kernel_machines/test_kernel_losses.py",
+    "solvers/test_kernel_exchange.py::test_sweeps_are_those_of_the_study_and_end_at_the_dense_solution",
+    "data/test_data.py::test_damage_by_chance_is_noticed_or_is_one_of_numbers",
+)
+
+# What holds a run against the same run on one rank, with nothing between them: on several ranks only.
+SEVERAL = (
+    "losses/test_work.py::test_the_work_of_a_solver_does_not_depend_on_the_number_of_ranks",
+    "objectives/test_branched_objective.py::test_solvers_have_the_same_trajectory_on_any_number_of_ranks",
+    *(f"solvers/test_{name}.py::test_the_trajectory_is_that_on_one_rank" for name in ("apts", "napts", "trust_region")),
+    *(f"solvers/test_{name}.py::test_the_iterates_are_the_same_on_any_number_of_ranks"
+      for name in ("astrom", "newton")),
+    *(f"solvers/test_{name}.py::test_with_blocks_a_run_has_the_same_bits_on_any_number_of_ranks"
+      for name in ("gauss_newton", "self_scaled", "spqn")),
+    *(f"solvers/test_{name}.py::test_without_blocks_a_run_is_the_same_to_rounding"
+      for name in ("gauss_newton", "self_scaled", "spqn")),
+    "solvers/test_nested_schwarz.py",
+    "solvers/test_networks_as_subdomains.py::test_schwarz_methods_have_the_same_bits_on_any_number_of_ranks",
+    "solvers/test_torch_optimizer.py::test_losses_are_the_same_on_any_number_of_ranks",
+)  # fmt: skip
+
+# On several ranks, of these, only the tests that have "ranks" in their names: those claim something of them.
+BY_NAME = (
+    *("data/test_libsvm.py", "hierarchy/", "problems/test_logistic.py", "sampling/test_nested.py"),
+    *(f"solvers/test_{name}.py" for name in ("adagrad", "astrom", "levels", "mlvr", "multilevel_adagrad", "newton")),
+    *("solvers/test_torch_optimizer.py", "solvers/test_torch_refusals.py"),
+    *("drivers/test_given_options.py", "drivers/test_logistic_driver.py", "drivers/test_pinn_levels.py"),
+    *(f"drivers/test_{name}.py" for name in ("deep_kernel_driver", "kernel_driver", "kernel_loss_driver")),
+    *("drivers/test_opened.py", "drivers/test_foreign_files.py"),
+    *("drivers/test_volumes.py", "decomposition/test_tiles.py", "drivers/test_coarse.py"),
+    *(f"drivers/test_tiles_{name}.py" for name in ("bad_input", "local", "phases", "folds")),
+    "solvers/test_networks_as_subdomains.py",
+    *("objectives/test_deep.py", "solvers/test_deep_training.py"),
+    *("runs/test_run_file_harm.py", "data/test_data_harm.py", "data/test_sources.py"),
+    *("kernel_machines/test_balance.py", "kernel_machines/test_arrivals.py"),
+    # whose equality over ranks others claim: of scaled problems test_ranks.py, of local curvature that of
+    # test_curvature_fraction.py, of models of the Hessian test_the_trajectory_is_that_on_one_rank
+    *(f"drivers/test_scaled.py::test_{name}" for name in ("problems_in_users", "a_long_time", "a_run_that_stalls")),
+    "objectives/test_composed_solvers.py::test_local_curvature_may_be_that_of_some_of_the_samples",
+    "problems/test_problems.py::test_users_problem_is_solved",
+    *(f"solvers/test_trust_models.py::test_{name}" for name in ("hessian_products", "gauss_newton_products")),
+    # what each rank does alone
+    "losses/test_modules.py::test_derivatives_are_those_by_hand",
+    "solvers/test_napts.py::test_the_coarse_problem",
+)
+
+# On three ranks, of the many cases of these tests, the first and the last one, as on two of all tests: whole runs of
+# the same solvers and settings have the bits of one rank there, also through a restart, by tests that stay
+# (test_classifying.py, test_the_trajectory_is_that_on_one_rank,
+# test_with_blocks_a_run_has_the_same_bits_on_any_number_of_ranks, test_a_run_file_goes_on_on_another_number_of_ranks),
+# and so what one rank computes is what is compared on one.
+ENDS = (
+    *(f"solvers/test_{name}.py::test_a_resumed_run_goes_on_to_the_last_bit"
+      for name in ("apts", "gauss_newton", "napts", "self_scaled", "spqn", "trust_region")),
+    *(f"solvers/test_apts.py::test_{name}"
+      for name in ("the_promise_is_the_true_decrease", "the_loss_never_increases", "corrections_stay_in_the_trust")),
+    "solvers/test_gauss_newton.py::test_steps_are_those_of_dense_least_squares",
+    *(f"solvers/test_spqn.py::test_{name}"
+      for name in ("an_iteration_takes_the_documented", "exact_local_solves_make", "variants_decrease_the_loss",
+                   "without_local_steps_the_method")),
+    *(f"solvers/test_adam.py::test_{name}" for name in ("iterates_are_those_of_torch", "a_restart_between_batches")),
+    "solvers/test_apts.py::test_one_subdomain_is_the_trust_region_method",
+    "runs/test_restart_options.py::test_the_run_file_alone_goes_on_to_the_last_bit",
+    "solvers/test_gauss_newton.py::test_schwarz_is_its_dense_formula",
+    "solvers/test_lifetime.py::test_states_keep_their_keys",
+    "solvers/test_quasi_newton.py::test_iterates_are_those_of_a_dense_implementation",
+    "solvers/test_secant.py::test_product_is_that_of_the_dense_recursion",
+    *(f"solvers/test_subproblem.py::test_{name}" for name in ("random_matrices", "the_hard_case")),
+    "solvers/test_trust_radius.py::test_trials_that_are_not_finite_shrink_the_radius",
+    "objectives/test_composed.py::test_residuals_are_those_of_the_composition",
+    "losses/test_modules.py::test_training_moves_what_is_trained_only",
+    "solvers/test_minimisation.py::test_a_module_is_trained",
+    "drivers/test_interruptions.py::test_a_run_goes_on_to_a_checkpoint_that_can_be_written",
+    *("kernel_machines/", "solvers/test_deep_training.py", "objectives/test_deep.py"),  # whole: test_kernel_driver.py
+    *(f"solvers/test_kernel_{name}.py" for name in ("exchange", "factors", "fit", "loss_fit", "monitor")),
+    # what is the same in test_ranks.py, and in test_bad_input.py
+    "drivers/test_field_problems.py::test_a_slip_with_a_meaning_is_solved",
+    "runs/test_restart_options.py::test_what_cannot_change_is_refused_before_any_change",
+)  # fmt: skip
+
+# make check: a solver of each family on three ranks, and through a restart
+_RUNS = "solvers/test_classifying.py::test_runs_are_the_same_on_any_number_of_ranks_and_restart_exactly"
+SAMPLE = (
+    *(f"{_RUNS}[{name}-digits]" for name in ("lbfgs", "ssbroyden", "tr", "aspqn", "mspqn_dense", "apts_weights")),
+    *(f"{_RUNS}[{name}-digits]" for name in ("apts_data", "napts", "tr, K-FAC norm, L-BFGS")),
+    "solvers/test_gauss_newton.py::test_with_blocks_a_run_has_the_same_bits_on_any_number_of_ranks",
+    "runs/test_run_file.py",
+    *(f"drivers/test_bad_input.py::test_bad_input_is_named_in_one_line_on_all_ranks[{name}"
+      for name in ("unknown", "residual", "restart", "output")),
+)  # fmt: skip
+
+# make check: six starts of drivers
+STARTS = (
+    "drivers/test_bad_input.py::test_a_driver_that_refuses_prints_one_line_and_ends_with_1[unknown option of a local",
+    "drivers/test_classify.py::test_digits_are_learnt",
+    "drivers/test_classify_bad_input.py::test_help_lists_the_options",
+    "drivers/test_faults.py::test_trials_that_are_not_finite_are_rejected",
+    "drivers/test_faults.py::test_exception_on_one_rank_ends_all",
+    "drivers/test_plot_driver.py::test_convergence_and_maps",
+)
+
+# long enough to be left out of make check: each takes two seconds and more, together a minute
+LENGTHY = (
+    *("problems/test_references.py", "runs/test_run_file_damage.py", "objectives/test_composed_solvers.py"),
+    "data/test_data.py::test_damage_by_chance",
+    "kernel_machines/test_arrivals.py::test_ranks_that_are_slow",
+    *(f"solvers/test_{name}" for name in (
+        "kernel_exchange.py::test_sweeps_are", "kernel_fit.py::test_iterations_are",
+        "kernel_loss_fit.py::test_subdomains_save", "mlvr.py::test_it_comes", "registry.py::test_nothing_is_loaded",
+        "self_scaled.py::test_where_rounding", "trust_models.py::test_hessian_products",
+        "trust_region.py::test_near_directions",
+    )),
+    "test_prepare.py::test_an_interruption",
+)  # fmt: skip
+
+
+def chosen(items: Iterable[pytest.Item], suite: str, size: int) -> list[pytest.Item]:
+    """Those tests that a suite runs on so many ranks."""
+    found = [item for item in items if _runs(item, suite, size)]
+    if suite == "long" or (size == 1) == (suite == "test"):
+        return found
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in found:
+        if not item.get_closest_marker("long"):
+            tests.setdefault(_name(item).partition("[")[0], []).append(item)
+    ends = ENDS if size > 2 else ""  # of all
+    inner = {item for name, cases in tests.items() if name.startswith(ends) for item in cases[1:-1]}
+    return [item for item in found if item not in inner]
+
+
+def _name(item: pytest.Item) -> str:
+    return f"{item.path.relative_to(HERE)}::{item.name}"
+
+
+def _runs(item: pytest.Item, suite: str, size: int) -> bool:
+    name = _name(item)
+    if size > 1 and name.partition("[")[0] in SERIAL:
+        return False
+    if size == 1 and suite != "long" and name.startswith(SEVERAL):
+        return False
+    if suite == "check":
+        if size > 1 or name.startswith("drivers"):
+            return name.startswith(SAMPLE if size > 1 else STARTS)
+        return not name.startswith(LENGTHY)
+    if size > 1 and suite == "test" and name.startswith(BY_NAME) and "ranks" not in item.name:
+        return False
+    return suite == "long" or size != 2 or item.get_closest_marker("ranks") is not None

@@ -61,6 +61,7 @@ SERIAL = (
 
 # What holds a run against the same run on one rank, with nothing between them: on several ranks only.
 SEVERAL = (
+    "kernel_machines/test_arrivals.py::test_ranks_have_their_shares_and_everything_has_the_same_bits",
     "losses/test_work.py::test_the_work_of_a_solver_does_not_depend_on_the_number_of_ranks",
     "objectives/test_branched_objective.py::test_solvers_have_the_same_trajectory_on_any_number_of_ranks",
     *(f"solvers/test_{name}.py::test_the_trajectory_is_that_on_one_rank" for name in ("apts", "napts", "trust_region")),
@@ -70,6 +71,9 @@ SEVERAL = (
       for name in ("gauss_newton", "self_scaled", "spqn")),
     *(f"solvers/test_{name}.py::test_without_blocks_a_run_is_the_same_to_rounding"
       for name in ("gauss_newton", "self_scaled", "spqn")),
+    "solvers/test_curvature_fraction.py",
+    "solvers/test_deep_training.py::test_runs_have_the_same_bits_on_any_number_of_ranks",
+    "solvers/test_kernel_exchange.py::test_runs_have_the_same_bits_on_any_ranks",
     "solvers/test_nested_schwarz.py",
     "solvers/test_networks_as_subdomains.py::test_schwarz_methods_have_the_same_bits_on_any_number_of_ranks",
     "solvers/test_torch_optimizer.py::test_losses_are_the_same_on_any_number_of_ranks",

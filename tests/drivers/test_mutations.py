@@ -18,6 +18,7 @@ import h5py
 import numpy as np
 import pytest
 from calling import call
+from launch import ROOT
 from mpi4py import MPI
 from sealing import sealed_anew
 
@@ -124,6 +125,7 @@ class Reader:
 
     def __init__(self) -> None:
         alone = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "PMI_"))}
+        alone["PYTHONPATH"] = str(ROOT / "tests")
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("mutated.py"))], env=alone, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,

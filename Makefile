@@ -1,7 +1,7 @@
 # make demo    train a physics-informed network on two ranks with three solvers, 45 s in all, draw the figures
-# make check   a part of the test suite, before a commit
+# make check   a part of the test suite, before a commit (2:20 minutes)
 # make slurm-test  the batch scripts on a Slurm of two virtual nodes of its own (installs Debian's packages, 3 minutes)
-# make test    the test suite, on 1, 2 and 3 ranks (23 minutes on two idle cores); make test-long all of it on all ranks, 1,000 kills
+# make test    the test suite, on 1, 2 and 3 ranks (20 minutes on two idle cores); make test-long all of it on all ranks, 1,000 kills
 # make bench   the tables of the README, measured side by side (about 25 minutes)
 # make gpu     try a GPU: numbers, copies, two ranks on one card, times (GPU= has options of drivers/gpu.py)
 # make lint    style and types
@@ -25,7 +25,7 @@ export OMPI_MCA_mpi_yield_when_idle = 1
 # of programs that mpiexec starts side by side each would have the first core
 export OMPI_MCA_hwloc_base_binding_policy = none
 
-.PHONY: env demo check check-one check-drivers check-three test test-long test-one test-drivers test-ranks test-slurm slurm-test bench gpu lint docs clean
+.PHONY: env demo check check-solvers check-rest check-drivers check-three test test-long test-one test-drivers test-ranks test-slurm slurm-test bench gpu lint docs clean
 
 env:
 	@./environment.sh
@@ -41,20 +41,20 @@ demo: env
 	@echo "run files out/*.h5, to be resumed with -restart; figures out/demo.png and out/demo.maps.png"
 
 check: env build/yield.so
-	$(MAKE) -j3 check-one check-drivers check-three
+	$(MAKE) -j4 check-solvers check-rest check-drivers check-three
 
-check-one:
-	$(PYTHON_ENV) -m pytest tests --suite=check --ignore=tests/drivers
+check-solvers check-drivers:
+	$(PYTHON_ENV) -m pytest tests/$(@:check-%=%) --suite=check
 
-check-drivers:
-	$(PYTHON_ENV) -m pytest tests/drivers --suite=check
+check-rest:
+	$(PYTHON_ENV) -m pytest tests --suite=check --ignore=tests/solvers --ignore=tests/drivers
 
 check-three:
 	$(MPIEXEC) -n 3 $(PYTHON_ENV) -m pytest tests --suite=check
 
 # ranks that wait sleep (not where a blank in the path would end a name): three ranks of solvers beside another process
 # took 60 s instead of 131
-test-one test-drivers test-ranks test-slurm check-one check-drivers check-three: export LD_PRELOAD = $(if $(word 2,$(CURDIR)),,$(wildcard $(CURDIR)/build/yield.so))
+test-one test-drivers test-ranks test-slurm check-solvers check-rest check-drivers check-three: export LD_PRELOAD = $(if $(word 2,$(CURDIR)),,$(wildcard $(CURDIR)/build/yield.so))
 
 build/yield.so: tests/yield.c
 	mkdir -p build

@@ -47,6 +47,7 @@ SERIAL = (
     "problems/test_calling.py",
     # what others claim on several ranks
     "solvers/test_frugal.py::test_runs_are_those_of_a_small_network",
+    "solvers/test_self_scaled.py::test_the_factor_holds_curvatures_that_the_matrix_does_not",
     "solvers/test_spqn.py::test_a_subdomain_whose_gradient_is_at_rounding_stays_where_it_is",
     "solvers/test_trust_ends.py::test_a_run_at_rounding_has_converged",
     "solvers/test_trust_region.py::test_monotone_methods_never_increase_the_loss",

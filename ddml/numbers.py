@@ -20,7 +20,7 @@ Number = float | Tensor
 
 def as_number(scalar: Tensor) -> Number:
     """A tensor () as a float if it is on the CPU; else in float64, where it is."""
-    return float(scalar.detach()) if scalar.device.type == "cpu" else scalar.detach().double()
+    return float(scalar.item()) if scalar.device.type == "cpu" else scalar.detach().double()
 
 
 def read(numbers: Sequence[Number]) -> list[float]:

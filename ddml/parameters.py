@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -16,12 +17,12 @@ class Parameter:
     shape: tuple[int, ...]
     offset: int
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of entries."""
         return torch.Size(self.shape).numel()
 
-    @property
+    @cached_property
     def range(self) -> slice:
         """The entries of the global vector."""
         return slice(self.offset, self.offset + self.size)

@@ -16,6 +16,7 @@ from .data_set import DataSet
 
 SCALINGS = ("unit", "standard", "none")
 _ROWS = 4096  # that are summed in one go, the same on any number of ranks
+_CACHED = 1 << 17  # numbers that are scaled in one go
 
 
 class Scaling:
@@ -41,13 +42,23 @@ class Scaling:
 
     def apply(self, values: Tensor) -> Tensor:
         """Scale floating-point values (B, C, ...) in place."""
-        rows = max((1 << 16) // max(values[:1].numel(), 1), 1)  # that stay in the cache
-        for piece in values.split(rows) if self.kind != "none" else ():
-            if self.kind == "unit":
-                piece.div_(float(self.scale))
-                continue
-            for numbers, operation in ((self.shift, piece.sub_), (self.scale, piece.div_)):
-                operation(torch.as_tensor(numbers).to(values).view(1, -1, *[1] * (values.ndim - 2)))
+        return self._fill(values, values)
+
+    def scaled(self, stored: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Stored values (B, C, ...) scaled, as new ones in this precision."""
+        return self._fill(torch.empty(stored.shape, dtype=dtype, device=device), stored)
+
+    def _fill(self, values: Tensor, stored: Tensor) -> Tensor:
+        """Write stored values, scaled, to others (B, C, ...); on the CPU in pieces that stay in a cache."""
+        shape = (1, -1, *[1] * (values.ndim - 2))
+        shift, scale = (torch.as_tensor(number).to(values).view(shape) for number in (self.shift, self.scale))
+        each = max(_CACHED // max(values[:1].numel(), 1), 1) if values.device.type == "cpu" else max(len(values), 1)
+        for piece, given in zip(values.split(each), stored.split(each), strict=True):
+            piece.copy_(given)
+            if self.kind == "standard":
+                piece.sub_(shift)
+            if self.kind != "none":
+                piece.div_(scale)
         return values
 
 
@@ -116,7 +127,7 @@ class Samples:
     def inputs(self) -> Tensor:
         """The scaled inputs (B, ...)."""
         stored = torch.from_numpy(self._inputs[self._index])
-        return self.scaling.apply(stored.to(device=self.device, dtype=self.dtype, copy=True))
+        return self.scaling.scaled(stored, self.dtype, self.device)
 
     @cached_property
     def targets(self) -> Tensor:

@@ -191,12 +191,13 @@ def polar_factor(G: Tensor, dense: int = DENSE, eps: float = EPS) -> Tensor:
     """
     if G.shape[0] > G.shape[1]:
         return polar_factor(G.T, dense, eps).T
-    rows, columns = (G != 0).any(dim=1), (G != 0).any(dim=0)
-    if not (rows.all() and columns.all()):  # of units that are switched off
-        factor = torch.zeros_like(G)
-        if rows.any():
-            factor[rows.nonzero(), columns.nonzero().T] = polar_factor(G[rows][:, columns], dense, eps)
-        return factor
+    if torch.count_nonzero(G) < G.numel():
+        rows, columns = G.any(dim=1), G.any(dim=0)
+        if not (rows.all() and columns.all()):  # of units that are switched off
+            factor = torch.zeros_like(G)
+            if rows.any():
+                factor[rows.nonzero(), columns.nonzero().T] = polar_factor(G[rows][:, columns], dense, eps)
+            return factor
     size = G.abs().max()
     if not torch.isfinite(size):
         return torch.full_like(G, torch.nan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from typing import Any, Self
 
 import torch
@@ -90,10 +91,12 @@ class ModuleLoss(SampledLoss):
         # takes half the time of functional_call where batches are small
         # (frozen ones are shared with it)
         self._copy = copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad})
+        self._stages = list(self._copy) if isinstance(self._copy, nn.Sequential) else []
         copied = dict(self._copy.named_parameters())
         self._leaves = [copied[parameter.name] for parameter in self.parameters]
         known = formats(module)
         self._formats = [known.get(id(p)) for p in self._trained]
+        self._sizes = [parameter.size for parameter in self.parameters]
 
     def of_module(self, module: nn.Module) -> Self:
         """See :meth:`.Loss.of_module`: with the same criterion, of as many samples a forward pass."""
@@ -149,10 +152,10 @@ class ModuleLoss(SampledLoss):
         Positive semidefinite where the criterion is convex in the outputs, as cross entropy is.
         """
         wanted = sorted(k for i, layer in enumerate(self.layers) if active is None or i in active for k in layer)
-        module = _behind(self._at(theta.detach(), frozenset(wanted)), kept)
+        self._at(theta.detach(), frozenset(wanted))
         leaves, ranges = [self._leaves[k] for k in wanted], [self.parameters[k].range for k in wanted]
         directions = [direction[r].to(leaf).view_as(leaf) for r, leaf in zip(ranges, leaves, strict=True)]
-        for outputs, y in self._batches(module, kept):
+        for outputs, y in self._batches(self._behind(kept), kept):
             if not outputs.requires_grad:  # nothing of theta enters them
                 continue
             w = torch.zeros_like(outputs, requires_grad=True)
@@ -170,10 +173,16 @@ class ModuleLoss(SampledLoss):
 
     def _at(self, theta: Tensor, wanted: frozenset[int] = frozenset()) -> nn.Module:
         """The copy of the module at theta; the parameters of these numbers are leaves to differentiate by."""
-        for number, leaf in enumerate(self._leaves):
+        # (cut once: small evaluations are a matter of microseconds)
+        pieces = torch.split_with_sizes(theta, self._sizes)
+        for number, (leaf, piece, known) in enumerate(zip(self._leaves, pieces, self.parameters, strict=True)):
             leaf.requires_grad_(number in wanted)
-            leaf.data = self._view(theta, number)
+            leaf.data = laid_out(piece, known.shape, self._formats[number])
         return self._copy
+
+    def _behind(self, kept: Any) -> Callable[[Tensor], Tensor]:
+        """What of the copy is left to compute behind a prefix."""
+        return self._copy if kept is None else _in_turn(self._stages[kept[0] :])
 
     def _view(self, theta: Tensor, number: int) -> Tensor:
         """A parameter of theta in its shape, in the order in memory with which the module is fastest."""
@@ -198,12 +207,13 @@ class ModuleLoss(SampledLoss):
         if not self.keeps(first):
             return None
         stage = self.layer_stage[first]
-        begin = nn.Sequential(*list(self._at(theta)._modules.values())[:stage])  # type: ignore[arg-type]
+        self._at(theta)
+        begin = _in_turn(self._stages[:stage])
         return stage, [begin(x) for x in self.inputs.split(self.batch)] if self.count else []
 
     def terms(self, theta: Tensor, kept: Any = None) -> Iterator[Tensor]:
         """See :meth:`.Loss.terms`."""
-        module = _behind(self.module, kept)
+        module = _left(self.module, kept)
         views = {name: self._view(theta, number) for name, number in occurrences(module, self._numbers).items()}
 
         def forward(x: Tensor) -> Tensor:
@@ -216,7 +226,8 @@ class ModuleLoss(SampledLoss):
     @torch.no_grad()
     def outputs(self, theta: Tensor, kept: Any = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Outputs (B, ...) and targets (B, ...), batch by batch."""
-        yield from self._batches(_behind(self._at(theta), kept), kept)
+        self._at(theta)
+        yield from self._batches(self._behind(kept), kept)
         if self.large:
             _leave(self._leaves)
 
@@ -230,16 +241,15 @@ class ModuleLoss(SampledLoss):
     ) -> Number:
         """See :meth:`.Loss.value_gradient`; the other layers' parameters get no gradient at all."""
         wanted = frozenset(k for i, layer in enumerate(self.layers) if active is None or i in active for k in layer)
-        module = _behind(self._at(theta.detach(), wanted), kept)
+        self._at(theta.detach(), wanted)
         numbers = sorted(wanted)
+        leaves, batches = [self._leaves[k] for k in numbers], self._batches(self._behind(kept), kept)
         if self.large and gradient.dtype == self.dtype:
             for k in numbers:
                 self._leaves[k].grad = self._view(gradient, k)
             try:  # the same bits, in less memory
                 return _summed_in_place(
-                    self._batches(module, kept),
-                    lambda outputs, y: self.criterion(outputs, y).sum() * self.weight,
-                    [self._leaves[k] for k in numbers],
+                    batches, lambda outputs, y: self.criterion(outputs, y).sum() * self.weight, leaves
                 )
             finally:
                 for k in numbers:
@@ -248,15 +258,20 @@ class ModuleLoss(SampledLoss):
                         gradient[self.parameters[k].range] = summed.reshape(-1)
                 _leave(self._leaves)
         value: Number = 0.0
-        for outputs, y in self._batches(module, kept):
+        sums = torch.split_with_sizes(gradient, self._sizes)
+        for outputs, y in batches:
             term = self.criterion(outputs, y).sum() * self.weight
             if term.requires_grad:
-                gradients = torch.autograd.grad(term, [self._leaves[k] for k in numbers], allow_unused=True)
-                for k, g in zip(numbers, gradients, strict=True):
+                for k, g in zip(numbers, torch.autograd.grad(term, leaves, allow_unused=True), strict=True):
                     if g is not None:
-                        gradient[self.parameters[k].range] += g.reshape(-1)
+                        sums[k].add_(g.reshape(-1))
             value += as_number(term)
         return value
+
+
+def _in_turn(stages: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
+    """The stages one behind the other, which are called sooner than an ``nn.Sequential`` of them is made."""
+    return lambda x: reduce(lambda entering, stage: stage(entering), stages, x)
 
 
 def _summed_in_place(
@@ -299,6 +314,6 @@ def _check(module: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], pro
         )
 
 
-def _behind(module: nn.Module, kept: Any) -> nn.Module:
+def _left(module: nn.Module, kept: Any) -> nn.Module:
     """What of a module is left to compute behind a prefix."""
     return module if kept is None else nn.Sequential(OrderedDict(list(module._modules.items())[kept[0] :]))  # type: ignore[arg-type]

@@ -157,7 +157,7 @@ class RestrictedLoss(Loss):
         """Write the subdomain's entries (n_s,) to a full vector, default: that of the parameters."""
         full = self.frozen.full if full is None else full
         for place, r in zip(self.places, self.ranges, strict=True):
-            full[r] = part[place]
+            full[r].copy_(part[place])
         return full
 
     def part(self, begin: int, end: int) -> RestrictedLoss:
@@ -201,7 +201,7 @@ class RestrictedLoss(Loss):
         kept = self.kept if kept is None else kept
         value = self.loss.value_gradient(self.insert(theta), full, kept, self._whole(active) | further)
         for place, r in zip(self.places, self.ranges, strict=True):
-            gradient[place] += full[r]
+            gradient[place].add_(full[r])
         if active is None:
             self.beside = full.clone() if further else None
         return value

@@ -14,7 +14,7 @@ from ddml.data.scaling import Samples, Scaling
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout
 from ddml.objectives.objective import Objective
-from ddml.problems.classification import ClassificationLoss, TestSet
+from ddml.problems.classification import ClassificationLoss, TestSet, cross_entropy
 
 CPU = torch.device("cpu")
 
@@ -65,6 +65,22 @@ def test_loss_gradient_and_accuracy_are_those_of_plain_torch(comm: MPI.Comm, blo
         alone = TestSet(loss, test, MPI.COMM_SELF, blocks)(objective.parameters(x))
         assert alone == measured
     digits.free()
+
+
+@pytest.mark.parametrize("shape", [(99, 10), (100, 2), (100, 10), (1250, 15), (1250, 16), (200, 3, 4)])
+def test_cross_entropy_is_that_of_torch_and_has_its_derivatives(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    outputs = (20 * torch.randn(shape, generator=generator, dtype=torch.float64)).requires_grad_()
+    targets = torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)
+    direction = torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def known(values: Tensor) -> list[Tensor]:
+        slope = torch.autograd.grad(values.square().sum(), outputs, create_graph=True)[0]
+        return [values.detach(), slope.detach(), *torch.autograd.grad(slope, outputs, direction)]
+
+    expected = known(nn.functional.cross_entropy(outputs, targets, reduction="none"))
+    for found, right in zip(known(cross_entropy(outputs, targets)), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-13, atol=1e-13 * float(right.abs().max()))
 
 
 def test_a_rank_makes_inputs_of_its_share_only(comm: MPI.Comm) -> None:

@@ -58,6 +58,8 @@ SERIAL = (
     "kernel_machines/test_kernel_losses.py",
     "solvers/test_kernel_exchange.py::test_sweeps_are_those_of_the_study_and_end_at_the_dense_solution",
     "data/test_data.py::test_damage_by_chance_is_noticed_or_is_one_of_numbers",
+    "data/test_data.py::test_digits_are_those_of_scikit_learn",
+    "problems/test_classification.py::test_cross_entropy_is_that_of_torch_and_has_its_derivatives",
 )
 
 # What holds a run against the same run on one rank, with nothing between them: on several ranks only.
@@ -100,6 +102,16 @@ BY_NAME = (
     "objectives/test_composed_solvers.py::test_local_curvature_may_be_that_of_some_of_the_samples",
     "problems/test_problems.py::test_users_problem_is_solved",
     *(f"solvers/test_trust_models.py::test_{name}" for name in ("hessian_products", "gauss_newton_products")),
+    # on ranks by the tests of their drivers, dense solutions too
+    *(f"solvers/test_kernel_{name}.py" for name in ("exchange", "factors", "fit", "loss_fit", "monitor")),
+    # restarts on ranks: test_classifying.py, test_ranks.py
+    *(
+        f"solvers/test_{name}.py::test_a_resumed_run_goes_on_to_the_last_bit"
+        for name in ("apts", "napts", "self_scaled", "spqn", "trust_region")
+    ),
+    "solvers/test_apts.py::test_the_loss_never_increases",
+    "solvers/test_frugal.py::test_restarts_are_exact",
+    "solvers/test_self_scaled.py::test_single_precision_gives_way",
     # what each rank does alone
     "losses/test_modules.py::test_derivatives_are_those_by_hand",
     "solvers/test_napts.py::test_the_coarse_problem",
@@ -111,10 +123,10 @@ BY_NAME = (
 # test_with_blocks_a_run_has_the_same_bits_on_any_number_of_ranks, test_a_run_file_goes_on_on_another_number_of_ranks),
 # and so what one rank computes is what is compared on one.
 ENDS = (
-    *(f"solvers/test_{name}.py::test_a_resumed_run_goes_on_to_the_last_bit"
-      for name in ("apts", "gauss_newton", "napts", "self_scaled", "spqn", "trust_region")),
+    *(f"solvers/test_gauss_newton.py::test_{name}"
+      for name in ("a_resumed_run_goes_on", "a_run_may_go_on_with_another", "without_blocks_a_run_is_the_same")),
     *(f"solvers/test_apts.py::test_{name}"
-      for name in ("the_promise_is_the_true_decrease", "the_loss_never_increases", "corrections_stay_in_the_trust")),
+      for name in ("the_promise_is_the_true_decrease", "corrections_stay_in_the_trust")),
     "solvers/test_gauss_newton.py::test_steps_are_those_of_dense_least_squares",
     *(f"solvers/test_spqn.py::test_{name}"
       for name in ("an_iteration_takes_the_documented", "exact_local_solves_make", "variants_decrease_the_loss",
@@ -134,6 +146,13 @@ ENDS = (
     "drivers/test_interruptions.py::test_a_run_goes_on_to_a_checkpoint_that_can_be_written",
     *("kernel_machines/", "solvers/test_deep_training.py", "objectives/test_deep.py"),  # whole: test_kernel_driver.py
     *(f"solvers/test_kernel_{name}.py" for name in ("exchange", "factors", "fit", "loss_fit", "monitor")),
+    # the same methods train other networks in test_levels.py, and other tiles
+    "drivers/test_pinn_levels.py::test_runs_go_on_to_the_last_bit_on_any_number_of_ranks",
+    "drivers/test_tiles_local.py::test_networks_are_the_same_on_any_number_of_ranks",
+    *(f"solvers/test_networks_as_subdomains.py::test_{name}"
+      for name in ("without_local_steps_and_with_one_subdomain", "the_coarse_phase_never_increases")),
+    "solvers/test_curvature_fraction.py",
+    "solvers/test_napts.py::test_without_window_and_coarse_directions_it_is_apts",
     # what is the same in test_ranks.py, and in test_bad_input.py
     "drivers/test_field_problems.py::test_a_slip_with_a_meaning_is_solved",
     "runs/test_restart_options.py::test_what_cannot_change_is_refused_before_any_change",

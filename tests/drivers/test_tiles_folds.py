@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from calling import call, refusal
 from mpi4py import MPI
+from one_rank import on_one_rank
 from tiled import coarse, options
 from tiled.folds import Folds
 from tiled.outputs import Outputs
@@ -45,8 +46,8 @@ def test_networks_of_folds_are_the_same_on_any_number_of_ranks_and_by_restarts(
 ) -> None:
     tiles, more, number, (iterations, *done) = BEFORE[before]
     words, folds = (*DIGITS, "-tiles", tiles, *more), (*FOLDS, number)
-    alone, together = shared_tmp / f"alone_{comm.rank}.h5", shared_tmp / "together.h5"
-    train(alone, MPI.COMM_SELF, 7, *words, *folds)
+    alone, together = shared_tmp / "alone.h5", shared_tmp / "together.h5"
+    on_one_rank(lambda one: train(alone, one, 7, *words, *folds))
     train(together, comm, iterations, *words, *done)
     train(together, comm, 7, *folds)
     assert_same(alone, together)

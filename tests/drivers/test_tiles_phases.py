@@ -72,10 +72,10 @@ def test_phases_in_one_go_one_by_one_and_elsewhere_are_the_same(kind: str, comm:
 def test_a_coarse_net_is_eliminated_on_any_number_of_ranks_and_through_a_restart(
     comm: MPI.Comm, shared_tmp: Path
 ) -> None:
-    first, alone, parts = (shared_tmp / f"{name}.h5" for name in ("first", f"alone_{comm.rank}", "parts"))
+    first, alone, parts = (shared_tmp / f"{name}.h5" for name in ("first", "alone", "parts"))
     run(first, comm, *LOCAL, *LATER)
     words = ("-phase", "coherent", "-start", first, "-coherent_coarse", "eliminated", "-coherent_coarse_iterations", 3)
-    run(alone, MPI.COMM_SELF, *LOCAL, *LATER, *words)
+    on_one_rank(lambda one: run(alone, one, *LOCAL, *LATER, *words))
     run(parts, comm, *LOCAL, *LATER, *words, "-coherent_max_it", 2)
     run(parts, comm, "-coherent_max_it", 6, where="-restart")
     assert_same(alone, parts)
@@ -135,8 +135,8 @@ def test_layers_that_a_users_network_holds_fixed(freeze: str, comm: MPI.Comm, sh
     comm.barrier()
     words = ("-tiles", 2, "-network", f"{shared_tmp}/user.py:net", "-samples", 60, "-max_it", 10, "-coarse_decay", 1e-3)
     more = ("-phase", "local,coarse,coherent", "-coherent_max_it", 3, "-freeze", freeze)
-    alone, together = shared_tmp / f"alone_{comm.rank}.h5", shared_tmp / "together.h5"
-    run(alone, MPI.COMM_SELF, *words, *more)
+    alone, together = shared_tmp / "alone.h5", shared_tmp / "together.h5"
+    on_one_rank(lambda one: run(alone, one, *words, *more))
     run(together, comm, *words, "-phase", "local,coarse")
     comm.barrier()
     run(together, comm, *more, "-trust", where="-restart")

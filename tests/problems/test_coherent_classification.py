@@ -7,6 +7,7 @@ import pytest
 import torch
 from coherent_cases import CASES, CLASSES, COUNT, coherent, images, in_tiles
 from mpi4py import MPI
+from one_rank import on_one_rank
 from torch import Tensor
 
 from ddml.errors import InputError
@@ -183,7 +184,7 @@ def test_a_trust_region_on_the_networks_has_the_same_bits_on_any_number_of_ranks
         return seen, theta, work
 
     seen, theta, work = run(comm)
-    alone = run(MPI.COMM_SELF)
+    alone = on_one_rank(run)
     assert seen == alone[0]
     assert torch.equal(theta, alone[1])
     assert work == pytest.approx(alone[2], rel=1e-12)

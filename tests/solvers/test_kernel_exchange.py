@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mpi4py import MPI
+from one_rank import on_one_rank
 from scipy import linalg
 
 from ddml.data.files import digits
@@ -84,9 +85,11 @@ def test_sweeps_are_those_of_the_study_and_end_at_the_dense_solution(
 @pytest.mark.parametrize("settings", [{}, {"omega": np.int64(2)}, {"omega": (0.0, 1.0, 5.0, 0.5)}, {"memory": 64000.0}])
 def test_runs_have_the_same_bits_on_any_ranks(comm: MPI.Comm, settings: dict[str, Any]) -> None:
     omega, memory = settings.get("omega", 0.0), settings.get("memory", 1e9)
-    together, alone = (
-        exchange_in_turn(made(on, rows=SOME, memory=memory), Y[SOME], omega, sweeps=30) for on in (comm, MPI.COMM_SELF)
-    )
+
+    def solved(on: MPI.Comm) -> Any:
+        return exchange_in_turn(made(on, rows=SOME, memory=memory), Y[SOME], omega, sweeps=30)
+
+    together, alone = solved(comm), on_one_rank(solved)
     assert together.coefficients.tobytes() == alone.coefficients.tobytes()
     assert together.residuals.tobytes() == alone.residuals.tobytes()
     assert together.disagreements.tobytes() == alone.disagreements.tobytes()

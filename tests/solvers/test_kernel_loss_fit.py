@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from mpi4py import MPI
+from one_rank import on_one_rank
 from scipy import linalg
 
 from ddml.data.files import digits
@@ -95,9 +96,10 @@ def exact(loss: str) -> tuple[np.ndarray, float]:
 def test_minimisers_are_those_of_a_dense_newton_method_with_the_same_bits_on_any_ranks(
     comm: MPI.Comm, loss: str, preconditioner: str
 ) -> None:
-    together, alone = (
-        fit_kernel_loss(made(on), Y[loss], loss, preconditioner, ksp_rtol=1e-12) for on in (comm, MPI.COMM_SELF)
-    )
+    def fitted(on: MPI.Comm) -> Any:
+        return fit_kernel_loss(made(on), Y[loss], loss, preconditioner, ksp_rtol=1e-12)
+
+    together, alone = fitted(comm), on_one_rank(fitted)
     alpha, value = exact(loss)
     assert together.converged
     assert together.gradient <= 1e-12
@@ -253,8 +255,11 @@ def test_a_run_goes_on_from_any_state_to_the_last_bit(comm: MPI.Comm, loss: str,
     assert len(states) == whole.steps
     assert [state.gradient for state in states[:-1]] == whole.gradients[1:-1].tolist()
     for number, state in list(enumerate(states, 1))[::2]:
-        on = MPI.COMM_SELF if number % 4 == 1 else comm
-        rest = fit_kernel_loss(made(on, dtype=dtype), Y[loss], loss, start=state, ksp_rtol=1e-11)
+
+        def rest_of(on: MPI.Comm, state: LossState = state) -> Any:
+            return fit_kernel_loss(made(on, dtype=dtype), Y[loss], loss, start=state, ksp_rtol=1e-11)
+
+        rest = on_one_rank(rest_of) if number % 4 == 1 else rest_of(comm)
         assert rest.coefficients.tobytes() == whole.coefficients.tobytes()
         assert rest.iterations.tolist() == whole.iterations[number:].tolist()
         assert rest.values[1:].tolist() == whole.values[number + 1 :].tolist()

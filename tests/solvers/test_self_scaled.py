@@ -214,13 +214,16 @@ def test_where_rounding_shows_the_factor_takes_over(
     assert (forms[3], forms[60]) == ("symmetric", "factored")
     assert whole.losses[-1] < 1e-6
     assert (np.diff(whole.losses) <= 0).all()
-    alone = train(loss, "ssbroyden", 90, comm=MPI.COMM_SELF, **settings)
-    assert alone.losses.tobytes() == whole.losses.tobytes()
+    if MPI.COMM_WORLD.size > 1:
+        alone = train(loss, "ssbroyden", 90, comm=MPI.COMM_SELF, **settings)
+        assert alone.losses.tobytes() == whole.losses.tobytes()
+        del kept[3]  # the whole run again, nearly: on one rank
     for iteration, state in kept.items():
         rest = train(loss, "ssbroyden", 90, start=whole.theta[iteration], state=copied(state), **settings)
         assert rest.losses.tobytes() == whole.losses[iteration + 1 :].tobytes()
-    factored = train(loss, "ssbroyden", 90, start=whole.theta[3], state=kept[3], matrix_form="factored", **settings)
-    assert factored.losses[-1] < 1e-6
+    if MPI.COMM_WORLD.size == 1:
+        factored = train(loss, "ssbroyden", 90, start=whole.theta[3], state=kept[3], matrix_form="factored", **settings)
+        assert factored.losses[-1] < 1e-6
 
 
 def test_states_from_before_there_was_a_factor_go_on(train: Train, copied: Callable[[Any], Any]) -> None:

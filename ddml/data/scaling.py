@@ -54,7 +54,8 @@ class Scaling:
         shift, scale = (torch.as_tensor(number).to(values).view(shape) for number in (self.shift, self.scale))
         each = max(_CACHED // max(values[:1].numel(), 1), 1) if values.device.type == "cpu" else max(len(values), 1)
         for piece, given in zip(values.split(each), stored.split(each), strict=True):
-            piece.copy_(given)
+            if values is not stored:
+                piece.copy_(given)
             if self.kind == "standard":
                 piece.sub_(shift)
             if self.kind != "none":

@@ -121,7 +121,7 @@ class Branch:
                 found = torch.autograd.grad([o for o, _ in pairs], leaves, [a for _, a in pairs], allow_unused=True)
                 for r, g in zip(ranges, found, strict=True):
                     if g is not None:
-                        gradient[r] += g.reshape(-1)
+                        gradient[r].add_(g.reshape(-1))
 
         return self._joined([o.detach() for o in outputs], theta), add
 

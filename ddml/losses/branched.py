@@ -206,7 +206,7 @@ class BranchedLoss(SampledLoss):
         by = [*moving.values(), *leaves]
         found = torch.autograd.grad(term, by, materialize_grads=True) if by else ()
         for r, g in zip(ranges, found[len(moving) :], strict=True):
-            gradient[r] += g.reshape(-1)
+            gradient[r].add_(g.reshape(-1))
         return as_number(term), dict(zip(moving, found, strict=False))
 
     def _term(self, outputs: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def a_limit_shorter_than_one_iteration(cluster: Cluster, folder: Path) -> None:
         if number == 1:
             job.wait_until_requeued()
             assert job.file.with_suffix(".h5.tries").exists()
-    assert job.wait_for_end() == ("FAILED", "76:0")
+    assert job.wait_for_end() == ("FAILED", "76:0"), job.log
     assert "no iteration was gained twice in a row" in job.log
     assert job["Restarts"] == "1"
     assert not job.file.with_suffix(".h5.tries").exists()
@@ -184,7 +184,7 @@ def two_jobs_on_one_file(cluster: Cluster, folder: Path) -> None:
     job = Job.submit(cluster, folder, ("--ntasks=1", *FIRST), PACED)
     job.wait_until_going()
     other = Job.submit(cluster, folder, ("--ntasks=1", "--output=other.log", *FIRST), PACED)
-    assert other.wait_for_end() == ("FAILED", "1:0")
+    assert other.wait_for_end() == ("FAILED", "1:0"), other.log
     assert f"{job.name}.h5 is in use by process" in (folder / "other.log").read_text()
     assert other["Restarts"] == "0"
     job.finish()
@@ -195,12 +195,12 @@ def two_jobs_on_one_file(cluster: Cluster, folder: Path) -> None:
 def what_ends_for_good(cluster: Cluster, folder: Path) -> None:
     """A broken run, and one that is cancelled."""
     broken = Job.submit(cluster, folder, ("--ntasks=1", *FIRST), (*PACED, "-widht", 9))
-    assert broken.wait_for_end() == ("FAILED", "1:0")
+    assert broken.wait_for_end() == ("FAILED", "1:0"), broken.log
     assert "unknown option -widht" in broken.log
     job = Job.submit(cluster, folder, ("--ntasks=1", *FIRST), PACED)
     job.wait_until_going()
     cluster.call("scancel", job.number)
-    assert job.wait_for_end()[0] == "CANCELLED"
+    assert job.wait_for_end()[0] == "CANCELLED", job.log
     wait_for("the end of the script", lambda: "Exited with exit code 75" in job.log and not _ending(cluster, job))
     assert (broken["Restarts"], job["Restarts"], job["JobState"]) == ("0", "0", "CANCELLED")
     assert job.file.exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .work import FRESH, Besides, Passes, passes, prefix
+from .work import STORED, Besides, Passes, passes, prefix
 
 
 class Charges:
@@ -89,7 +89,7 @@ class ResidualCharges(Charges):
 
     def stored(self, count: int) -> float:
         """Of writing a Jacobian with that many rows."""
-        return FRESH * count * self.size / (self.count * self.operations)
+        return STORED * count * self.size / (self.count * self.operations)
 
     def gauss_newton(self, first: int = 0, active: frozenset[int] | None = None) -> float:
         """See :meth:`Charges.gauss_newton`: 2 J^T J, of the whole network."""

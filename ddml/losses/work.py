@@ -42,8 +42,8 @@ from typing import NamedTuple
 # torch's cross entropy; of what enters a kept layer
 ACTIVATION, TANH, CRITERION, KEPT = 70.0, 25.0, 800.0, 100.0
 # and in dense linear algebra in double precision: a multiply-add; a number of a matrix that passes by in a product with
-# a vector; a number of an array that is made anew
-DOUBLE, PASSED, FRESH = 2.0, 25.0, 350.0
+# a vector; a number of an array that is made anew, or of a Jacobian that is stored
+DOUBLE, PASSED, FRESH, STORED = 2.0, 24.0, 350.0, 220.0
 
 
 @dataclass(frozen=True)

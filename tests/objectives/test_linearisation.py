@@ -12,7 +12,7 @@ from ddml.decomposition.decomposition import Decomposition
 from ddml.decomposition.subdomains import Subdomains
 from ddml.errors import InputError
 from ddml.layout import ParameterLayout
-from ddml.losses.work import DOUBLE, FRESH, PASSED
+from ddml.losses.work import DOUBLE, PASSED, STORED
 from ddml.networks.tanh import TanhNetwork
 from ddml.objectives.linearisation import Linearisation
 from ddml.objectives.residual import ResidualObjective
@@ -136,7 +136,7 @@ def test_work_is_charged(comm: MPI.Comm) -> None:
     loss, total, m = case.loss, lambda: case.objective.work.total, 61
     forward, adjoint, *_ = loss.charges.passes()
     unit = 61 * loss.charges.operations
-    residual, rows = 61 * 4 * forward, 61 * (4 * (2 * forward + adjoint) + AUTOGRAD) + FRESH * m * loss.size
+    residual, rows = 61 * 4 * forward, 61 * (4 * (2 * forward + adjoint) + AUTOGRAD) + STORED * m * loss.size
     assert len(loss.indices) == 4
     assert total() == pytest.approx((residual + rows) / unit, rel=1e-13)
 

@@ -39,7 +39,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 # multiply-adds that a number takes: of an activation in torch and in the compiled kernels; of a network's outputs in
-# torch's cross entropy; of what enters a kept layer
+# cross entropy, with what torch takes to begin an evaluation, which is most of it; of what enters a kept layer
 ACTIVATION, TANH, CRITERION, KEPT = 70.0, 25.0, 800.0, 100.0
 # and in dense linear algebra in double precision: a multiply-add; a number of a matrix that passes by in a product with
 # a vector; a number of an array that is made anew, or of a Jacobian that is stored

@@ -1,6 +1,6 @@
 """What runs in which suite, on how many ranks; conftest.py asks."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,8 @@ HERE = Path(__file__).parent
 #
 #                 one rank              two ranks           three ranks
 # make check      ends of make test's   -                   SAMPLE
-# make test       no long, no SEVERAL   ranks, their ends   no long, no SERIAL, nor what BY_NAME and ENDS leave out
+# make test       no long, no SEVERAL,  ranks, their ends   no long, no SERIAL, nor what BY_NAME and ENDS leave out,
+#                 TURNS                                     TURNS, TURNS_ON_RANKS
 # make test-long  all                   all but SERIAL      all but SERIAL
 #
 # --suite chooses the row (long where DDML_LONG is set), mpiexec the column. Tests marked long are skipped elsewhere.
@@ -74,6 +75,8 @@ SEVERAL = (
       for name in ("gauss_newton", "self_scaled", "spqn")),
     *(f"solvers/test_{name}.py::test_without_blocks_a_run_is_the_same_to_rounding"
       for name in ("gauss_newton", "self_scaled", "spqn")),
+    *(f"solvers/test_{name}.py::test_runs_are_the_same_on_any_number_of_ranks"
+      for name in ("classifying", "coherent_runs")),
     "solvers/test_curvature_fraction.py",
     "solvers/test_deep_training.py::test_runs_have_the_same_bits_on_any_number_of_ranks",
     "solvers/test_kernel_exchange.py::test_runs_have_the_same_bits_on_any_ranks",
@@ -158,6 +161,66 @@ ENDS = (
     "runs/test_restart_options.py::test_what_cannot_change_is_refused_before_any_change",
 )  # fmt: skip
 
+# Of the cases of these tests every second one, or third: the places of a case's values in their lists have a sum that
+# the number divides. So each value of a parameter has its turns, and of three parameters and more each pair of values.
+TURNS = {
+    **dict.fromkeys(
+        (
+            "data/test_sources.py::test_a_tile_costs_its_share", "data/test_sources.py::test_what_is_outside_of_a_tile",
+            "test_blocks.py::test_parts_are_slices",
+            "test_prepare.py::test_idx_files", "test_prepare_volumes.py::test_arrays_of_volumes",
+            *(f"hierarchy/test_depth.py::test_{name}" for name in ("all_has_the_same_bits", "transfers_are_dense")),
+            *(f"jets/test_jets.py::test_{name}"
+              for name in ("jacobians_in_rows", "jets_and_gradients", "going_on_from")),
+            "jets/test_passes.py::test_a_forward_pass_serves",
+            "kernel_machines/test_arrivals.py::test_sets_have_the_nearest",
+            *(f"kernel_machines/test_{name}" for name in (
+                "balance.py::test_boxes_of_public_sets", "halves.py::test_any_number",
+                "kernel_operator.py::test_products_are_those", "pivots.py::test_factors",
+            )),
+            "losses/test_branched.py::test_behind_kept_outputs",
+            *(f"losses/test_loss.py::test_{name}" for name in ("a_restricted_loss_is", "parts_sum")),
+            "losses/test_restrictions.py::test_a_restriction_of_a_restriction",
+            "networks/test_classifiers.py::test_outputs_and_seeds",
+            "objectives/test_branched_objective.py::test_on_any_number_of_ranks_it_is",
+            "objectives/test_deep.py::test_the_gradient_is_that_through",
+            *(f"objectives/test_{name}" for name in (
+                "objective.py::test_values_and_derivatives", "objective.py::test_a_sampled_objective",
+                "waiting.py::test_an_evaluation_waits", "waiting.py::test_products_with_a_jacobian",
+            )),
+            "problems/test_calling.py::test_functions_give_tensors",
+            "solvers/test_apts.py::test_a_resumed_run", "solvers/test_frugal.py::test_runs_are_those",
+            *(f"solvers/test_gauss_newton.py::test_{name}" for name in ("steps_are_those", "schwarz_is_its_dense")),
+            *(f"solvers/test_kernel_{name}" for name in (
+                "factors.py::test_factors_in_float32", "fit.py::test_the_preconditioner_is",
+                "loss_fit.py::test_a_run_goes_on", "loss_fit.py::test_separable_classes",
+            )),
+            "solvers/test_levels.py::test_two_grids", "solvers/test_line_search.py::test_accepted_steps",
+            "solvers/test_quasi_newton.py::test_iterates_are_those", "solvers/test_secant.py::test_product_is_that",
+            *(f"solvers/test_spqn.py::test_{name}" for name in ("a_subdomain_whose_gradient", "exact_local_solves")),
+            "solvers/test_subproblem.py::test_the_hard_case", "solvers/test_torch_optimizer.py::test_steps_and_states",
+            "solvers/test_torch_refusals.py::test_what_goes_wrong_in_one_closure",
+            *(f"solvers/test_trust_region.py::test_{name}" for name in ("a_resumed_run", "monotone_methods")),
+            "drivers/test_volumes.py::test_runs_have_the_same_bits",
+        ),
+        2,
+    ),
+    "solvers/test_agreement.py::test_errors_of_one_group": 3,
+}  # fmt: skip
+
+# Likewise on three ranks, of solvers with many settings, and on one rank the other cases. Whole runs of all solvers on
+# three ranks: test_classifying.py.
+TURNS_ON_RANKS = {
+    "drivers/test_coarse.py::test_parameters_have_the_same_bits": 2,
+    "drivers/test_kernel_driver.py::test_the_machine_is_that": 2,
+    "drivers/test_kernel_loss_driver.py::test_the_gradient": 2,
+    "losses/test_work.py::test_the_work_of_a_solver": 3,
+    "solvers/test_apts.py::test_the_trajectory": 2,
+    "solvers/test_levels.py::test_runs_are_the_same": 2,
+    "solvers/test_spqn.py::test_with_blocks": 2,
+    "solvers/test_trust_region.py::test_a_run_file_goes_on": 2,
+}
+
 # make check: a solver of each family on three ranks, and through a restart
 _RUNS = "solvers/test_classifying.py::test_runs_are_the_same_on_any_number_of_ranks_and_restart_exactly"
 SAMPLE = (
@@ -197,15 +260,41 @@ LENGTHY = (
 def chosen(items: Iterable[pytest.Item], suite: str, size: int) -> list[pytest.Item]:
     """Those tests that a suite runs on so many ranks."""
     found = [item for item in items if _runs(item, suite, size)]
-    if suite == "long" or (size == 1) == (suite == "test"):
+    if suite == "long":
         return found
     tests: dict[str, list[pytest.Item]] = {}
     for item in found:
         if not item.get_closest_marker("long"):
             tests.setdefault(_name(item).partition("[")[0], []).append(item)
-    ends = ENDS if size > 2 else ""  # of all
-    inner = {item for name, cases in tests.items() if name.startswith(ends) for item in cases[1:-1]}
-    return [item for item in found if item not in inner]
+    ends = () if (size == 1) == (suite == "test") else ENDS if size > 2 else ""  # "" of all
+    left_out = set()
+    for name, cases in tests.items():
+        for number, divided in _turns(name, suite, size):
+            places = zip(cases, _places(cases), strict=True)
+            left_out.update(case for case, place in places if (place % number == 0) != divided)
+        if name.startswith(ends):
+            left_out.update([case for case in cases if case not in left_out][1:-1])
+    return [item for item in found if item not in left_out]
+
+
+def _turns(name: str, suite: str, size: int) -> Iterator[tuple[int, bool]]:
+    """The numbers that divide the places of a test's cases, or do not."""
+    if suite == "test":
+        yield from ((number, True) for start, number in TURNS.items() if name.startswith(start))
+        yield from ((number, size > 1) for start, number in TURNS_ON_RANKS.items() if name.startswith(start))
+
+
+def _places(cases: Iterable[pytest.Item]) -> Iterator[int]:
+    """The sum of the places that the values of a case have in their lists."""
+    lists: dict[object, dict[object, int]] = {}
+    for case in cases:
+        place = 0
+        for mark in case.iter_markers("parametrize"):
+            names = mark.args[0].replace(" ", "").split(",") if isinstance(mark.args[0], str) else mark.args[0]
+            values = tuple(id(case.callspec.params[name]) for name in names)  # type: ignore[attr-defined]
+            known = lists.setdefault(tuple(names), {})
+            place += known.setdefault(values, len(known))
+        yield place
 
 
 def _name(item: pytest.Item) -> str:

@@ -98,7 +98,8 @@ class Source:
         package = self.name.split(".") if self.path.name == "__init__.py" else self.name.split(".")[:-1]
         return ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])])
 
-    def imports(self) -> Iterator[Import]:
+    @cached_property
+    def imports(self) -> list[Import]:
         """All of them, those that only types need and those in functions too."""
 
         def walk(node: ast.AST, in_function: bool) -> Iterator[Import]:
@@ -113,7 +114,7 @@ class Source:
                 yield from (Import(target, child.lineno, in_function) for target in sorted({*map(ours, targets)}))
                 yield from walk(child, in_function or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
 
-        return walk(self.tree, False)
+        return list(walk(self.tree, False))
 
     @cached_property
     def names(self) -> dict[str, str]:
@@ -176,7 +177,7 @@ def test_rooms_import_lower_levels_only() -> None:
     wrong = []
     for source in SOURCES.values():
         here = room_of(source.name)
-        for found in source.imports():
+        for found in source.imports:
             if found.target.partition(".")[0] not in ("ddml", "solvers", "drivers"):
                 continue
             there = room_of(found.target)
@@ -191,14 +192,14 @@ def test_nobody_imports_what_it_must_not_know() -> None:
         for source in SOURCES.values()
         for room, forbidden in FORBIDDEN.items()
         if begins(source.name, room)
-        for found in source.imports()
+        for found in source.imports
         if any(begins(found.target, name) for name in forbidden)
     ]
     assert not wrong, "\n".join(wrong)
 
 
 def test_there_is_no_circle() -> None:
-    edges = {name: {i.target for i in source.imports()} & SOURCES.keys() for name, source in SOURCES.items()}
+    edges = {name: {i.target for i in source.imports} & SOURCES.keys() for name, source in SOURCES.items()}
     done: set[str] = set()
 
     def visit(name: str, way: list[str]) -> None:
@@ -216,7 +217,7 @@ def test_imports_inside_functions_are_of_optional_packages() -> None:
     wrong = [
         f"{source.at(found.line)}: {found.target}"
         for source in SOURCES.values()
-        for found in source.imports()
+        for found in source.imports
         if found.in_function and found.target.partition(".")[0] not in OPTIONAL
     ]
     assert not wrong, "\n".join(wrong)
@@ -335,7 +336,7 @@ def test_references_in_docstrings_lead_somewhere(importable: None) -> None:
 
 
 def test_the_lists_of_what_runs_where_name_what_there_is() -> None:
-    names = ("SERIAL", "SEVERAL", "BY_NAME", "ENDS", "SAMPLE", "STARTS", "LENGTHY")
+    names = ("SERIAL", "SEVERAL", "BY_NAME", "ENDS", "TURNS", "TURNS_ON_RANKS", "SAMPLE", "STARTS", "LENGTHY")
     for entry in (entry for name in names for entry in getattr(suites, name)):
         path, _, test = entry.partition("::")
         assert (ROOT / "tests" / path).exists(), entry

@@ -20,7 +20,7 @@ class Hindering(PDE):
 
     domain = {"x": (0.0, 1.0)}
     compiled = False
-    calls, first, last = 0, 60, 200
+    calls, first, last = 0, 60, 110
 
     def factor(self, x):
         return x * (1 - x)

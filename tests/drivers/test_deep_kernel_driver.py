@@ -33,8 +33,8 @@ def test_deep_kernels_go_on_to_the_last_bit_on_other_numbers_of_ranks(
     options: tuple[object, ...], comm: MPI.Comm, shared_tmp: Path
 ) -> None:
     whole, parts = shared_tmp / "whole.h5", shared_tmp / "parts.h5"
-    train("kernel", whole, 1, 6, *DEEP, *options)
-    for ranks, iterations in ((1, 2), (3, 6)):
+    train("kernel", whole, 1, 4, *DEEP, *options)
+    for ranks, iterations in ((1, 2), (3, 4)):
         train("kernel", parts, ranks, iterations, *DEEP, *options)
     assert_same(whole, parts)
     losses = content(whole).history["loss"]

@@ -53,11 +53,11 @@ needs_three = pytest.mark.skipif(MPI.COMM_WORLD.size < 3, reason="needs three ra
 def test_other_numbers_of_ranks_go_on_to_the_last_bit(solver: str, comm: MPI.Comm, shared_tmp: Path) -> None:
     whole, parts = shared_tmp / "whole.h5", shared_tmp / "parts.h5"
     options = (*SMALL, "-solver", solver.split()[0], *OWN[solver])
-    train("pinn", whole, 1, 10, *options)
-    for ranks, iterations in ((1, 4), (2, 7), (3, 10)):
+    train("pinn", whole, 1, 7, *options)
+    for ranks, iterations in ((1, 3), (2, 5), (3, 7)):
         train("pinn", parts, ranks, iterations, *options)
     assert_same(whole, parts, errors=1e-13)  # which are summed by ranks
-    assert list(content(whole).history["iteration"]) == list(range(11))
+    assert list(content(whole).history["iteration"]) == list(range(8))
     assert np.all(np.diff(content(parts).history["time"]) > 0)
     comm.barrier()
 
@@ -108,8 +108,8 @@ def test_limits_stop_with_their_reason(
 def test_same_ranks_go_on_to_the_last_bit(options: tuple[str, ...], comm: MPI.Comm, shared_tmp: Path) -> None:
     whole, parts = shared_tmp / "whole.h5", shared_tmp / "parts.h5"
     options = (*SMALL, "-solver", "aspqn", "-local_steps", "5", *options)
-    train("pinn", whole, comm.size, 10, *options)
-    for iterations in (5, 10):
+    train("pinn", whole, comm.size, 6, *options)
+    for iterations in (3, 6):
         train("pinn", parts, comm.size, iterations, *options)
     assert_same(whole, parts)
     comm.barrier()

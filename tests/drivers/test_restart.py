@@ -7,28 +7,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launch import LONG, SMALL, assert_same, content, finish, launch, processes, start
+from launch import SMALL, assert_same, content, finish, launch, processes, start
 
 SCHWARZ = ("-solver", "aspqn", "-local_steps", "5")
 ENDLESS = ("-max_it", 10**6, "-max_time", 100)  # a run that only a signal ends, however busy the machine
-FURTHER = 10  # iterations after a run that a signal stopped
+FURTHER = 5  # iterations after a run that a signal stopped
 
 
-def train(path: Path, ranks: int, iterations: int, *options: object, fresh: bool = LONG) -> str:
+def train(path: Path, ranks: int, iterations: int, *options: object) -> str:
     """Run to so many iterations, from the run file and with its options if it is there; what was printed."""
     where = ("-restart", path) if path.exists() else ("-output", path, *SMALL)
-    result = launch(ranks, *where, *options, "-max_it", iterations, fresh=fresh)
+    result = launch(ranks, *where, *options, "-max_it", iterations)
     assert result.rc == 0, result.out + result.err
     return result.out
 
 
 def test_other_numbers_of_ranks_go_on_to_the_last_bit(tmp_path: Path) -> None:
-    """Every number of ranks in processes of its own; see test_ranks.py for the other solvers."""
+    """In processes of their own; see test_ranks.py for the other solvers."""
     whole, parts = tmp_path / "whole.h5", tmp_path / "parts.h5"
     train(whole, 2, 10, *SCHWARZ)
     train(parts, 1, 4, *SCHWARZ)
     train(parts, 2, 7)
-    train(parts, 3, 10, fresh=True)
+    train(parts, 3, 10)
     assert_same(whole, parts, errors=1e-13)  # which are summed by ranks
     assert list(content(whole).history["iteration"]) == list(range(11))
     assert np.all(np.diff(content(parts).history["time"]) > 0)

@@ -159,9 +159,20 @@ def shared(comm: MPI.Comm) -> dict[str, list[float]]:
     }
 
 
+@pytest.fixture(scope="module")
+def alone() -> dict[float, Any]:
+    """What one rank finds, by memory."""
+    return {
+        memory: on_one_rank(lambda one, memory=memory: fitted(one, CUTS["tree"](X), memory=memory))
+        for memory in (1e9, 1e5)
+    }
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", ["growing", "all on the last", "nearly all on the first", "by a speed"])
-def test_ranks_have_their_shares_and_everything_has_the_same_bits(comm: MPI.Comm, name: str) -> None:
+def test_ranks_have_their_shares_and_everything_has_the_same_bits(
+    comm: MPI.Comm, alone: dict[float, Any], name: str
+) -> None:
     shares = np.array(shared(comm)[name])
     domain = CUTS["tree"](X)
     layout = SampleLayout(domain, comm, shares)
@@ -172,11 +183,10 @@ def test_ranks_have_their_shares_and_everything_has_the_same_bits(comm: MPI.Comm
     assert (np.concatenate(comm.allgather(layout.rows)) == domain.order).all()
     assert sorted(i for here in comm.allgather(layout.mine) for i in here) == list(range(4))
     assert all(layout.ranges[owner] < layout.ranges[owner + 1] for owner in layout.owners)
-    for memory in (1e9, 1e5):
+    for memory, expected in alone.items():
         found = fitted(comm, domain, shares, memory=memory)
-        alone = on_one_rank(lambda one, memory=memory: fitted(one, domain, memory=memory))
-        assert found.coefficients.tobytes() == alone.coefficients.tobytes()
-        assert found.history.tobytes() == alone.history.tobytes()
+        assert found.coefficients.tobytes() == expected.coefficients.tobytes()
+        assert found.history.tobytes() == expected.history.tobytes()
 
 
 @pytest.mark.ranks

@@ -100,7 +100,7 @@ def test_training_moves_what_is_trained_only(
     module = seeded(MODULES[name])
     before = copy.deepcopy(module)
     loss = classifier(module)
-    run = train(loss, solver, 4, blocks=4, **settings)
+    run = train(loss, solver, 2, blocks=4, **settings)
     assert run.losses[-1] < run.losses[0] - 1e-3
     assert all(torch.equal(p, q) for p, q in zip(module.parameters(), before.parameters(), strict=True))
     theta = torch.as_tensor(run.theta[-1])

@@ -76,7 +76,7 @@ def test_local_curvature_may_be_that_of_some_of_the_samples(
     """Halving the samples changes the local models a little; with all of them it is the method without the option."""
     loss, settings = classifier()[0], {"window": 1} if solver == "apts_weights" else {"subdomains": 2}
     runs = [
-        train(loss, solver, 8, blocks=6, model=model, norm="2", **settings, **fraction)
+        train(loss, solver, 4, blocks=6, model=model, norm="2", **settings, **fraction)
         for fraction in ({"curvature_fraction": 0.5}, {"curvature_fraction": 1.0}, {})
     ]
     some, every, default = (run.losses for run in runs)
@@ -98,5 +98,5 @@ def test_gauss_newton_solves_in_subdomains(comm: MPI.Comm, prefix: str) -> None:
     loss = burgers()[0]
     layout = ParameterLayout(loss.parameters, comm)
     settings = {"local_solver": "gauss_newton", "decomposition": "layers", "subdomains": 2}
-    losses = minimise(ResidualObjective(loss, layout, blocks=6), "aspqn", loss.initial(), settings, prefix, 4).losses
+    losses = minimise(ResidualObjective(loss, layout, blocks=6), "aspqn", loss.initial(), settings, prefix, 2).losses
     assert losses[-1] < 0.5 * losses[0]

@@ -243,8 +243,8 @@ def test_the_loss_never_increases(train: Train, solver: str, settings: dict[str,
 @all_of_them
 def test_the_trajectory_is_that_on_one_rank(train: Train, solver: str, settings: dict[str, Any]) -> None:
     parts = batches(classifier(), 40, 4)
-    together = train(parts[0], solver, 15, watch=Batches(parts, 5), **settings)
-    alone = train(parts[0], solver, 15, comm=MPI.COMM_SELF, watch=Batches(parts, 5), **settings)
+    together = train(parts[0], solver, 8, watch=Batches(parts, 5), **settings)
+    alone = train(parts[0], solver, 8, comm=MPI.COMM_SELF, watch=Batches(parts, 5), **settings)
     assert np.abs(together.theta - alone.theta).max() <= 1e-8
     assert together.losses == pytest.approx(alone.losses, rel=1e-8)
     assert together.total == pytest.approx(alone.total, rel=1e-12)

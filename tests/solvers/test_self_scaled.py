@@ -102,11 +102,11 @@ def test_with_blocks_a_run_has_the_same_bits_on_any_number_of_ranks(
     train: Train, solver: str, dtype: str, form: str
 ) -> None:
     settings = {"blocks": 12, "matrix_dtype": dtype, "matrix_form": form}
-    together = train(burgers(), solver, 30, **settings)
-    alone = train(burgers(), solver, 30, comm=MPI.COMM_SELF, **settings)
+    together = train(burgers(), solver, 20, **settings)
+    alone = train(burgers(), solver, 20, comm=MPI.COMM_SELF, **settings)
     assert together.theta.tobytes() == alone.theta.tobytes()
     assert together.losses.tobytes() == alone.losses.tobytes()
-    assert together.losses[-1] < 0.3 * together.losses[0]
+    assert together.losses[-1] < 0.6 * together.losses[0]
 
 
 @pytest.mark.ranks

@@ -117,15 +117,15 @@ def test_near_directions_of_large_matrices(train: Train, copied: Any, momentum: 
     assert predicted == pytest.approx(true, rel=1e-12)
     assert length == delta
     assert 0.99 * delta <= largest <= delta * (1 + 1e-12)
-    exact = train(loss, "tr", 60, **{**given, "polar_exact": 256})
-    seen = Batches([], 1000, at=20, copied=copied)
-    near = train(loss, "tr", 60, blocks=12, gathered=True, watch=seen, **given)
+    exact = train(loss, "tr", 30, **{**given, "polar_exact": 256})
+    seen = Batches([], 1000, at=10, copied=copied)
+    near = train(loss, "tr", 30, blocks=12, gathered=True, watch=seen, **given)
     assert np.abs(near.theta[1] - exact.theta[1]).max() > 1e-6
     assert near.losses[-1] < max(2 * exact.losses[-1], 0.01 * exact.losses[0])
-    alone = train(loss, "tr", 60, comm=MPI.COMM_SELF, blocks=12, gathered=True, **given)
+    alone = train(loss, "tr", 30, comm=MPI.COMM_SELF, blocks=12, gathered=True, **given)
     assert alone.theta.tobytes() == near.theta.tobytes()
-    rest = train(loss, "tr", 60, blocks=12, gathered=True, start=near.theta[20], state=seen.state, **given)
-    assert rest.theta.tobytes() == near.theta[21:].tobytes()
+    rest = train(loss, "tr", 30, blocks=12, gathered=True, start=near.theta[10], state=seen.state, **given)
+    assert rest.theta.tobytes() == near.theta[11:].tobytes()
 
 
 def test_a_first_order_method_keeps_seven_vectors(train: Train) -> None:
@@ -147,7 +147,7 @@ def test_a_run_file_goes_on_on_another_number_of_ranks(
     if model == "gauss_newton":  # long steps of conjugate gradients that end early make the most of rounding errors
         settings |= {"delta0": 0.1, "delta_max": 0.1}
     watch = Batches([], 1000, at=7, copied=copied)
-    whole = train(loss, "tr", 15, watch=watch, **settings)
+    whole = train(loss, "tr", 11, watch=watch, **settings)
     layout, alone = ParameterLayout(loss.parameters, comm), ParameterLayout(loss.parameters, MPI.COMM_SELF)
     x, y = layout.vector(), alone.vector()
     begin, end = x.getOwnershipRange()
@@ -155,7 +155,7 @@ def test_a_run_file_goes_on_on_another_number_of_ranks(
     path = str(shared_tmp / "run.h5")
     run_file.write(path, x, parameters=loss.parameters, state={"solver": watch.state}, history=History(), attributes={})
     state, _ = run_file.read(path, y)
-    rest = train(loss, "tr", 15, comm=MPI.COMM_SELF, start=y.array_r.copy(), state=state["solver"], **settings)
+    rest = train(loss, "tr", 11, comm=MPI.COMM_SELF, start=y.array_r.copy(), state=state["solver"], **settings)
     assert np.abs(rest.theta - whole.theta[8:]).max() <= 1e-10
     x.destroy()
     y.destroy()

@@ -2,7 +2,7 @@
 
 What a test or mpiexec starts (:func:`ask`) imports next to nothing: it hands its environment, folder, arguments and
 some of its open files to the interpreter (:func:`serve`), whose child does the work, and waits for the exit code. A
-child whose client is killed is killed at once; other signals do not reach it.
+child whose client is killed is killed at once; it gets the client's other signals.
 """
 
 import array
@@ -49,14 +49,16 @@ def started(*command: str) -> str:
     return address
 
 
-def _receive(connection: socket.socket) -> tuple[dict[str, object], list[int]]:
+def _receive(connection: socket.socket) -> tuple[dict[str, object], list[int], bytes]:
+    """What a client asks for, its open files, and the signals that it has had already."""
     fds = array.array("i")
     data, ancillary, _, _ = connection.recvmsg(1 << 20, socket.CMSG_LEN(3 * fds.itemsize))
     for _, _, content in ancillary:
         fds.frombytes(content)
-    while not data.endswith(b"\n"):
+    while b"\n" not in data:
         data += connection.recv(1 << 20)
-    return json.loads(data), list(fds)
+    request, _, signals = data.partition(b"\n")
+    return json.loads(request), list(fds), signals
 
 
 def serve(address: str, become: Callable[[dict[str, object]], None]) -> None:
@@ -77,7 +79,7 @@ def serve(address: str, become: Callable[[dict[str, object]], None]) -> None:
                 return
             if key.fileobj is listener:
                 connection, _ = listener.accept()
-                request, fds = _receive(connection)
+                request, fds, signals = _receive(connection)
                 pid = os.fork()
                 if pid == 0:
                     code = 1
@@ -91,6 +93,8 @@ def serve(address: str, become: Callable[[dict[str, object]], None]) -> None:
                     os._exit(code)
                 for fd in fds:
                     os.close(fd)
+                for number in signals:
+                    os.kill(pid, number)
                 clients[pid] = connection
                 waiting.register(connection, selectors.EVENT_READ, pid)
                 waiting.register(os.pidfd_open(pid), selectors.EVENT_READ, pid)
@@ -103,6 +107,9 @@ def serve(address: str, become: Callable[[dict[str, object]], None]) -> None:
                 with suppress(OSError):
                     clients[key.data].sendall(bytes([code & 255]))
                 clients.pop(key.data).close()
+            elif signals := key.fileobj.recv(64):  # type: ignore[union-attr]
+                for number in signals:
+                    os.kill(key.data, number)
             else:  # the client was killed
                 waiting.unregister(key.fileobj)
                 os.kill(key.data, signal.SIGKILL)
@@ -119,6 +126,9 @@ def ask(address: str, arguments: list[str], *more: int) -> int:
     request = {"environment": dict(os.environ), "folder": os.getcwd(), "arguments": arguments, "fds": fds}
     socket.send_fds(connection, [b" "], fds)
     connection.sendall(json.dumps(request).encode() + b"\n")
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, _: connection.sendall(bytes([number])))
     said = connection.recv(1)
     code = said[0] if said else 1
     if code > 256 - signal.NSIG:

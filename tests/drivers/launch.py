@@ -44,9 +44,9 @@ def start(
     """A driver in a session of its own.
 
     ``ranks`` 0 is one rank without mpiexec, ``fresh`` an interpreter of its own for each rank, as users have them,
-    instead of the one of :func:`warm`; where signals reach a rank, or the start is what is tested, it must be. What is
-    done is the same: ``make test-long`` starts all afresh. ``folder`` is where it runs; ``variables`` come on top of
-    those of the environment.
+    instead of the one of :func:`warm`; where the start is what is tested, it must be. What is done is the same:
+    ``make test-long`` starts all afresh. ``folder`` is where it runs; ``variables`` come on top of those of the
+    environment.
     """
     command = ["mpiexec", "--oversubscribe", "-n", str(ranks)] if ranks else []
     command += ["--allow-run-as-root"] if ranks and os.getuid() == 0 else []
@@ -75,7 +75,7 @@ def launch(ranks: int, *options: object, timeout: float = 200.0, **settings: Any
 
 
 def processes(session: int) -> dict[int, int]:
-    """Rank by process id of everything that runs in a session, -1 for what is no rank of a driver (a fresh one)."""
+    """Rank by process id of everything that runs in a session, -1 for what is no rank of a driver."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):

@@ -182,7 +182,7 @@ def test_ctrl_c_before_the_first_checkpoint(tmp_path: Path) -> None:
 def test_a_reader_who_leaves_ends_no_run(tmp_path: Path) -> None:
     path = tmp_path / "run.h5"
     words = ("-solver", "lbfgs", *SMALL, "-max_it", 30, "-progress", "lines", "-output", path)
-    process = start(0, *words, fresh=True)
+    process = start(0, *words)
     assert process.stdout and process.stdout.readline()
     process.stdout.close()
     assert process.wait(60) == 0
@@ -194,7 +194,7 @@ def test_a_reader_who_leaves_ends_no_run(tmp_path: Path) -> None:
 @started
 def test_a_second_one_ends_at_once(tmp_path: Path) -> None:
     words = ("-problem", f"{PROBLEMS}:SleepsInItsConstructor", *RUN, "-output", tmp_path / "run.h5")
-    process = start(0, *words, fresh=True)
+    process = start(0, *words)
     assert process.stdout and process.stdout.readline() == "asleep\n"
     before = time.monotonic()
     for _ in range(2):

@@ -319,7 +319,7 @@ def test_a_run_is_stopped_by_a_signal_or_killed_and_goes_on(tmp_path: Path) -> N
     assert launch(2, *slow, "-output", whole, driver="kernel.py").rc == 0
     for restart in ("-output", "-restart"):
         process = start(2, *(slow if restart == "-output" else ()), restart, parts, "-checkpoint_interval", 1,
-                        "-progress", "lines", driver="kernel.py", fresh=True)  # fmt: skip
+                        "-progress", "lines", driver="kernel.py")  # fmt: skip
         assert process.stdout
         assert any(re.match(r" +\d+ ", line) for line in process.stdout)
         if restart == "-output":

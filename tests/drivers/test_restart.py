@@ -56,7 +56,7 @@ def test_signal_stops_a_run_that_can_go_on(
     tmp_path: Path,
 ) -> None:
     whole, path = tmp_path / "whole.h5", tmp_path / "run.h5"
-    process = start(2, *SMALL, *SCHWARZ, *ENDLESS, "-output", path, "-checkpoint_interval", 0, fresh=True)
+    process = start(2, *SMALL, *SCHWARZ, *ENDLESS, "-output", path, "-checkpoint_interval", 0)
     assert any(line.startswith("     2 ") for line in process.stdout)
     ranks = {rank: pid for pid, rank in processes(process.pid).items() if rank >= 0}
     os.kill(receiver(process.pid, ranks), number)

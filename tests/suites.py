@@ -11,8 +11,8 @@ HERE = Path(__file__).parent
 #
 #                 one rank              two ranks           three ranks
 # make check      ends of make test's   -                   SAMPLE
-# make test       no long, no SEVERAL,  ranks, their ends   no long, no SERIAL, nor what BY_NAME and ENDS leave out,
-#                 TURNS                                     TURNS, TURNS_ON_RANKS
+# make test       no long, no SEVERAL,  ranks, their first  no long, no SERIAL, nor what BY_NAME and ENDS leave out,
+#                 TURNS                 cases               TURNS, TURNS_ON_RANKS
 # make test-long  all                   all but SERIAL      all but SERIAL
 #
 # --suite chooses the row (long where DDML_LONG is set), mpiexec the column. Tests marked long are skipped elsewhere.
@@ -120,7 +120,7 @@ BY_NAME = (
     "solvers/test_napts.py::test_the_coarse_problem",
 )
 
-# On three ranks, of the many cases of these tests, the first and the last one, as on two of all tests: whole runs of
+# On three ranks, of the many cases of these tests, the first and the last one: whole runs of
 # the same solvers and settings have the bits of one rank there, also through a restart, by tests that stay
 # (test_classifying.py, test_the_trajectory_is_that_on_one_rank,
 # test_with_blocks_a_run_has_the_same_bits_on_any_number_of_ranks, test_a_run_file_goes_on_on_another_number_of_ranks),
@@ -215,8 +215,9 @@ TURNS_ON_RANKS = {
     "drivers/test_kernel_driver.py::test_the_machine_is_that": 2,
     "drivers/test_kernel_loss_driver.py::test_the_gradient": 2,
     "losses/test_work.py::test_the_work_of_a_solver": 3,
+    "problems/test_collocation.py::test_every_solver": 2,
     "solvers/test_apts.py::test_the_trajectory": 2,
-    "solvers/test_levels.py::test_runs_are_the_same": 2,
+    "solvers/test_levels.py::test_runs_are_the_same": 3,
     "solvers/test_spqn.py::test_with_blocks": 2,
     "solvers/test_trust_region.py::test_a_run_file_goes_on": 2,
 }
@@ -273,7 +274,7 @@ def chosen(items: Iterable[pytest.Item], suite: str, size: int) -> list[pytest.I
             places = zip(cases, _places(cases), strict=True)
             left_out.update(case for case, place in places if (place % number == 0) != divided)
         if name.startswith(ends):
-            left_out.update([case for case in cases if case not in left_out][1:-1])
+            left_out.update([case for case in cases if case not in left_out][1 : None if size == 2 else -1])
     return [item for item in found if item not in left_out]
 
 

@@ -17,7 +17,7 @@ SHELL = "".join(body for kind, body in BLOCKS if kind == "sh").replace("\\\n", "
 COMMANDS = [re.split(r"(?<=\S) +# ", line)[0].strip() for line in SHELL.splitlines()]
 PROGRAMS = [body for kind, body in BLOCKS if kind == "python" and not re.search(r"^class ", body, flags=re.M)]
 RUN_BY_CI = ("make demo", "make test")
-STARTED = [command for command in COMMANDS if command.startswith(("mpiexec", ".venv"))]
+STARTED = [command for command in dict.fromkeys(COMMANDS) if command.startswith(("mpiexec", ".venv"))]
 PYTHON = re.compile(r"\.venv/bin/python( -m mpi4py)?(?= )")
 
 

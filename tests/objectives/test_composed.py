@@ -23,11 +23,15 @@ SEVERAL = MPI.COMM_WORLD.size > 1
 ON_RANKS = [word for word in WORDS if len(word) < 3] if SEVERAL and not os.environ.get("DDML_LONG") else WORDS
 
 
-# words of three, and on several ranks all, by turns on one of the losses
+def often(word: str, i: int, j: int) -> bool:
+    """Words of three, every second one, and on several ranks all others, have one of the losses by turns."""
+    return (i + 2 * j) % 4 == 0 if len(word) == 3 else not SEVERAL or (i + j) % 2 == 0
+
+
 @pytest.mark.parametrize(
     ("letters", "name"),
     [
-        pytest.param(word, name, marks=[pytest.mark.long] * ((len(word) == 3 or SEVERAL) and (i + j) % 2))
+        pytest.param(word, name, marks=[pytest.mark.long] * (not often(word, i, j)))
         for i, word in enumerate(ON_RANKS)
         for j, name in enumerate(LOSSES)
     ],

@@ -185,7 +185,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(shared_tmp: Path) -> None:
         try:
             theta, version = PETSc.Vec().createSeq(20_000), 0
             with writers(path) as start:
-                for pause in np.random.default_rng().uniform(0, 0.05, 10):
+                for pause in np.random.default_rng().uniform(0, 0.05, 8):
                     done = killed(start(version), pause)
                     state, history = read(str(path), theta)
                     version = state["version"]

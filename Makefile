@@ -25,7 +25,7 @@ export OMPI_MCA_mpi_yield_when_idle = 1
 # of programs that mpiexec starts side by side each would have the first core
 export OMPI_MCA_hwloc_base_binding_policy = none
 
-.PHONY: env demo check check-solvers check-rest check-drivers check-three test test-long test-one test-drivers test-pages test-ranks test-slurm slurm-test bench gpu lint docs clean
+.PHONY: env demo check check-solvers check-rest check-drivers check-three test test-long test-one test-drivers test-pages test-three test-two test-slurm slurm-test bench gpu lint docs clean
 
 env:
 	@./environment.sh
@@ -54,7 +54,7 @@ check-three:
 
 # ranks that wait sleep (not where a blank in the path would end a name): three ranks of solvers beside another process
 # took 60 s instead of 131
-test-one test-drivers test-pages test-ranks test-slurm check-solvers check-rest check-drivers check-three: export LD_PRELOAD = $(if $(word 2,$(CURDIR)),,$(wildcard $(CURDIR)/build/yield.so))
+test-one test-drivers test-pages test-three test-two test-slurm check-solvers check-rest check-drivers check-three: export LD_PRELOAD = $(if $(word 2,$(CURDIR)),,$(wildcard $(CURDIR)/build/yield.so))
 
 build/yield.so: tests/yield.c
 	mkdir -p build
@@ -62,12 +62,12 @@ build/yield.so: tests/yield.c
 
 # the suites and what they run on each number of ranks: tests/conftest.py
 test: env build/yield.so
-	$(MAKE) -j5 test-drivers test-pages test-one test-ranks test-slurm
+	$(MAKE) -j6 test-drivers test-pages test-one test-three test-two test-slurm
 
 test-long: export DDML_LONG = 1
 test-long: export DDML_KILLS = 1000
 test-long: env build/yield.so
-	$(MAKE) -j5 test-drivers test-pages test-one test-ranks test-slurm
+	$(MAKE) -j6 test-drivers test-pages test-one test-three test-two test-slurm
 
 test-one:
 	$(PYTHON_ENV) -m pytest tests -rs --ignore=tests/drivers
@@ -81,9 +81,11 @@ test-pages: # the commands and programs of the README and of docs/
 test-slurm: # it waits for Slurm most of the time
 	$(PYTHON_ENV) -m pytest tests/drivers/test_slurm.py -rs
 
-test-ranks: # behind the others where cores are few, as it can use several to the end
-	nice -n 5 $(MPIEXEC) -n 3 $(PYTHON_ENV) -m pytest tests
-	nice -n 5 $(MPIEXEC) -n 2 $(PYTHON_ENV) -m pytest tests
+test-three:
+	$(MPIEXEC) -n 3 $(PYTHON_ENV) -m pytest tests
+
+test-two:
+	$(MPIEXEC) -n 2 $(PYTHON_ENV) -m pytest tests
 
 slurm-test: env test-slurm
 

@@ -97,7 +97,7 @@ BY_NAME = (
     *(f"drivers/test_tiles_{name}.py" for name in ("bad_input", "local", "phases", "folds")),
     "solvers/test_networks_as_subdomains.py",
     *("objectives/test_deep.py", "solvers/test_deep_training.py"),
-    *("runs/test_run_file_harm.py", "data/test_data_harm.py", "data/test_sources.py"),
+    *("runs/test_restart_options.py", "runs/test_run_file_harm.py", "data/test_data_harm.py", "data/test_sources.py"),
     *("kernel_machines/test_balance.py", "kernel_machines/test_arrivals.py"),
     # whose equality over ranks others claim: of scaled problems test_ranks.py, of local curvature that of
     # test_curvature_fraction.py, of models of the Hessian test_the_trajectory_is_that_on_one_rank
@@ -115,10 +115,21 @@ BY_NAME = (
     "solvers/test_apts.py::test_the_loss_never_increases",
     "solvers/test_frugal.py::test_restarts_are_exact",
     "solvers/test_self_scaled.py::test_single_precision_gives_way",
+    # what is dense on one rank: trajectories on several are those on one by tests that stay
+    *(f"solvers/test_{name}" for name in (
+        "adam.py::test_iterates_are_those_of_torch", "apts.py::test_corrections_stay",
+        "frugal.py::test_other_methods_do_as_always",
+        *(f"gauss_newton.py::test_{name}"
+          for name in ("a_resumed_run", "a_run_may_go_on", "schwarz_is_its_dense", "steps_are_those")),
+        "napts.py::test_without_window_and_coarse", "quasi_newton.py::test_iterates_are_those",
+        "schwarz_memory.py::test_kept_matrices", "self_scaled.py::test_iterates", "spqn.py::test_exact_local_solves",
+        "trust_models.py::test_secant_models_in_the_kfac", "trust_region.py::test_first_order_iterates",
+    )),
+    "problems/test_scales.py::test_more_scales",
     # what each rank does alone
     "losses/test_modules.py::test_derivatives_are_those_by_hand",
     "solvers/test_napts.py::test_the_coarse_problem",
-)
+)  # fmt: skip
 
 # On three ranks, of the many cases of these tests, the first and the last one: whole runs of
 # the same solvers and settings have the bits of one rank there, also through a restart, by tests that stay
@@ -158,7 +169,7 @@ ENDS = (
     "solvers/test_napts.py::test_without_window_and_coarse_directions_it_is_apts",
     # what is the same in test_ranks.py, and in test_bad_input.py
     "drivers/test_field_problems.py::test_a_slip_with_a_meaning_is_solved",
-    "runs/test_restart_options.py::test_what_cannot_change_is_refused_before_any_change",
+    "runs/test_restart_options.py::test_what_cannot_change_is_refused_on_all_ranks",
 )  # fmt: skip
 
 # Of the cases of these tests every second one, or third: the places of a case's values in their lists have a sum that

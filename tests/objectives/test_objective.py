@@ -1,6 +1,7 @@
 """Objectives on all ranks against the loss on one process."""
 
 import math
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,19 @@ def test_boundaries_that_do_not_fit_are_refused(comm: MPI.Comm, ranges: Any) -> 
 # Sums of squares ----------------------------------------------------------------------------------------------------
 
 
+@cache
+def residuals_and_jacobian() -> tuple[np.ndarray, np.ndarray]:
+    """Of Burgers' equation, by torch on one rank. Collective, at the first call."""
+
+    def found(_: MPI.Comm) -> tuple[np.ndarray, np.ndarray]:
+        loss = burgers(37, 5)
+        at = torch.tensor(points(loss, 2)[0])
+        J = torch.autograd.functional.jacobian(lambda p: torch.cat(list(loss.residuals(p))), at)
+        return loss.residual(at).numpy(), J.numpy()
+
+    return on_one_rank(found)
+
+
 @blocks
 def test_residuals_and_jacobian_products(comm: MPI.Comm, blocks: int) -> None:
     loss = burgers(37, 5)
@@ -109,11 +123,7 @@ def test_residuals_and_jacobian_products(comm: MPI.Comm, blocks: int) -> None:
     x, d, g, back = put(layout, theta), put(layout, v), layout.vector(), layout.vector()
     r, Jd, w = (objective.residual_vector() for _ in range(3))
     assert r.getSize() == loss.residual_count() == 37
-    at = torch.tensor(theta)
-    expected = loss.residual(at).numpy()
-    J = on_one_rank(
-        lambda _: torch.autograd.functional.jacobian(lambda p: torch.cat(list(loss.residuals(p))), at).numpy()
-    )
+    expected, J = residuals_and_jacobian()
     mine = slice(*r.getOwnershipRange())
     objective.residual(x, r)
     assert r.array_r == pytest.approx(expected[mine], rel=1e-12, abs=1e-14)

@@ -77,7 +77,9 @@ def notes(result: SimpleNamespace) -> list[str]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_run_file_alone_goes_on_to_the_last_bit(name: str, drive: Drive, shared_tmp: Path) -> None:
+def test_the_run_file_alone_goes_on_to_the_last_bit_on_any_number_of_ranks(
+    name: str, drive: Drive, shared_tmp: Path
+) -> None:
     driver, options = RUNS[name]
     whole, parts = shared_tmp / "whole.h5", shared_tmp / "parts.h5"
     drive(driver, options, "-max_it 7 -output", whole)
@@ -144,7 +146,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_change_is_refused_before_any_change(name: str, drive: Drive, module_tmp: Path) -> None:
+def test_what_cannot_change_is_refused_on_all_ranks_before_any_change(
+    name: str, drive: Drive, module_tmp: Path
+) -> None:
     run, beside, message = REFUSED[name]
     driver, options = RUNS[run]
     path = module_tmp / f"{driver}.h5"

@@ -131,9 +131,9 @@ BY_NAME = (
     "solvers/test_napts.py::test_the_coarse_problem",
 )  # fmt: skip
 
-# On three ranks, of the many cases of these tests, the first and the last one: whole runs of
-# the same solvers and settings have the bits of one rank there, also through a restart, by tests that stay
-# (test_classifying.py, test_the_trajectory_is_that_on_one_rank,
+# On three ranks, of the many cases of these tests, the first and the last one: whole runs of the same solvers and
+# settings have the bits of one rank there, also through a restart, by tests that stay (test_classifying.py,
+# test_the_trajectory_is_that_on_one_rank,
 # test_with_blocks_a_run_has_the_same_bits_on_any_number_of_ranks, test_a_run_file_goes_on_on_another_number_of_ranks),
 # and so what one rank computes is what is compared on one.
 ENDS = (
@@ -181,8 +181,7 @@ TURNS = {
             "test_blocks.py::test_parts_are_slices",
             "test_prepare.py::test_idx_files", "test_prepare_volumes.py::test_arrays_of_volumes",
             *(f"hierarchy/test_depth.py::test_{name}" for name in ("all_has_the_same_bits", "transfers_are_dense")),
-            *(f"jets/test_jets.py::test_{name}"
-              for name in ("jacobians_in_rows", "jets_and_gradients", "going_on_from")),
+            *(f"jets/test_jets.py::test_{name}" for name in ("jets_and_gradients", "going_on_from")),
             "jets/test_passes.py::test_a_forward_pass_serves",
             "kernel_machines/test_arrivals.py::test_sets_have_the_nearest",
             *(f"kernel_machines/test_{name}" for name in (
@@ -219,10 +218,9 @@ TURNS = {
     "solvers/test_agreement.py::test_errors_of_one_group": 3,
 }  # fmt: skip
 
-# Likewise on three ranks, of solvers with many settings, and on one rank the other cases. Whole runs of all solvers on
-# three ranks: test_classifying.py.
+# Likewise on three ranks, of solvers with many settings, and on one rank, where they run there, the other cases. Whole
+# runs of all solvers on three ranks: test_classifying.py.
 TURNS_ON_RANKS = {
-    "drivers/test_coarse.py::test_parameters_have_the_same_bits": 2,
     "drivers/test_kernel_driver.py::test_the_machine_is_that": 2,
     "drivers/test_kernel_loss_driver.py::test_the_gradient": 2,
     "losses/test_work.py::test_the_work_of_a_solver": 3,

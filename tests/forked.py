@@ -2,7 +2,8 @@
 
 What a test or mpiexec starts (:func:`ask`) imports next to nothing: it hands its environment, folder, arguments and
 some of its open files to the interpreter (:func:`serve`), whose child does the work, and waits for the exit code. A
-child whose client is killed is killed at once; it gets the client's other signals.
+child whose client is killed is killed at once; it gets the client's other signals, and blocks those that the client was
+started with blocked.
 """
 
 import array
@@ -80,6 +81,7 @@ def serve(address: str, become: Callable[[dict[str, object]], None]) -> None:
             if key.fileobj is listener:
                 connection, _ = listener.accept()
                 request, fds, signals = _receive(connection)
+                mask = signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])  # type: ignore[arg-type]
                 pid = os.fork()
                 if pid == 0:
                     code = 1
@@ -91,6 +93,7 @@ def serve(address: str, become: Callable[[dict[str, object]], None]) -> None:
                     except BaseException:
                         sys.excepthook(*sys.exc_info())
                     os._exit(code)
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                 for fd in fds:
                     os.close(fd)
                 for number in signals:
@@ -123,12 +126,15 @@ def ask(address: str, arguments: list[str], *more: int) -> int:
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(address)
     fds = [1, 2, *more]
-    request = {"environment": dict(os.environ), "folder": os.getcwd(), "arguments": arguments, "fds": fds}
+    request = {"environment": dict(os.environ), "folder": os.getcwd(), "arguments": arguments, "fds": fds,
+               "blocked": list(signal.pthread_sigmask(signal.SIG_BLOCK, []))}  # fmt: skip
     socket.send_fds(connection, [b" "], fds)
     connection.sendall(json.dumps(request).encode() + b"\n")
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+    passed = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+    for number in passed:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, _: connection.sendall(bytes([number])))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, passed)
     said = connection.recv(1)
     code = said[0] if said else 1
     if code > 256 - signal.NSIG:

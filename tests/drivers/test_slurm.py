@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 from cluster import CPUS, Cluster, given_up, wait_for
-from launch import HERE, assert_same, content
+from launch import HERE, LONG, assert_same, content
 from slurm_jobs import FIRST, ITERATIONS, PACED, Job, workplace
 
 Scenario = Callable[[Cluster, Path], None]
 SCENARIOS: dict[str, Scenario] = {}
 _second_node, _all_in_service = threading.Lock(), threading.Lock()
 WHOLE = "whole"
+FRESH = ("sigterm_in_the_first_second",)  # where the start is what is tested
 
 
 def scenario(function: Scenario) -> Scenario:
@@ -287,11 +288,11 @@ def going(
 ) -> Iterator[dict[str, Future[None]]]:
     """All scenarios that were asked for, side by side, behind the run that they are compared to."""
     place, asked = tmp_path_factory.mktemp("jobs"), [item.name for item in request.session.items]
-    undisturbed(cluster, workplace(place / WHOLE))
+    undisturbed(cluster, workplace(place / WHOLE, fresh=True))
 
     def run(name: str) -> None:
         try:
-            SCENARIOS[name](cluster, workplace(place / name))
+            SCENARIOS[name](cluster, workplace(place / name, LONG or name in FRESH))
         except BaseException:
             cluster.call("scancel", "--name", name)  # it would take the others' time
             raise

@@ -58,15 +58,15 @@ class Batches:
 def test_one_subdomain_is_the_trust_region_method(train: Train, solver: str, norm: str) -> None:
     parts = batches(classifier(), 30, 4)
     one = {"subdomains": 1} if solver == "apts_data" else {"subdomains": 1, "decomposition": "layers"}
-    apts = train(parts[0], solver, 15, norm=norm, watch=Batches(parts, 5), **one)
-    plain = train(parts[0], "tr", 15, norm=norm, watch=Batches(parts, 5))
+    apts = train(parts[0], solver, 11, norm=norm, watch=Batches(parts, 5), **one)
+    plain = train(parts[0], "tr", 11, norm=norm, watch=Batches(parts, 5))
     assert apts.theta.tobytes() == plain.theta.tobytes()
     assert apts.total == pytest.approx(plain.total, rel=1e-12)
 
 
 @pytest.mark.parametrize("solver", ["apts_weights", "apts_data"])
 def test_without_local_steps_either(train: Train, solver: str) -> None:
-    apts, plain = train(classifier(), solver, 15, local_steps=0), train(classifier(), "tr", 15)
+    apts, plain = train(classifier(), solver, 8, local_steps=0), train(classifier(), "tr", 8)
     assert apts.theta.tobytes() == plain.theta.tobytes()
 
 
@@ -151,8 +151,8 @@ def test_corrections_stay_in_the_trust_region_and_keep_their_promise(
         return predicted
 
     monkeypatch.setattr(kind, "_correction", watched)
-    train(classifier(), solver, 12, **settings)
-    assert len(seen) == 12
+    train(classifier(), solver, 8, **settings)
+    assert len(seen) == 8
     # tensors of one matrix in two subdomains: a row of two parts of norm delta
     slack = np.sqrt(2) if settings.get("decomposition") == "tensors" else 1.0
     assert all(size <= slack * delta * (1 + 1e-9) for delta, size, _, _ in seen)
@@ -233,7 +233,7 @@ def test_the_promise_is_the_true_decrease(
 
 @all_of_them
 def test_the_loss_never_increases(train: Train, solver: str, settings: dict[str, Any]) -> None:
-    run = train(classifier(), solver, 20, **settings)
+    run = train(classifier(), solver, 12, **settings)
     assert (np.diff(run.losses) <= 0).all()
     assert run.losses[-1] < 0.2 * run.losses[0]
     assert np.isfinite(run.theta).all()
@@ -259,9 +259,9 @@ def test_a_resumed_run_goes_on_to_the_last_bit(
 ) -> None:
     parts = batches(classifier(), 40, 4)
     watch = Batches(parts, 5, at=at, copied=copied)
-    whole = train(parts[0], solver, 11, watch=watch, **settings)
+    whole = train(parts[0], solver, 8, watch=watch, **settings)
     rest = train(
-        parts[at // 5], solver, 11, start=whole.theta[at], state=watch.state, watch=Batches(parts, 5, first=at),
+        parts[at // 5], solver, 8, start=whole.theta[at], state=watch.state, watch=Batches(parts, 5, first=at),
         **settings,
     )  # fmt: skip
     assert rest.theta.tobytes() == whole.theta[at + 1 :].tobytes()

@@ -65,7 +65,7 @@ def made(comm: MPI.Comm, source: Any, solver: str) -> Any:
     if SOLVERS[solver].levels_of == "depth":
         network = euler(tuple(samples.inputs.shape[1:]), 10, blocks=4, width=6, horizon=1.0)
     loss = ClassificationLoss(network.double(), samples, 10)
-    return make_batches(loss, comm, blocks=3, batch_size=60, batch_overlap=0.1, batch_steps=3, batch_growth=1.5)
+    return make_batches(loss, comm, blocks=3, batch_size=60, batch_overlap=0.1, batch_steps=4, batch_growth=1.5)
 
 
 @pytest.mark.ranks
@@ -82,7 +82,7 @@ def test_runs_are_the_same_on_any_number_of_ranks_and_restart_exactly(
         run = Training(made(comm, source, solver), prefix, solver, max_it=max_it, **limits)
         losses = run.run.history["loss"]
         assert np.isfinite(losses).all()
-        assert max_it < 7 or losses[-1] < losses[0]
+        assert max_it < 9 or losses[-1] < losses[0]
         return run
 
-    assert_goes_on(trained, comm, str(shared_tmp / "run.h5"), 7, [4])  # in the middle of a batch
+    assert_goes_on(trained, comm, str(shared_tmp / "run.h5"), 9, [5])  # in the middle of a batch

@@ -82,7 +82,7 @@ def test_runs_are_the_same_on_any_number_of_ranks_and_restart_exactly(
         run = Training(made(comm, source, solver), prefix, solver, max_it=max_it, **limits)
         losses = run.run.history["loss"]
         assert np.isfinite(losses).all()
-        assert max_it < 9 or losses[-1] < losses[0]
+        assert losses[4] < losses[0]  # of the same batch
         return run
 
     assert_goes_on(trained, comm, str(shared_tmp / "run.h5"), 9, [5])  # in the middle of a batch

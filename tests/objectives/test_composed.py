@@ -24,8 +24,8 @@ ON_RANKS = [word for word in WORDS if len(word) < 3] if SEVERAL and not os.envir
 
 
 def often(word: str, i: int, j: int) -> bool:
-    """Words of three, every second one, and of two have one of the losses by turns, on several ranks the other one."""
-    return (i + 2 * j) % 4 == 0 if len(word) == 3 else (not SEVERAL and len(word) == 1) or (i + j) % 2 != SEVERAL
+    """Words of three, every second one, and on several ranks all others, have one of the losses by turns."""
+    return (i + 2 * j) % 4 == 0 if len(word) == 3 else not SEVERAL or (i + j) % 2 == 0
 
 
 @pytest.mark.parametrize(

@@ -259,9 +259,9 @@ def test_a_resumed_run_goes_on_to_the_last_bit(
 ) -> None:
     parts = batches(classifier(), 40, 4)
     watch = Batches(parts, 5, at=at, copied=copied)
-    whole = train(parts[0], solver, 8, watch=watch, **settings)
+    whole = train(parts[0], solver, 11, watch=watch, **settings)
     rest = train(
-        parts[at // 5], solver, 8, start=whole.theta[at], state=watch.state, watch=Batches(parts, 5, first=at),
+        parts[at // 5], solver, 11, start=whole.theta[at], state=watch.state, watch=Batches(parts, 5, first=at),
         **settings,
     )  # fmt: skip
     assert rest.theta.tobytes() == whole.theta[at + 1 :].tobytes()

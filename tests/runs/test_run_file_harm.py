@@ -22,7 +22,7 @@ from ddml.errors import RunFileError
 from ddml.runs.history import History
 from ddml.runs.run_file import write
 
-pytestmark = pytest.mark.usefixtures("below_a_gigabyte", "afresh")
+pytestmark = pytest.mark.usefixtures("below_a_gigabyte")
 
 ROWS = 5
 SECRET = np.arange(SIZE, dtype="<f8")
@@ -203,6 +203,7 @@ HARM: dict[str, tuple[Callable[[h5py.File], Any], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("afresh")
 @pytest.mark.parametrize("name", ["theta is external", "theta is compressed", "no ranks"])
 def test_all_ranks_refuse_them_together(shared_tmp: Path, name: str) -> None:
     test_files_made_to_harm_are_refused(shared_tmp, name)
@@ -287,6 +288,7 @@ def test_limits_of_a_cluster_that_are_lower_stay(tmp_path: Path) -> None:
     assert done.stdout.split() == [str(room), str(room), "50", "60"]
 
 
+@pytest.mark.usefixtures("afresh")
 def test_what_is_whole_is_read(shared_tmp: Path) -> None:
     whole(shared_tmp / "run.h5")
     assert len(ddml.open_run(shared_tmp / "run.h5").history) == ROWS

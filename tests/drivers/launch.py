@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -26,11 +27,18 @@ SMALL = ("-network", "residual", "-width", "8", "-depth", "2", "-points", "200",
          "-error_points", "100", "-summation_blocks", "4")  # fmt: skip
 
 
-@cache
+_one_at_a_time = threading.Lock()
+
+
 def warm() -> list[str]:
     """What stands for ``python -m mpi4py`` in a command and has its imports done: see :mod:`warm`."""
-    address = forked.started(str(HERE / "warm.py"), "serve")
-    return [sys.executable, "-I", "-S", str(HERE / "warm.py"), address]
+    with _one_at_a_time:  # jobs are handed in by several threads
+        return [sys.executable, "-I", "-S", str(HERE / "warm.py"), _address()]
+
+
+@cache
+def _address() -> str:
+    return forked.started(str(HERE / "warm.py"), "serve")
 
 
 def start(

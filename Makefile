@@ -60,15 +60,15 @@ build/yield.so: tests/yield.c
 	mkdir -p build
 	-$(CC) -O2 -shared -fPIC $< -o $@
 
-# the suites and what they run on each number of ranks: tests/conftest.py; four at a time, the longest first but for what
-# waits most of the time: six at a time took a tenth longer and more
+# the suites and what they run on each number of ranks: tests/suites.py; three at a time, the longest first but for what
+# waits most of the time: with four more time goes into taking turns
 test: env build/yield.so
 	$(MAKE) -j3 test-slurm test-three test-one test-drivers test-pages test-two
 
 test-long: export DDML_LONG = 1
 test-long: export DDML_KILLS = 1000
 test-long: env build/yield.so
-	$(MAKE) -j4 test-slurm test-three test-one test-drivers test-pages test-two
+	$(MAKE) -j3 test-slurm test-three test-one test-drivers test-pages test-two
 
 test-one:
 	$(PYTHON_ENV) -m pytest tests -rs --ignore=tests/drivers

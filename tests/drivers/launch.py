@@ -25,8 +25,6 @@ LONG = bool(os.environ.get("DDML_LONG"))
 started = pytest.mark.skipif(MPI.COMM_WORLD.size > 1, reason="starts drivers")
 SMALL = ("-network", "residual", "-width", "8", "-depth", "2", "-points", "200", "-test_points", "50",
          "-error_points", "100", "-summation_blocks", "4")  # fmt: skip
-
-
 _one_at_a_time = threading.Lock()
 
 

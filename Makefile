@@ -1,7 +1,7 @@
 # make demo    train a physics-informed network on two ranks with three solvers, 45 s in all, draw the figures
-# make check   a part of the test suite, before a commit (2:20 minutes)
+# make check   a part of the test suite, before a commit (2 minutes)
 # make slurm-test  the batch scripts on a Slurm of two virtual nodes of its own (installs Debian's packages, 3 minutes)
-# make test    the test suite, on 1, 2 and 3 ranks (about 16 minutes on two cores); make test-long all of it on all ranks, 1,000 kills
+# make test    the test suite, on 1, 2 and 3 ranks (about 12 minutes on two cores); make test-long all of it on all ranks, 1,000 kills
 # make bench   the tables of the README, measured side by side (about 25 minutes)
 # make gpu     try a GPU: numbers, copies, two ranks on one card, times (GPU= has options of drivers/gpu.py)
 # make lint    style and types

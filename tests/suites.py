@@ -218,18 +218,9 @@ TURNS = {
     "solvers/test_agreement.py::test_errors_of_one_group": 3,
 }  # fmt: skip
 
-# Likewise on three ranks, of solvers with many settings and of lists of refusals, and on one rank, where they run
-# there, the other cases. Whole runs of all solvers on three ranks: test_classifying.py.
+# Likewise on three ranks, of solvers with many settings, and on one rank, where they run there, the other cases. Whole
+# runs of all solvers on three ranks: test_classifying.py.
 TURNS_ON_RANKS = {
-    "data/test_data.py::test_foreign_content": 2,
-    "data/test_data.py::test_wrong_files": 2,
-    "data/test_sources.py::test_what_cannot_be_trained": 2,
-    **{f"decomposition/test_decomposition.py::test_{name}": 2
-       for name in ("every_subdomain", "groups_hold", "ownership_makes", "restrictions_and")},
-    **{f"drivers/test_{name}bad_input.py::test_bad_input": 2 for name in ("", "classify_", "tiles_")},
-    "drivers/test_given_options.py::test_options_of_petsc_that_cannot": 2,
-    "drivers/test_kernel_driver.py::test_what_is_wrong": 2,
-    "drivers/test_logistic_driver.py::test_bad_input": 2,
     "drivers/test_kernel_driver.py::test_the_machine_is_that": 2,
     "drivers/test_kernel_loss_driver.py::test_the_gradient": 2,
     "losses/test_work.py::test_the_work_of_a_solver": 3,
@@ -238,7 +229,7 @@ TURNS_ON_RANKS = {
     "solvers/test_levels.py::test_runs_are_the_same": 3,
     "solvers/test_spqn.py::test_with_blocks": 2,
     "solvers/test_trust_region.py::test_a_run_file_goes_on": 2,
-}  # fmt: skip
+}
 
 # make check: a solver of each family on three ranks, and through a restart
 _RUNS = "solvers/test_classifying.py::test_runs_are_the_same_on_any_number_of_ranks_and_restart_exactly"

@@ -80,7 +80,7 @@ def spent() -> float:
 
 
 def peak() -> int:
-    """Bytes of memory, at most, of this process or of one that it has started."""
+    """Bytes of memory, at most, of this process or of one that it has started, but for HDF5's."""
     return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 

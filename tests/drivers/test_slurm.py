@@ -127,6 +127,16 @@ def preemption(cluster: Cluster, folder: Path) -> None:
     check(job)
 
 
+BACK_ONCE_ASKED = """#!/bin/sh
+PATH=${PATH#*:}
+sbatch "$@"
+code=$?
+scontrol update NodeName=n1 State=RESUME 2>/dev/null
+while [ "$(sinfo -h -n n1 -t drain,no_respond -o %n)" ]; do sleep 0.1; done
+exit $code
+"""  # a command sbatch whose first answer is older than that node's return to service
+
+
 @scenario
 def a_node_that_dies(cluster: Cluster, folder: Path) -> None:
     words = (*PACED, "-checkpoint_interval", 1)
@@ -138,7 +148,12 @@ def a_node_that_dies(cluster: Cluster, folder: Path) -> None:
         assert "it waits for n1" in said
         cluster.call("scancel", "--name", "waiting")
         wait_for("a start on n2", lambda: job["NodeList"] == "n2")
-        cluster.call("scontrol", "update", "NodeName=n1", "State=RESUME")
+        (folder / "bin").mkdir()
+        (folder / "bin" / "sbatch").write_text(BACK_ONCE_ASKED)
+        (folder / "bin" / "sbatch").chmod(0o755)
+        ours = ("env", f"PATH={folder}/bin:{cluster.environment['PATH']}", "bash", "drivers/submit.sh")
+        assert "Submitted" in cluster.call(*ours, *wish, "--hold", "drivers/job.sbatch", *words, folder=folder)
+        cluster.call("scancel", "--name", "waiting")
         job.wait_until_going()
         cluster.kill(SLURMD_NODENAME="n2")
         job.wait_until_requeued()
@@ -249,7 +264,7 @@ def what_is_refused_before_it_is_submitted(cluster: Cluster, folder: Path) -> No
     with pytest.raises(AssertionError, match=r"run 2 of wrong\.txt: unknown option -widht"):
         cluster.call("bash", "drivers/sweep.sbatch", "wrong.txt", *FIRST, folder=folder)
     with _all_in_service:
-        away = ("sinfo", "-h", "-N", "-t", "down,drain,fail,maint", "-o", "%N")
+        away = ("sinfo", "-h", "-N", "-t", "down,drain,fail,maint,no_respond", "-o", "%N")
         wait_for("all nodes", lambda: not cluster.call(*away).strip())
         for wish in ("--ntasks=99", "--nodes=3", "--partition=none"):
             with pytest.raises(AssertionError, match=r"can never start here") as caught:

@@ -132,10 +132,15 @@ def ask(address: str, arguments: list[str], *more: int) -> int:
                "blocked": list(signal.pthread_sigmask(signal.SIG_BLOCK, []))}  # fmt: skip
     socket.send_fds(connection, [b" "], fds)
     connection.sendall(json.dumps(request).encode() + b"\n")
+
+    def pass_on(number: int, _: object) -> None:
+        with suppress(OSError):  # the fork has ended meanwhile
+            connection.sendall(bytes([number]))
+
     passed = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
     for number in passed:
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, _: connection.sendall(bytes([number])))
+            signal.signal(number, pass_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, passed)
     said = connection.recv(1)
     code = said[0] if said else 1

@@ -56,12 +56,13 @@ def test_signal_stops_a_run_that_can_go_on(
     tmp_path: Path,
 ) -> None:
     whole, path = tmp_path / "whole.h5", tmp_path / "run.h5"
-    process = start(2, *SMALL, *SCHWARZ, *ENDLESS, "-output", path, "-checkpoint_interval", 0)
+    patient = {"OMPI_MCA_odls_base_sigkill_timeout": "3"}  # seconds, all of which it waits
+    process = start(2, *SMALL, *SCHWARZ, *ENDLESS, "-output", path, "-checkpoint_interval", 0, **patient)
     assert any(line.startswith("     2 ") for line in process.stdout)
     ranks = {rank: pid for pid, rank in processes(process.pid).items() if rank >= 0}
     os.kill(receiver(process.pid, ranks), number)
     result = finish(process)
-    # Open MPI's mpiexec answers SIGTERM with SIGTERM to the ranks, SIGKILL a second later, and exit code 1
+    # Open MPI's mpiexec answers SIGTERM with SIGTERM to the ranks, SIGKILL later, and exit code 1
     assert result.rc == 0 or (number, receiver) == (signal.SIGTERM, to_mpiexec), result.err
     assert "stopped: a signal asked to stop" in result.out
     assert f"to go on: the same driver with -restart {path}" in result.out

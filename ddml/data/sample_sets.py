@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ddml.errors import InputError
+
 
 class SampleSet(Protocol):
     """Samples that a loss is a sum over."""
@@ -34,10 +36,26 @@ class SampleSet(Protocol):
 
 @dataclass(frozen=True)
 class TensorSamples:
-    """Samples in two tensors."""
+    """Samples in two tensors.
+
+    Raises
+    ------
+    InputError
+        If they are no tensors, or not of the same number of samples.
+    """
 
     inputs: Tensor
     targets: Tensor
+
+    def __post_init__(self) -> None:
+        for name, found in (("inputs", self.inputs), ("targets", self.targets)):
+            if not isinstance(found, Tensor):
+                raise InputError(f"{name} must be a torch tensor, got a {type(found).__name__}")
+        if self.inputs.shape[:1] != self.targets.shape[:1]:
+            raise InputError(
+                "inputs and targets must have as many samples, in their first dimension; "
+                f"got {tuple(self.inputs.shape)} and {tuple(self.targets.shape)}"
+            )
 
     def __len__(self) -> int:
         return len(self.inputs)

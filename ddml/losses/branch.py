@@ -12,8 +12,8 @@ from ddml.errors import InputError
 from ddml.parameters import Parameter
 
 from .costs import layer_work, suitable_batch
-from .module import CHANCES
 from .modules import formats, grouped, is_chain, laid_out
+from .probe import CHANCES
 
 PROBES = 4  # samples of random numbers that networks are tried on (our choice)
 

@@ -10,17 +10,16 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ddml.data.sample_sets import SampleSet, TensorSamples, mapped
-from ddml.errors import InputError
 from ddml.numbers import Number, as_number
 from ddml.parameters import parameter_table
 
 from .costs import layer_work
-from .modules import coarse_inputs, evaluated, formats, grouped, is_chain, laid_out, not_finite, occurrences, trained
+from .modules import coarse_inputs, formats, grouped, is_chain, laid_out, not_finite, occurrences, overwritten, trained
+from .probe import Criterion, check, refuse_shortcuts, unmoved
 from .samples import SampledLoss
-
-CHANCES = 8  # evaluations that must agree: of a few samples one by chance can (our choice)
 
 
 class ModuleLoss(SampledLoss):
@@ -46,9 +45,10 @@ class ModuleLoss(SampledLoss):
     Raises
     ------
     InputError
-        If the module is not deterministic (dropout in training mode, batch statistics), or the
-        criterion does not give one number per sample; if nothing is trained, or what is has several precisions; if the
-        first samples give NaN or infinity.
+        If the module is not deterministic (dropout in training mode, batch statistics) or changes its inputs; if the
+        criterion does not give one number per sample that has a derivative, or depends on parameters other than by the
+        outputs (a penalty of weights, say); if nothing is trained, or what is has several precisions; if there are not
+        as many targets as inputs, or the first samples give NaN or infinity.
     """
 
     module: nn.Module
@@ -58,16 +58,14 @@ class ModuleLoss(SampledLoss):
     def __init__(
         self,
         module: nn.Module,
-        criterion: Callable[[Tensor, Tensor], Tensor],
+        criterion: Criterion,
         inputs: Tensor,
         targets: Tensor,
         batch: int = 4096,
     ) -> None:
         self._build(module, criterion, TensorSamples(inputs, targets), batch)
 
-    def _build(
-        self, module: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], samples: SampleSet, batch: int
-    ) -> None:
+    def _build(self, module: nn.Module, criterion: Criterion, samples: SampleSet, batch: int) -> None:
         self.module = self.network = module
         self.criterion, self.batch = criterion, batch
         self.samples = samples
@@ -83,10 +81,15 @@ class ModuleLoss(SampledLoss):
         self.layers = tuple(groups.values())
         stages = list(module._modules)
         self.layer_stage = [stages.index(k) if self._stepped else 0 for k in groups]
-        _check(module, criterion, samples.part(0, min(self.count, 8)))
+        probe = samples.part(0, min(self.count, 8))
         first = samples.part(0, 1).inputs if self.count else None
         sizes = {owner: sum(self.parameters[i].size for i in group) for owner, group in groups.items()}
-        self.costs, self.besides = layer_work(module, first, sizes, self._stepped)
+        with unmoved(module):
+            self.gauss_newton = isinstance(check(module, criterion, probe), Tensor)
+            self.costs, self.besides = layer_work(module, first, sizes, self._stepped)
+            self._overwritten = frozenset[int]()
+            if isinstance(module, nn.Sequential) and self._stepped:
+                self._overwritten = overwritten(module, probe.inputs[:1])
         # evaluations that need no derivative by theta itself are those of a copy whose parameters lie in theta, which
         # takes half the time of functional_call where batches are small
         # (frozen ones are shared with it)
@@ -97,6 +100,7 @@ class ModuleLoss(SampledLoss):
         known = formats(module)
         self._formats = [known.get(id(p)) for p in self._trained]
         self._sizes = [parameter.size for parameter in self.parameters]
+        refuse_shortcuts(self._at(self.initial()), criterion, probe)
 
     def of_module(self, module: nn.Module) -> Self:
         """See :meth:`.Loss.of_module`: with the same criterion, of as many samples a forward pass."""
@@ -155,7 +159,7 @@ class ModuleLoss(SampledLoss):
         self._at(theta.detach(), frozenset(wanted))
         leaves, ranges = [self._leaves[k] for k in wanted], [self.parameters[k].range for k in wanted]
         directions = [direction[r].to(leaf).view_as(leaf) for r, leaf in zip(ranges, leaves, strict=True)]
-        for outputs, y in self._batches(self._behind(kept), kept):
+        for outputs, y in self._batches(_twice(self._behind(kept)), kept):
             if not outputs.requires_grad:  # nothing of theta enters them
                 continue
             w = torch.zeros_like(outputs, requires_grad=True)
@@ -194,8 +198,9 @@ class ModuleLoss(SampledLoss):
         if self.count == 0:
             return
         batches = self.inputs.split(self.batch) if kept is None else kept[1]
+        spared = kept is not None and kept[0] in self._overwritten
         for x, y in zip(batches, self.targets.split(self.batch), strict=True):
-            yield forward(x), y
+            yield forward(copy.deepcopy(x) if spared else x), y
 
     def keeps(self, first: int) -> bool:
         """See :meth:`.Loss.keeps`."""
@@ -220,7 +225,7 @@ class ModuleLoss(SampledLoss):
             found: Tensor = torch.func.functional_call(module, views, (x,), tie_weights=False)
             return found
 
-        for outputs, y in self._batches(forward, kept):
+        for outputs, y in self._batches(_twice(forward), kept):
             yield self.criterion(outputs, y).sum() * self.weight
 
     @torch.no_grad()
@@ -274,6 +279,16 @@ def _in_turn(stages: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
     return lambda x: reduce(lambda entering, stage: stage(entering), stages, x)
 
 
+def _twice(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same, with attention that can be differentiated twice: torch's faster kernels cannot."""
+
+    def called(x: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return forward(x)
+
+    return called
+
+
 def _summed_in_place(
     batches: Iterator[tuple[Tensor, Tensor]], term: Callable[[Tensor, Tensor], Tensor], leaves: Sequence[Tensor]
 ) -> Number:
@@ -293,25 +308,6 @@ def _leave(leaves: Sequence[Tensor]) -> None:
     for leaf in leaves:
         leaf.grad = None
         leaf.data = leaf.data.new_empty(0)
-
-
-def _check(module: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], probe: SampleSet) -> None:
-    """Raise an InputError where a few samples show that the module and the criterion do not make a loss."""
-    half = max(len(probe) // 2, 1)
-    outputs = evaluated(module, probe.inputs)
-    with torch.no_grad():
-        first = criterion(outputs, probe.targets)
-        again = [criterion(module(probe.inputs[:half]), probe.targets[:half]) for _ in range(CHANCES)]
-    if first.shape != (len(probe),):
-        shape = f"({len(probe)},)"
-        raise InputError(f"the criterion must give one loss per sample, {shape}, got {tuple(first.shape)}")
-    wrong = not_finite(probe.inputs, outputs, first)
-    if wrong:
-        raise InputError(wrong)
-    if not all(torch.allclose(first[:half], second, rtol=1e-3, atol=1e-6) for second in again):
-        raise InputError(
-            "a sample's output depends on others (batch statistics) or on chance (dropout): call the module's eval()"
-        )
 
 
 def _left(module: nn.Module, kept: Any) -> nn.Module:

@@ -55,8 +55,11 @@ def formats(module: nn.Module) -> dict[int, torch.memory_format]:
 
     Weights of convolutions have their channels last in float32 on a CPU, where oneDNN then does the whole network so:
     1.2 to 2 times faster with up to 16 channels, while float64 was no faster (measured, our choice). On other devices
-    it was not measured.
+    it was not measured. Not where groups are normalised: torch 2.13 ends with a segmentation fault where a
+    ``GroupNorm`` has its channels last and what enters it needs no gradient.
     """
+    if any(isinstance(part, nn.GroupNorm) for part in module.modules()):
+        return {}
     return {
         id(weight): _FORMATS[type(part)]
         for part in module.modules()
@@ -74,7 +77,27 @@ def laid_out(values: Tensor, shape: Sequence[int], order: torch.memory_format | 
 
 def is_chain(module: nn.Module) -> bool:
     """Whether a module is an ``nn.Sequential`` that does no more than pass data through its children."""
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    hooked = any(getattr(module, f"_{name}_hooks") for name in ("forward", "forward_pre", "backward", "backward_pre"))
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and not hooked
+
+
+@torch.no_grad()
+def overwritten(chain: nn.Sequential, inputs: Tensor) -> frozenset[int]:
+    """Numbers of the children of a chain before which nothing can be kept as it is: something behind changes it."""
+    entering: Any = inputs
+    seen: list[list[tuple[Tensor, int]]] = []
+    for child in chain:
+        seen.append([(x, x._version) for x in _tensors(entering)])
+        entering = child(entering)
+    return frozenset(i for i, before in enumerate(seen) if any(x._version != version for x, version in before))
+
+
+def _tensors(found: Any) -> list[Tensor]:
+    """Those in what a module gives."""
+    if isinstance(found, Tensor):
+        return [found]
+    parts = found.values() if isinstance(found, Mapping) else found if isinstance(found, list | tuple) else ()
+    return [x for part in parts for x in _tensors(part)]
 
 
 def grouped(module: nn.Module, names: Sequence[str]) -> dict[str, tuple[int, ...]]:

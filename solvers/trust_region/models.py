@@ -219,8 +219,8 @@ class Products(Model):
     ) -> None:
         if kind == "gauss_newton" and not objective.loss.gauss_newton:
             raise CollectiveError(
-                f"option -{prefix}model gauss_newton needs a loss that is convex in a network's outputs, as a sum of "
-                "squares of residuals is; use hessian"
+                f"option -{prefix}model gauss_newton needs a loss that is convex in a network's outputs, one tensor, "
+                "as a sum of squares of residuals is; use hessian"
             )
         if kind == "hessian" and not objective.loss.hessian:
             raise CollectiveError(f"option -{prefix}model hessian needs Hessian products, which this loss has not")

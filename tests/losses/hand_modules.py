@@ -100,6 +100,29 @@ class Named(nn.Sequential):
         super().__init__(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 3))
 
 
+class Preactivated(nn.Module):
+    """Its activation overwrites what enters."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.activation, self.linear = nn.LeakyReLU(0.3, inplace=True), nn.Linear(inputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.linear(self.activation(x))
+        return found
+
+
+def preactivated() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 4), nn.Flatten(), Preactivated(4, 4), Preactivated(4, 3))
+
+
+def hooked() -> nn.Module:
+    """What leaves is scaled by no child."""
+    network = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    network.register_forward_hook(lambda _, __, outputs: 3 * outputs)
+    return network
+
+
 def pieces(theta: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
     sizes = [math.prod(s) for s in shapes]
     assert len(theta) == sum(sizes)
@@ -128,6 +151,13 @@ def by_hand(name: str, theta: Tensor, module: nn.Module) -> Tensor:
             theta, (4, 5), (4,), (2, 2), (2,), (4, 4), (4,), (2, 3), (2,), (3, 4), (3,)
         )
         return torch.tanh(torch.tanh(x @ W.T + b) @ A.T + a) @ V.T + d
+    if name == "preactivated":
+        W, b, A, a, V, d = pieces(theta, (4, 5), (4,), (4, 4), (4,), (3, 4), (3,))
+        h = nn.functional.leaky_relu(x @ W.T + b, 0.3) @ A.T + a
+        return nn.functional.leaky_relu(h, 0.3) @ V.T + d
+    if name == "hooked":
+        W, b, V, d = pieces(theta, (4, 5), (4,), (3, 4), (3,))
+        return 3 * (torch.tanh(x @ W.T + b) @ V.T + d)
     if name == "named":
         W, b, V, d = pieces(theta, (4, 5), (4,), (3, 4), (3,))
         return torch.tanh(x @ W.T + b) @ V.T + d
@@ -138,7 +168,7 @@ def by_hand(name: str, theta: Tensor, module: nn.Module) -> Tensor:
 
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "frozen": frozen, "tied": tied, "tied to the first": tied_to_the_first, "twice": twice, "unused": unused,
-    "skip": skip, "named": lambda: Named(4),
+    "skip": skip, "named": lambda: Named(4), "preactivated": preactivated, "hooked": hooked,
 }  # fmt: skip
 
 

@@ -102,3 +102,20 @@ def test_only_convolutions_have_another_order() -> None:
     values = torch.arange(72.0)
     assert laid_out(values, (72,), None).data_ptr() == values.data_ptr()
     assert torch.equal(laid_out(values, (8, 1, 3, 3), torch.channels_last), values.view(8, 1, 3, 3))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_groups_are_normalised_behind_what_needs_no_gradient(frozen: bool) -> None:
+    """Where channels are last, torch 2.13 ends with a segmentation fault."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(), nn.Flatten(), nn.Linear(64, 3))
+    network[0].requires_grad_(not frozen)
+    loss = ClassificationLoss(network, TensorSamples(torch.rand(9, 2, 6, 6), torch.arange(9) % 3), 3)
+    theta = loss.initial()
+    _, whole = gradient_of(loss, theta)
+    part = torch.zeros_like(theta)
+    loss.value_gradient(theta, part, loss.prefix(theta, 1), frozenset({1}))
+    numbers = loss.layers[1] if not frozen else loss.layers[0]
+    if not frozen:
+        torch.testing.assert_close(part[loss.parameters[numbers[0]].range], whole[loss.parameters[numbers[0]].range])
+    assert torch.isfinite(whole).all() and float(whole.abs().sum()) > 0

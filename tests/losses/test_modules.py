@@ -4,6 +4,7 @@ import copy
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hand_modules import (
@@ -20,9 +21,10 @@ from hand_modules import (
     tied,
 )
 from mpi4py import MPI
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddml.errors import InputError
+from ddml.losses.module import ModuleLoss
 from ddml.losses.restricted import RestrictedLoss
 from ddml.norms.build import modular_norm
 from ddml.problems.classification import cross_entropy
@@ -137,3 +139,28 @@ def test_a_tied_weight_is_in_the_norm_once_with_its_first_layer() -> None:
     W, b, A, a, c, V, d = pieces(theta, (4, 5), (4,), (4, 4), (4,), (4,), (3, 4), (3,))
     blocks = [torch.column_stack([W, b]), torch.column_stack([A, a]), c[:, None], torch.column_stack([V, d])]
     assert modular_norm(loss).norm(theta) == pytest.approx(4 * max(map(rms, blocks)), rel=1e-12)
+
+
+def test_attention_has_second_derivatives() -> None:
+    module = seeded(lambda: nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True))
+    inputs = torch.as_tensor(np.random.default_rng(2).standard_normal((7, 3, 4)))
+
+    def criterion(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).square().sum((1, 2))
+
+    loss = ModuleLoss(module, criterion, inputs, inputs.sin())
+    theta, direction = loss.initial(), numbers(loss.size, 3)
+
+    def gradient(x: Tensor) -> Tensor:
+        found = torch.zeros_like(x)
+        loss.value_gradient(x, found)
+        return found
+
+    product, curved = torch.zeros_like(theta), torch.zeros_like(theta)
+    loss.hessian_product(theta, direction, product)
+    step = 1e-6 * direction
+    torch.testing.assert_close(product, (gradient(theta + step) - gradient(theta - step)) / 2e-6, rtol=1e-6, atol=1e-6)
+    loss.gauss_newton_product(theta, direction, curved)
+    outputs = [torch.cat([o.flatten() for o, _ in loss.outputs(theta + t * step)]) for t in (1, -1)]
+    change = (outputs[0] - outputs[1]) / 2e-6
+    assert float(direction @ curved) == pytest.approx(2 * float(change @ change) / 7, rel=1e-6)

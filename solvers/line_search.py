@@ -18,6 +18,7 @@ from .owner import Owner
 GROWTH = 1e4
 BACKTRACK = 0.1
 RETRIES = 16
+EVALUATIONS = 25
 OUT_OF_RANGE = 63  # PETSC_ERR_ARG_OUTOFRANGE: how the search ends where rounding has turned its interval round
 
 
@@ -57,13 +58,16 @@ class LineSearch(Owner):
         self._start: tuple[float, PETSc.Vec] | None = None
         self._limit = math.inf
         self._beyond = False
+        self._trials = 0  # since it began
+        self._last: tuple[float, PETSc.Vec] | None = None  # of them
 
     def _create(self) -> None:
         self.search = self.own(PETSc.TAOLineSearch().create(self.objective.comm))
         self.search.setOptionsPrefix(self.prefix)
         self.search.setType("more-thuente")
         self.search.setObjectiveGradient(self._evaluate)
-        constants = {"ftol": 1e-4, "gtol": 0.9, "max_funcs": 25}
+        constants = {"ftol": 1e-4, "gtol": 0.9, "max_funcs": EVALUATIONS}
+        self._most = PETSc.Options(self.prefix).getInt("tao_ls_max_funcs", EVALUATIONS)
         with preset(**{f"{self.prefix}tao_ls_{name}": value for name, value in constants.items()}):
             self.search.setFromOptions()
 
@@ -74,6 +78,7 @@ class LineSearch(Owner):
             gradient.copy(g)
             return value
         value = self.objective.value_gradient(x, g)
+        self._trials, self._last = self._trials + 1, (value, x)
         if not (math.isfinite(value) and value <= self._limit and math.isfinite(g.norm())):
             self._beyond = True
             return math.inf
@@ -98,7 +103,7 @@ class LineSearch(Owner):
         self._limit = f + GROWTH * abs(f)
         try:
             for _ in range(RETRIES):
-                self._start, self._beyond = (f, g0), False
+                self._start, self._beyond, self._trials = (f, g0), False, 0
                 self.search.setInitialStepLength(first)
                 try:
                     value, step, reason = self.search.apply(x, g, direction)
@@ -106,6 +111,11 @@ class LineSearch(Owner):
                     if not at_rounding(error):
                         raise
                     value, step, reason = math.inf, 0.0, None
+                    if self._trials >= self._most and self._last is not None:
+                        # all steps were too short, and PETSc has gone back to the best of them
+                        value, best = self._last
+                        best.copy(x)
+                        step = _distance(x, x0) / direction.norm()
                     self.release(self.search)  # PETSc leaves it with the limits and the flag of what broke off
                     self._create()
                 # without a Wolfe point (say, at the limit of evaluations) a decrease is still progress
@@ -118,7 +128,15 @@ class LineSearch(Owner):
                 first *= BACKTRACK
             return SearchResult(f, 0.0, False)
         finally:
-            self._start = None
+            self._start = self._last = None
             if room is None:
                 x0.destroy()
                 g0.destroy()
+
+
+def _distance(x: PETSc.Vec, y: PETSc.Vec) -> float:
+    difference = x.copy()
+    difference.axpy(-1.0, y)
+    found = float(difference.norm())
+    difference.destroy()
+    return found

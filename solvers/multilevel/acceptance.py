@@ -179,7 +179,7 @@ class Region(Acceptance):
 
 
 class Always(Acceptance):
-    """Every correction, as it is: methods with a fixed step, whose bounds are elsewhere."""
+    """Every correction with a finite loss, as it is: methods with a fixed step, whose bounds are elsewhere."""
 
     judges = False
 
@@ -190,7 +190,10 @@ class Always(Acceptance):
     def try_correction(self, number: int, level: LevelSolver, s: PETSc.Vec, decrease: float) -> float:
         """See :meth:`Acceptance.try_correction`."""
         level.trial.waxpy(1.0, level.x, s)
-        level.move(level.objective.value_gradient(level.trial, level.trial_g))
+        value = level.objective.value_gradient(level.trial, level.trial_g)
+        if not (math.isfinite(value) and math.isfinite(level.trial_g.norm())):
+            return 0.0
+        level.move(value)
         return 1.0
 
 

@@ -12,7 +12,6 @@ from ddml.decomposition.options import DECOMPOSITION
 from ddml.errors import InputError
 from ddml.options import Option, preset
 from ddml.states import vectors_in
-from solvers.line_search import SearchResult
 from solvers.owner import Owner
 from solvers.trust_region.adagrad import AdaGrad
 
@@ -61,8 +60,8 @@ class SchwarzAdaGrad(AdaGrad):
         """See :attr:`solvers.base.Solver.inner_types`."""
         return self.local.types if self.local is not None else frozenset()
 
-    def iterate(self, x: PETSc.Vec) -> SearchResult:
-        """See :meth:`solvers.base.Solver.iterate`."""
+    def advance(self, x: PETSc.Vec) -> float:
+        """See :meth:`.AdaGrad.advance`."""
         if self.local is not None:
             self.bounds(self.g, self.limit)
             self.limit.scale(float(self.settings.local_steps))
@@ -71,8 +70,8 @@ class SchwarzAdaGrad(AdaGrad):
             x.axpy(1.0, self.correction)
             value = self.objective.value_gradient(x, self.g)
             if not (math.isfinite(value) and math.isfinite(self.g.norm())):
-                return SearchResult(value, 0.0, False)
-        return super().iterate(x)
+                return math.inf
+        return super().advance(x)
 
     def inner_state(self) -> dict[str, Any]:
         """See :meth:`solvers.base.Solver.inner_state`: what the local solvers keep."""

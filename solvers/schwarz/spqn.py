@@ -216,7 +216,7 @@ class ASPQN(_SPQN):
         self.local[0].additive(x, f, self.g, correction)
         x.axpy(self.alpha, correction)
         value = self.objective.value_gradient(x, self.g)
-        if math.isfinite(value):
+        if math.isfinite(value) and math.isfinite(self.g.norm()):
             return value
         x.axpy(-self.alpha, correction)
         return self.objective.value_gradient(x, self.g)
@@ -289,7 +289,7 @@ class MSPQN(_SPQN):
         start_g = self.g.copy()
         self.local[0].multiplicative(x, f, self.g)
         value = self.objective.value_gradient(x, self.g)
-        if not math.isfinite(value):
+        if not (math.isfinite(value) and math.isfinite(self.g.norm())):
             self._half.copy(x)
             start_g.copy(self.g)
             value = f

@@ -30,7 +30,7 @@ class AdaGrad(Solver):
         Option("rate", 0.1, "a, the step over |g_i| / w_i.", above=0.0),
         Option("sigma", 1e-4, "What the sum of squared gradients begins with.", above=0.0),
     )
-    work_vectors = ("squares", "s")
+    work_vectors = ("squares", "s", "start", "start_g", "start_squares")
     paced = True
     saved = ("squares",)
     failure = PETSc.TAO.ConvergedReason.DIVERGED_NAN
@@ -86,11 +86,20 @@ class AdaGrad(Solver):
 
     def iterate(self, x: PETSc.Vec) -> SearchResult:
         """See :meth:`solvers.base.Solver.iterate`."""
+        moved = (x, "start"), (self.g, "start_g"), (self.vectors["squares"], "start_squares")
+        for vec, start in moved:
+            vec.copy(self.vectors[start])
+        value = self.advance(x)
+        if math.isfinite(value) and math.isfinite(self.g.norm()):
+            return SearchResult(value, self.settings.rate, True)
+        for vec, start in moved:
+            self.vectors[start].copy(vec)
+        return SearchResult(self.f, 0.0, False)
+
+    def advance(self, x: PETSc.Vec) -> float:
+        """Move x by an iteration; the loss there, whose gradient is then ``g``. Collective."""
         self.step(x)
-        g = self.g
-        value = self.objective.value_gradient(x, g)
-        finite = math.isfinite(value) and math.isfinite(g.norm())
-        return SearchResult(value, self.settings.rate, finite)
+        return self.objective.value_gradient(x, self.g)
 
 
 def clip(x: PETSc.Vec, centre: PETSc.Vec, bounds: PETSc.Vec, work: PETSc.Vec) -> None:

@@ -352,7 +352,8 @@ class TrustRegion(Solver):
         predicted, length = self.model.step(x, self.g, SMALLEST, self.vectors["s"])
         slope = predicted / length if length > 0 else 0.0
         e = ROUNDINGS * self.radius.eps * max(1.0, abs(self.f))
-        hidden = slope**2 <= 2 * STEEP * e
+        # (of a gradient whose square overflows the model gives no step)
+        hidden = slope**2 <= 2 * STEEP * e and (length > 0 or self.g.norm() == 0)
         reasons = PETSc.TAO.ConvergedReason
         return int(reasons.CONVERGED_STEPTOL if hidden else reasons.DIVERGED_TR_REDUCTION)
 

@@ -71,6 +71,8 @@ class Option:
             if text.lower() not in _TRUE | _FALSE:
                 raise InputError(f"{what} must be true or false, got '{text}'")
             return text.lower() in _TRUE
+        if self.type is str and not text and self.default != "":
+            raise InputError(f"{what} has no value")
         try:
             value = self.type(text)
         except ValueError:

@@ -27,10 +27,12 @@ import logistic
 import pinn
 from common.arguments import Parser
 from ddml.errors import InputError
+from ddml.origins import origins
 from ddml.runs.opened import open_run
 
 MAINS = {"pinn": pinn.main, "classify": classify.main, "logistic": logistic.main, "kernel": kernel.main}
 COLUMNS = ("iteration", "loss", "error", "accuracy", "work", "time")
+HELPS = ("-h", "-help", "--help")
 SCRIPTS = ("output", "restart", "overwrite", "interrupted_code")  # what drivers/job.sbatch gives or works out
 
 
@@ -65,10 +67,13 @@ def check(words: Sequence[str], comm: MPI.Comm) -> None:
     for word in options:
         if word.lstrip("-") in SCRIPTS and word.startswith("-"):
             raise InputError(f"option {word} is not for a line of a sweep: its run file is JOBNAME_TASK.h5")
+        if word in HELPS:
+            raise InputError(f"option {word} is not for a line of a sweep: it trains nothing")
     database, before, arguments = PETSc.Options(), PETSc.Options().getAll(), sys.argv
     sys.argv = [name, *options, "-check"]
-    database.insertString(" ".join(sys.argv[1:]))
     try:
+        origins(sys.argv[1:], {})  # what it refuses, PETSc gives up on
+        database.insertString(" ".join(sys.argv[1:]))
         with redirect_stdout(io.StringIO()):
             MAINS[name](comm)
     finally:
@@ -79,16 +84,22 @@ def check(words: Sequence[str], comm: MPI.Comm) -> None:
 
 
 def table(runs: Sequence[Sequence[str]], name: str) -> str:
-    """What the run files of a sweep hold, a row each."""
-    found = []
+    """What the run files of a sweep hold, a row each, and a line for each that cannot be read."""
+    found, wrong = [], list[str]()
     for number, words in enumerate(runs, 1):
         path = Path(f"{name}_{number}.h5")
-        history = open_run(path).history if path.exists() else None
+        history = None
+        if path.exists():
+            try:
+                history = open_run(path).history
+            except InputError as error:
+                wrong.append(f"run {number}: {error}")
         values = [history.last(column) if history is not None else math.nan for column in COLUMNS]
         found.append([str(number), *("" if math.isnan(v) else f"{v:.6g}" for v in values), " ".join(words)])
     rows = [["run", *COLUMNS, "options"], *found]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    return "\n".join("  ".join([*(c.rjust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows)
+    aligned = ["  ".join([*(c.rjust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+    return "\n".join([*aligned, *wrong])
 
 
 def main(comm: MPI.Comm) -> int:

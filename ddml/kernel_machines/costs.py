@@ -123,7 +123,7 @@ def choices(task: Task) -> Choice:
     counts = [1 << i for i in range(n.bit_length())]
     fewest = max(FEWEST, min(SUBDOMAINS, math.ceil(n / CORE)), task.ranks)
     enough = [p for p in counts if p >= fewest and n >= LEAST * p]
-    enough = enough or [max(p for p in counts if n >= LEAST * p or p == 1 or (p < 2 * task.ranks and p <= n))]
+    enough = enough or [max(p for p in counts if p == 1 or (p < 2 * max(FEWEST, task.ranks) and p <= n))]
     found = []
     for p, overlap in itertools.product(enough, OVERLAPS):
         sizes = [n / p * (1 + overlap) ** math.log2(p)] * p

@@ -31,7 +31,7 @@ DENSE, NEIGHBOURS, DIRECTIONS = 200, 8, 10
 # direction's relative residual
 NUMBERS, AXIS_OF, ROUGH = 64000, 250, 1e-2
 SPACE = 8  # vectors that Lanczos' method keeps, at least (our choice)
-PARTITIONERS = ("average", "chaco", "current", "hierarch", "parmetis", "party", "ptscotch", "square")
+PARTITIONERS = ("average", "chaco", "hierarch", "parmetis", "party", "ptscotch")
 
 
 def principal_directions(samples: Array, count: int = 1, rtol: float = 1e-6) -> Array:
@@ -159,7 +159,7 @@ def partition(samples: Array, count: int, name: str) -> Numbers:
     Raises
     ------
     InputError
-        If PETSc was built without it.
+        If PETSc was built without it, or it fails.
     """
     there = [known for known in PARTITIONERS if _is_there(known)]
     if name not in there:
@@ -180,7 +180,11 @@ def partition(samples: Array, count: int, name: str) -> Numbers:
     with preset(samples_mat_partitioning_nparts=count):
         partitioner.setFromOptions()
     found = PETSc.IS().createGeneral([], comm=PETSc.COMM_SELF)
-    partitioner.apply(found)
+    try:
+        partitioner.apply(found)
+    except PETSc.Error as error:
+        said = str(error).splitlines()[-1].partition("] ")[2]
+        raise InputError(f"PETSc's partitioner '{name}' does not cut these samples: {said}") from error
     labels = found.getIndices().astype(np.int64)
     for thing in (found, partitioner, adjacency, graph):
         thing.destroy()

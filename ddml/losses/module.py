@@ -82,10 +82,11 @@ class ModuleLoss(SampledLoss):
         stages = list(module._modules)
         self.layer_stage = [stages.index(k) if self._stepped else 0 for k in groups]
         probe = samples.part(0, min(self.count, 8))
-        first = samples.part(0, 1).inputs if self.count else None
         sizes = {owner: sum(self.parameters[i].size for i in group) for owner, group in groups.items()}
         with unmoved(module):
-            self.gauss_newton = isinstance(check(module, criterion, probe), Tensor)
+            outputs = check(module, criterion, probe)
+            self.gauss_newton = self.gauss_newton and isinstance(outputs, Tensor)
+            first = samples.part(0, 1).inputs if self.count else None
             self.costs, self.besides = layer_work(module, first, sizes, self._stepped)
             self._overwritten = frozenset[int]()
             if isinstance(module, nn.Sequential) and self._stepped:

@@ -298,7 +298,14 @@ class Checkpoints:
         """Whether the interval since the last one is over."""
         return self.interval.over(iteration - self.written[0], seconds - self.written[1])
 
-    def write(self, theta: PETSc.Vec, history: History, with_solver: bool = True, stopped: str = "") -> None:
+    def write(
+        self,
+        theta: PETSc.Vec,
+        history: History,
+        with_solver: bool = True,
+        stopped: str = "",
+        measured: Mapping[str, float] | None = None,
+    ) -> None:
         """Write the run file, if there is one, as of the last complete iteration. Collective.
 
         Parameters
@@ -311,6 +318,9 @@ class Checkpoints:
             Whether the solver has begun, and so has a state.
         stopped
             Why the run has come to its end, for an attribute of that name, if the file is to have one.
+        measured
+            Of the last iteration, by columns of the history, which has it not: a run that goes on from there would have
+            other rows than one that was not stopped. Attributes of these names behind :data:`.run_file.MEASURED`.
         """
         if self.output is None or len(history) == 0:
             return
@@ -323,6 +333,8 @@ class Checkpoints:
                 state["samples"] = self.moving.state()
             run_file.write(
                 self.output, theta, parameters=self.objective.layout.parameters, state=state, history=history,
-                attributes=self.attributes | ({"stopped": stopped} if "stopped" in self.attributes else {}),
+                attributes=self.attributes
+                | ({"stopped": stopped} if "stopped" in self.attributes else {})
+                | {f"{run_file.MEASURED}{k}": float(v) for k, v in (measured or {}).items() if not math.isnan(v)},
             )  # fmt: skip
             self.written = (int(history.last("iteration")), history.last("time"))

@@ -21,6 +21,8 @@ COLUMNS = (
     "accuracy",
 )
 
+MEASURES = ("test_loss", "error", "error_network_norm", "accuracy")  # which not every row has
+
 UNITS = {  # of columns that have one
     "time": "s",
     "work": "full gradients",
@@ -113,6 +115,19 @@ class History:
         for index, value in row.items():
             self._values[index, self._rows] = value
         self._rows += 1
+
+    def complete(self, **values: float) -> None:
+        """Put values into the last row.
+
+        Raises
+        ------
+        ValueError
+            For a name that is no column, or a history without rows.
+        """
+        if not self._rows:
+            raise ValueError("a history without rows has no last one")
+        for index, value in {_index(name): float(value) for name, value in values.items()}.items():
+            self._values[index, self._rows - 1] = value
 
     def truncate(self, rows: int) -> None:
         """Keep the first rows only.

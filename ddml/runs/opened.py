@@ -23,7 +23,7 @@ from ddml.vectors import owned
 
 from . import divided, machines, rebuilt, run_file
 from .extras import extra
-from .history import UNITS, History
+from .history import MEASURES, UNITS, History
 
 if TYPE_CHECKING:
     import pandas
@@ -41,7 +41,8 @@ class OpenedRun:
     attributes : dict of str to str, int, float or bool
         Of the file: problem, network, solver, seed, versions, options.
     history : History
-        ``history["loss"]`` is a numpy array with one entry an iteration.
+        ``history["loss"]`` is a numpy array with one entry an iteration. What was measured at the end of the run only
+        is in the last row, too.
     theta : Tensor
         The parameters (n,), float64.
     """
@@ -227,6 +228,10 @@ def open_run(path: str | PathLike[str]) -> OpenedRun:
     try:
         _, history = run_file.read(path, x, with_state=False)
         run_file.check_values(path, x, history)
+        for name, value in header.attributes.items():
+            column = name.removeprefix(run_file.MEASURED)
+            if column in MEASURES and column != name and isinstance(value, float):
+                history.complete(**{column: value})
         return OpenedRun(path, header, history, owned(x).clone())
     finally:
         x.destroy()

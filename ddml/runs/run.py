@@ -143,8 +143,8 @@ class Run:
                     f"the loss is not finite at the initial parameters: {self.objective.loss.explain(theta)}"
                 )
             return  # PETSc stops on it; the last good state stays what it is
-        if len(self.history) and iteration == self.first_iteration:
-            return  # where a solver that begins afresh begins
+        if len(self.history) and iteration == self.history.last("iteration"):
+            return  # where a solver that begins afresh begins; PETSc's ntr reports a trial that it refuses so, too
         columns = {}
         if iteration % self.error_interval == 0:
             columns = dict(self.measure(self.objective.parameters(self.x)))
@@ -191,7 +191,7 @@ class Run:
 
     def save(self, stopped: str = "") -> None:
         """Write the run file as of the last complete iteration, and why that was the last one. Collective."""
-        self.checkpoints.write(self.last, self.history, not self.done, stopped)
+        self.checkpoints.write(self.last, self.history, not self.done, stopped, self.measured)
         self.board.flush()
 
     def execute(self) -> bool:
@@ -234,11 +234,19 @@ class Run:
         reason = self.tao.getConvergedReason()
         ended = self.solver.reason if self.solver is not None else ""
         self.reason = self.reason or ended or limits.in_words(reason)
+        in_haste = self.reason == SIGNAL  # the file first
+        if not in_haste:
+            self._measure()
         if not self.failure:
             self._end()
+        if in_haste:
+            self._measure()
+        return bool(reason != PETSc.TAO.ConvergedReason.DIVERGED_NAN)
+
+    def _measure(self) -> None:
+        """Measure what the last row of the history has not, if there is one. Collective."""
         if len(self.history) and self.history.last("iteration") % self.error_interval:
             self.measured = dict(self.measure(self.objective.parameters(self.last)))
-        return bool(reason != PETSc.TAO.ConvergedReason.DIVERGED_NAN)
 
     def _end(self) -> None:
         """Write the run file for the last time. Collective."""

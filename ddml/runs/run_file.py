@@ -7,7 +7,8 @@ A run file has these groups:
 - ``/solver``: the solver's state, one group or dataset for each value;
 - ``/history``: one float64 dataset for each column of `ddml.runs.history.History`; ``iteration`` is the dimension scale
   of the others, as netCDF and xarray have it;
-- the attributes of the root: those of the caller, the versions in force and the number of ranks that wrote it.
+- the attributes of the root: those of the caller, the versions in force and the number of ranks that wrote it; what
+  was measured at the end only, where the history, which a restart continues, has no value.
 
 Vectors are never gathered: each rank writes and reads its own range, at the place where rank 0, which alone calls
 HDF5, has laid out the dataset. `ddml.runs.sealed` makes the file safe against kills, full disks and damage, and
@@ -43,6 +44,7 @@ from .sealed import FORMAT_VERSION, SEAL_SIZE, Image, beside, store, verified
 __all__ = ["Header", "Parameter", "ParameterEntry", "RunFileError", "check_writable", "inspect", "read", "write"]
 
 FORMAT = "ddml run"
+MEASURED = "measured "  # what the names of attributes begin with that belong into the last row of the history
 LARGEST = 2**53  # iteration: a further one is no whole number in double precision
 
 
@@ -375,7 +377,7 @@ def check_values(path: str, theta: PETSc.Vec, history: History) -> None:
             raise RunFileError(f"{path} holds parameters that are NaN or infinite")
         iterations = history["iteration"]
         counts = (iterations >= 0) & (iterations <= LARGEST) & (iterations == iterations.round())
-        if not len(history) or not counts.all() or (np.diff(iterations) <= 0).any() or math.isnan(history.last("time")):
+        if not len(history) or not counts.all() or (np.diff(iterations) < 0).any() or math.isnan(history.last("time")):
             raise RunFileError(f"{path} has a history whose iterations do not count up, or whose time is not known")
         for name in ("time", "work", "work_critical", *WORK_OF_LEVELS):
             if np.isinf(history[name]).any() or (history[name] < 0).any():

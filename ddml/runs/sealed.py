@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import IO
@@ -223,6 +224,8 @@ def store(
                 with open(new, "r+b", buffering=0) as file:
                     _write_at(file.fileno(), np.frombuffer(_seal(image.size, total), np.uint8), 0)
                     os.fsync(file.fileno())
+                with suppress(FileNotFoundError):
+                    shutil.copymode(path, new)  # of the file whose place it takes
                 os.replace(new, path)
                 folder = os.open(os.path.dirname(path), os.O_RDONLY)
                 try:

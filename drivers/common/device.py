@@ -210,21 +210,24 @@ def _card(asked: int | None, place: int) -> Card:
 
 @contextmanager
 def short_of_memory() -> Iterator[None]:
-    """A block in which a card may turn out to be too small: one line then, with the bytes.
+    """A block in which a card, or the memory, may turn out to be too small: one line then, with the bytes.
 
     Raises
     ------
     InputError
-        In place of torch's OutOfMemoryError, also where PETSc has wrapped it. It is of this rank: others may not have
-        it.
+        In place of torch's OutOfMemoryError and Python's MemoryError, also where PETSc has wrapped it. It is of this
+        rank: others may not have it.
     """
     try:
         yield
     except Exception as error:
         found = cause(error, torch.OutOfMemoryError)
-        if found is None:
-            raise
-        raise CollectiveError(memory_line(str(found))) from error
+        if found is not None:
+            raise CollectiveError(memory_line(str(found))) from error
+        short = cause(error, MemoryError)
+        if short is not None:
+            raise CollectiveError(f"the memory is too small for this many samples: {short}") from error
+        raise
 
 
 def memory_line(said: str) -> str:

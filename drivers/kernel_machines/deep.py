@@ -164,17 +164,19 @@ class Inner:
 
 
 def layout_of(settings: Any, phi: Array, wanted: Array, shift: float, comm: MPI.Comm) -> SampleLayout:
-    """The samples, cut by their first features."""
+    """The samples, cut by their first features; what the settings leave open is chosen, and put into them."""
     n, q = phi.shape
     if settings.subdomains is None:
         chosen = choices(Task.within(settings.kernel_memory, n, q, wanted.shape[1], shift, comm.size, settings.dtype))
         count, overlap = chosen.subdomains, chosen.overlap
+        settings.subdomains = str(count)  # the run's from now on, on any number of ranks
     elif settings.subdomains.isdecimal():
         count, overlap = int(settings.subdomains), OVERLAP
     else:
         raise InputError(f"option -subdomains must be a number with -solver deep, got '{settings.subdomains}'")
-    overlap = overlap if settings.overlap is None else settings.overlap
-    return SampleLayout(SampleDomain.by_tree(phi, count, overlap, settings.cut or "principal"), comm)
+    if settings.overlap is None:
+        settings.overlap = overlap
+    return SampleLayout(SampleDomain.by_tree(phi, count, settings.overlap, settings.cut or "principal"), comm)
 
 
 def feature_map(settings: Any, data: Classified) -> tuple[nn.Module, str, Penalty | None]:

@@ -118,7 +118,8 @@ class NewtonIterations(KernelIterations):
 
     def inner_state(self) -> dict[str, Any]:
         """See :meth:`KernelIterations.inner_state`."""
-        assert self.point is not None
+        if self.point is None:  # of a restart that has nothing to do
+            return dict(self.known)
         return {"exact": self.point.exact, "before": self.point.before}
 
     def take_state(self, state: dict[str, Any]) -> None:

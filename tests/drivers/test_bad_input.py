@@ -24,6 +24,8 @@ OPTIONS = {
     "unknown problem": ("-problem navier", "'navier'"),
     "unknown network": ("-network transformer", "'transformer'"),
     "text for an integer": ("-width wide", "-width"),
+    "no file": ("-output", "option -output has no value"),
+    "more points than memory": ("-points 99999999999", "the memory is too small"),
     "zero points": ("-points 0", "-points"),
     "too large seed": ("-seed 99999999999999999999", "-seed"),
     "negative overlap": ("-overlap -1", "-overlap"),

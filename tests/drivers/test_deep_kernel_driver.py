@@ -25,7 +25,7 @@ DEEP = ("-solver", "deep", "-network", "expansion", "-data", "digits", "-samples
     "options",
     [
         (), ("-deep_solver", "ssbroyden", "-deep_objective", "held_out", "-subdomains", 4),
-        ("-deep_solver", "lbfgs", "-deep_objective", "leave_one_out"),
+        ("-deep_solver", "lbfgs", "-deep_objective", "leave_one_out"), ("-samples", 120),
     ],
     ids=str,
 )  # fmt: skip

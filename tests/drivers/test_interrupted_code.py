@@ -115,6 +115,8 @@ WRONG = {
     "a driver": (f"pin {GOOD}", "pin"),
     "a solver": (f"{GOOD} -solver lbfg", "lbfg"),
     "the run file": (f"{GOOD} -output a.h5", "option -output is not for a line of a sweep"),
+    "a file of options that is not there": (f"{GOOD} -options_file nothing", "cannot read nothing"),
+    "no run": (f"{GOOD} -help", "option -help is not for a line of a sweep"),
     "the code": (f"{GOOD} -interrupted_code 3", "option -interrupted_code is not for a line of a sweep"),
 }
 
@@ -138,13 +140,16 @@ def test_a_sweep_without_runs(tmp_path: Path) -> None:
 def test_the_table_of_a_sweep(
     good: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = sweep(tmp_path, "-width 8", "classify -widths 6")
+    path = sweep(tmp_path, "-width 8", "classify -widths 6", "-width 9")
     (tmp_path / "widths_1.h5").write_bytes(good.read_bytes())
+    (tmp_path / "widths_3.h5").write_bytes(good.read_bytes()[:-9])
     monkeypatch.chdir(tmp_path)
     assert call("sweep", path, "-table", "widths") == 0
-    head, first, second = capfd.readouterr().out.splitlines()
+    head, first, second, third, wrong = capfd.readouterr().out.splitlines()
     assert head.split() == ["run", "iteration", "loss", "error", "accuracy", "work", "time", "options"]
     loss = content(good).history["loss"][-1]
     assert first.split()[:3] == ["1", "5", f"{loss:.6g}"]
     assert first.endswith("  -width 8")
     assert second.split() == ["2", "classify", "-widths", "6"]
+    assert third.split() == ["3", "-width", "9"]
+    assert wrong.startswith("run 3: widths_3.h5 is damaged")

@@ -280,6 +280,7 @@ BAD = {
     "labels of regression": (("-data", "many"), "and no classes"),
     "one class": (("-data", "one"), "are of one class"),
     "NaN": (("-data", "nan"), "line 8"),
+    "partitioner that fails": (("-cut", "hierarch"), "'hierarch' does not cut these samples"),
     "partitioner": (("-cut", "parmetis"), "no partitioner 'parmetis'"),
     "cut of others": (("-cut", "mine.py:short"), "a number for each of 300"),
     "damaged": (("-restart", "damaged.h5"), "damaged.h5"),

@@ -75,6 +75,16 @@ def test_a_working_folder_that_has_gone_is_one_line(shared_tmp: Path, monkeypatc
         small(Path("run.h5"))
 
 
+def test_who_may_read_a_file_stays_as_it_is(shared_tmp: Path) -> None:
+    path = shared_tmp / "run.h5"
+    small(path, 1.0)
+    if comm.rank == 0:
+        path.chmod(0o600)
+    comm.barrier()
+    small(path, 2.0)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_symbolic_link_stays_one(shared_tmp: Path) -> None:
     path = shared_tmp / "run.h5"
     if comm.rank == 0:

@@ -237,7 +237,7 @@ VALUES: dict[str, tuple[str, Any, str]] = {
     "an iteration is 1e300": ("history/iteration", 1e300, "iterations do not count up"),
     "an iteration is negative": ("history/iteration", -1.0, "iterations do not count up"),
     "an iteration is no integer": ("history/iteration", 3.5, "iterations do not count up"),
-    "an iteration comes twice": ("history/iteration", 3.0, "iterations do not count up"),
+    "an iteration comes late": ("history/iteration", 2.0, "iterations do not count up"),
     "the time is infinite": ("history/time", math.inf, "time is negative or infinite"),
     "the time is negative": ("history/time", -1.0, "time is negative or infinite"),
     "the time is unknown": ("history/time", np.nan, "time is not known"),

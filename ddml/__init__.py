@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .decomposition.subdomains import Subdomains
     from .errors import InputError
     from .layout import ParameterLayout
+    from .losses.decayed import DecayedLoss
     from .losses.loss import Loss
     from .losses.module import ModuleLoss
     from .losses.residual import ResidualLoss
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "DataSet": "ddml.data.data_set",
     "Decomposition": "ddml.decomposition.decomposition",
+    "DecayedLoss": "ddml.losses.decayed",
     "History": "ddml.runs.history",
     "InputError": "ddml.errors",
     "Loss": "ddml.losses.loss",
@@ -51,7 +53,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "DataSet", "Decomposition", "History", "InputError", "Loss", "ModuleLoss", "Objective", "ParameterLayout",
-    "ResidualLoss", "ResidualObjective", "Subdomains", "__version__", "networks", "open_network", "open_run",
-    "problems", "restricted", "sampled", "shifted",
+    "DataSet", "DecayedLoss", "Decomposition", "History", "InputError", "Loss", "ModuleLoss", "Objective",
+    "ParameterLayout", "ResidualLoss", "ResidualObjective", "Subdomains", "__version__", "networks", "open_network",
+    "open_run", "problems", "restricted", "sampled", "shifted",
 ]  # fmt: skip

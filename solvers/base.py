@@ -179,6 +179,11 @@ class Solver(Owner, ABC):
                 self.objective.work.settle()  # a state from here on does not renew again
             with self.objective.uninterrupted() if self.whole_iterations else nullcontext():
                 result = self.iterate(x)
+            if not isinstance(result, SearchResult):
+                raise InputError(
+                    f"iterate of {type(self).__name__} must return a SearchResult, as self.search does, got a "
+                    f"{type(result).__name__}"
+                )
             if not result.success:
                 tao.setConvergedReason(self.failure)
                 return

@@ -45,6 +45,7 @@ from ddml.sampling.batches import Batches
 from ddml.summation import leaves
 from ddml.vectors import home, write
 
+from .arguments import check, compare
 from .base import REASONS, Solver
 from .owner import Owner
 from .registry import configure, solver_class
@@ -231,8 +232,12 @@ def minimise(
     ------
     InputError
         On all ranks: a solver that there is not; options that nothing reads, or out of range; a start of another size;
-        a loss that is not finite where it begins.
+        a loss without samples, or not finite where it begins; ranks that were given different things.
     """
+    check(loss, solver, iterations, blocks)
+    compare(
+        comm, loss, solver, options=options or {}, iterations=iterations, blocks=blocks, seed=seed, tolerance=tolerance
+    )
     prefix = next(prefixes)
     with given(prefix, options or {}):
         batched = tables.read(BATCHES, prefix)
@@ -316,12 +321,17 @@ def refuse_unused(prefix: str, solver: str | Solver) -> None:
 
 @contextmanager
 def given(prefix: str, options: Mapping[str, Any]) -> Iterator[None]:
-    """Put options into PETSc's database, and take out all of that prefix at the end."""
+    """Put options into PETSc's database, and take out all of that prefix at the end, and of what errors say."""
     database = PETSc.Options()
     for name, value in options.items():
         database.setValue(prefix + name.removeprefix("-"), value)
     try:
         yield
+    except InputError as error:
+        text = str(error).replace(f"-{prefix}", "").replace(prefix, "")
+        if text == str(error):
+            raise
+        raise (CollectiveError if isinstance(error, CollectiveError) else InputError)(text) from error
     finally:
         for key in database.getAll():
             if key.startswith(prefix):

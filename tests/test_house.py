@@ -40,7 +40,9 @@ LEVELS = (
     ("solvers",),
     ("drivers",),
 )
-BOTTOM = tuple(f"solvers.{name}" for name in ("base", "owner", "registry", "line_search", "minimisation"))  # one room
+BOTTOM = tuple(
+    f"solvers.{name}" for name in ("arguments", "base", "owner", "registry", "line_search", "minimisation")
+)  # one room
 
 # What the levels alone would allow: the modules of a room must not import these, nor what begins with them.
 FORBIDDEN = {

@@ -84,7 +84,8 @@ def refuse_shortcuts(module: nn.Module, criterion: Criterion, probe: SampleSet) 
     if values.requires_grad:
         raise InputError(
             "the criterion depends on parameters itself, beside the network's outputs, and nothing would train those: "
-            "have the network return what it needs of them as a further output, or set their requires_grad to False"
+            "ddml.DecayedLoss has a penalty of weights; of others the network can return what the criterion needs as a "
+            "further output, or they have requires_grad False"
         )
 
 

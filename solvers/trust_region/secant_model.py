@@ -98,7 +98,7 @@ class SecantModel:
         if self.metric is None:
             return np.column_stack([v.array_r for v in self.S]), np.column_stack([v.array_r for v in self.Y])
         if self._images[0] != self.metric.version:
-            self._images = self.metric.version, []
+            self._images, self._paid = (self.metric.version, []), 0
         known, image = self._images[1], self.S[0].duplicate()
         for s, y in list(zip(self.S, self.Y, strict=True))[len(known) :]:
             with self.metric.objective.work.unpaid() if len(known) < self._paid else nullcontext():
@@ -142,7 +142,9 @@ class SecantModel:
         return {"S": list(self.S), "Y": list(self.Y), "gamma": self.gamma, "images": len(self._images[1]) * current}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over the vectors of a checkpoint."""
+        """Take over the vectors of a checkpoint; the metric is that of it already."""
         self.clear()
         self.S, self.Y, self.gamma = list(state["S"]), list(state["Y"]), state["gamma"]
-        self._paid = state.get("images", 0)  # which files of before do not know
+        if self.metric is not None:
+            self._images = self.metric.version, []
+            self._paid = state.get("images", 0)  # which files of before do not know

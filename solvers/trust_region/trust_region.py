@@ -242,8 +242,8 @@ class TrustRegion(Solver):
                     "from it"
                 )
         self.radius.restore(state["radius"])
-        self.model.restore(state["model_state"])
         self.norm.restore(state.get("norm_state", {}))
+        self.model.restore(state["model_state"])
         batch = state.get("frugal")
         if batch is None:
             return

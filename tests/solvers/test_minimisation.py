@@ -109,6 +109,65 @@ def test_bad_input_is_refused(comm: MPI.Comm, solver: str, settings: dict[str, A
     assert set(PETSc.Options().getAll()) == before
 
 
+def test_options_are_named_as_they_were_given(comm: MPI.Comm) -> None:
+    with pytest.raises(InputError, match=r"^option coarse_samples must be less than"):
+        minimise(module_loss(), "svrg", comm, {"coarse_samples": 1000})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "message"),
+    [
+        (lambda: (nn.Linear(1, 1),), {}, "must be a loss, .* got a Linear"),
+        (lambda: (module_loss(), solvers.LBFGS), {}, "got the class LBFGS"),
+        (lambda: (module_loss(), None), {}, "got a NoneType"),
+        (lambda: (module_loss(),), {"iterations": -1}, "iterations must be an integer, 0 or more, got -1"),
+        (lambda: (module_loss(),), {"iterations": 2.5}, "got 2.5"),
+        (lambda: (module_loss(),), {"blocks": -1}, "blocks must be an integer"),
+        (lambda: (module_loss().part(0, 0),), {}, "has no samples"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(
+    comm: MPI.Comm, arguments: Callable[[], tuple[Any, ...]], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        minimise(*arguments(), comm=comm, **settings)
+
+
+def test_an_iteration_says_what_came_of_it(comm: MPI.Comm) -> None:
+    class Forgetful(solvers.Solver):
+        def iterate(self, x: PETSc.Vec) -> Any:
+            return None
+
+    with pytest.raises(InputError, match="iterate of Forgetful must return a SearchResult"):
+        minimise(module_loss(), Forgetful(), comm)
+
+
+def given_to(rank: int, what: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a rank passes that has something of its own."""
+    loss = module_loss(rank if what == "the initial parameters" else 0)
+    if what == "the losses of samples":
+        loss.samples.targets[-1] += rank
+    if what == "the number of samples":
+        loss = loss.part(0, 60 - rank)
+    solver = "ssbroyden" if what == "the solver" and rank else "lbfgs"
+    options = {"tao_gatol": 1e-9 * (1 + rank)} if what == "options" else {}
+    return (loss, solver), {"options": options, "iterations": 3 + rank if what == "iterations" else 3}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "what",
+    ["the initial parameters", "the losses of samples", "the number of samples", "the solver", "options", "iterations"],
+)
+def test_ranks_that_were_given_different_things_say_so(comm: MPI.Comm, what: str) -> None:
+    arguments, settings = given_to(comm.rank, what)
+    if comm.size == 1:
+        assert minimise(*arguments, comm=comm, **settings).success
+        return
+    with pytest.raises(InputError, match=f"differ in .*{what}"):
+        minimise(*arguments, comm=comm, **settings)
+
+
 def test_what_is_not_finite_is_refused(comm: MPI.Comm) -> None:
     loss = module_loss()
     with pytest.raises(InputError, match="not finite at the initial parameters"):

@@ -78,6 +78,21 @@ def test_other_numbers_of_ranks_go_on_with_the_same_batches(comm: MPI.Comm, shar
     comm.barrier()
 
 
+@pytest.mark.parametrize("solver", ["tr", "apts_weights"])
+@pytest.mark.parametrize("stop", [2, 3])  # before a batch, and within one
+def test_secant_pairs_in_a_norm_that_changes_are_charged_once(
+    solver: str, stop: int, comm: MPI.Comm, shared_tmp: Path
+) -> None:
+    whole, parts = shared_tmp / "whole.h5", shared_tmp / "parts.h5"
+    words = ("-data", "digits", "-samples", 203, "-widths", "8,8", "-solver", solver, "-norm", "kfac")
+    options = (*words, "-model", "lbfgs", "-batch_size", 20, "-batch_steps", 2)
+    train("classify", whole, comm.size, 5, *options)
+    for iterations in (stop, 5):
+        train("classify", parts, comm.size, iterations, *options)
+    assert_same(whole, parts)
+    comm.barrier()
+
+
 @pytest.mark.parametrize(
     ("limit", "value", "reason"),
     [

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from dense_newton import Logistic, data, linear_loss
 from mpi4py import MPI
 from numpy.typing import NDArray
@@ -93,10 +94,13 @@ def test_with_a_moving_snapshot_they_are_sarah(train: Train) -> None:
 
 
 @pytest.mark.parametrize("solver", ["svrg", "sarah"])
-def test_steps_to_where_the_loss_is_not_finite_are_taken_back(train: Train, solver: str) -> None:
-    """Each step's end is evaluated on the samples of the next one."""
-    run = train(loss(), solver, 1, coarse_rate=1.7e308)
-    assert run.theta[-1] == pytest.approx(-1.7e308 * DENSE.gradient(START), rel=1e-12)  # the second one overflows
+def test_steps_to_where_the_loss_is_not_finite_are_taken_back(train: Train, sum_over_rows: Any, solver: str) -> None:
+    """Each step's end is evaluated on the samples of the next one; here all samples are the same."""
+    start = np.array([0.5, 0.4])
+    walls = sum_over_rows(lambda theta, rows: -rows[:, 0] * torch.log(1 - theta**2).sum(), np.ones((60, 1)), [2], start)
+    run = train(walls, solver, 1, coarse_rate=0.9)
+    gradient = 2 * start / (1 - start**2)
+    assert run.theta[-1] == pytest.approx(start - 0.9 * gradient, rel=1e-12)  # the second one leads behind the wall
 
 
 def test_a_step_takes_two_gradients_of_its_samples(train: Train) -> None:

@@ -1,6 +1,7 @@
 """Non-monotone APTS: the coarse problem, the reduction to APTS, ranks, restarts."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -152,3 +153,52 @@ def test_a_resumed_run_goes_on_to_the_last_bit(train: Train, copied: Any, settin
     rest = train(classifier(), "napts", 11, coarse_directions=3, start=whole.theta[5], state=kept, **settings)
     assert rest.theta.tobytes() == whole.theta[6:].tobytes()
     assert rest.losses.tobytes() == whole.losses[6:].tobytes()
+
+
+def test_the_combination_is_the_best_of_the_last_displacements(train: Train, monkeypatch: Any) -> None:
+    """Its conditions of optimality, with curvatures from the gradients of the trajectory."""
+    from solvers.schwarz.apts import APTSWeights
+    from solvers.schwarz.napts import NAPTS
+
+    base, whole, seen = APTSWeights._correction, NAPTS._correction, list[dict[str, Any]]()
+
+    def local(self: Any, x: Any, delta: float, s: Any) -> float:
+        promise = float(base(self, x, delta, s))
+        layout = self.objective.layout
+        s_, g, x_ = (layout.gather(v).numpy().copy() for v in (s, self.g, x))
+        seen.append({"s": s_, "g": g, "x": x_, "promise": promise, "radius": np.linalg.norm(s_) * delta / self.norm(s)})
+        return promise
+
+    def combined(self: Any, x: Any, delta: float, s: Any) -> float:
+        decrease = float(whole(self, x, delta, s))
+        seen[-1] |= {"found": self.objective.layout.gather(s).numpy().copy(), "decrease": decrease}
+        return decrease
+
+    monkeypatch.setattr(APTSWeights, "_correction", local)
+    monkeypatch.setattr(NAPTS, "_correction", combined)
+    train(classifier(), "napts", 14, coarse_directions=2, norm="2", decomposition="layers", local_steps=3)
+    points = [seen[0]] + [b for a, b in pairwise(seen) if (a["x"] != b["x"]).any()]
+    combinations = 0
+    for k in range(2, len(points)):
+        last, promise = points[k], points[k]["promise"]
+        if not promise > 0:
+            continue
+        moves = [(b["x"] - a["x"], b["g"] - a["g"]) for a, b in pairwise(points[k - 2 : k + 1])]
+        W = np.column_stack([last["s"], *(p for p, _ in moves)])
+        Y = np.column_stack([y for _, y in moves])
+        K = np.zeros((3, 3))
+        K[0, 0] = 2 * (-last["g"] @ last["s"] - promise)
+        K[0, 1:] = K[1:, 0] = last["s"] @ Y
+        K[1:, 1:] = (W[:, 1:].T @ Y + Y.T @ W[:, 1:]) / 2
+        c, *_ = np.linalg.lstsq(W, last["found"], rcond=None)
+        assert W @ c == pytest.approx(last["found"], abs=1e-9 * np.linalg.norm(last["found"]))
+        slopes, gram = W.T @ last["g"], W.T @ W
+        assert last["decrease"] == pytest.approx(-slopes @ c - c @ K @ c / 2, rel=1e-7)
+        residual, pull = K @ c + slopes, gram @ c
+        multiplier = -(pull @ residual) / (pull @ pull)
+        inside = last["radius"] - np.linalg.norm(last["found"])
+        assert multiplier >= -1e-9 and inside >= -1e-9 * last["radius"]
+        assert residual + multiplier * pull == pytest.approx(0, abs=1e-6 * np.linalg.norm(slopes))
+        assert multiplier * inside == pytest.approx(0, abs=1e-6 * multiplier * last["radius"] + 1e-12)
+        combinations += 1
+    assert combinations >= 5

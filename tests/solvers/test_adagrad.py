@@ -92,21 +92,31 @@ def test_corrections_stay_within_the_bounds_of_gradients(train: Train) -> None:
     assert run.losses[-1] < run.losses[0]
 
 
-def test_schwarz_corrections_are_local_steps_within_the_bounds(train: Train) -> None:
-    """One step on each layer, whose sums of squares are its own, and one of the whole network."""
-    loss = network_loss()
-    run = train(loss, "asadagrad", 5, local_steps=1, decomposition="layers", rate=0.1, sigma=1e-3)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_schwarz_corrections_are_local_steps_within_the_bounds(train: Train, steps: int) -> None:
+    """Steps on each layer, whose sums of squares are its own, and one of the whole network."""
+    loss, cut = network_loss(), 0
+    run = train(loss, "asadagrad", 5, local_steps=steps, decomposition="layers", rate=0.1, sigma=1e-3)
+    layers = [np.concatenate([np.r_[loss.parameters[k].range] for k in layer]) for layer in loss.layers]
     theta = loss.initial().numpy().copy()
     inside, squares = (np.full(loss.size, 1e-3) for _ in range(2))
     for k in range(5):
         g = gradient(loss, theta)
-        inside = inside + g**2
-        limit = 0.1 * np.abs(g) / np.sqrt(squares + g**2)
-        theta = theta + np.clip(-0.1 * g / np.sqrt(inside), -limit, limit)
+        limit, correction = steps * 0.1 * np.abs(g) / np.sqrt(squares + g**2), np.zeros(loss.size)
+        for layer in layers:
+            own = theta.copy()
+            for _ in range(steps):
+                slope = gradient(loss, own)[layer]
+                inside[layer] += slope**2
+                own[layer] -= 0.1 * slope / np.sqrt(inside[layer])
+            correction[layer] = own[layer] - theta[layer]
+        cut += int((np.abs(correction) > limit).sum())
+        theta = theta + np.clip(correction, -limit, limit)
         g = gradient(loss, theta)
         squares = squares + g**2
         theta = theta - 0.1 * g / np.sqrt(squares)
         assert np.abs(run.theta[k + 1] - theta).max() <= 1e-12
+    assert 0 < cut < 4 * loss.size
 
 
 @pytest.mark.parametrize("solver", ["adagrad", "mladagrad", "asadagrad"])

@@ -64,15 +64,23 @@ def test_steps_are_those_of_dense_least_squares(
     else:
         settings |= {"form": "primal", "preconditioner": preconditioner, "gn_rank": 20}
         settings |= {"gn_ksp_rtol": 1e-13, "gn_ksp_max_it": 1000}
-    dampings = []
-    run = train(
-        loss, "gauss_newton", 4, watch=lambda context, iteration: dampings.append(context.equations.damping), **settings
-    )
+    dampings, following = [], []
+
+    def watch(context: Any, iteration: int) -> None:
+        dampings.append(context.equations.damping)
+        following.append(context.damping)
+
+    run = train(loss, "gauss_newton", 4, watch=watch, **settings)
     assert len(run.losses) == 5
     assert (np.diff(run.losses) < 0).all()
     for k, damping in enumerate(dampings[1:]):
         expected = dense_step(loss, run.theta[k], damping, acceleration)
         assert run.theta[k + 1] - run.theta[k] == pytest.approx(expected, abs=1e-7 * np.abs(expected).max())
+        at, v = torch.as_tensor(run.theta[k]), dense_step(loss, run.theta[k], damping, False)
+        J, r = loss.jacobian(at).numpy(), loss.residual(at).numpy()
+        ratio = (run.losses[k] - run.losses[k + 1]) / (r @ r - (r + J @ v) @ (r + J @ v))
+        factor = max(1 / 3, 1 - (2 * ratio - 1) ** 3)  # Nielsen 1999
+        assert following[k + 1] == pytest.approx(damping * factor, rel=1e-5)
     first = loss.jacobian(torch.as_tensor(run.theta[0])).numpy()
     raised = dampings[1] / (0.1 * (first**2).sum(0).max())
     assert min(abs(raised - factor) for factor in (1, 2, 8, 64)) < 1e-9  # refused up to three times

@@ -22,6 +22,7 @@ import numpy as np
 
 from ddml.errors import InputError
 from ddml.kernel_machines.cuts import Array
+from ddml.kernel_machines.domain import SampleDomain
 from ddml.kernel_machines.functional import descent, regularised
 from ddml.kernel_machines.operator import KernelOperator
 from ddml.kernel_machines.pivots import Pivots
@@ -122,7 +123,7 @@ def exchange_in_turn(
     begun = np.zeros_like(targets) if start is None else columns_of("start", start, domain.size)
     if begun.shape != targets.shape:
         raise InputError(f"start must be {targets.shape} as Y, got {begun.shape}")
-    damping = [value * (domain.coverage[wide] - 1.0) for value, wide in zip(omegas, domain.sets, strict=True)]
+    damping = damping_of(omegas, domain)
     mine, alpha = targets[layout.rows], begun[layout.rows]
     local = LocalSolves(operator, None, "plain" if sweeps else "unity", damping)
     if not sweeps:
@@ -165,6 +166,12 @@ def omegas_of(omega: float | Sequence[float], count: int) -> list[float]:
     if len(found) != count or not all(0 <= value < math.inf for value in found):
         raise InputError(f"omega must be 0 or more, one number or one for each of {count} subdomains; got {omega}")
     return found
+
+
+def damping_of(omegas: Sequence[float], domain: SampleDomain) -> list[Array]:
+    """What each subdomain's diagonal gets: omega times how many others have the sample."""
+    others = domain.coverage - 1.0
+    return [np.asarray(omega * others[wide]) for omega, wide in zip(omegas, domain.sets, strict=True)]
 
 
 class Turns:

@@ -10,7 +10,7 @@ from petsc4py import PETSc
 from ddml.errors import InputError
 from ddml.kernel_machines.system import KernelSystem, Operations
 
-from .exchange import RENEWED, Turns, omegas_of
+from .exchange import RENEWED, Turns, damping_of, omegas_of
 from .iterations import RTOL, KernelIterations
 from .local import LocalSolves
 
@@ -55,8 +55,7 @@ class ExchangeInTurn(KernelIterations):
 
     def prepare(self) -> None:
         """See :meth:`KernelIterations.prepare`."""
-        domain = self.operator.layout.domain
-        damping = [omega * (domain.coverage[wide] - 1.0) for omega, wide in zip(self.omegas, domain.sets, strict=True)]
+        damping = damping_of(self.omegas, self.operator.layout.domain)
         self.local = LocalSolves(self.operator, None, "plain" if self.exchange else "unity", damping)
         self.turns = Turns(self.operator, self.local.factors)
         self.system.charge(self.local.set_up_operations(0))

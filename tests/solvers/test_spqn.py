@@ -250,6 +250,19 @@ def test_without_extra_evaluations_of_searches_the_cost_is_that_of_the_paper(
     assert (np.diff(run.gradients)[1:] == 2 + count * 2).all()
 
 
+@BOTH
+def test_a_coarse_step_is_over_the_first_layer_of_each_subdomain(train: Train, solver: str) -> None:
+    chosen = []
+    loss = burgers()
+    train(
+        loss, solver, 1, subdomains=2, local_steps=1, coarse_step=True,
+        watch=lambda context, iteration: chosen.append(context.coarse.decomposition.subdomains.cores),
+    )  # fmt: skip
+    layers = len(loss.layers)
+    first = [0, -(-layers // 2)]  # of two runs of layers, the longer one first
+    assert [sorted(loss.layer_numbers(core)) for core in chosen[0]] == [first]
+
+
 # The same everywhere ------------------------------------------------------------------------------------------------
 
 RUNS = {

@@ -56,7 +56,7 @@ def test_what_is_chosen_fits_the_memory(samples: int, ranks: int) -> None:
     most = coarse_rank(task, sizes)
     fewer = coarse_rank(replace(task, memory=0.6 * memory(task, sizes, most)), sizes)
     assert fewer < most
-    with pytest.raises(InputError, match=r"memory limit of 1e\+04 bytes a rank is below .* use more subdomains"):
+    with pytest.raises(InputError, match=r"limit 1e\+04 bytes a rank are left, less than .* use more subdomains"):
         choices(replace(task, memory=1e4))
     with pytest.raises(InputError, match="use more subdomains, more ranks or more memory"):
         coarse_rank(replace(task, memory=1e4), sizes)

@@ -63,7 +63,7 @@ class Result:
     theta : Tensor
         The parameters (n,), float64.
     loss, gradient_norm : float
-        There, of the samples that the last iteration was on.
+        There, of the samples that the last iteration was on; of Adam on batches, where that iteration began.
     iterations : int
     success : bool
         Whether the solver stopped at a tolerance or a limit, and not because it could not go on.

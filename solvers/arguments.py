@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 from ddml.errors import CollectiveError, InputError
 from ddml.losses.loss import Loss
-from ddml.losses.samples import SampledLoss
+from ddml.losses.module import ModuleLoss
 from ddml.objectives.objective import Objective
 
 from .base import Solver
@@ -70,7 +70,7 @@ def _of_loss(loss: Loss) -> dict[str, Any]:
         return found
     values = theta.detach().cpu().numpy()
     found["the initial parameters"] = hashlib.blake2b(values.tobytes()).hexdigest()
-    if isinstance(loss, SampledLoss) and loss.divisible:
+    if isinstance(loss, ModuleLoss):
         few = min(PROBES, loss.count)
         ends = (loss.part(0, few), loss.part(loss.count - few, loss.count))
         found["the number of samples"] = loss.count

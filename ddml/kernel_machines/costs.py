@@ -164,7 +164,7 @@ def _ranks(n: int) -> list[int]:
 def _too_little(task: Task, needed: float) -> str:
     return (
         f"of the memory limit {task.memory:.3g} bytes a rank are left, less than {needed:.3g} that factors of "
-        f"subdomains of {task.samples} samples need on {task.ranks} ranks: use more subdomains, more ranks or more memory"
+        f"subdomains of {task.samples} samples need on {task.ranks} ranks: use more subdomains, ranks or memory"
     )
 
 

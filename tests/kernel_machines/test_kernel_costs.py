@@ -58,7 +58,7 @@ def test_what_is_chosen_fits_the_memory(samples: int, ranks: int) -> None:
     assert fewer < most
     with pytest.raises(InputError, match=r"limit 1e\+04 bytes a rank are left, less than .* use more subdomains"):
         choices(replace(task, memory=1e4))
-    with pytest.raises(InputError, match="use more subdomains, more ranks or more memory"):
+    with pytest.raises(InputError, match="use more subdomains, ranks or memory"):
         coarse_rank(replace(task, memory=1e4), sizes)
 
 

@@ -130,20 +130,19 @@ def test_minimizer_follows_a_schedule_of_torch_or_a_given_length() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"beta1": 1}, "-beta1 must be below 1, got 1"),
-        ({"beta2": 1.5}, "-beta2 must be below 1"),
-        ({"beta1": "nan"}, "-beta1 must be 0 or more"),
-        ({"beta2": -0.1}, "-beta2 must be 0 or more"),
-        ({"rate": 0}, "-rate must be more than 0"),
-        ({"eps": 0}, "-eps must be more than 0"),
-        ({"rate_schedule": "linear"}, "-rate_schedule must be one of constant, cosine"),
-        ({"rate_iterations": 0}, "-rate_iterations must be 1 or more"),
+        ({"beta1": 1}, "option beta1 must be below 1, got 1"),
+        ({"beta2": 1.5}, "option beta2 must be below 1"),
+        ({"beta1": "nan"}, "option beta1 must be 0 or more"),
+        ({"beta2": -0.1}, "option beta2 must be 0 or more"),
+        ({"rate": 0}, "option rate must be more than 0"),
+        ({"eps": 0}, "option eps must be more than 0"),
+        ({"rate_schedule": "linear"}, "option rate_schedule must be one of constant, cosine"),
+        ({"rate_iterations": 0}, "option rate_iterations must be 1 or more"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(comm: MPI.Comm, settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(InputError, match="option -minimise") as error:
+    with pytest.raises(InputError, match=words):
         solvers.minimise(classifier(), "adam", comm, settings)
-    assert words.removeprefix("-") in str(error.value)
 
 
 @pytest.mark.parametrize("batches", [{}, {"batch_size": 20, "batch_steps": 1}])

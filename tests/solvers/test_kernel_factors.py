@@ -84,7 +84,7 @@ def test_factors_keep_to_the_limit_where_the_kernel_is_not_kept(comm: MPI.Comm, 
     try:
         found = fit_kernel(operator, Y, context, ksp_max_it=3)
     except InputError as refusal:
-        assert "use more subdomains, more ranks or more memory" in str(refusal)
+        assert "use more subdomains, ranks or memory" in str(refusal)
         return
     held = sum(factor.nbytes for factor in context.local.factors) + sum(image.nbytes for image in context.images)
     assert held <= operator.spare < operator.memory

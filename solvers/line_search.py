@@ -78,10 +78,9 @@ class LineSearch(Owner):
             gradient.copy(g)
             return value
         value = self.objective.value_gradient(x, g)
-        self._trials, self._last = self._trials + 1, (value, x)
         if not (math.isfinite(value) and value <= self._limit and math.isfinite(g.norm())):
-            self._beyond = True
-            return math.inf
+            self._beyond, value = True, math.inf
+        self._trials, self._last = self._trials + 1, (value, x)
         return value
 
     def __call__(

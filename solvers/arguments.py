@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from mpi4py import MPI
 
 from ddml.errors import CollectiveError, InputError
@@ -41,44 +42,40 @@ def check(loss: Any, solver: Any, iterations: Any, blocks: Any) -> None:
 def compare(comm: MPI.Comm, loss: Loss | Objective, solver: str | Solver, **settings: Any) -> None:
     """Raise a CollectiveError where ranks were given different things. Collective.
 
-    Of a loss its kind, its parameters and where they begin are compared, of one over samples their number and the
-    losses of the first and the last of them there.
+    Of a loss its kind, its parameters and the number of samples are compared, of a module also the losses of the first
+    and the last samples. Modules that begin at different parameters, as without a seed they do, get rank 0's.
     """
     if comm.size == 1:
         return
     words = solver if isinstance(solver, str) else type(solver).__name__
     mine = {"the solver": words, **{name: _told(value) for name, value in settings.items()}}
-    every = comm.allgather({**mine, **(_of_loss(loss) if isinstance(loss, Loss) else {})})
-    wrong = [name for name in every[0] if not all(_same(every[0][name], other.get(name)) for other in every)]
+    if isinstance(loss, Loss):
+        mine["the kind of loss"] = type(loss).__name__
+        mine["the network's parameters"] = repr([(p.name, tuple(p.shape)) for p in loss.parameters])
+        if loss.divisible:
+            mine["the number of samples"] = repr(loss.count)
+    every = comm.allgather(mine)
+    _refuse([name for name in every[0] if any(other.get(name) != every[0][name] for other in every)])
+    if not isinstance(loss, ModuleLoss):
+        return
+    theta = loss.initial()
+    digests = comm.allgather(hashlib.blake2b(theta.cpu().numpy().tobytes()).hexdigest())
+    if len(set(digests)) > 1:
+        theta = torch.from_numpy(comm.bcast(theta.cpu().numpy())).to(theta)
+        loss.assign(theta)
+    few = min(PROBES, loss.count)
+    ends = comm.allgather([float(loss.part(*part).value(theta)) for part in ((0, few), (loss.count - few, loss.count))])
+    alike = all(np.allclose(ends[0], other, rtol=ALIKE, atol=0.0, equal_nan=True) for other in ends)
+    _refuse([] if alike else ["the losses of samples at the same parameters"])
+
+
+def _refuse(wrong: Sequence[str]) -> None:
     if wrong:
         raise CollectiveError(
             f"all ranks must give the same, but they differ in {', '.join(wrong)}; what is drawn at random needs a "
-            "seed, say torch.manual_seed(0) and numpy.random.default_rng(0)"
+            "seed, say numpy.random.default_rng(0)"
         )
 
 
 def _told(value: Any) -> str:
     return repr(sorted((k, str(v)) for k, v in value.items())) if isinstance(value, Mapping) else repr(value)
-
-
-def _of_loss(loss: Loss) -> dict[str, Any]:
-    table = repr([(p.name, tuple(p.shape)) for p in loss.parameters])
-    found: dict[str, Any] = {"the kind of loss": type(loss).__name__, "the network's parameters": table}
-    try:
-        theta = loss.initial()
-    except RuntimeError:  # they have been dropped
-        return found
-    values = theta.detach().cpu().numpy()
-    found["the initial parameters"] = hashlib.blake2b(values.tobytes()).hexdigest()
-    if isinstance(loss, ModuleLoss):
-        few = min(PROBES, loss.count)
-        ends = (loss.part(0, few), loss.part(loss.count - few, loss.count))
-        found["the number of samples"] = loss.count
-        found["the losses of samples"] = [float(part.value(theta)) for part in ends]
-    return found
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, list) and isinstance(other, list):
-        return bool(np.allclose(one, other, rtol=ALIKE, atol=0.0, equal_nan=True))
-    return bool(one == other)

@@ -214,7 +214,8 @@ def minimise(
     Parameters
     ----------
     loss, solver, comm, blocks, subdomains, vectors
-        As for :class:`Minimisation`.
+        As for :class:`Minimisation`. Modules that differ in where they begin, as without a seed they do, get the
+        parameters of rank 0's.
     options
         Those of the solver, of PETSc (``tao_gatol``, say) and of batches (:data:`ddml.sampling.batches.OPTIONS`), by
         their names without a hyphen, as ``{"memory": 20, "batch_size": 500}``.
@@ -329,7 +330,7 @@ def given(prefix: str, options: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        text = re.sub(r"-?minimise\d+_", "", str(error))  # another rank's may have another number
+        text = re.sub(r"minimise\d+_", "", str(error))  # another rank's may have another number
         if text == str(error):
             raise
         raise (CollectiveError if isinstance(error, CollectiveError) else InputError)(text) from error

@@ -275,7 +275,7 @@ BAD = {
     "unsymmetric kernel": (("-kernel", "mine.py:unsymmetric"), "is not symmetric"),
     "kernel of NaN": (("-kernel", "mine.py:nan"), "not finite"),
     "indefinite kernel": (("-kernel", "mine.py:indefinite", "-preconditioner", "none"), "not positive definite"),
-    "memory": (("-kernel_memory", 100), "a memory limit of 100 bytes"),
+    "memory": (("-kernel_memory", 100), "of the memory limit 100 bytes a rank are left"),
     "rank": (("-coarse_rank", 301), "1 to 300 pivots"),
     "labels of regression": (("-data", "many"), "and no classes"),
     "one class": (("-data", "one"), "are of one class"),

@@ -130,14 +130,14 @@ def test_minimizer_follows_a_schedule_of_torch_or_a_given_length() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"beta1": 1}, "option beta1 must be below 1, got 1"),
-        ({"beta2": 1.5}, "option beta2 must be below 1"),
-        ({"beta1": "nan"}, "option beta1 must be 0 or more"),
-        ({"beta2": -0.1}, "option beta2 must be 0 or more"),
-        ({"rate": 0}, "option rate must be more than 0"),
-        ({"eps": 0}, "option eps must be more than 0"),
-        ({"rate_schedule": "linear"}, "option rate_schedule must be one of constant, cosine"),
-        ({"rate_iterations": 0}, "option rate_iterations must be 1 or more"),
+        ({"beta1": 1}, "option -beta1 must be below 1, got 1"),
+        ({"beta2": 1.5}, "option -beta2 must be below 1"),
+        ({"beta1": "nan"}, "option -beta1 must be 0 or more"),
+        ({"beta2": -0.1}, "option -beta2 must be 0 or more"),
+        ({"rate": 0}, "option -rate must be more than 0"),
+        ({"eps": 0}, "option -eps must be more than 0"),
+        ({"rate_schedule": "linear"}, "option -rate_schedule must be one of constant, cosine"),
+        ({"rate_iterations": 0}, "option -rate_iterations must be 1 or more"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(comm: MPI.Comm, settings: dict[str, Any], words: str) -> None:

@@ -110,7 +110,7 @@ def test_bad_input_is_refused(comm: MPI.Comm, solver: str, settings: dict[str, A
 
 
 def test_options_are_named_as_they_were_given(comm: MPI.Comm) -> None:
-    with pytest.raises(InputError, match=r"^option coarse_samples must be less than"):
+    with pytest.raises(InputError, match=r"^option -coarse_samples must be less than"):
         minimise(module_loss(), "svrg", comm, {"coarse_samples": 1000})
 
 
@@ -144,7 +144,7 @@ def test_an_iteration_says_what_came_of_it(comm: MPI.Comm) -> None:
 
 def given_to(rank: int, what: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a rank passes that has something of its own."""
-    loss = module_loss(rank if what == "the initial parameters" else 0)
+    loss = module_loss()
     if what == "the losses of samples":
         loss.samples.targets[-1] += rank
     if what == "the number of samples":
@@ -157,7 +157,7 @@ def given_to(rank: int, what: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     "what",
-    ["the initial parameters", "the losses of samples", "the number of samples", "the solver", "options", "iterations"],
+    ["the losses of samples", "the number of samples", "the solver", "options", "iterations"],
 )
 def test_ranks_that_were_given_different_things_say_so(comm: MPI.Comm, what: str) -> None:
     arguments, settings = given_to(comm.rank, what)
@@ -166,6 +166,15 @@ def test_ranks_that_were_given_different_things_say_so(comm: MPI.Comm, what: str
         return
     with pytest.raises(InputError, match=f"differ in .*{what}"):
         minimise(*arguments, comm=comm, **settings)
+
+
+@pytest.mark.ranks
+def test_without_a_seed_all_begin_where_rank_0_does(comm: MPI.Comm) -> None:
+    alone = minimise(module_loss(0), "lbfgs", MPI.COMM_SELF, iterations=5, blocks=4)
+    loss = module_loss(comm.rank)
+    result = minimise(loss, "lbfgs", comm, iterations=5, blocks=4)
+    assert torch.equal(result.theta, alone.theta) and (result.losses == alone.losses).all()
+    assert torch.equal(loss.initial(), module_loss(0).initial())
 
 
 def test_what_is_not_finite_is_refused(comm: MPI.Comm) -> None:

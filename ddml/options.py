@@ -14,7 +14,7 @@ from typing import Any
 from petsc4py import PETSc
 
 from .errors import InputError
-from .parallel import cause, release
+from .parallel import cause, release, words_of
 
 # Whether a restart may change an option: freely; only where another solver begins, too; never. What each start has for
 # itself a run file does not pass on.
@@ -198,7 +198,7 @@ def understood() -> Iterator[None]:
             raise InputError(f"there is no such Python type: {missing}") from error
         if inner.__cause__ is not None or inner.ierr not in _REFUSALS:
             raise
-        text = str(inner).splitlines()[-1].partition("] ")[2]
+        text = words_of(inner)
         given = [f" (-{k} {v})" for k, v in PETSc.Options().getAll().items() if v and v in text.split()]
         raise InputError(f"PETSc refuses an option: {text}{''.join(given)}") from error
 

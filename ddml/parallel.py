@@ -184,6 +184,11 @@ def cause(error: BaseException | None, kind: type[BaseException]) -> BaseExcepti
     return next((link for link in _chain(error) if isinstance(link, kind)), None)
 
 
+def words_of(error: PETSc.Error) -> str:
+    """What PETSc itself says in an error of its own, without where it came from."""
+    return str(error).splitlines()[-1].partition("] ")[2]
+
+
 def release(error: BaseException) -> None:
     """Forget what the calls knew that an error has ended, PETSc's callbacks among them.
 

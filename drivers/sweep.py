@@ -7,7 +7,7 @@ first evaluation. With -table, what the run files NAME_1.h5, NAME_2.h5, ... hold
 
 from __future__ import annotations
 
-from common.program import run_program  # first: it initialises PETSc
+from common.program import ASKED, run_program  # first: it initialises PETSc
 
 import argparse
 import gc
@@ -32,7 +32,6 @@ from ddml.runs.opened import open_run
 
 MAINS = {"pinn": pinn.main, "classify": classify.main, "logistic": logistic.main, "kernel": kernel.main}
 COLUMNS = ("iteration", "loss", "error", "accuracy", "work", "time")
-HELPS = ("-h", "-help", "--help")
 SCRIPTS = ("output", "restart", "overwrite", "interrupted_code")  # what drivers/job.sbatch gives or works out
 
 
@@ -67,7 +66,7 @@ def check(words: Sequence[str], comm: MPI.Comm) -> None:
     for word in options:
         if word.lstrip("-") in SCRIPTS and word.startswith("-"):
             raise InputError(f"option {word} is not for a line of a sweep: its run file is JOBNAME_TASK.h5")
-        if word in HELPS:
+        if word in ASKED:
             raise InputError(f"option {word} is not for a line of a sweep: it trains nothing")
     database, before, arguments = PETSc.Options(), PETSc.Options().getAll(), sys.argv
     sys.argv = [name, *options, "-check"]

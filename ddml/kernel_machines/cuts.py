@@ -15,6 +15,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 
 from ddml.errors import InputError
 from ddml.options import preset
+from ddml.parallel import words_of
 
 Array = NDArray[np.float64]
 Numbers = NDArray[np.int64]
@@ -183,8 +184,7 @@ def partition(samples: Array, count: int, name: str) -> Numbers:
     try:
         partitioner.apply(found)
     except PETSc.Error as error:
-        said = str(error).splitlines()[-1].partition("] ")[2]
-        raise InputError(f"PETSc's partitioner '{name}' does not cut these samples: {said}") from error
+        raise InputError(f"PETSc's partitioner '{name}' does not cut these samples: {words_of(error)}") from error
     labels = found.getIndices().astype(np.int64)
     for thing in (found, partitioner, adjacency, graph):
         thing.destroy()

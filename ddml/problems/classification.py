@@ -16,6 +16,7 @@ from ddml.losses import kronecker
 from ddml.losses.costs import forward_numbers, suitable_batch
 from ddml.losses.module import ModuleLoss
 from ddml.losses.modules import evaluated, trained
+from ddml.losses.probe import unmoved
 from ddml.numbers import Number, as_number, read
 from ddml.parallel import own, summed
 
@@ -58,12 +59,15 @@ class ClassificationLoss(ModuleLoss, kronecker.KroneckerLoss):
     def __init__(self, module: nn.Module, samples: SampleSet, classes: int, batch: int | None = None) -> None:
         probe = samples.part(0, 2)
         trained(module)
-        outputs = evaluated(module, probe.inputs)
+        with unmoved(module):
+            outputs = evaluated(module, probe.inputs)
         expected = (len(probe), classes)
         if not isinstance(outputs, Tensor) or tuple(outputs.shape) != expected:
             found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise InputError(f"the network must map {tuple(probe.inputs.shape)} to {expected}, it gives {found}")
-        self._build(module, cross_entropy, samples, batch or suitable_batch(module, probe.inputs))
+        with unmoved(module):
+            batch = batch or suitable_batch(module, probe.inputs)
+        self._build(module, cross_entropy, samples, batch)
 
     def kronecker_layers(self) -> tuple[kronecker.Layer, ...]:
         """See :meth:`.KroneckerLoss.kronecker_layers`."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddml.errors import InputError, NonFiniteError, RunFileError
 from ddml.options import Option
-from ddml.parallel import Interrupted, agreed, cause
+from ddml.parallel import Interrupted, agreed, cause, words_of
 
 from . import board, checkpoints, limits, progress
 from .board import Board
@@ -222,7 +222,7 @@ class Run:
                     raise InputError(str(ours)) from error
             if cause(error, Interrupted) is None:
                 if self.solver is None and isinstance(error, PETSc.Error) and error.__cause__ is None:
-                    text = str(error).splitlines()[-1].partition("] ")[2]
+                    text = words_of(error)
                     raise InputError(f"PETSc's {self.tao.getType()} cannot go on here: {text}") from error
                 raise
             self.reason = SIGNAL

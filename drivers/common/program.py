@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-_ASKED = {"-help", "--help", "-h"}
-HELP = bool(_ASKED & set(sys.argv))  # our own texts; PETSc's -help prints every option of every object
+ASKED = {"-help", "--help", "-h"}
+HELP = bool(ASKED & set(sys.argv))  # our own texts; PETSc's -help prints every option of every object
 INTERRUPTED = 130  # the exit code of what SIGINT ends, in every shell
 
 
@@ -64,7 +64,7 @@ def _start_petsc() -> bool:
         MPI.Finalize()
         os._exit(1)
     # by itself PETSc ends the process when the first vector is on a card and MPI does not read from there
-    program, *arguments = (a for a in sys.argv if a not in _ASKED)
+    program, *arguments = (a for a in sys.argv if a not in ASKED)
     petsc4py.init([program, *([] if known else [f"-{GPU_AWARE_MPI[0]}", "0"]), *arguments])
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python has it: a reader of the output who leaves ends no run
     return known

@@ -17,6 +17,7 @@ from ddml.linalg.small import cholesky
 from ddml.objectives.linearisation import Linearisation
 from ddml.objectives.residual import ResidualObjective
 from ddml.options import Option, preset
+from ddml.parallel import words_of
 from ddml.states import vectors_in
 from solvers.base import Solver
 from solvers.line_search import SearchResult
@@ -207,7 +208,7 @@ class GaussNewton(Solver):
         except PETSc.Error as error:
             if error.__cause__ is not None:
                 raise
-            reason = str(error).splitlines()[-1].partition("] ")[2]
+            reason = words_of(error)
             raise CollectiveError(f"PETSc cannot solve with these -{self.prefix}gn_ options: {reason}") from error
         iterations = self.ksp.getIterationNumber()
         if self.limit < 0 and self.preconditioner is not None and self.preconditioner.keeps:

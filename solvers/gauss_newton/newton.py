@@ -11,6 +11,7 @@ from petsc4py import PETSc
 from ddml.errors import CollectiveError
 from ddml.objectives.objective import Hessian
 from ddml.options import Option, preset
+from ddml.parallel import words_of
 from solvers.base import Stepper
 from solvers.line_search import SearchResult
 
@@ -75,7 +76,7 @@ class Newton(Stepper):
         except PETSc.Error as error:
             if error.__cause__ is not None:
                 raise
-            reason = str(error).splitlines()[-1].partition("] ")[2]
+            reason = words_of(error)
             raise CollectiveError(f"PETSc cannot solve with these -{self.prefix}newton_ options: {reason}") from error
         if not self.g.dot(p) < 0:
             self.g.copy(p)

@@ -8,9 +8,10 @@ import torch
 from hand_modules import INPUTS, LABELS, seeded, tied
 from torch import Tensor, nn
 
+from ddml.data.sample_sets import TensorSamples
 from ddml.errors import InputError
 from ddml.losses.module import ModuleLoss
-from ddml.problems.classification import cross_entropy
+from ddml.problems.classification import ClassificationLoss, cross_entropy
 
 
 def mixed() -> nn.Module:
@@ -164,4 +165,6 @@ def test_batch_statistics_are_refused_and_stay(evaluating: bool, remedy: str) ->
     before = [buffer.clone() for buffer in network.buffers()]
     with pytest.raises(InputError, match=f"depends on others .*{remedy}"):
         ModuleLoss(network, squared, X, Y)
+    with pytest.raises(InputError, match="depends on others"):
+        ClassificationLoss(network, TensorSamples(X, LABELS % 2), 2)
     assert all(torch.equal(*pair) for pair in zip(before, network.buffers(), strict=True))

@@ -267,6 +267,15 @@ def test_values_that_no_run_has_are_refused(tmp_path: Path, name: str) -> None:
     theta.destroy()
 
 
+def test_an_iteration_may_come_twice(tmp_path: Path) -> None:
+    """As files have it that were written with PETSc's ntr before it was passed over."""
+    path, theta = tmp_path / f"{comm.rank}.h5", vector(np.ones(SIZE), on=ddml.runs.opened.MPI.COMM_SELF)
+    columns = {"iteration": np.array([0.0, 1, 2, 2, 3]), "time": np.arange(5.0)}
+    write(str(path), theta, parameters=PARAMETERS, state={}, history=History.from_columns(columns), attributes={})
+    assert len(ddml.open_run(path).history) == 5
+    theta.destroy()
+
+
 def test_a_fifo_and_devices_are_not_waited_for(shared_tmp: Path) -> None:
     if comm.rank == 0:
         os.mkfifo(shared_tmp / "fifo")
